@@ -1,0 +1,55 @@
+"""The errors a user can cause or mend.
+
+Every one carries a single line that says what was expected, what was found and what to do. The
+command line prints that line and exits with code 2; anything else is a defect and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LrRobustError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class ConfigError(LrRobustError):
+    """A configuration file or a command-line value is not what it must be."""
+
+
+class DataError(LrRobustError):
+    """Images cannot be found, fetched, read or matched with the classes of the model."""
+
+
+class ModelError(LrRobustError):
+    """A model cannot be built, or does not behave like a classifier of images in [0, 1]."""
+
+
+class WeightsError(LrRobustError):
+    """A file of weights is missing, damaged, or made for another network."""
+
+
+class BackendError(LrRobustError):
+    """A backend of the local relation op was asked for and cannot run."""
+
+
+class StoreError(LrRobustError):
+    """Results cannot be written or read, or belong to another run."""
+
+
+class UnknownNameError(LrRobustError):
+    """A name is not among the known ones; the message offers the nearest.
+
+    Args:
+        kind: what the name stands for, as in "model".
+        name: what was asked for.
+        known: every name that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {kind} {name!r}: {hint}")
