@@ -1,0 +1,623 @@
+"""The local relation as one fused loop on the CPU, forward and backward, compiled by numba.
+
+Every (image, group) pair is an independent problem of the same shape, so the loop runs `LANES` of them
+at once, one in each lane of a vector register: no reduction ever crosses lanes, maps of 2x2 vectorise
+as well as maps of 56x56, and lanes stay full whatever the number of groups. The windows are never
+materialised: one row of k*k scores lives in the first-level cache, and the backward pass recomputes the
+weights from the saved maximum and normaliser of each softmax.
+
+numba would leave the vectorising to LLVM's heuristics, which keep the accumulators in memory; the small
+vector type below says explicitly what is held in registers. All functions stay in this file because
+numba's on-disk cache notices changes of this file only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import llvmlite.binding
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, register_model
+
+#: Lanes of a vector: one AVX-512 register, or one of AVX2 and narrower machines' register pairs.
+LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+#: Channels aggregated together; wider groups are run as several slabs of this many channels.
+SLAB = 8
+
+SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
+
+# --- a vector of LANES float32 as a numba type -------------------------------------------------------
+
+_FLOAT = ir.FloatType()
+_INT = ir.IntType(32)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_INT_VECTOR = ir.VectorType(_INT, LANES)
+
+
+class _VectorType(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+_vector = _VectorType()
+
+
+@register_model(_VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, _VECTOR)
+
+
+def _splat_constant(number: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [number] * LANES)
+
+
+def _vector_function(builder, name: str, arity: int) -> ir.Function:
+    """LLVM's own function `name` for our vectors, declared in the module being built."""
+    mangled = f"llvm.{name}.v{LANES}f32"
+    known = builder.module.globals.get(mangled)
+    return known or ir.Function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * arity), mangled)
+
+
+def _address(context, builder, array_type, array, offset):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
+
+
+@intrinsic
+def _load(typing_context, array, offset):
+    """array[offset : offset + LANES] of a flat float32 array."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.load(_address(context, builder, signature.args[0], *arguments), align=4)
+
+    return _vector(array, types.intp), codegen
+
+
+@intrinsic
+def _store(typing_context, array, offset, vector):
+    def codegen(context, builder, signature, arguments):
+        builder.store(arguments[2], _address(context, builder, signature.args[0], *arguments[:2]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _vector), codegen
+
+
+@intrinsic
+def _splat(typing_context, number):
+    def codegen(context, builder, signature, arguments):
+        single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], ir.Constant(_INT, 0))
+        return builder.shuffle_vector(single, single, ir.Constant(_INT_VECTOR, [0] * LANES))
+
+    return _vector(types.float32), codegen
+
+
+def _binary(operation: str):
+    @intrinsic
+    def apply(typing_context, left, right):
+        def codegen(context, builder, signature, arguments):
+            return getattr(builder, operation)(*arguments)
+
+        return _vector(_vector, _vector), codegen
+
+    return apply
+
+
+_add, _sub, _mul, _div = (_binary(operation) for operation in ("fadd", "fsub", "fmul", "fdiv"))
+
+
+@intrinsic
+def _fma(typing_context, left, right, addend):
+    """left * right + addend, rounded once."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.call(_vector_function(builder, "fma", 3), arguments)
+
+    return _vector(_vector, _vector, _vector), codegen
+
+
+@intrinsic
+def _max(typing_context, left, right):
+    """The larger of the two; where either is NaN, the right one."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return _vector(_vector, _vector), codegen
+
+
+@intrinsic
+def _sign(typing_context, vector):
+    """-1, 0 or 1; NaN for NaN."""
+
+    def codegen(context, builder, signature, arguments):
+        (operand,) = arguments
+        zero = _splat_constant(0.0)
+        positive = builder.fcmp_ordered(">", operand, zero)
+        negative = builder.fcmp_ordered("<", operand, zero)
+        magnitude = builder.select(negative, _splat_constant(-1.0), operand)
+        return builder.select(positive, _splat_constant(1.0), magnitude)
+
+    return _vector(_vector), codegen
+
+
+#: exp(r) on |r| <= ln(2)/2: a polynomial fitted once, at import, at Chebyshev nodes in float64
+#: (relative error 2e-8 before rounding).
+_NODES = np.cos((2 * np.arange(64) + 1) * np.pi / 128) * np.log(2) / 2
+_EXP_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.fit(_NODES, np.exp(_NODES), 6).convert(
+    kind=np.polynomial.Polynomial
+).coef
+
+
+@intrinsic
+def _exp(typing_context, vector):
+    """exp(x) for x <= 0: 2^n * exp(r) with x = n*ln(2) + r; below -87 it gives about 1e-38. NaN for NaN."""
+
+    def codegen(context, builder, signature, arguments):
+        (operand,) = arguments
+        fma = _vector_function(builder, "fma", 3)
+        too_small = builder.fcmp_ordered("<", operand, _splat_constant(-87.0))
+        clipped = builder.select(too_small, _splat_constant(-87.0), operand)
+        rint = _vector_function(builder, "rint", 1)
+        whole = builder.call(rint, [builder.fmul(clipped, _splat_constant(1 / np.log(2)))])
+        # ln(2) in two parts, the first with trailing zeros, so that whole * ln(2) is exact.
+        high = float(np.float32(0.693145751953125))
+        rest = builder.call(fma, [whole, _splat_constant(-high), clipped])
+        rest = builder.call(fma, [whole, _splat_constant(float(high - np.log(2))), rest])
+        power = _splat_constant(float(_EXP_COEFFICIENTS[-1]))
+        for coefficient in _EXP_COEFFICIENTS[-2::-1]:
+            power = builder.call(fma, [power, rest, _splat_constant(float(coefficient))])
+        # fptosi of NaN is poison: replace it by 0 here, the NaN still arrives through `power`.
+        is_number = builder.fcmp_ordered("ord", whole, whole)
+        exponent = builder.fptosi(builder.select(is_number, whole, _splat_constant(0.0)), _INT_VECTOR)
+        bias = ir.Constant(_INT_VECTOR, [127] * LANES)
+        shift = ir.Constant(_INT_VECTOR, [23] * LANES)
+        scale = builder.bitcast(builder.shl(builder.add(exponent, bias), shift), _VECTOR)
+        return builder.fmul(power, scale)
+
+    return _vector(_vector), codegen
+
+
+# --- moving LANES (image, group) pairs between tensors and lane-minor scratch ------------------------
+# Scratch is flat: pixel-major, then channel within the group (padded to whole slabs), then lane.
+
+
+@njit(cache=True, nogil=True)
+def _gather_groups(source, first, groups, scratch):
+    """scratch[p, l] = source[n, g, p] for the lanes l of the block that starts at pair `first`."""
+    batch, _, height, width = source.shape
+    for lane in range(LANES):
+        pair = first + lane
+        if pair < batch * groups:
+            n, g = pair // groups, pair % groups
+            for y in range(height):
+                for x in range(width):
+                    scratch[(y * width + x) * LANES + lane] = source[n, g, y, x]
+        else:
+            for p in range(height * width):
+                scratch[p * LANES + lane] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _scatter_groups(scratch, first, groups, target):
+    batch, _, height, width = target.shape
+    for lane in range(min(LANES, batch * groups - first)):
+        n, g = (first + lane) // groups, (first + lane) % groups
+        for y in range(height):
+            for x in range(width):
+                target[n, g, y, x] = scratch[(y * width + x) * LANES + lane]
+
+
+@njit(cache=True, nogil=True)
+def _gather_channels(source, first, groups, per_group, padded, scratch):
+    """scratch[p, j, l] = source[n, g * per_group + j, p]; zero for channels and pairs that do not exist."""
+    batch, channels, height, width = source.shape
+    for y in range(height):
+        for x in range(width):
+            at = (y * width + x) * padded * LANES
+            for lane in range(LANES):
+                pair = first + lane
+                count = 0
+                if pair < batch * groups:
+                    n, c = pair // groups, (pair % groups) * per_group
+                    count = min(per_group, channels - c)
+                    for j in range(count):
+                        scratch[at + j * LANES + lane] = source[n, c + j, y, x]
+                for j in range(count, padded):
+                    scratch[at + j * LANES + lane] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _scatter_channels(scratch, first, groups, per_group, padded, target):
+    batch, channels, height, width = target.shape
+    for y in range(height):
+        for x in range(width):
+            at = (y * width + x) * padded * LANES
+            for lane in range(min(LANES, batch * groups - first)):
+                n, c = (first + lane) // groups, ((first + lane) % groups) * per_group
+                for j in range(min(per_group, channels - c)):
+                    target[n, c + j, y, x] = scratch[at + j * LANES + lane]
+
+
+@njit(cache=True, nogil=True)
+def _gather_geometry(geometry, first, scratch):
+    groups, taps = geometry.shape
+    for t in range(taps):
+        for lane in range(LANES):
+            scratch[t * LANES + lane] = geometry[(first + lane) % groups, t]
+
+
+# --- one output position -----------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _tap_range(position, size, kernel_size, dilation):
+    """The taps of a window centred at `position` that fall inside [0, size): [start, stop)."""
+    radius = (kernel_size - 1) // 2
+    start = max(0, radius - position // dilation)
+    stop = min(kernel_size, radius + (size - 1 - position) // dilation + 1)
+    return start, stop
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _score(query, key, geometry, similarity):
+    if similarity == 0:
+        difference = _sub(query, key)
+        return _fma(_mul(difference, _splat(np.float32(-1.0))), difference, geometry)
+    if similarity == 1:
+        difference = _sub(query, key)
+        return _fma(_mul(difference, _splat(np.float32(-1.0))), _sign(difference), geometry)
+    return _fma(query, key, geometry)
+
+
+@njit(cache=True, nogil=True)
+def _window_scores(q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores):
+    """Writes the scores of the taps inside the image, in order; returns their maximum."""
+    radius = (kernel_size - 1) // 2
+    query = _load(q, at)
+    largest = _splat(np.float32(-np.inf))
+    tap = 0
+    for ty in range(y0, y1):
+        row = (cy + (ty - radius) * dilation) * width + cx
+        for tx in range(x0, x1):
+            p = row + (tx - radius) * dilation
+            score = _score(query, _load(k, p * LANES), _load(g, (ty * kernel_size + tx) * LANES), similarity)
+            _store(scores, tap, score)
+            largest = _max(score, largest)
+            tap += LANES
+    return largest
+
+
+@njit(cache=True, nogil=True)
+def _forward_block(q, k, v, g, out, maximum, normaliser, shape, slabs, kernel_size, stride, dilation, similarity, scores):
+    height, width, out_height, out_width = shape
+    radius = (kernel_size - 1) // 2
+    zero = _splat(np.float32(0.0))
+    one = _splat(np.float32(1.0))
+    for oy in range(out_height):
+        cy = oy * stride
+        y0, y1 = _tap_range(cy, height, kernel_size, dilation)
+        for ox in range(out_width):
+            cx = ox * stride
+            x0, x1 = _tap_range(cx, width, kernel_size, dilation)
+            at = (oy * out_width + ox) * LANES
+            largest = _window_scores(
+                q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores
+            )
+            total = zero
+            for tap in range((y1 - y0) * (x1 - x0)):
+                weight = _exp(_sub(_load(scores, tap * LANES), largest))
+                _store(scores, tap * LANES, weight)
+                total = _add(total, weight)
+            inverse = _div(one, total)
+            _store(maximum, at, largest)
+            _store(normaliser, at, inverse)
+            for slab in range(slabs):
+                s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+                tap = 0
+                for ty in range(y0, y1):
+                    row = (cy + (ty - radius) * dilation) * width + cx
+                    for tx in range(x0, x1):
+                        b = ((row + (tx - radius) * dilation) * slabs + slab) * SLAB * LANES
+                        weight = _load(scores, tap)
+                        tap += LANES
+                        s0 = _fma(weight, _load(v, b), s0)
+                        s1 = _fma(weight, _load(v, b + LANES), s1)
+                        s2 = _fma(weight, _load(v, b + 2 * LANES), s2)
+                        s3 = _fma(weight, _load(v, b + 3 * LANES), s3)
+                        s4 = _fma(weight, _load(v, b + 4 * LANES), s4)
+                        s5 = _fma(weight, _load(v, b + 5 * LANES), s5)
+                        s6 = _fma(weight, _load(v, b + 6 * LANES), s6)
+                        s7 = _fma(weight, _load(v, b + 7 * LANES), s7)
+                b = (at * slabs + slab * LANES) * SLAB
+                _store(out, b, _mul(s0, inverse))
+                _store(out, b + LANES, _mul(s1, inverse))
+                _store(out, b + 2 * LANES, _mul(s2, inverse))
+                _store(out, b + 3 * LANES, _mul(s3, inverse))
+                _store(out, b + 4 * LANES, _mul(s4, inverse))
+                _store(out, b + 5 * LANES, _mul(s5, inverse))
+                _store(out, b + 6 * LANES, _mul(s6, inverse))
+                _store(out, b + 7 * LANES, _mul(s7, inverse))
+
+
+@njit(cache=True, nogil=True)
+def _backward_block(
+    q, k, v, g, maximum, normaliser, grad_out, grad_q, grad_k, grad_v, grad_g,
+    shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
+):
+    height, width, out_height, out_width = shape
+    radius = (kernel_size - 1) // 2
+    zero = _splat(np.float32(0.0))
+    two = _splat(np.float32(2.0))
+    minus_one = _splat(np.float32(-1.0))
+    for oy in range(out_height):
+        cy = oy * stride
+        y0, y1 = _tap_range(cy, height, kernel_size, dilation)
+        for ox in range(out_width):
+            cx = ox * stride
+            x0, x1 = _tap_range(cx, width, kernel_size, dilation)
+            at = (oy * out_width + ox) * LANES
+            _window_scores(
+                q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores
+            )
+            largest = _load(maximum, at)
+            inverse = _load(normaliser, at)
+            for tap in range((y1 - y0) * (x1 - x0)):
+                weight = _mul(_exp(_sub(_load(scores, tap * LANES), largest)), inverse)
+                _store(scores, tap * LANES, weight)
+                _store(grad_weights, tap * LANES, zero)
+            for slab in range(slabs):
+                b = (at * slabs + slab * LANES) * SLAB
+                d0 = _load(grad_out, b)
+                d1 = _load(grad_out, b + LANES)
+                d2 = _load(grad_out, b + 2 * LANES)
+                d3 = _load(grad_out, b + 3 * LANES)
+                d4 = _load(grad_out, b + 4 * LANES)
+                d5 = _load(grad_out, b + 5 * LANES)
+                d6 = _load(grad_out, b + 6 * LANES)
+                d7 = _load(grad_out, b + 7 * LANES)
+                tap = 0
+                for ty in range(y0, y1):
+                    row = (cy + (ty - radius) * dilation) * width + cx
+                    for tx in range(x0, x1):
+                        b = ((row + (tx - radius) * dilation) * slabs + slab) * SLAB * LANES
+                        weight = _load(scores, tap)
+                        # Two partial sums: one chain of eight dependent additions would be latency-bound.
+                        even = _fma(d0, _load(v, b), _load(grad_weights, tap))
+                        odd = _mul(d1, _load(v, b + LANES))
+                        even = _fma(d2, _load(v, b + 2 * LANES), even)
+                        odd = _fma(d3, _load(v, b + 3 * LANES), odd)
+                        even = _fma(d4, _load(v, b + 4 * LANES), even)
+                        odd = _fma(d5, _load(v, b + 5 * LANES), odd)
+                        even = _fma(d6, _load(v, b + 6 * LANES), even)
+                        odd = _fma(d7, _load(v, b + 7 * LANES), odd)
+                        _store(grad_weights, tap, _add(even, odd))
+                        _store(grad_v, b, _fma(weight, d0, _load(grad_v, b)))
+                        _store(grad_v, b + LANES, _fma(weight, d1, _load(grad_v, b + LANES)))
+                        _store(grad_v, b + 2 * LANES, _fma(weight, d2, _load(grad_v, b + 2 * LANES)))
+                        _store(grad_v, b + 3 * LANES, _fma(weight, d3, _load(grad_v, b + 3 * LANES)))
+                        _store(grad_v, b + 4 * LANES, _fma(weight, d4, _load(grad_v, b + 4 * LANES)))
+                        _store(grad_v, b + 5 * LANES, _fma(weight, d5, _load(grad_v, b + 5 * LANES)))
+                        _store(grad_v, b + 6 * LANES, _fma(weight, d6, _load(grad_v, b + 6 * LANES)))
+                        _store(grad_v, b + 7 * LANES, _fma(weight, d7, _load(grad_v, b + 7 * LANES)))
+                        tap += LANES
+            # The softmax's Jacobian subtracts the weighted mean of the weights' gradients.
+            mean_grad = zero
+            for tap in range((y1 - y0) * (x1 - x0)):
+                mean_grad = _fma(_load(scores, tap * LANES), _load(grad_weights, tap * LANES), mean_grad)
+            query = _load(q, at)
+            query_grad = zero
+            tap = 0
+            for ty in range(y0, y1):
+                row = (cy + (ty - radius) * dilation) * width + cx
+                for tx in range(x0, x1):
+                    p = (row + (tx - radius) * dilation) * LANES
+                    score_grad = _mul(_load(scores, tap), _sub(_load(grad_weights, tap), mean_grad))
+                    tap += LANES
+                    key = _load(k, p)
+                    if similarity == 2:
+                        by_query = _mul(score_grad, key)
+                        by_key = _mul(score_grad, query)
+                    else:
+                        difference = _sub(query, key)
+                        slope = _mul(two, difference) if similarity == 0 else _sign(difference)
+                        by_key = _mul(score_grad, slope)
+                        by_query = _mul(by_key, minus_one)
+                    query_grad = _add(query_grad, by_query)
+                    _store(grad_k, p, _add(_load(grad_k, p), by_key))
+                    if needs_geometry:
+                        t = (ty * kernel_size + tx) * LANES
+                        _store(grad_g, t, _add(_load(grad_g, t), score_grad))
+            _store(grad_q, at, query_grad)
+
+
+# --- a range of blocks: what one thread does ---------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def _forward_range(
+    start, stop, query, key, value, geometry, per_group, stride, dilation, similarity, out, maximum, normaliser
+):
+    groups, taps = geometry.shape
+    kernel_size = int(round(taps**0.5))
+    height, width = key.shape[2], key.shape[3]
+    out_height, out_width = query.shape[2], query.shape[3]
+    shape = (height, width, out_height, out_width)
+    slabs = (per_group + SLAB - 1) // SLAB
+    padded = slabs * SLAB
+    q = np.empty(out_height * out_width * LANES, np.float32)
+    k = np.empty(height * width * LANES, np.float32)
+    v = np.empty(height * width * padded * LANES, np.float32)
+    y = np.empty(out_height * out_width * padded * LANES, np.float32)
+    g = np.empty(taps * LANES, np.float32)
+    scores = np.empty(taps * LANES, np.float32)
+    for block in range(start, stop):
+        first = block * LANES
+        _gather_groups(query, first, groups, q)
+        _gather_groups(key, first, groups, k)
+        _gather_channels(value, first, groups, per_group, padded, v)
+        _gather_geometry(geometry, first, g)
+        _forward_block(
+            q, k, v, g, y, maximum[block], normaliser[block],
+            shape, slabs, kernel_size, stride, dilation, similarity, scores,
+        )
+        _scatter_channels(y, first, groups, per_group, padded, out)
+
+
+@njit(cache=True, nogil=True)
+def _backward_range(
+    start, stop, query, key, value, geometry, per_group, stride, dilation, similarity, maximum, normaliser,
+    grad_out, grad_query, grad_key, grad_value, grad_geometry, needs_geometry,
+):
+    groups, taps = geometry.shape
+    kernel_size = int(round(taps**0.5))
+    height, width = key.shape[2], key.shape[3]
+    out_height, out_width = query.shape[2], query.shape[3]
+    shape = (height, width, out_height, out_width)
+    slabs = (per_group + SLAB - 1) // SLAB
+    padded = slabs * SLAB
+    q = np.empty(out_height * out_width * LANES, np.float32)
+    k = np.empty(height * width * LANES, np.float32)
+    v = np.empty(height * width * padded * LANES, np.float32)
+    dy = np.empty(out_height * out_width * padded * LANES, np.float32)
+    g = np.empty(taps * LANES, np.float32)
+    dq = np.empty_like(q)
+    dk = np.empty_like(k)
+    dv = np.empty_like(v)
+    dg = np.empty_like(g)
+    scores = np.empty(taps * LANES, np.float32)
+    grad_weights = np.empty(taps * LANES, np.float32)
+    pairs = query.shape[0] * groups
+    for block in range(start, stop):
+        first = block * LANES
+        _gather_groups(query, first, groups, q)
+        _gather_groups(key, first, groups, k)
+        _gather_channels(value, first, groups, per_group, padded, v)
+        _gather_channels(grad_out, first, groups, per_group, padded, dy)
+        _gather_geometry(geometry, first, g)
+        dk[:] = 0.0
+        dv[:] = 0.0
+        dg[:] = 0.0
+        _backward_block(
+            q, k, v, g, maximum[block], normaliser[block], dy, dq, dk, dv, dg,
+            shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
+        )
+        _scatter_groups(dq, first, groups, grad_query)
+        _scatter_groups(dk, first, groups, grad_key)
+        _scatter_channels(dv, first, groups, per_group, padded, grad_value)
+        if needs_geometry:
+            for lane in range(min(LANES, pairs - first)):
+                for t in range(taps):
+                    grad_geometry[(first + lane) % groups, t] += dg[t * LANES + lane]
+
+
+# --- threads -----------------------------------------------------------------------------------------
+
+
+class _Threads:
+    """Runs a compiled range on as many threads as torch uses.
+
+    Plain Python threads around code that holds no interpreter lock: unlike OpenMP they survive a fork
+    (the child makes its own) and may be called from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = -1
+        self._size = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, work: Callable[[int, int, int], None], count: int) -> None:
+        """Calls work(share, start, stop) for equal shares of range(count)."""
+        shares = max(1, min(torch.get_num_threads(), count))
+        bounds = [count * share // shares for share in range(shares + 1)]
+        futures = []
+        if shares > 1:
+            pool = self._get_pool(shares - 1)
+            futures = [pool.submit(work, s, bounds[s], bounds[s + 1]) for s in range(1, shares)]
+        work(0, bounds[0], bounds[1])
+        for future in futures:
+            future.result()
+
+    def _get_pool(self, size: int) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._owner != os.getpid() or self._size < size:
+                self._pool = ThreadPoolExecutor(size, thread_name_prefix="lrrobust-op")
+                self._owner, self._size = os.getpid(), size
+            return self._pool
+
+
+_threads = _Threads()
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to(torch.float32).numpy()
+
+
+class _LocalRelation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, geometry, stride, dilation, similarity, per_group):
+        batch, groups, out_height, out_width = query.shape
+        blocks = -(-batch * groups // LANES)
+        arrays = tuple(map(_as_array, (query, key, value, geometry.flatten(1))))
+        out = torch.empty(
+            (batch, value.shape[1], out_height, out_width), dtype=torch.float32, memory_format=torch.channels_last
+        )
+        maximum = torch.empty(blocks, out_height * out_width * LANES)
+        normaliser = torch.empty_like(maximum)
+        options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
+        results = (out.numpy(), maximum.numpy(), normaliser.numpy())
+        _threads.run(lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), blocks)
+        ctx.save_for_backward(query, key, value, geometry, maximum, normaliser)
+        ctx.options = options
+        return out.to(value.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, geometry, maximum, normaliser = ctx.saved_tensors
+        blocks, shares = maximum.shape[0], torch.get_num_threads()
+        arrays = tuple(map(_as_array, (query, key, value, geometry.flatten(1))))
+        needs_geometry = ctx.needs_input_grad[3]
+
+        def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty(tensor.shape, dtype=torch.float32, memory_format=torch.channels_last)
+
+        grads = [gradient_like(tensor) for tensor in (query, key, value)]
+        # One accumulator a thread, added at the end: the geometry is shared by all images.
+        grad_geometry = torch.zeros(shares, geometry.shape[0], geometry[0].numel())
+        saved = (maximum.numpy(), normaliser.numpy(), _as_array(grad_out))
+        targets = tuple(grad.numpy() for grad in grads)
+        per_thread = grad_geometry.numpy()
+
+        def work(share: int, start: int, stop: int) -> None:
+            _backward_range(
+                start, stop, *arrays, *ctx.options, *saved, *targets, per_thread[share], needs_geometry
+            )
+
+        _threads.run(work, blocks)
+        grads.append(grad_geometry.sum(0).view_as(geometry) if needs_geometry else None)
+        inputs = (query, key, value, geometry)
+        typed = [grad if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+        return *typed, None, None, None, None
+
+
+def local_relation_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    geometry: torch.Tensor,
+    *,
+    stride: int,
+    dilation: int,
+    similarity: str,
+    channels_per_group: int,
+) -> torch.Tensor:
+    """Same arguments and result as `local_relation`, which checks them first. Computes in float32."""
+    return _LocalRelation.apply(query, key, value, geometry, stride, dilation, similarity, channels_per_group)
