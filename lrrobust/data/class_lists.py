@@ -1,0 +1,99 @@
+"""Label spaces: which class each output of a classifier stands for.
+
+A label is the position of a class in the list of the model, never its rank among the folders that
+happen to be present: a data set with one class missing would otherwise shift every later label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from lrrobust.errors import DataError, UnknownNameError
+
+#: WordNet ids in label order; read from the package on first use.
+TINY_IMAGENET_200: tuple[str, ...]
+IMAGENET_1K: tuple[str, ...]
+
+_PACKAGED = {"tiny-imagenet-200": "tiny_imagenet_200.txt", "imagenet-1k": "imagenet_1k.txt"}
+_CONSTANTS = {"TINY_IMAGENET_200": "tiny-imagenet-200", "IMAGENET_1K": "imagenet-1k"}
+
+
+def load_class_list(name_or_path: str | Path) -> tuple[str, ...]:
+    """Classes in label order, of a known label space or of a text file with one class a line.
+
+    Args:
+        name_or_path: "tiny-imagenet-200", "imagenet-1k", or the path of a UTF-8 text file.
+
+    Raises:
+        UnknownNameError: it is neither a known name nor a file.
+        DataError: the file is empty, cannot be read, or holds an empty line or a class twice.
+    """
+    if isinstance(name_or_path, str) and name_or_path in _PACKAGED:
+        return _load_packaged(name_or_path)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UnknownNameError("class list or file", str(name_or_path), _PACKAGED)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class list {path}: expected UTF-8 text with one class a line: {error}") from error
+    return _parse(text, str(path))
+
+
+def match_classes(
+    wnids: Sequence[str], classes: Sequence[str], known_classes: Collection[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Positions of the images whose class has a label, and those labels.
+
+    Args:
+        wnids: class of each image.
+        classes: all classes of the model in label order.
+        known_classes: if given, only images of these classes are kept as well.
+
+    Returns:
+        Two lists of equal length: positions in `wnids` (ascending), and positions in `classes`.
+
+    Raises:
+        DataError: `classes` holds a class twice, which would make its label ambiguous.
+    """
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    if len(label_of) != len(classes):
+        twice = next(wnid for label, wnid in enumerate(classes) if label_of[wnid] != label)
+        raise DataError(f"the class list names {twice!r} more than once; give every class one label")
+    if known_classes is not None:
+        known = set(known_classes)
+        label_of = {wnid: label for wnid, label in label_of.items() if wnid in known}
+    positions = [position for position, wnid in enumerate(wnids) if wnid in label_of]
+    return positions, [label_of[wnids[position]] for position in positions]
+
+
+@cache
+def _load_packaged(name: str) -> tuple[str, ...]:
+    file = resources.files("lrrobust.data") / "class_lists" / _PACKAGED[name]
+    return _parse(file.read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, where: str) -> tuple[str, ...]:
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        name = line.strip()
+        if not name:
+            raise DataError(f"class list {where}, line {number}: expected a class, found an empty line; remove it")
+        if name in line_of:
+            raise DataError(
+                f"class list {where}, line {number}: class {name!r} stands already on line {line_of[name]}; "
+                "give every class one line"
+            )
+        line_of[name] = number
+    if not line_of:
+        raise DataError(f"class list {where} is empty; expected one class a line, in label order")
+    return tuple(line_of)
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    if name in _CONSTANTS:
+        return _load_packaged(_CONSTANTS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,293 @@
+"""Read-only access to the files of a folder, a zip or a tar, all through one interface.
+
+Archives come from anywhere, so nothing is ever extracted to disk: names are only compared, links and
+special files are passed over, and the size of what is read is bounded.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import stat
+import tarfile
+import tempfile
+import threading
+import weakref
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from lrrobust.data.image_source import CorruptImageError
+from lrrobust.errors import DataError
+
+#: Ten times the largest image of ImageNet; stops a small archive from unpacking into all memory.
+MAX_MEMBER_BYTES = 200_000_000
+
+#: Encoded images of compressed tars are kept in memory up to here, and in a temporary file beyond.
+SPOOL_MEMORY_BYTES = 1_000_000_000
+
+#: <root>/<split>/<class>/images/<file> is the deepest layout there is, with one folder to spare. The
+#: bound ends the walk where a link leads back to a folder above it.
+_MAX_FOLDER_DEPTH = 5
+
+_DECOMPRESSORS: dict[str, Callable[[Path], BinaryIO]] = {
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.xz": lzma.open,
+    ".txz": lzma.open,
+    ".tar.bz2": bz2.open,
+}
+ARCHIVE_SUFFIXES = (".zip", ".tar", *_DECOMPRESSORS)
+
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError)
+
+
+class Span(NamedTuple):
+    """Where the bytes of a file lie in a larger one."""
+
+    offset: int
+    size_bytes: int
+
+
+class Spool:
+    """Bytes put away while a compressed archive streams by, since it cannot be read out of order.
+
+    Small ones stay in memory. A compressed copy of ImageNet would fill it, so past
+    `memory_bytes` everything moves to an unnamed temporary file, gone when the program ends.
+    """
+
+    def __init__(self, memory_bytes: int = SPOOL_MEMORY_BYTES) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=memory_bytes)
+        self._end = 0
+        self._lock = threading.Lock()
+        weakref.finalize(self, self._file.close)
+
+    def append(self, data: bytes) -> Span:
+        with self._lock:
+            self._file.seek(self._end)
+            self._file.write(data)
+            span = Span(self._end, len(data))
+            self._end += len(data)
+        return span
+
+    def read(self, span: Span) -> bytes:
+        with self._lock:
+            self._file.seek(span.offset)
+            return self._file.read(span.size_bytes)
+
+
+class FileTree(ABC):
+    """The files of a folder or an archive that end in one of `suffixes`.
+
+    Attributes:
+        path: of the folder or archive.
+        ignored_count: files passed over: other suffixes, links, hidden and unsafe names.
+    """
+
+    def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
+        self.path = path
+        self.ignored_count = 0
+        self._suffixes = tuple(suffixes)
+        self._names: set[str] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """Paths below the root of the tree, with forward slashes, ascending."""
+        return sorted(self._names)
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Content of one of `names`; safe from several threads.
+
+        Raises:
+            CorruptImageError: the content is damaged, cut short, or beyond `MAX_MEMBER_BYTES`.
+            DataError: the folder or archive is gone or cannot be read.
+        """
+
+    def _admit(self, raw_name: str) -> str | None:
+        """The clean form of the name of a regular file, or None, counted, where it is passed over."""
+        parts = [part for part in raw_name.split("/") if part != "."]
+        name = "/".join(parts)
+        is_safe = not any(part.startswith(".") or part in ("", "__MACOSX") for part in parts)
+        if not is_safe or not name.lower().endswith(self._suffixes):
+            self.ignored_count += 1
+            return None
+        if name in self._names:
+            raise DataError(f"{self.path} holds {name!r} twice; remove one")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{self.path}: the file name {name!r} is not UTF-8; rename it") from error
+        self._names.add(name)
+        return name
+
+    def _check_size(self, name: str, size_bytes: int) -> None:
+        if size_bytes > MAX_MEMBER_BYTES:
+            raise CorruptImageError(
+                f"{self.path}: {name!r} has {size_bytes} bytes; at most {MAX_MEMBER_BYTES} are read: remove it"
+            )
+
+
+class FolderTree(FileTree):
+    """A folder. It belongs to the user, so links in it are followed: subsets are often made of them."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
+        super().__init__(path, suffixes)
+        try:
+            for name in _walk(path, "", _MAX_FOLDER_DEPTH):
+                self._admit(name)
+        except OSError as error:
+            raise DataError(f"cannot list folder {path}: {error.strerror}: {error.filename!r}") from error
+
+    def read(self, name: str) -> bytes:
+        try:
+            with open(self.path / name, "rb") as file:
+                self._check_size(name, os.fstat(file.fileno()).st_size)
+                return file.read()
+        except OSError as error:
+            raise DataError(f"cannot read {self.path / name}: {error.strerror}") from error
+
+
+class ZipTree(FileTree):
+    """A zip archive (or a wheel, which is one)."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
+        super().__init__(path, suffixes)
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except (*_DAMAGE, NotImplementedError, UnicodeDecodeError) as error:
+            raise _damaged_archive(path, error) from error
+        weakref.finalize(self, self._zip.close)
+        for info in self._zip.infolist():
+            if info.is_dir():
+                continue
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG):  # 0: the zip was written where files have no such bits
+                self.ignored_count += 1
+            elif (name := self._admit(info.filename)) is not None:
+                self._members[name] = info
+
+    def read(self, name: str) -> bytes:
+        info = self._members[name]
+        self._check_size(name, info.file_size)
+        try:
+            return self._zip.read(info)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        except _DAMAGE as error:
+            raise CorruptImageError(f"{self.path}: {name!r} is damaged ({error}); replace or remove it") from error
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
+            raise DataError(f"{self.path}: cannot unpack {name!r} ({error}); pack the zip anew") from error
+
+
+class TarTree(FileTree):
+    """An uncompressed tar: its headers are read once, the files in it on demand."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
+        super().__init__(path, suffixes)
+        self._spans: dict[str, Span] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member, name in _regular_members(tar, self):
+                    self._spans[name] = Span(member.offset_data, member.size)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except _DAMAGE as error:
+            raise _damaged_archive(path, error) from error
+
+    def read(self, name: str) -> bytes:
+        span = self._spans[name]
+        self._check_size(name, span.size_bytes)
+        try:
+            # Opened anew each time, so that threads and forked processes share no file position.
+            with open(self.path, "rb") as file:
+                file.seek(span.offset)
+                data = file.read(span.size_bytes)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        if len(data) < span.size_bytes:
+            raise CorruptImageError(f"{self.path}: {name!r} is cut short; copy the archive anew")
+        return data
+
+
+class CompressedTarTree(FileTree):
+    """A compressed tar: streamed once, what is wanted of it put into `spool`."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str], spool: Spool) -> None:
+        super().__init__(path, suffixes)
+        self._spool = spool
+        self._spans: dict[str, Span] = {}
+        self._oversized: dict[str, int] = {}
+        decompress = next(open_ for suffix, open_ in _DECOMPRESSORS.items() if path.name.lower().endswith(suffix))
+        try:
+            with decompress(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member, name in _regular_members(tar, self):
+                    if member.size > MAX_MEMBER_BYTES:
+                        self._oversized[name] = member.size
+                    else:
+                        self._spans[name] = spool.append(tar.extractfile(member).read())
+                while stream.read(1 << 20):  # to the end, where the checksum of the compression lies
+                    pass
+        except _DAMAGE as error:
+            raise _damaged_archive(path, error) from error
+        except OSError as error:
+            if error.errno is None:  # not from the system: bz2 says so of damaged content
+                raise _damaged_archive(path, error) from error
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+    def read(self, name: str) -> bytes:
+        if name in self._oversized:
+            self._check_size(name, self._oversized[name])
+        return self._spool.read(self._spans[name])
+
+
+def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
+    """The files below a folder or in an archive that end in one of the lower-case `suffixes`.
+
+    Raises:
+        DataError: `path` is neither a folder nor an archive of a known kind, or cannot be read to
+            its end, or holds a file twice.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        return FolderTree(path, suffixes)
+    if name.endswith((".zip", ".whl")):
+        return ZipTree(path, suffixes)
+    if name.endswith(".tar"):
+        return TarTree(path, suffixes)
+    if name.endswith(tuple(_DECOMPRESSORS)):
+        return CompressedTarTree(path, suffixes, spool)
+    raise DataError(f"{path} is neither a folder nor an archive; archives end in {', '.join(ARCHIVE_SUFFIXES)}")
+
+
+def _walk(root: Path, below: str, depth: int) -> Iterator[str]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if depth > 0 and not entry.name.startswith("."):
+                    yield from _walk(root, f"{below}{entry.name}/", depth - 1)
+            elif entry.is_file():
+                yield f"{below}{entry.name}"
+
+
+def _regular_members(tar: tarfile.TarFile, tree: FileTree) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    for member in tar:
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            tree.ignored_count += 1
+        elif (name := tree._admit(member.name)) is not None:
+            yield member, name
+
+
+def _damaged_archive(path: Path, error: Exception) -> DataError:
+    kind = "zip" if isinstance(error, zipfile.BadZipFile) else "tar"
+    return DataError(f"{path} is damaged, cut short or no {kind} archive ({error}); copy or download it anew")

@@ -1,0 +1,150 @@
+"""Which files of a tree are images of which class: the folder layouts of ImageNet and its kin."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lrrobust.data.file_trees import FileTree, Spool
+from lrrobust.data.ilsvrc import FLAT_NAME, load_validation_wnids
+from lrrobust.data.image_source import IMAGE_SUFFIXES
+from lrrobust.errors import DataError
+
+#: What `label_files` has to see of a tree.
+LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt")
+
+#: Folders of these names hold a split and never a class, so that the unlabelled `test/images` of
+#: Tiny-ImageNet does not become a class "test".
+_SPLIT_FOLDERS = ("train", "val", "validation", "test")
+
+_ANNOTATIONS = "val_annotations.txt"
+_WNID = re.compile(r"n\d{8}")
+
+
+class LabelledFile(NamedTuple):
+    """An image of a tree: its class, and its name there."""
+
+    wnid: str
+    name: str
+
+
+class Labelling(NamedTuple):
+    """The labelled images of one split of a tree.
+
+    `split` is the folder they were chosen from where the tree offered several or one was asked for.
+    """
+
+    files: list[LabelledFile]
+    split: str | None
+    ignored_count: int
+
+
+def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
+    """Find the images of a tree and their classes.
+
+    Understood are, below any folders: `<class>/<image>`, `<class>/images/<image>`, Tiny-ImageNet's
+    `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images
+    with the development kit beside them. Of several sets of class folders `val` is taken.
+
+    Args:
+        tree: opened with `LAYOUT_SUFFIXES`.
+        split: name of the folder right above the class folders, or None to choose.
+        spool: passed on when a compressed development kit has to be read.
+
+    Raises:
+        DataError: there is no labelled image, or it is unclear which folder is meant.
+    """
+    names = tree.names
+    annotations = {
+        posixpath.dirname(name): _read_annotations(tree, name)
+        for name in names
+        if posixpath.basename(name) == _ANNOTATIONS
+    }
+    groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
+    ignored_count = tree.ignored_count
+    has_unlabelled = False
+    for name in names:
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            ignored_count += posixpath.basename(name) != _ANNOTATIONS
+            continue
+        folder, file = posixpath.split(name)
+        if posixpath.basename(folder) == "images":
+            folder = posixpath.dirname(folder)
+            if folder in annotations and file in annotations[folder]:
+                groups[folder].append((annotations[folder][file], name))
+                continue
+        above, wnid = posixpath.split(folder)
+        if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid):
+            groups[folder].append((None, name))
+        elif wnid and wnid not in _SPLIT_FOLDERS:
+            groups[above].append((wnid, name))
+        else:
+            has_unlabelled = True
+            ignored_count += 1
+    chosen = _choose_group(tree.path, groups, split, has_unlabelled)
+    files = groups[chosen]
+    if any(wnid is None for wnid, _ in files):
+        files = _label_flat(tree.path, [name for _, name in files], spool)
+    has_choice = split is not None or len(groups) > 1
+    return Labelling(
+        [LabelledFile(wnid, name) for wnid, name in files],
+        posixpath.basename(chosen) if has_choice else None,
+        ignored_count,
+    )
+
+
+def _choose_group(path: Path, groups: dict[str, list], split: str | None, has_unlabelled: bool) -> str:
+    if not groups:
+        found = "images outside of any class folder" if has_unlabelled else "no image"
+        hint = ""
+        if path.is_dir() and any(file.suffix in (".tar", ".xz", ".gz", ".zip") for file in path.iterdir()):
+            hint = "; to read archives in it, give their names or a pattern such as 'folder/train-*.tar.xz'"
+        raise DataError(f"{path}: expected images in one folder a class (<class>/<image>), found {found}{hint}")
+    wanted = split if split is not None else "val"
+    if split is None and len(groups) == 1:
+        return next(iter(groups))
+    matches = [above for above in groups if posixpath.basename(above) == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    present = ", ".join(repr(above or ".") for above in sorted(groups)[:5]) + (", ..." if len(groups) > 5 else "")
+    if split is not None and not matches:
+        raise DataError(f"{path}: expected class folders in a folder {split!r}, found them in {present}")
+    raise DataError(
+        f"{path}: expected class folders in one place, found them in {present}; "
+        f"name the one folder to read, as in '{path.name}#train', or give its own path"
+    )
+
+
+def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
+    """File name -> class, from the tab-separated lines `file class x0 y0 x1 y1`."""
+    try:
+        lines = tree.read(name).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{tree.path}: {name!r} is not text: {error}") from error
+    wnid_of: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        fields = line.split("\t")
+        if len(fields) < 2 or not fields[0] or not fields[1].strip():
+            raise DataError(
+                f"{tree.path}: {name!r}, line {number}: expected a file name, a tab and a class, found {line!r}"
+            )
+        wnid_of[fields[0]] = fields[1].strip()
+    return wnid_of
+
+
+def _label_flat(path: Path, names: Sequence[str], spool: Spool) -> list[tuple[str, str]]:
+    wnids = load_validation_wnids(path, spool)
+    labelled = []
+    for name in names:
+        match = FLAT_NAME.fullmatch(posixpath.basename(name))
+        if match is None:
+            raise DataError(f"{path}: {name!r} lies among ILSVRC2012 validation images and is none; remove it")
+        number = int(match[1])
+        if not 1 <= number <= len(wnids):
+            raise DataError(f"{path}: {name!r} has no label; the development kit labels 1 to {len(wnids)}")
+        labelled.append((wnids[number - 1], name))
+    return labelled

@@ -1,0 +1,123 @@
+"""From what a user writes to a data set: `open_dataset`."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lrrobust.data.avc_photos import open_photos
+from lrrobust.data.file_trees import FileTree, Spool, open_tree
+from lrrobust.data.image_source import ImageSource
+from lrrobust.data.layouts import LAYOUT_SUFFIXES, label_files
+from lrrobust.errors import DataError
+
+__all__ = ["PHOTOS", "FileImages", "ImageSource", "open_dataset"]
+
+#: The data set that needs no files of the user.
+PHOTOS = "photos"
+
+
+class TreeFile(NamedTuple):
+    """A labelled image and where it lies; tuples of it sort by key."""
+
+    key: str
+    wnid: str
+    name: str
+    tree: FileTree
+
+
+class FileImages(ImageSource):
+    """Images in folders and archives.
+
+    Args:
+        name: what a report calls the data set.
+        files: the images, in any order.
+        ignored_count: how many files were passed over.
+    """
+
+    def __init__(self, name: str, files: Sequence[TreeFile], ignored_count: int) -> None:
+        self._files = sorted(files, key=lambda file: file.key)
+        keys = [file.key for file in self._files]
+        super().__init__(name, keys, [file.wnid for file in self._files], ignored_count)
+
+    def read_bytes(self, index: int) -> bytes:
+        file = self._files[index]
+        return file.tree.read(file.name)
+
+
+def open_dataset(spec: str | Path) -> ImageSource:
+    """Find the images of a data set; none is decoded yet.
+
+    Args:
+        spec: "photos" (500 labelled photos, fetched once), or the path of a folder, a zip or a tar
+            (.tar, .tar.gz, .tar.xz, .tar.bz2) with one folder of images a class; the layouts of
+            Tiny-ImageNet and of ImageNet's validation tar are understood too. Several paths are
+            separated by commas, and a path may be a pattern, as in `train-*.tar.xz`. Where there
+            are several splits `val` is read; `PATH#train` reads another. A Path object always
+            means a file or folder, never "photos".
+
+    Raises:
+        DataError: nothing is there, it holds no labelled image, two images have the same key, an
+            archive is damaged, or the photos cannot be fetched.
+    """
+    if spec == PHOTOS:
+        return open_photos()
+    spool = Spool()
+    names: list[str] = []
+    files: list[TreeFile] = []
+    ignored_count = 0
+    for part in _split_parts(str(spec)):
+        pattern, split = _split_fragment(part)
+        chosen_split = None
+        for path in _expand(pattern):
+            tree = open_tree(path, LAYOUT_SUFFIXES, spool)
+            labelling = label_files(tree, split, spool)
+            chosen_split = chosen_split or labelling.split
+            ignored_count += labelling.ignored_count
+            files += [
+                TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files
+            ]
+        names.append(_display_name(pattern, chosen_split))
+    return FileImages(",".join(names), files, ignored_count)
+
+
+def _split_parts(spec: str) -> list[str]:
+    if os.path.exists(spec):
+        return [spec]
+    parts = [part.strip() for part in spec.split(",")]
+    if not all(parts):
+        raise DataError(f"data set {spec!r}: expected '{PHOTOS}' or paths separated by commas, found an empty one")
+    return parts
+
+
+def _split_fragment(part: str) -> tuple[str, str | None]:
+    if os.path.exists(part) or "#" not in part:
+        return part, None
+    pattern, _, split = part.rpartition("#")
+    if not pattern or not split:
+        raise DataError(f"data set {part!r}: expected PATH#SPLIT, as in 'tiny-imagenet-200.zip#val'")
+    return pattern, split
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(os.path.expanduser(pattern))
+    if os.path.exists(path):
+        return [path]
+    if glob.has_magic(pattern):
+        if found := sorted(glob.glob(str(path))):
+            return [Path(name) for name in found]
+        raise DataError(f"data set {pattern!r}: no file or folder matches this pattern")
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*siblings, PHOTOS], n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else f"give a folder, a zip, a tar, or '{PHOTOS}'"
+    raise DataError(f"data set {pattern!r}: there is no such file or folder; {hint}")
+
+
+def _display_name(pattern: str, split: str | None) -> str:
+    name = Path(pattern).name or Path(pattern).absolute().name
+    return name if split is None else f"{name}#{split}"

@@ -1,0 +1,200 @@
+"""Files of trained weights: what is in them, how they are written and read.
+
+One safetensors file holds the tensors and, in its header, everything needed to use and to judge them
+(`WeightsMetadata`). Matrices and kernels are stored as int8 with one float32 scale per output channel,
+which quarters the file; they come back as float32. Reading never runs code out of a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lrrobust.errors import WeightsError
+
+_SCALE_SUFFIX = ".int8_scale"
+_METADATA_KEY = "lrrobust"
+#: Smaller tensors stay float32: they cost little and norms and biases are sensitive.
+_MIN_QUANTISED_SIZE = 4096
+#: At most this many differing keys are named when a checkpoint does not fit.
+_NAMED_DIFFERENCES = 3
+
+#: Weights that come with the package: model name -> file in the folder `trained` beside this module.
+SHIPPED_WEIGHTS: Mapping[str, str] = {}
+TRAINED_FOLDER = Path(__file__).parent / "trained"
+
+
+class Accuracy(BaseModel):
+    """Clean accuracy of the stored (quantised) weights on one set of images; fractions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    dataset_sha256: str
+    n: int
+    top1: float
+    top5: float
+    #: Before rounding to int8.
+    top1_float32: float
+
+
+class WeightsMetadata(BaseModel):
+    """What a weights file says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    name: str
+    model: str
+    description: str
+    #: Class names in label order; for ImageNet models WordNet ids.
+    classes: tuple[str, ...]
+    input_size: int
+    resize_size: int
+    interpolation: Literal["bilinear", "bicubic"]
+    #: The training recipe as resolved, and how the training went.
+    recipe: dict[str, Any]
+    training: dict[str, Any]
+    accuracy: tuple[Accuracy, ...]
+    #: Of the stored tensors; guards against damage.
+    tensors_sha256: str = ""
+
+
+def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """int8 with one scale per output channel (first axis) for large matrices; the rest unchanged."""
+    stored: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        if tensor.ndim >= 2 and tensor.numel() >= _MIN_QUANTISED_SIZE and tensor.is_floating_point():
+            scale = tensor.float().flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            shape = (-1, *[1] * (tensor.ndim - 1))
+            stored[key] = (tensor.float() / scale.view(shape)).round().to(torch.int8).contiguous()
+            stored[key + _SCALE_SUFFIX] = scale
+        else:
+            stored[key] = tensor.detach().clone().contiguous()
+    return stored
+
+
+def dequantise(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The float32 tensors of `quantise`'s result, up to half a step of each channel's scale."""
+    state = {}
+    for key, tensor in stored.items():
+        if key.endswith(_SCALE_SUFFIX):
+            continue
+        scale = stored.get(key + _SCALE_SUFFIX)
+        state[key] = tensor if scale is None else tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+    return state
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes, independent of the order of the keys."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_weights(path: Path, stored: Mapping[str, torch.Tensor], metadata: WeightsMetadata) -> None:
+    """Writes quantised tensors and their metadata atomically; raises WeightsError where it cannot."""
+    complete = metadata.model_copy(update={"tensors_sha256": tensors_sha256(stored)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(stored), temporary, metadata={_METADATA_KEY: complete.model_dump_json()})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise WeightsError(f"cannot write weights to {path}: {error}; free space or choose another folder") from None
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata | None]:
+    """The float32 state and the metadata of a file of weights; None where the file carries none of ours.
+
+    Safetensors files, ours or plain, and pickled checkpoints of torch restricted to tensors
+    (`weights_only=True`), also wrapped as {"state_dict": ...} or {"model": ...}.
+
+    Raises:
+        WeightsError: no such file, not a file of weights, or damaged.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}: give the path of a .safetensors or .pt file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    # A safetensors file starts with the header's length, eight bytes, and the header's "{".
+    if head[8:] == b"{":
+        return _read_safetensors(path)
+    return _read_checkpoint(path), None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_METADATA_KEY)
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = None if header is None else WeightsMetadata.model_validate_json(header)
+    except (SafetensorError, OSError, ValidationError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} is not a readable weights file, fetch or train it again: {_one_line(error)}") from None
+    if metadata is not None and tensors_sha256(stored) != metadata.tensors_sha256:
+        raise WeightsError(f"{path} is damaged: its tensors do not have the sha256 its header states; fetch it again")
+    return dequantise(stored), metadata
+
+
+def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on files that are not its own
+        raise WeightsError(
+            f"{path} is neither a safetensors file nor a checkpoint of tensors only "
+            f"(torch.load with weights_only=True): {_one_line(error)}"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors")
+    # DistributedDataParallel prefixes every key.
+    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Loads a state into a module of exactly the same keys and shapes.
+
+    Raises:
+        WeightsError: names the first keys and shapes that differ.
+    """
+    wanted = module.state_dict()
+    differences = [f"{key} is missing" for key in wanted if key not in state]
+    differences += [f"{key} is not in the network" for key in state if key not in wanted]
+    differences += [
+        f"{key} is {tuple(state[key].shape)}, the network has {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if differences:
+        more = len(differences) - _NAMED_DIFFERENCES
+        tail = f" and {more} more differences" if more > 0 else ""
+        raise WeightsError(f"{where} does not fit the network: {'; '.join(differences[:_NAMED_DIFFERENCES])}{tail}")
+    module.load_state_dict(dict(state))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

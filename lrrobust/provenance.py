@@ -1,0 +1,67 @@
+"""Where a number comes from: versions, commit, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lrrobust
+
+_PACKAGES = ("torch", "torchvision", "torchattacks", "numba", "numpy", "pandas", "pyarrow")
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """JSON-ready record of the software and hardware that compute a result."""
+    import torch
+
+    return {
+        "lrrobust": lrrobust.__version__,
+        "commit": find_commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": describe_processor(),
+        "device": device if device == "cpu" else f"{device} ({torch.cuda.get_device_name()})",
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def find_commit() -> str | None:
+    """Commit of the checkout this package runs from, with "-dirty" when files differ; None when installed."""
+    root = Path(lrrobust.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def describe_processor() -> str:
+    """Model name of the processor and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,95 @@
+"""Training recipes: everything that decides what a training run computes, as a YAML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lrrobust.errors import ConfigError, UnknownNameError
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Phase(BaseModel):
+    """Some epochs at one image size; small images first make training cheaper (progressive resizing)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    epochs: int = Field(ge=1)
+    size: int = Field(ge=16, le=1024)
+
+
+class Recipe(BaseModel):
+    """A complete training recipe; the same one trains an LR-Net and its control."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    #: Label space of the data: a name known to `load_class_list`.
+    classes: str
+    #: Side of the images kept in memory, and of those the trained network is for.
+    image_size: int = Field(ge=16, le=1024)
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    batch_size: int = Field(ge=2)
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    #: Norm to which a step's gradient is clipped.
+    gradient_clip: float = Field(gt=0)
+    #: Share of all steps over which the learning rate rises linearly; a cosine takes it to zero after.
+    warmup: Fraction
+    label_smoothing: Fraction
+    #: Decay of the exponential moving average of the weights, which is what is evaluated and shipped.
+    ema_decay: Fraction
+    #: Smallest area of a random crop, as a share of the image.
+    crop_scale_min: float = Field(gt=0, le=1)
+    horizontal_flip: bool
+    precision: Literal["float32", "bf16"]
+    #: Training images held out, class-balanced, to follow the accuracy while training.
+    holdout: int = Field(ge=0)
+    seed: int = Field(ge=0)
+
+    @property
+    def epochs(self) -> int:
+        return sum(phase.epochs for phase in self.phases)
+
+    def size_of_epoch(self, epoch: int) -> int:
+        """Image size of epoch 0, 1, ..."""
+        for phase in self.phases:
+            if epoch < phase.epochs:
+                return phase.size
+            epoch -= phase.epochs
+        raise ValueError(f"the recipe {self.name} has {self.epochs} epochs, there is no epoch {epoch + self.epochs}")
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by name, or one in a YAML file.
+
+    Raises:
+        UnknownNameError: neither a shipped recipe nor a file.
+        ConfigError: names the file, the key, and what was expected there.
+    """
+    shipped = {path.stem: path for path in RECIPES_FOLDER.glob("*.yaml")}
+    path = shipped.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise UnknownNameError("recipe", str(name_or_path), shipped)
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    try:
+        # Through JSON, because pydantic's strict mode takes lists for tuples there only.
+        return Recipe.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "(top level)"
+        raise ConfigError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from None

@@ -1,0 +1,192 @@
+import io
+import os
+import tarfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lrrobust.data import file_trees
+from lrrobust.data.file_trees import CorruptImageError, Spool, open_tree
+from lrrobust.errors import DataError
+
+SUFFIXES = (".jpg", ".txt")
+FILES = {"a/1.jpg": b"one", "a/2.JPG": b"", "b/c/3.jpg": b"three" * 1000, "note.txt": b"text"}
+
+
+def _open(path, memory_bytes=1_000_000):
+    return open_tree(path, SUFFIXES, Spool(memory_bytes))
+
+
+def test_every_container_gives_the_same_files(tmp_path, container, pack):
+    tree = _open(pack(tmp_path / container, {**FILES, "a/skip.csv": b"x", ".hidden.jpg": b"x"}))
+    assert tree.names == sorted(FILES)
+    assert {name: tree.read(name) for name in tree.names} == FILES
+    assert tree.ignored_count == 2
+
+
+def test_leading_dots_are_dropped_and_mac_leftovers_ignored(tmp_path, pack_tar):
+    tree = _open(pack_tar(tmp_path / "x.tar", {"./a/1.jpg": b"1", "__MACOSX/a/1.jpg": b"2", "a/._1.jpg": b"3"}))
+    assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 2)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg", "a//1.jpg"])
+def test_unsafe_names_are_passed_over(tmp_path, pack, suffix, name):
+    tree = _open(pack(tmp_path / f"x{suffix}", {name: b"evil", "a/1.jpg": b"good"}))
+    assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
+    assert sorted(os.listdir(tmp_path)) == [f"x{suffix}"]  # reading extracts nothing
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
+        member = tarfile.TarInfo("a/link.jpg")
+        member.type = kind
+        member.linkname = str(secret)
+        archive.addfile(member)
+        regular = tarfile.TarInfo("a/1.jpg")
+        regular.size = 4
+        archive.addfile(regular, io.BytesIO(b"good"))
+    tree = _open(tmp_path / f"x{suffix}")
+    assert (tree.names, tree.ignored_count, tree.read("a/1.jpg")) == (["a/1.jpg"], 1, b"good")
+
+
+def test_links_in_a_zip_are_passed_over(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        link = zipfile.ZipInfo("a/link.jpg")
+        link.create_system = 3
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("a/1.jpg", b"good")
+    tree = _open(tmp_path / "x.zip")
+    assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
+
+
+def test_links_in_a_folder_are_followed_and_loops_end(tmp_path, pack_folder):
+    pack_folder(tmp_path / "elsewhere", {"1.jpg": b"one"})
+    root = pack_folder(tmp_path / "root", {"b/2.jpg": b"two"})
+    (root / "a").symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
+    tree = _open(root)
+    assert {name: tree.read(name) for name in tree.names} == {"a/1.jpg": b"one", "b/2.jpg": b"two", "b/3.jpg": b"one"}
+    (root / "b" / "up").symlink_to(root)
+    assert len(_open(root).names) < 20
+
+
+def test_size_limit_holds_for_every_container(tmp_path, container, pack, monkeypatch):
+    monkeypatch.setattr(file_trees, "MAX_MEMBER_BYTES", 100)
+    tree = _open(pack(tmp_path / container, {"a/big.jpg": b"x" * 101, "a/fits.jpg": b"x" * 100}))
+    assert len(tree.read("a/fits.jpg")) == 100
+    with pytest.raises(CorruptImageError, match=r"'a/big.jpg' has 101 bytes; at most 100"):
+        tree.read("a/big.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_truncated_archive_is_refused(tmp_path, pack, suffix):
+    path = pack(tmp_path / f"x{suffix}", {f"a/{i}.jpg": os.urandom(2000) for i in range(20)})
+    path.write_bytes(path.read_bytes()[:25_000])
+    with pytest.raises(DataError, match=r"is damaged, cut short or no .* archive .*anew"):
+        _open(path)
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.xz"])
+def test_damage_behind_the_last_file_is_noticed(tmp_path, pack, suffix):
+    path = pack(tmp_path / f"x{suffix}", {"a/1.jpg": b"one"})
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(DataError, match="cut short"):
+        _open(path)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz", ".tar.bz2"])
+@pytest.mark.parametrize("content", [b"", b"not an archive at all" * 100])
+def test_other_content_is_refused(tmp_path, suffix, content):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cut short or no"):
+        _open(path)
+
+
+def test_unknown_kind_names_the_known_ones(tmp_path):
+    (tmp_path / "x.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match=r"x.rar is neither a folder nor an archive; .*\.zip, \.tar, \.tar\.gz"):
+        _open(tmp_path / "x.rar")
+
+
+def test_damaged_zip_member_is_corrupt(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.jpg", b"the content of the file")
+    raw = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(raw.replace(b"the content", b"THE content", 1))
+    with pytest.raises(CorruptImageError, match="'a/1.jpg' is damaged"):
+        _open(tmp_path / "x.zip").read("a/1.jpg")
+
+
+def test_file_twice_in_an_archive_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for content in (b"old", b"new"):
+            member = tarfile.TarInfo("a/1.jpg")
+            member.size = 3
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match="holds 'a/1.jpg' twice"):
+        _open(tmp_path / "x.tar")
+
+
+def test_name_that_is_not_text_is_refused(tmp_path, pack_tar):
+    with pytest.raises(DataError, match="not UTF-8"):
+        _open(pack_tar(tmp_path / "x.tar", {"a/\udcff.jpg": b"x"}))
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x"])
+def test_vanished_file_is_named_and_is_not_corruption(tmp_path, pack, name):
+    path = pack(tmp_path / name, {"a/1.jpg": b"one"})
+    tree = _open(path)
+    (path / "a/1.jpg" if path.is_dir() else path).unlink()
+    with pytest.raises(DataError, match="cannot read .*No such file") as caught:
+        tree.read("a/1.jpg")
+    assert not isinstance(caught.value, CorruptImageError)
+
+
+def test_tar_cut_after_it_was_listed_is_corrupt(tmp_path, pack_tar):
+    path = pack_tar(tmp_path / "x.tar", {"a/1.jpg": b"one" * 1000})
+    tree = _open(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CorruptImageError, match="cut short"):
+        tree.read("a/1.jpg")
+
+
+@pytest.mark.parametrize("memory_bytes", [10, 1_000_000])
+def test_spool_gives_back_what_went_in(memory_bytes):
+    spool = Spool(memory_bytes)
+    contents = [bytes([i]) * i for i in range(50)]
+    spans = []
+    for content in contents:
+        spans.append(spool.append(content))
+        assert spool.read(spans[0]) == contents[0]  # reading in between moves no later write
+    assert [spool.read(span) for span in spans] == contents
+
+
+def test_spool_lets_one_thread_at_a_time_move_its_file():
+    class SlowFile(io.BytesIO):
+        def seek(self, *where):
+            super().seek(*where)
+            time.sleep(0.001)  # long enough for another thread to seek elsewhere
+
+    spool = Spool()
+    spool._file = SlowFile()
+    spans = [spool.append(bytes([i]) * 3) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(spool.read, spans)) == [bytes([i]) * 3 for i in range(40)]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_reading_from_threads(tmp_path, pack, suffix):
+    files = {f"a/{i}.jpg": bytes([i]) * (i * 300) for i in range(100)}
+    tree = _open(pack(tmp_path / f"x{suffix}", files), memory_bytes=100)
+    names = list(files) * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tree.read, names)) == [files[name] for name in names]

@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+
+from lrrobust.data.file_trees import CorruptImageError
+from lrrobust.data.sources import open_dataset
+from lrrobust.errors import DataError
+
+
+def _content(source):
+    return {key: (wnid, source.read_bytes(i)) for i, (key, wnid) in enumerate(zip(source.keys, source.wnids))}
+
+
+@pytest.fixture
+def expected(pets):
+    return {key: (key.split("/")[0], content) for key, content in pets.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "train/", "any/where/"])
+def test_class_folders_in_every_container(tmp_path, container, pack, pets, expected, prefix):
+    path = pack(tmp_path / container, {prefix + key: content for key, content in pets.items()})
+    source = open_dataset(path)
+    assert _content(source) == expected
+    assert list(source.keys) == sorted(pets)
+    assert source.name == container
+
+
+def test_images_decode(tmp_path, pack_zip, pets):
+    source = open_dataset(pack_zip(tmp_path / "pets.zip", pets))
+    assert len(source) == 5
+    image = source.read(source.keys.index("cat/3.png"))
+    pixels = np.random.default_rng(2).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_images_subfolder_as_in_tiny_imagenet(tmp_path, container, pack, pets, expected):
+    files = {key.replace("/", "/images/"): content for key, content in pets.items()}
+    files["cat/cat_boxes.txt"] = b"1.jpg\t0\t0\t7\t7\n"
+    source = open_dataset(pack(tmp_path / container, files))
+    assert _content(source) == expected
+    assert source.ignored_count == 1
+
+
+def _tiny(pets):
+    """The layout of the public zip, with the pets as validation images."""
+    root = "tiny-imagenet-200"
+    files = {f"{root}/wnids.txt": b"dog\ncat\n", f"{root}/test/images/test_0.JPEG": pets["cat/1.jpg"]}
+    files[f"{root}/train/cat/images/cat_0.JPEG"] = pets["cat/2.jpg"]
+    lines = []
+    for key, content in pets.items():
+        wnid, file = key.split("/")
+        files[f"{root}/val/images/{wnid}_{file}"] = content
+        lines.append(f"{wnid}_{file}\t{wnid}\t0\t0\t7\t7\n")
+    files[f"{root}/val/val_annotations.txt"] = "".join(lines).encode()
+    return files
+
+
+def test_tiny_imagenet_chooses_val_and_says_so(tmp_path, container, pack, pets):
+    source = open_dataset(pack(tmp_path / container, _tiny(pets)))
+    assert source.name == f"{container}#val"
+    assert {key: content for key, (_, content) in _content(source).items()} == {
+        f"{key.split('/')[0]}/{key.replace('/', '_')}": content for key, content in pets.items()
+    }
+    assert source.ignored_count == 2  # wnids.txt and the unlabelled test image
+
+
+def test_fragment_chooses_the_split(tmp_path, container, pack, pets):
+    path = pack(tmp_path / container, _tiny(pets))
+    source = open_dataset(f"{path}#train")
+    assert (source.name, source.keys, source.wnids) == (f"{container}#train", ("cat/cat_0.JPEG",), ("cat",))
+    assert open_dataset(f"{path}#val").keys == open_dataset(path).keys
+
+
+def test_unknown_split_lists_what_is_there(tmp_path, pack_zip, pets):
+    path = pack_zip(tmp_path / "tiny.zip", _tiny(pets))
+    with pytest.raises(DataError, match=r"in a folder 'test', found them in .*/train', .*/val'"):
+        open_dataset(f"{path}#test")
+
+
+def test_imagenet_root_chooses_val(tmp_path, pack_folder, pets):
+    files = {f"train/{key}": pets["dog/2.JPEG"] for key in ["cat/9.jpg", "dog/8.jpg"]}
+    root = pack_folder(tmp_path / "imagenet", {**files, **{f"val/{key}": content for key, content in pets.items()}})
+    assert open_dataset(root).keys == tuple(sorted(pets))
+    assert open_dataset(root).name == "imagenet#val"
+    assert open_dataset(f"{root}#train").keys == ("cat/9.jpg", "dog/8.jpg")
+
+
+def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack_folder, pets):
+    root = pack_folder(tmp_path / "r", {f"{part}/{key}": image for part in ("x", "y") for key, image in pets.items()})
+    with pytest.raises(DataError, match=r"in one place, found them in 'x', 'y'; .*'r#train'"):
+        open_dataset(root)
+    assert len(open_dataset(f"{root}#y")) == 5
+
+
+def test_several_archives_by_pattern_and_by_comma(tmp_path, pack_tar, pets):
+    names = sorted(pets)
+    for i, part in enumerate([names[:2], names[2:3], names[3:]]):
+        pack_tar(tmp_path / f"train-{i}.tar.xz", {f"train/{name}": pets[name] for name in part})
+    by_pattern = open_dataset(f"{tmp_path}/train-*.tar.xz")
+    by_comma = open_dataset(",".join(f"{tmp_path}/train-{i}.tar.xz" for i in (2, 0, 1)))
+    assert _content(by_pattern) == _content(by_comma)
+    assert list(by_pattern.keys) == list(by_comma.keys) == names
+    assert by_pattern.name == "train-*.tar.xz"
+    assert by_comma.name == "train-2.tar.xz,train-0.tar.xz,train-1.tar.xz"
+
+
+def test_path_that_holds_special_characters_is_taken_literally(tmp_path, pack_folder, pets):
+    for name in ["a,b", "a#val", "a[1]"]:
+        assert len(open_dataset(str(pack_folder(tmp_path / name, pets)))) == 5
+
+
+def test_same_key_twice_is_refused(tmp_path, pack_zip, pack_tar, pets):
+    one, two = pack_zip(tmp_path / "1.zip", pets), pack_tar(tmp_path / "2.tar", {"cat/2.jpg": b"other"})
+    with pytest.raises(DataError, match=r"1.zip,2.tar: two images are called 'cat/2.jpg'"):
+        open_dataset(f"{one},{two}")
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, pack_folder, pets):
+    extra = {"README.md": b"x", "cat/notes.csv": b"x", "loose.jpg": b"x", "labels.txt": b"x"}
+    assert open_dataset(pack_folder(tmp_path / "pets", {**pets, **extra})).ignored_count == 4
+
+
+def test_missing_path_offers_near_names(tmp_path, pack_zip, pets):
+    pack_zip(tmp_path / "animals.zip", pets)
+    with pytest.raises(DataError, match=r"there is no such file or folder; did you mean animals.zip\?"):
+        open_dataset(tmp_path / "animal.zip")
+    with pytest.raises(DataError, match="give a folder, a zip, a tar, or 'photos'"):
+        open_dataset(tmp_path / "none" / "x")
+    with pytest.raises(DataError, match=r"did you mean photos\?"):
+        open_dataset("photo")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing-*.zip", "no file or folder matches"),
+        ("a.zip,,b.zip", "found an empty one"),
+        ("", "found an empty one"),
+        ("#val", "PATH#SPLIT"),
+    ],
+)
+def test_unusable_spec_is_refused(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        open_dataset(spec)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "found no image$"),
+        ({"cat/notes.txt": b"x"}, "found no image$"),
+        ({"1.jpg": b"x", "val/2.jpg": b"x", "images/3.jpg": b"x"}, "found images outside of any class folder$"),
+        ({"part-1.tar.xz": b"x"}, r"found no image; to read archives in it, .*'folder/train-\*.tar.xz'"),
+    ],
+)
+def test_folder_without_labelled_images_is_refused(tmp_path, pack_folder, files, message):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match=message):
+        open_dataset(pack_folder(tmp_path / "data", files))
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.xz"])
+def test_empty_archive_is_refused(tmp_path, pack, suffix):
+    with pytest.raises(DataError, match="found no image"):
+        open_dataset(pack(tmp_path / f"x.{suffix}", {}))
+
+
+def test_file_that_is_no_archive_is_refused(tmp_path, encode):
+    (tmp_path / "1.jpg").write_bytes(encode())
+    with pytest.raises(DataError, match="neither a folder nor an archive"):
+        open_dataset(tmp_path / "1.jpg")
+
+
+def test_bad_annotation_line_is_named(tmp_path, pack_zip, pets):
+    files = _tiny(pets)
+    files["tiny-imagenet-200/val/val_annotations.txt"] = b"a.JPEG\tcat\nb.JPEG cat\n"
+    with pytest.raises(DataError, match=r"val_annotations.txt', line 2: expected a file name, a tab"):
+        open_dataset(pack_zip(tmp_path / "tiny.zip", files))
+
+
+def test_corrupt_image_is_named_when_read(tmp_path, pack_zip, pets):
+    source = open_dataset(pack_zip(tmp_path / "pets.zip", {**pets, "cat/2.jpg": pets["cat/2.jpg"][:200]}))
+    source.read(0)
+    with pytest.raises(CorruptImageError, match=r"pets.zip: image 'cat/2.jpg' is damaged, cut short"):
+        source.read(1)
