@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lrrobust.models.residual import ResidualNetwork, convolve_1x1
+from lrrobust.models.residual import PointwiseConvolution, ResidualNetwork
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Similarity
 
@@ -65,9 +65,9 @@ class LocalRelationLayer(nn.Module):
         self.similarity: Similarity = similarity
         self.channels_per_group = channels_per_group
         self.groups = -(-channels // channels_per_group)
-        self.query_key = nn.Sequential(convolve_1x1(channels, 2 * self.groups), nn.BatchNorm2d(2 * self.groups))
+        self.query_key = nn.Sequential(PointwiseConvolution(channels, 2 * self.groups), nn.BatchNorm2d(2 * self.groups))
         self.geometry = GeometryPrior(self.groups, kernel_size)
-        self.output = convolve_1x1(channels, channels)
+        self.output = PointwiseConvolution(channels, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         query, key = self.query_key(features).split(self.groups, dim=1)
@@ -86,7 +86,7 @@ class LocalRelationLayer(nn.Module):
 
 def _build(blocks: Sequence[int], num_classes: int) -> ResidualNetwork:
     stem = nn.Sequential(
-        convolve_1x1(3, 64),
+        PointwiseConvolution(3, 64),
         nn.BatchNorm2d(64),
         nn.ReLU(inplace=True),
         LocalRelationLayer(64, stride=2),

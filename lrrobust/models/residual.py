@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 #: (channels, stride) -> a layer (N, channels, H, W) -> (N, channels, ceil(H/stride), ceil(W/stride)).
@@ -37,8 +38,22 @@ class Normalization(nn.Module):
         return (images - self.mean) / self.std
 
 
-def convolve_1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+class PointwiseConvolution(nn.Conv2d):
+    """A 1x1 convolution without bias, computed as one matrix product over channels-last pixels.
+
+    The same numbers as `nn.Conv2d` up to rounding. On the CPU the library's convolution is up to six
+    times slower than its matrix product on the small maps of the last stages.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        step_y, step_x = self.stride
+        if (step_y, step_x) != (1, 1):
+            features = features[:, :, ::step_y, ::step_x]
+        pixels = features.permute(0, 2, 3, 1)
+        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class Bottleneck(nn.Module):
@@ -46,12 +61,12 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, outputs: int, stride: int, spatial_layer: SpatialLayer) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(convolve_1x1(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.reduce = nn.Sequential(PointwiseConvolution(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.mix = nn.Sequential(spatial_layer(width, stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        self.expand = nn.Sequential(convolve_1x1(width, outputs), nn.BatchNorm2d(outputs))
+        self.expand = nn.Sequential(PointwiseConvolution(width, outputs), nn.BatchNorm2d(outputs))
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(convolve_1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(PointwiseConvolution(inputs, outputs, stride), nn.BatchNorm2d(outputs))
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
