@@ -1,0 +1,419 @@
+"""Runs -> tables: robust accuracy with its interval, per attack and for the worst case."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lrrobust.errors import StoreError
+from lrrobust.results import SCHEMA_VERSION, Run, write_file
+from lrrobust.stats import median_with_failures, wilson_interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Name of the rows that count an image as broken when any attack of the norm breaks it.
+WORST_CASE = "worst_case"
+
+#: Columns of a summary. Accuracies and interval are fractions, eps and median_distance pixel units of
+#: [0, 1], wall_s seconds; dataset_sha256 tells apart datasets and subsets of one name.
+SUMMARY_COLUMNS = (
+    "model",
+    "weights",
+    "dataset",
+    "attack",
+    "norm",
+    "eps",
+    "n",
+    "clean_accuracy",
+    "robust_accuracy",
+    "ci_low",
+    "ci_high",
+    "median_distance",
+    "wall_s",
+    "is_complete",
+    "run",
+    "dataset_sha256",
+)
+
+#: Columns of the curves of minimal-norm attacks; units as in a summary.
+CURVE_COLUMNS = (
+    "model",
+    "weights",
+    "dataset",
+    "attack",
+    "norm",
+    "eps",
+    "n",
+    "robust_accuracy",
+    "ci_low",
+    "ci_high",
+    "is_complete",
+    "run",
+    "dataset_sha256",
+)
+
+
+def summarise_run(run: Run) -> pd.DataFrame:
+    """One row for each attack and eps, then one `worst_case` row for each eps of a norm.
+
+    An attack's rows cover the images it has finished. The worst case covers the images that every
+    attack of the norm has finished, and is given for norms with more than one attack: an image counts
+    as broken at eps when any of them has a verified adversarial image within eps, be it one found at
+    a smaller eps or by a minimal-norm attack. It hence never rises with eps, nor with more attacks.
+
+    Returns:
+        Columns `SUMMARY_COLUMNS`. `median_distance` is over the images correct when clean, in the
+        norm of the attack, failures counted as infinity; `is_complete` is that of the run; `wall_s`
+        adds up the rows summarised.
+
+    Raises:
+        StoreError: the manifest does not say what was evaluated.
+    """
+    return _summary(run, run.folder.resolve().name)
+
+
+def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+    """The summaries of `runs`, one after the other; runs are never pooled.
+
+    Returns:
+        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or a folder is given twice.
+    """
+    return _stacked([_summary(run, name) for name, run in _named(runs).items()], SUMMARY_COLUMNS)
+
+
+def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
+    """Robust accuracy at every eps at once, for the attacks that search the nearest adversarial image.
+
+    These are the attacks with rows at eps = infinity. Their robust accuracy at eps is the share of
+    images that are correct when clean and whose adversarial image is farther away than eps: a step
+    function, given by its value at 0 and at each distance found.
+
+    Returns:
+        Columns `CURVE_COLUMNS`, eps ascending within each run and attack.
+    """
+    curves = []
+    for name, run in _named(runs).items():
+        verdicts = _verdicts(run)
+        unbounded = verdicts[np.isinf(verdicts["eps"])]
+        for (attack, norm), group in unbounded.groupby(["attack", "norm"], sort=False):
+            broken_at = np.where(group["is_clean_correct"], group["distance"], 0.0)
+            steps = np.unique(np.append(broken_at[np.isfinite(broken_at)], 0.0))
+            robust = len(group) - np.searchsorted(np.sort(broken_at), steps, side="right")
+            low, high = np.transpose([wilson_interval(count, len(group)) for count in robust.tolist()])
+            curve = {"attack": attack, "norm": norm, "eps": steps, "n": len(group)}
+            curve |= {"robust_accuracy": robust / len(group), "ci_low": low, "ci_high": high}
+            curves.append(pd.DataFrame(_identity(run, name) | curve)[list(CURVE_COLUMNS)])
+    return _stacked(curves, CURVE_COLUMNS)
+
+
+def format_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of a summary as people read it: heading -> text, accuracies in percent.
+
+    An asterisk after n marks a run that is not complete.
+
+    >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
+    ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
+    ...     "ci_high": 0.531, "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True,
+    ...     "run": "first"})["eps"]
+    '0.5/255'
+    """
+    return {
+        "model": row["model"],
+        "weights": "-" if pd.isna(row["weights"]) else row["weights"],
+        "dataset": row["dataset"],
+        "attack": row["attack"],
+        "norm": row["norm"],
+        "eps": format_eps(row["eps"], row["norm"]),
+        "n": f"{row['n']}" if row["is_complete"] else f"{row['n']}*",
+        "clean %": _percent(row["clean_accuracy"]),
+        "robust %": _percent(row["robust_accuracy"]),
+        "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
+        "median distance": _format_distance(row["median_distance"], row["norm"]),
+        "time": _format_duration(row["wall_s"]),
+        "run": row["run"],
+    }
+
+
+def format_eps(eps: float, norm: str) -> str:
+    """A radius in pixel units as people write it.
+
+    >>> format_eps(4 / 255, "linf"), format_eps(0.5, "l2"), format_eps(float("inf"), "l2")
+    ('4/255', '0.5', 'any')
+    """
+    if math.isinf(eps):
+        return "any"
+    return f"{eps * 255:.4g}/255" if norm == "linf" and eps > 0 else f"{eps:.4g}"
+
+
+def render_table(summary: pd.DataFrame) -> Table:
+    """The summary for a terminal; unfinished runs are named below it."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = [format_row(row) for row in summary.to_dict("records")]
+    # What all rows share goes above the table, which is wide enough without.
+    shared = [name for name in _IDENTITY_HEADINGS if len({row[name] for row in rows}) == 1]
+    title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
+    unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
+    caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
+    table = Table(box=box.SIMPLE, title=escape(title) or None, caption=escape(caption) or None)
+    shown = [heading for heading in (rows[0] if rows else ()) if heading not in shared]
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading in _TEXT_HEADINGS else "right")
+    for row in rows:
+        table.add_row(*(escape(row[heading]) for heading in shown))
+    return table
+
+
+def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
+    """Write `robust_accuracy.csv`, `robust_accuracy.md` and a figure for each dataset and norm.
+
+    The CSV holds a summary at full precision, the Markdown what people read, with the dataset,
+    fingerprints and versions above the numbers. Figures come as PNG and SVG.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StoreError: there are no runs, a manifest does not say what was evaluated, or `out_dir` cannot
+            be written.
+    """
+    # Matplotlib takes most of a second to load; tables do without.
+    from lrrobust.plots import plot_robustness_curves
+
+    if not runs:
+        raise StoreError("expected at least one run to report, found none: give the folder of a run")
+    out_dir = Path(out_dir)
+    summary, curves = summarise(runs), minimal_norm_curves(runs)
+    figures: dict[str, list[Path]] = {}
+    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
+        for norm in of_dataset["norm"].unique():
+            stem = f"robust_accuracy_{_slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
+            paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
+            figures.setdefault(sha256, []).extend(paths)
+
+    table, text = out_dir / "robust_accuracy.csv", out_dir / "robust_accuracy.md"
+    write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
+    write_file(text, _markdown(runs, summary, figures).encode())
+    return [table, text, *(path for paths in figures.values() for path in paths)]
+
+
+_HOW_TO_READ = (
+    "Accuracies in percent of all images; an image misclassified without attack counts as broken. "
+    "Intervals are 95 % Wilson intervals. Distances are medians over the images correct when clean, "
+    "a failed attack counting as infinite."
+)
+
+_IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
+_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "attack", "norm"}
+
+
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run under the end of its path, as long as it takes for all to differ."""
+    folders = [run.folder.resolve() for run in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise StoreError(f"expected different runs, got {folder} twice: give each once")
+    depth = 1
+    while len(names := {"/".join(folder.parts[-depth:]): run for folder, run in zip(folders, runs)}) < len(runs):
+        depth += 1
+    return names
+
+
+def _summary(run: Run, name: str) -> pd.DataFrame:
+    verdicts = _verdicts(run)
+    records = [
+        {"attack": attack, "norm": norm, "eps": eps} | _accuracies(group)
+        for (attack, norm), of_attack in verdicts.groupby(["attack", "norm"], sort=False)
+        for eps, group in of_attack.groupby("eps")
+    ]
+    for norm, of_norm in verdicts.groupby("norm", sort=False):
+        records.extend({"attack": WORST_CASE, "norm": norm} | record for record in _worst_cases(run, norm, of_norm))
+    identity = _identity(run, name)
+    return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
+
+
+def _verdicts(run: Run) -> pd.DataFrame:
+    """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known."""
+    rows = run.rows
+    distance = np.where(
+        rows["norm"] == "linf",
+        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
+        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
+    )
+    return pd.DataFrame(
+        {
+            "index": rows["index"].to_numpy(np.int64),
+            "attack": rows["attack"].to_numpy(object),
+            "norm": rows["norm"].to_numpy(object),
+            "eps": rows["eps"].to_numpy(np.float64),
+            "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
+            "is_broken": rows["is_broken"].to_numpy(bool),
+            "distance": distance,
+            "wall_s": rows["wall_s"].to_numpy(np.float64),
+        }
+    )
+
+
+def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
+    """Numbers of one attack at one eps; `verdicts` has one row for each image, at least one."""
+    n, robust = len(verdicts), int((~verdicts["is_broken"]).sum())
+    attacked = verdicts.loc[verdicts["is_clean_correct"], "distance"]
+    low, high = wilson_interval(robust, n)
+    return {
+        "n": n,
+        "clean_accuracy": len(attacked) / n,
+        "robust_accuracy": robust / n,
+        "ci_low": low,
+        "ci_high": high,
+        "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
+        "wall_s": float(verdicts["wall_s"].sum()),
+    }
+
+
+def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    attacks = {spec["name"] for spec in _required(run, "attacks") if spec["norm"] == norm}
+    if len(attacks) < 2:
+        return
+    finished = verdicts.groupby("index")["attack"].nunique() == len(attacks)
+    verdicts = verdicts[verdicts["index"].map(finished)]
+    if verdicts.empty:
+        return
+    # The smallest eps at which each row proves its image broken. A distance may exceed the eps it was
+    # accepted at by the tolerance of the ball, hence the minimum of both.
+    breaking_eps = np.minimum(verdicts["eps"], verdicts["distance"]).where(verdicts["is_broken"], np.inf)
+    verdicts = verdicts.assign(breaking_eps=breaking_eps.where(verdicts["is_clean_correct"], 0.0))
+    images = verdicts.groupby("index").agg(
+        is_clean_correct=("is_clean_correct", "first"),
+        breaking_eps=("breaking_eps", "min"),
+        distance=("distance", "min"),
+    )
+    for eps, at_eps in verdicts.groupby("eps"):
+        # At eps = infinity `breaking_eps <= eps` would hold for the unbroken too.
+        is_broken = (images["breaking_eps"] <= eps) & np.isfinite(images["breaking_eps"])
+        yield {"eps": eps} | _accuracies(
+            images.assign(
+                is_broken=is_broken,
+                distance=images["distance"].where(is_broken, np.inf),
+                wall_s=at_eps.groupby("index")["wall_s"].sum(),
+            )
+        )
+
+
+def _identity(run: Run, name: str) -> dict[str, Any]:
+    weights = _required(run, "model", "weights")
+    return {
+        "model": _required(run, "model", "name"),
+        "weights": None if weights is None else str(weights),
+        "dataset": _required(run, "dataset", "name"),
+        "is_complete": run.is_complete,
+        "run": name,
+        "dataset_sha256": _required(run, "dataset", "sha256"),
+    }
+
+
+def _required(run: Run, *keys: str) -> Any:
+    value: Any = run.manifest
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise StoreError(
+                f"{run.folder}/manifest.json must hold {'.'.join(keys)}, found none: "
+                "restore it, or evaluate anew in another folder"
+            )
+        value = value[key]
+    return value
+
+
+def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    # Empty frames have no dtypes worth keeping, and pandas warns when it has to guess.
+    filled = [frame for frame in frames if not frame.empty]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
+
+
+def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, Sequence[Path]]) -> str:
+    by_dataset: dict[str, dict[str, Run]] = {}
+    for name, run in _named(runs).items():
+        by_dataset.setdefault(_required(run, "dataset", "sha256"), {})[name] = run
+
+    lines = ["# Robust accuracy", "", _HOW_TO_READ]
+    for sha256, of_dataset in by_dataset.items():
+        any_run = next(iter(of_dataset.values()))
+        name, n = _required(any_run, "dataset", "name"), _required(any_run, "dataset", "n")
+        lines += ["", f"## {name}, n = {n}", ""]
+        lines += [f"Dataset sha256 `{sha256}`.", ""]
+        lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
+        lines += ["", *_markdown_table(summary[summary["dataset_sha256"] == sha256])]
+        for path in figures.get(sha256, ()):
+            if path.suffix == ".png":
+                lines += ["", f"![Robust accuracy against eps]({path.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(run: Run, name: str) -> str:
+    """One line on a run: identity, versions, and all that a reader must know to trust its numbers."""
+    manifest = run.manifest
+    text = f"`{name}`: {manifest['model']['name']}, weights {manifest['model']['weights'] or '-'}"
+    text += f", fingerprint `{manifest['fingerprint']}`, schema {SCHEMA_VERSION}"
+    provenance = manifest.get("provenance") or {}
+    versions = provenance.get("versions")
+    if isinstance(versions, Mapping):
+        text += ", " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    if provenance.get("commit"):
+        text += f", commit `{provenance['commit']}`"
+    for key, values in sorted(_mixed_metadata(run).items()):
+        text += f"; **computed with mixed {key}:** {', '.join(values)}"
+    if not run.is_complete:
+        planned = len(manifest.get("plan", {}).get("parts", []))
+        text += f"; **INCOMPLETE:** {len(run.part_metadata)} of {planned} parts, "
+        text += "numbers (marked * at n) cover only the images finished by each attack"
+    return text
+
+
+def _mixed_metadata(run: Run) -> dict[str, list[str]]:
+    """The metadata in which the parts of a run differ, such as devices, with their values."""
+    keys = {key for metadata in run.part_metadata.values() for key in metadata}
+    values = {key: sorted({part.get(key, "unknown") for part in run.part_metadata.values()}) for key in keys}
+    return {key: found for key, found in values.items() if len(found) > 1}
+
+
+def _markdown_table(summary: pd.DataFrame) -> list[str]:
+    rows = [format_row(row) for row in summary.to_dict("records")]
+    if not rows:
+        return ["No part is finished yet."]
+    headings = [heading for heading in rows[0] if heading != "dataset"]
+    rule = [":--" if heading in _TEXT_HEADINGS else "--:" for heading in headings]
+    cells = [headings, rule, *([row[heading].replace("|", "\\|") for heading in headings] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in cells]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _format_distance(distance: float, norm: str) -> str:
+    if math.isnan(distance):
+        return "-"
+    if math.isinf(distance):
+        return "inf"
+    return f"{distance * 255:.3g}/255" if norm == "linf" else f"{distance:.3g}"
+
+
+def _format_duration(wall_s: float) -> str:
+    if wall_s < 100:
+        return f"{wall_s:.3g} s"
+    return f"{wall_s / 60:.1f} min" if wall_s < 6000 else f"{wall_s / 3600:.1f} h"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

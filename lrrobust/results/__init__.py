@@ -1,0 +1,16 @@
+"""What a run leaves on disk: the columns of its rows, and the folder that holds them."""
+
+from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
+from lrrobust.results.store import Run, RunStore, find_runs, load_run, write_file
+
+__all__ = [
+    "OUTCOMES",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Run",
+    "RunStore",
+    "find_runs",
+    "load_run",
+    "rows_to_table",
+    "write_file",
+]

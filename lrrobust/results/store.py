@@ -1,0 +1,478 @@
+"""The folder of a run: a manifest, and one Parquet part for each attack and chunk of images.
+
+    <folder>/manifest.json                                what is evaluated, and its fingerprint
+    <folder>/parts/<attack>-<start>-<stop>.parquet        the rows of images start to stop - 1
+
+A part appears under its name complete or not at all (temporary file, fsync, rename), so its
+existence is the commit, and resuming means computing the parts that are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lrrobust.errors import StoreError
+from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_PART_NAME = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})\.parquet")
+_ATTACK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+# Parquet checksums its pages at most, never its headers and footer. The seal covers every byte: it
+# is the SHA-256 of the file with zeros in place of the digest itself.
+_SEAL = b"lrrobust-part-sha256:"
+_SEALED = re.compile(re.escape(_SEAL) + rb"([0-9a-f]{64})")
+_UNSEALED = _SEAL + b"0" * 64
+
+#: Keys of a manifest that tell sessions apart rather than runs.
+_SESSION_KEYS = {"fingerprint", "provenance", "sessions"}
+
+
+class PartId(NamedTuple):
+    """Images `start` to `stop` - 1 of the evaluated subset, under one attack at all its eps."""
+
+    attack: str
+    start: int
+    stop: int
+
+    @property
+    def stem(self) -> str:
+        return f"{self.attack}-{self.start:06d}-{self.stop:06d}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from disk.
+
+    Args:
+        folder: where it lies.
+        manifest: what was evaluated.
+        rows: the columns of `SCHEMA` in Arrow-backed dtypes, so that null and NaN stay apart; ordered
+            by attack as in the manifest, then by chunk.
+        is_complete: every part of the manifest's plan is there and valid.
+        part_metadata: for each part read, by its file's stem, what `write_part` was given.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    rows: pd.DataFrame
+    is_complete: bool
+    part_metadata: dict[str, dict[str, str]]
+
+
+class RunStore:
+    """A run folder opened for writing; at most one process has it open at a time.
+
+    Build it with `create_or_resume`. It is a context manager; the lock goes with `close`, with the
+    object, or with the process, however that ends.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: int | None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._release = weakref.finalize(self, os.close, lock) if lock is not None else lambda: None
+
+    @classmethod
+    def create_or_resume(cls, folder: Path, manifest: Mapping[str, Any]) -> RunStore:
+        """Open `folder` for the run described by `manifest`, new or begun before.
+
+        Args:
+            folder: created with its parents where missing.
+            manifest: plain JSON (no NaN or infinity) with at least `schema_version` and the
+                hexadecimal `fingerprint` of everything that decides the results. When the folder
+                holds a run of the same fingerprint, its manifest stays, and
+                `{"started_at", "provenance"}` of this session joins its list `sessions`.
+
+        Raises:
+            StoreError: the folder holds another run or a damaged manifest, is being written by
+                another process, or cannot be written.
+            ValueError: `manifest` is not what it must be.
+        """
+        folder = Path(folder)
+        # Through JSON, so that the manifest in memory is the one read back: tuples become lists.
+        manifest = json.loads(json.dumps(manifest, allow_nan=False))
+        _check_manifest(manifest)
+        with _explaining("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        try:
+            if (folder / _MANIFEST).exists():
+                manifest = _joined(folder, manifest)
+                if lock is not None:
+                    _remove_stale_files(folder)
+            elif (folder / "parts").exists():
+                raise StoreError(
+                    f"{folder} holds parts of a run but no {_MANIFEST}: restore it, or choose another folder"
+                )
+            else:
+                manifest["sessions"] = []
+            write_file(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+            with _explaining("write", folder):
+                (folder / "parts").mkdir(exist_ok=True)
+        except BaseException:
+            if lock is not None:
+                os.close(lock)
+            raise
+        return cls(folder, manifest, lock)
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write to the folder. Closing twice does no harm."""
+        self._release()
+
+    def write_part(
+        self, attack: str, start: int, stop: int, table: pa.Table, metadata: Mapping[str, str]
+    ) -> None:
+        """Commit the rows of one chunk; they survive a crash or power cut once this returns.
+
+        Args:
+            attack: name of the attack: letters, digits and `_ . + -`, not beginning with `. + -`.
+            start, stop: the chunk, 0 <= start < stop.
+            table: made by `rows_to_table`; all `stop - start` images of the chunk, under this attack.
+            metadata: what these rows were computed on (device, threads, versions). Reports point out
+                values that differ between parts, so no times here. The fingerprint is added.
+
+        Raises:
+            StoreError: the disk is full or does not let us write; earlier parts are kept.
+            ValueError: the table is not that chunk.
+        """
+        part = PartId(attack, start, stop)
+        _check_part(part, table)
+        write_file(self._path(part), _sealed_parquet(table, {**metadata, **self._identity(part)}))
+
+    def has_part(self, attack: str, start: int, stop: int) -> bool:
+        """Whether the part is there, whole, and of this run.
+
+        One that is damaged or belongs to another run is moved aside to `*.damaged`, with a warning in
+        the log, so that it is computed again.
+        """
+        part = PartId(attack, start, stop)
+        path = self._path(part)
+        try:
+            _read_part(path, self._identity(part))
+        except FileNotFoundError:
+            return False
+        except _DamagedPart as damage:
+            aside = path.with_name(path.name + ".damaged")
+            with _explaining("write", aside):
+                os.replace(path, aside)
+            _log.warning("%s %s; moved to %s, it will be computed again", path, damage, aside.name)
+            return False
+        return True
+
+    def completed(self, expected: Sequence[Sequence[Any]]) -> int:
+        """How many of the `expected` parts, each (attack, start, stop), are there and valid."""
+        return sum(self.has_part(*part) for part in expected)
+
+    def read_rows(self) -> pd.DataFrame:
+        """All valid rows so far, as in `Run.rows`."""
+        return load_run(self.folder).rows
+
+    def _path(self, part: PartId) -> Path:
+        return _part_path(self.folder, part)
+
+    def _identity(self, part: PartId) -> dict[str, str]:
+        return _identity(self.manifest, part)
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run, finished or not, without touching it: no lock, nothing written.
+
+    Damaged parts are left out with a warning in the log; the run is then not complete. With a `plan`
+    in the manifest, only planned parts are read.
+
+    Raises:
+        StoreError: there is no run, its manifest is damaged, or it cannot be read.
+    """
+    folder = Path(folder)
+    manifest = _load_manifest(folder)
+    planned = [PartId(*part) for part in manifest.get("plan", {}).get("parts", [])]
+    order = {spec["name"]: place for place, spec in enumerate(manifest.get("attacks", []))}
+    parts = sorted(
+        planned or _listed_parts(folder),
+        key=lambda part: (order.get(part.attack, len(order)), part.attack, part.start),
+    )
+    tables, metadata = [], {}
+    for part in parts:
+        path = _part_path(folder, part)
+        try:
+            table, found = _read_part(path, _identity(manifest, part))
+        except FileNotFoundError:
+            continue
+        except _DamagedPart as damage:
+            _log.warning("%s %s; left out, run the same command again to compute it anew", path, damage)
+            continue
+        tables.append(table)
+        metadata[part.stem] = found
+    rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    return Run(
+        folder=folder,
+        manifest=manifest,
+        rows=rows.to_pandas(types_mapper=pd.ArrowDtype),
+        is_complete=bool(planned) and len(metadata) == len(planned),
+        part_metadata=metadata,
+    )
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The run folders at or below `root`, sorted.
+
+    Raises:
+        StoreError: `root` is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise StoreError(f"expected a folder of runs, found none at {root}: give the folder a run was written to")
+    with _explaining("read", root):
+        return sorted(path.parent for path in root.rglob(_MANIFEST))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, whole or not at all, also across a crash; creates the folder.
+
+    Raises:
+        StoreError: the disk is full or does not let us write. The former file, if any, is kept.
+    """
+    with _explaining("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+class _DamagedPart(Exception):
+    """A part that must not be used; the message completes a sentence that begins with its path."""
+
+
+@contextlib.contextmanager
+def _explaining(verb: str, path: Path) -> Iterator[None]:
+    """Turn failures of the operating system into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if verb == "read" and isinstance(error, FileNotFoundError):
+            raise  # an absent file is an answer, not a failure
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"no room on disk while writing {path}; what was computed before is kept; "
+                "free space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StoreError(
+                f"not allowed to {verb} {path} ({error.strerror}); change its permissions or choose another folder"
+            ) from error
+        raise StoreError(
+            f"could not {verb} {path} ({error.strerror or error}); what was computed before is kept; "
+            "mend this and run the same command again"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes a rename itself survive a power cut. Windows cannot open folders, some network file
+    # systems cannot sync them: there the rename is as durable as it gets.
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """Take the folder for this process; None where the file system has no locks."""
+    if fcntl is None:
+        return None
+    path = folder / ".lock"
+    with _explaining("write", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+            os.close(descriptor)
+            raise StoreError(
+                f"another lrrobust process (pid {holder}) is writing {folder}; "
+                "wait for it to finish, stop it, or choose another folder"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            _log.warning("%s cannot be locked (%s); let only one process write to it", folder, error.strerror)
+            return None
+    return descriptor
+
+
+def _remove_stale_files(folder: Path) -> None:
+    # Only called with the lock held, so their writers are dead.
+    for where in (folder, folder / "parts"):
+        for path in where.glob(".*.tmp"):
+            with _explaining("write", path):
+                path.unlink(missing_ok=True)
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"manifest needs schema_version {SCHEMA_VERSION}, got {manifest.get('schema_version')!r}")
+    if not re.fullmatch(r"[0-9a-f]{8,}", str(manifest.get("fingerprint"))):
+        raise ValueError(f"manifest needs a hexadecimal fingerprint, got {manifest.get('fingerprint')!r}")
+
+
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        with _explaining("read", path):
+            manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict) or not {"schema_version", "fingerprint"} <= set(manifest):
+            raise ValueError("it must hold schema_version and fingerprint")
+    except FileNotFoundError:
+        raise StoreError(f"expected a run in {folder}, found no {_MANIFEST}: give the folder of a run") from None
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is damaged ({error}); restore it from a copy, or choose another folder to start anew"
+        ) from None
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise StoreError(
+            f"{folder} has results of schema {manifest['schema_version']}, this lrrobust reads {SCHEMA_VERSION}: "
+            "use the version of lrrobust that wrote it, or choose another folder"
+        )
+    return manifest
+
+
+def _joined(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest in `folder`, with the session that `manifest` describes added."""
+    old = _load_manifest(folder)
+    if old["fingerprint"] != manifest["fingerprint"]:
+        keys = sorted((set(old) | set(manifest)) - _SESSION_KEYS)
+        differing = [key for key in keys if old.get(key) != manifest.get(key)]
+        raise StoreError(
+            f"{folder} holds another run (fingerprint {old['fingerprint'][:12]}, not {manifest['fingerprint'][:12]}; "
+            f"differing: {', '.join(differing) or 'nothing the manifest shows'}); "
+            "choose another folder, or repeat the settings of that run to resume it"
+        )
+    session = {
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "provenance": manifest.get("provenance"),
+    }
+    return {**old, "sessions": [*old.get("sessions", []), session]}
+
+
+def _part_path(folder: Path, part: PartId) -> Path:
+    return folder / "parts" / f"{part.stem}.parquet"
+
+
+def _listed_parts(folder: Path) -> list[PartId]:
+    names = [_PART_NAME.fullmatch(path.name) for path in (folder / "parts").glob("*.parquet")]
+    return [PartId(name["attack"], int(name["start"]), int(name["stop"])) for name in names if name]
+
+
+def _identity(manifest: Mapping[str, Any], part: PartId) -> dict[str, str]:
+    """The metadata that ties a file to its run and name."""
+    return {
+        "fingerprint": manifest["fingerprint"],
+        "schema_version": str(manifest["schema_version"]),
+        "part": part.stem,
+    }
+
+
+def _check_part(part: PartId, table: pa.Table) -> None:
+    if not _ATTACK_NAME.fullmatch(part.attack):
+        raise ValueError(f"attack names are made of letters, digits and _.+-, got {part.attack!r}")
+    if not 0 <= part.start < part.stop:
+        raise ValueError(f"a chunk needs 0 <= start < stop, got {part.start} and {part.stop}")
+    if not table.schema.equals(SCHEMA):
+        raise ValueError("a part needs a table made by rows_to_table, got another schema")
+    attacks = table["attack"].unique().to_pylist()
+    if attacks != [part.attack]:
+        raise ValueError(f"part {part.stem} must hold rows of {part.attack!r} only, got {attacks}")
+    images = len(table["index"].unique())
+    if images != part.stop - part.start:
+        raise ValueError(f"part {part.stem} must hold {part.stop - part.start} images, got {images}")
+    rows = table.group_by(["index", "eps"]).aggregate([]).num_rows
+    if rows != table.num_rows:
+        raise ValueError(f"part {part.stem} has {table.num_rows - rows} rows twice for the same image and eps")
+
+
+def _sealed_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({**metadata, "seal": _UNSEALED.decode()})
+    content = buffer.getvalue().to_pybytes()
+    if content.count(_UNSEALED) != 1:
+        raise ValueError("metadata and rows must not contain the marker of the seal")
+    return content.replace(_UNSEALED, _SEAL + _digest(content))
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _read_part(path: Path, identity: Mapping[str, str]) -> tuple[pa.Table, dict[str, str]]:
+    """Rows and metadata of a part.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        _DamagedPart: its bytes are not those written, or were written for another part or run.
+    """
+    with _explaining("read", path):
+        content = path.read_bytes()
+    seals = _SEALED.findall(content)
+    if len(seals) != 1 or _digest(content.replace(_SEAL + seals[0], _UNSEALED)) != seals[0]:
+        raise _DamagedPart("is truncated or damaged")
+    file = pq.ParquetFile(pa.BufferReader(content))
+    metadata = {
+        key.decode(): value.decode()
+        for key, value in file.metadata.metadata.items()
+        if key not in (b"ARROW:schema", b"seal")
+    }
+    for key, expected in identity.items():
+        if metadata.pop(key, None) != expected:
+            raise _DamagedPart(f"was written for another {key.replace('_', ' ')}")
+    table = file.read()
+    if not table.schema.equals(SCHEMA):
+        raise _DamagedPart("has other columns than this version of lrrobust")
+    return table, metadata

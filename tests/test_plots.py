@@ -1,0 +1,182 @@
+import errno
+import math
+import os
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lrrobust import plots
+from lrrobust.errors import StoreError
+from lrrobust.plots import plot_robustness_curves
+from lrrobust.stats import wilson_interval
+
+LADDER = [k / 255 for k in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
+
+
+def curve(run, attack="pgd", norm="linf", ladder=LADDER, accuracies=(70, 60, 40, 20, 10, 0), **changes):
+    """Rows of a summary: one run and attack on 100 images."""
+    intervals = [wilson_interval(accuracy, 100) for accuracy in accuracies]
+    record = {
+        "model": "tiny",
+        "weights": "V1",
+        "dataset": "sample",
+        "attack": attack,
+        "norm": norm,
+        "eps": ladder,
+        "n": 100,
+        "clean_accuracy": 0.8,
+        "robust_accuracy": np.divide(accuracies, 100),
+        "ci_low": [low for low, _ in intervals],
+        "ci_high": [high for _, high in intervals],
+        "median_distance": math.inf,
+        "wall_s": 1.0,
+        "is_complete": True,
+        "run": run,
+        "dataset_sha256": "cd" * 32,
+    }
+    return pd.DataFrame(record | changes)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures drawn during a test."""
+    figures = []
+    draw = plots._draw
+    monkeypatch.setattr(plots, "_draw", lambda *arguments: figures.append(draw(*arguments)) or figures[-1])
+    return figures
+
+
+def lines(panel):
+    return [line for line in panel.get_lines() if len(line.get_xdata())]
+
+
+def test_files_are_pictures(tmp_path):
+    summary = pd.concat([curve("a", model="one"), curve("b", model="two")])
+    png, svg = plot_robustness_curves(summary, "linf", tmp_path / "deep" / "figure.v1")
+    assert (png.name, svg.name) == ("figure.v1.png", "figure.v1.svg")
+    with Image.open(png) as image:
+        assert image.width > 500 and image.height > 300 and len(image.convert("RGB").getcolors(1 << 20)) > 20
+    assert svg.read_text().startswith("<?xml")
+
+
+def test_line_begins_at_clean_accuracy_and_follows_the_summary(tmp_path, drawn):
+    plot_robustness_curves(curve("a"), "linf", tmp_path / "figure")
+    (panel,) = drawn[0].axes
+    (line,) = lines(panel)
+    np.testing.assert_allclose(line.get_xdata(), [0, *LADDER])
+    np.testing.assert_allclose(line.get_ydata(), [80, 70, 60, 40, 20, 10, 0])
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1/8", "1/4", "1/2", "1", "2", "4"]
+    assert drawn[0].get_suptitle() == r"sample, $\ell_\infty$, n = 100"
+    (band,) = panel.collections
+    low, high = np.multiply(wilson_interval(80, 100), 100)
+    at_zero = [y for x, y in band.get_paths()[0].vertices if x == 0]
+    assert (min(at_zero), max(at_zero)) == pytest.approx((low, high))
+
+
+def test_the_axis_shows_every_eps_in_order_and_apart(tmp_path, drawn):
+    plot_robustness_curves(curve("a"), "linf", tmp_path / "figure")
+    (panel,) = drawn[0].axes
+    places = panel.transData.transform([(eps, 0) for eps in [0, *LADDER]])[:, 0]
+    np.testing.assert_allclose(np.diff(places), np.diff(places)[0], rtol=1e-6)  # octaves, 0 one octave away
+
+
+def test_one_panel_an_attack_one_style_a_run(tmp_path, drawn):
+    summary = pd.concat(
+        [curve(run, attack, model=f"model {run}") for run in "abc" for attack in ("fgsm", "pgd", "apgd", "worst_case")]
+    )
+    plot_robustness_curves(summary, "linf", tmp_path / "figure")
+    figure = drawn[0]
+    assert [panel.get_title() for panel in figure.axes] == ["fgsm", "pgd", "apgd", "worst case"]
+    for panel in figure.axes:
+        styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines(panel)]
+        assert [len(set(of_kind)) for of_kind in zip(*styles)] == [3, 3, 3]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["model a", "model b", "model c"]
+
+
+@pytest.mark.parametrize(
+    "changes, labels",
+    [
+        ([{"weights": "V1"}, {"weights": "V2"}], ["tiny (V1)", "tiny (V2)"]),
+        ([{"weights": None}, {"weights": "V2"}], ["tiny (no weights)", "tiny (V2)"]),
+        ([{}, {}], ["tiny (V1, a)", "tiny (V1, b)"]),
+        ([{"model": "x"}, {"is_complete": False}], ["x", "tiny, incomplete"]),
+    ],
+)
+def test_labels_say_as_little_as_tells_runs_apart(tmp_path, drawn, changes, labels):
+    summary = pd.concat([curve(run, **change) for run, change in zip("ab", changes)])
+    plot_robustness_curves(summary, "linf", tmp_path / "figure")
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == labels
+
+
+def test_minimal_norm_attacks_are_exact_steps(tmp_path, drawn):
+    unbounded = curve("a", "cw", "l2", [math.inf], [0])
+    steps = curve("a", "cw", "l2", [0.0, 0.2, 0.3, 0.7], [80, 60, 40, 0])
+    ladder = curve("a", "pgd", "l2", [0.1, 0.25, 0.5], [70, 50, 30])
+    plot_robustness_curves(pd.concat([ladder, unbounded]), "l2", tmp_path / "figure", steps)
+    _, panel = drawn[0].axes
+    line, markers = lines(panel)
+    assert line.get_drawstyle() == "steps-post"
+    np.testing.assert_allclose(line.get_xdata(), [0, 0.2, 0.3, 0.5])
+    np.testing.assert_allclose(line.get_ydata(), [80, 60, 40, 40])
+    np.testing.assert_allclose(markers.get_xdata(), [0, 0.1, 0.25, 0.5])
+    np.testing.assert_allclose(markers.get_ydata(), [80, 80, 60, 40])
+    assert panel.get_xlim() == (0, 0.5)
+    assert len(drawn[0].legends[0].texts) == 1
+
+
+@pytest.mark.parametrize("steps", [[(0.0, 80), (0.2, 60), (0.9, 0)], [(0.0, 80)]])
+def test_minimal_norm_attack_without_any_ladder(tmp_path, drawn, steps):
+    unbounded = curve("a", "cw", "l2", [math.inf], [0])
+    curves = curve("a", "cw", "l2", *([list(column) for column in zip(*steps)]))
+    of_another_run = curve("b", "cw", "l2", [0.0, 5.0], [80, 0])
+    plot_robustness_curves(unbounded, "l2", tmp_path / "figure", pd.concat([curves, of_another_run]))
+    (panel,) = drawn[0].axes
+    assert panel.get_xscale() == "linear"
+    assert panel.get_xlim() == (0, steps[-1][0] or 1)
+
+
+def test_nothing_to_draw_writes_nothing(tmp_path):
+    assert plot_robustness_curves(curve("a", norm="l2"), "linf", tmp_path / "figure") == []
+    assert plot_robustness_curves(curve("a", "cw", "l2", [math.inf], [0]), "l2", tmp_path / "figure") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unbounded_eps_is_left_out_of_a_ladder(tmp_path, drawn):
+    summary = curve("a", ladder=[0.0, 1 / 255, math.inf], accuracies=[80, 50, 0])
+    plot_robustness_curves(summary, "linf", tmp_path / "figure")
+    np.testing.assert_allclose(lines(drawn[0].axes[0])[0].get_xdata(), [0, 1 / 255])
+
+
+def test_many_eps_do_not_crowd_the_axis(tmp_path, drawn):
+    ladder = list(np.linspace(0.1, 4, 40))
+    plot_robustness_curves(curve("a", "pgd", "l2", ladder, [50] * 40), "l2", tmp_path / "figure")
+    assert len(drawn[0].axes[0].get_xticks()) <= 9
+    assert len(lines(drawn[0].axes[0])[0].get_xdata()) == 41
+
+
+def test_datasets_are_never_mixed(tmp_path):
+    with pytest.raises(ValueError, match="one dataset"):
+        plot_robustness_curves(pd.concat([curve("a"), curve("b", dataset_sha256="ef")]), "linf", tmp_path / "figure")
+
+
+def test_same_input_same_bytes_whatever_the_users_settings(tmp_path):
+    first = [path.read_bytes() for path in plot_robustness_curves(curve("a"), "linf", tmp_path / "first")]
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
+        before = dict(matplotlib.rcParams)
+        again = [path.read_bytes() for path in plot_robustness_curves(curve("a"), "linf", tmp_path / "again")]
+        assert dict(matplotlib.rcParams) == before
+    assert again == first
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StoreError, match="no room on disk"):
+            plot_robustness_curves(curve("a"), "linf", tmp_path / "figure")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,69 @@
+import doctest
+import math
+
+import pytest
+from scipy.stats import binomtest
+
+from lrrobust import stats
+from lrrobust.stats import median_with_failures, wilson_interval
+
+
+def test_doctests():
+    result = doctest.testmod(stats)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("successes, n", [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (1748, 5000), (5000, 5000)])
+def test_wilson_agrees_with_scipy(successes, n, confidence):
+    expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    # Newcombe, Two-sided confidence intervals for the single proportion, Stat. Med. 17, 1998, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_agrees_with_published_values(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_ends_are_exact():
+    assert wilson_interval(0, 7)[0] == 0
+    assert wilson_interval(7, 7)[1] == 1
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+@pytest.mark.parametrize("arguments", [(-1, 5), (6, 5), (1, -1), (1, 5, 0), (1, 5, 1), (1, 5, 95)])
+def test_wilson_refuses_what_is_out_of_range(arguments):
+    with pytest.raises(ValueError, match="expected 0 <"):
+        wilson_interval(*arguments)
+
+
+@pytest.mark.parametrize(
+    "distances, n_attacked, median",
+    [
+        ([3.0, 1.0, 2.0], 3, 2.0),
+        ([1.0, 2.0], 2, 1.5),
+        ([1.0, 2.0], 3, 2.0),
+        ([1.0, 2.0], 4, math.inf),
+        ([1.0, 2.0, 3.0], 4, 2.5),
+        ([1.0], 4, math.inf),
+        ([], 1, math.inf),
+    ],
+)
+def test_median_counts_failures_as_infinite(distances, n_attacked, median):
+    assert median_with_failures(distances, n_attacked) == median
+
+
+def test_median_of_nothing_is_unknown():
+    assert math.isnan(median_with_failures([], 0))
+
+
+@pytest.mark.parametrize(
+    "distances, n_attacked", [([1.0, 2.0], 1), ([math.nan], 2), ([math.inf], 2), ([-1.0], 2), ([[1.0]], 2)]
+)
+def test_median_refuses_what_is_no_distance(distances, n_attacked):
+    with pytest.raises(ValueError, match="distances"):
+        median_with_failures(distances, n_attacked)
