@@ -1,13 +1,28 @@
-"""Names to networks, and models ready to be evaluated."""
+"""Names to networks, and names to classifiers ready to be evaluated.
+
+    lr_resnet50             one of ours, with the weights shipped in the package
+    vgg16, torchvision:NAME a torchvision model; its weights are downloaded by torchvision
+    timm:NAME               a timm model, of the optional extra; its weights are downloaded by timm
+    path/to/file.py:factory your own: a function without arguments that returns a `Classifier`
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from lrrobust.errors import UnknownNameError
+from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
+from lrrobust.models.classifier import Classifier
+from lrrobust.models.residual import Normalization
+from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, file_sha256, fit_weights, read_weights
+from lrrobust.torchvision_import import import_torchvision
 
 #: Our own networks: name -> builder(num_classes).
 NETWORKS: Mapping[str, Callable[[int], nn.Module]] = {
@@ -19,9 +34,243 @@ NETWORKS: Mapping[str, Callable[[int], nn.Module]] = {
     "resnet101": resnet.resnet101,
 }
 
+#: `--weights none`: random weights, to try things out.
+NO_WEIGHTS = "none"
+
+#: Image size of a network whose weights do not state one.
+DEFAULT_INPUT_SIZE = 224
+
 
 def build_network(name: str, num_classes: int) -> nn.Module:
     """One of our networks with fresh weights; UnknownNameError names the nearest."""
     if name not in NETWORKS:
         raise UnknownNameError("network", name, NETWORKS)
     return NETWORKS[name](num_classes)
+
+
+def load_classifier(
+    name: str, *, weights: str | None = None, classes: Sequence[str] | None = None, imagenet_classes: Sequence[str]
+) -> Classifier:
+    """The model that a name stands for, see the head of this module.
+
+    Args:
+        name: of the model.
+        weights: None for the model's own; "none" for random ones; the path of a safetensors file or
+            checkpoint; for torchvision also a name such as IMAGENET1K_V2.
+        classes: class list, for weights that do not carry one.
+        imagenet_classes: the 1000 WordNet ids in label order, what torchvision and timm weights mean.
+
+    Raises:
+        UnknownNameError: no such model; the message names the nearest.
+        ModelError: the model cannot be built, or needs a class list.
+        WeightsError: its weights cannot be had, read, or fitted.
+    """
+    if ".py:" in name:
+        return _load_user_model(name, weights, classes)
+    if name in NETWORKS:
+        return _load_own(name, weights, classes)
+    if name.startswith("timm:"):
+        return _load_timm(name.removeprefix("timm:"), weights, classes, imagenet_classes)
+    return _load_torchvision(name.removeprefix("torchvision:"), weights, classes, imagenet_classes)
+
+
+# --- ours --------------------------------------------------------------------------------------------
+
+
+def _load_own(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
+    if weights == NO_WEIGHTS:
+        return _random_classifier(name, build_network(name, len(_need(classes, name))), _need(classes, name))
+    if weights is None:
+        path = _shipped_path(name)
+    else:
+        path = Path(weights)
+    state, metadata = read_weights(path)
+    if metadata is None:
+        known = _need(classes, f"{name} with {path.name}, which carries no class list,")
+        network, size, resize, interpolation = build_network(name, len(known)), DEFAULT_INPUT_SIZE, 256, "bilinear"
+        label = path.name
+    else:
+        if metadata.model != name:
+            raise WeightsError(f"{path} holds weights of {metadata.model}, not of {name}: use --model {metadata.model}")
+        known, label = metadata.classes, metadata.name
+        network = build_network(name, len(known))
+        size, resize, interpolation = metadata.input_size, metadata.resize_size, metadata.interpolation
+    fit_weights(network, state, str(path))
+    # On the CPU and on tensor cores convolutions run faster with channels innermost.
+    network = network.to(memory_format=torch.channels_last)
+    return Classifier(network, tuple(known), size, resize, interpolation, weights=label)
+
+
+def _shipped_path(name: str) -> Path:
+    if name not in SHIPPED_WEIGHTS:
+        trained = ", ".join(sorted(SHIPPED_WEIGHTS)) or "none yet"
+        raise WeightsError(
+            f"no weights of {name} come with this package (there are: {trained}): "
+            "give --weights FILE, or --weights none for random ones"
+        )
+    shipped = SHIPPED_WEIGHTS[name]
+    path = TRAINED_FOLDER / shipped.file
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing from the installation: install lrrobust again")
+    if file_sha256(path) != shipped.sha256:
+        raise WeightsError(f"{path} is not the file this version was released with: install lrrobust again")
+    return path
+
+
+def _random_classifier(name: str, network: nn.Module, classes: Sequence[str]) -> Classifier:
+    return Classifier(network, tuple(classes), DEFAULT_INPUT_SIZE, 256, weights="random")
+
+
+def _need(classes: Sequence[str] | None, what: str) -> Sequence[str]:
+    if classes is None:
+        raise ModelError(
+            f"{what} needs a class list: add --classes tiny-imagenet-200, imagenet-1k, or a text file with one class a line"
+        )
+    return classes
+
+
+# --- other people's ----------------------------------------------------------------------------------
+
+
+def _load_torchvision(
+    name: str, weights: str | None, classes: Sequence[str] | None, imagenet_classes: Sequence[str]
+) -> Classifier:
+    import_torchvision()
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        known = [*NETWORKS, *models.list_models(module=models), "timm:NAME", "path/to/file.py:factory"]
+        raise UnknownNameError("model", name, known)
+    if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
+        known = classes if classes is not None else imagenet_classes
+        network = _wrap(models.get_model(name, weights=None, num_classes=len(known)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return _finish_foreign(name, network, weights, known, DEFAULT_INPUT_SIZE, 256, "bilinear")
+    try:
+        chosen = models.get_model_weights(name)[weights or "DEFAULT"]
+    except KeyError:
+        known_names = [entry.name for entry in models.get_model_weights(name)]
+        raise UnknownNameError(f"weights of {name} (nor is there such a file)", str(weights), known_names) from None
+    module = _download(name, lambda: models.get_model(name, weights=chosen))
+    preset = chosen.transforms()
+    return Classifier(
+        _wrap(module, preset.mean, preset.std),
+        tuple(imagenet_classes),
+        preset.crop_size[0],
+        preset.resize_size[0],
+        preset.interpolation.value if preset.interpolation.value in ("bilinear", "bicubic") else "bilinear",
+        weights=f"torchvision {chosen.name}",
+    )
+
+
+def _load_timm(
+    name: str, weights: str | None, classes: Sequence[str] | None, imagenet_classes: Sequence[str]
+) -> Classifier:
+    import_torchvision()
+    try:
+        import timm
+    except ImportError:
+        raise ModelError(f"timm:{name} needs the package timm: pip install 'lrrobust[timm]'") from None
+    if name.split(".")[0] not in timm.list_models():
+        raise UnknownNameError("timm model", name, timm.list_models())
+    pretrained = weights is None
+    known = imagenet_classes if pretrained or classes is None else classes
+    module = _download(
+        name, lambda: timm.create_model(name, pretrained=pretrained, num_classes=len(known))
+    )
+    config = timm.data.resolve_model_data_config(module)
+    size = config["input_size"][-1]
+    interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    network = _wrap(module, config["mean"], config["std"])
+    if pretrained:
+        tag = module.pretrained_cfg.get("tag") or "default"
+        return Classifier(
+            network, tuple(known), size, max(size, round(size / config["crop_pct"])), interpolation, weights=f"timm {tag}"
+        )
+    return _finish_foreign(f"timm:{name}", network, weights, known, size, round(size / config["crop_pct"]), interpolation)
+
+
+class _Normalized(nn.Module):
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.normalization = Normalization(mean, std)
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(self.normalization(images))
+
+
+def _wrap(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> _Normalized:
+    return _Normalized(network, mean, std)
+
+
+def _finish_foreign(
+    name: str, network: _Normalized, weights: str | None, classes: Sequence[str], size: int, resize: int, interpolation: Any
+) -> Classifier:
+    label = "random"
+    if weights is not None and weights != NO_WEIGHTS:
+        state, _ = read_weights(Path(weights))
+        fit_weights(network.network, state, weights)
+        label = Path(weights).name
+    return Classifier(network, tuple(classes), size, resize, interpolation, weights=label)
+
+
+def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # the network fails in as many types as there are libraries
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"the weights of {name} could not be downloaded or loaded ({type(error).__name__}: {reason}): "
+            "connect to the network, or give --weights FILE or --weights none"
+        ) from None
+
+
+# --- the user's --------------------------------------------------------------------------------------
+
+
+def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
+    """Runs the user's own file: the one place where a model's name executes code."""
+    path_text, factory_name = name.rsplit(":", 1)
+    path = Path(path_text)
+    if not path.is_file():
+        raise ModelError(f"no file {path}: --model expects path/to/file.py:factory")
+    spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+        factory = getattr(module, factory_name, None)
+        if not callable(factory):
+            raise ModelError(f"{path} has no function {factory_name!r}: expected a factory that returns a Classifier")
+        made = factory()
+    except LrRobustError:
+        raise
+    except Exception as error:
+        where = _line_in(error, path)
+        raise ModelError(f"{path}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        sys.path.pop(0)
+    if isinstance(made, nn.Module) and classes is not None:
+        made = Classifier(made, tuple(classes), getattr(made, "input_size", DEFAULT_INPUT_SIZE))
+    if not isinstance(made, Classifier):
+        raise ModelError(
+            f"{name} returned {type(made).__name__}: expected a lrrobust.models.Classifier, "
+            "or a torch.nn.Module together with --classes"
+        )
+    if weights is None:
+        return made
+    state, _ = read_weights(Path(weights))
+    fit_weights(made.module, state, weights)
+    return Classifier(
+        made.module, made.classes, made.input_size, made.resize_size, made.interpolation, weights=Path(weights).name
+    )
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    line = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        if Path(traceback.tb_frame.f_code.co_filename) == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f", line {line}" if line is not None else ""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,19 @@ _MIN_QUANTISED_SIZE = 4096
 #: At most this many differing keys are named when a checkpoint does not fit.
 _NAMED_DIFFERENCES = 3
 
-#: Weights that come with the package: model name -> file in the folder `trained` beside this module.
-SHIPPED_WEIGHTS: Mapping[str, str] = {}
 TRAINED_FOLDER = Path(__file__).parent / "trained"
+
+
+@dataclass(frozen=True)
+class ShippedWeights:
+    """A file in `TRAINED_FOLDER`, and the sha256 it was released with."""
+
+    file: str
+    sha256: str
+
+
+#: Weights that come with the package, by model.
+SHIPPED_WEIGHTS: Mapping[str, ShippedWeights] = {}
 
 
 class Accuracy(BaseModel):

@@ -1,0 +1,34 @@
+"""The unit of work: a fixed range of images with a seed of its own.
+
+Batches, random numbers, resuming and sharing among processes all follow the chunk, so neither an
+interruption nor the number of processes changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+
+class Chunk(NamedTuple):
+    """Images `start` to `stop` - 1 of the evaluated subset."""
+
+    start: int
+    stop: int
+
+
+def plan_chunks(n: int, chunk_size: int) -> list[Chunk]:
+    """Cuts n images into chunks.
+
+    >>> plan_chunks(5, 2)
+    [Chunk(start=0, stop=2), Chunk(start=2, stop=4), Chunk(start=4, stop=5)]
+    """
+    if n < 1 or chunk_size < 1:
+        raise ValueError(f"expected at least one image and a positive chunk size, got {n=}, {chunk_size=}")
+    return [Chunk(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
+
+
+def chunk_seed(fingerprint: str, attack: str, eps: float | None, start: int) -> int:
+    """Seed of everything random in one attack on one chunk at one eps, below 2**63."""
+    text = f"{fingerprint} {attack} {eps!r} {start}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,185 @@
+"""The judge: what an image is worth is decided here, from the image alone, never by the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lrrobust.errors import ModelError
+from lrrobust.threat import ThreatModel, distance, is_in_box
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model makes of images: `label` int64 (N,), `margin` float64 (N,).
+
+    The margin is the logit of the true class minus the largest other one; below zero is misclassified.
+    """
+
+    label: torch.Tensor
+    margin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on N proposed images.
+
+    Attributes:
+        prediction: of the proposed images.
+        is_adversarial: misclassified, in the box and in the ball; bool (N,).
+        is_rejected: misclassified, but outside the box or the ball; bool (N,).
+        linf_distance, l2_distance: from the clean images, pixel units, float64 (N,).
+    """
+
+    prediction: Prediction
+    is_adversarial: torch.Tensor
+    is_rejected: torch.Tensor
+    linf_distance: torch.Tensor
+    l2_distance: torch.Tensor
+
+
+class Judge:
+    """Predicts and judges with one model; refuses logits it cannot trust.
+
+    Args:
+        model: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes).
+        num_classes: what the logits must have.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        self.model = model
+        self.num_classes = num_classes
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor, labels: torch.Tensor, keys: Sequence[str]) -> Prediction:
+        """Predictions for images whose true labels and names are given.
+
+        Raises:
+            ModelError: the model returns something other than finite logits of the right shape, or
+                has left evaluation mode. NaN would otherwise count as a successful attack, because
+                its argmax is class 0.
+        """
+        logits = self.model(images)
+        check_logits(logits, len(images), self.num_classes)
+        is_finite = logits.isfinite().all(1)
+        if not is_finite.all():
+            first = keys[int((~is_finite).nonzero()[0])]
+            raise ModelError(
+                f"the model returns NaN or infinite logits for {int((~is_finite).sum())} of {len(images)} images, "
+                f"the first is {first}: a robust accuracy of such a model means nothing; mend the model"
+            )
+        check_evaluation_mode(self.model)
+        true = logits.gather(1, labels.view(-1, 1)).squeeze(1)
+        other = logits.scatter(1, labels.view(-1, 1), -torch.inf).amax(1)
+        return Prediction(logits.argmax(1), true.double() - other.double())
+
+    def judge(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        proposed: torch.Tensor,
+        threat: ThreatModel,
+        keys: Sequence[str],
+    ) -> Judgement:
+        """Judges proposed images (N, 3, H, W) against the clean ones."""
+        if proposed.shape != images.shape:
+            raise ModelError(f"an attack proposed images of shape {tuple(proposed.shape)} for {tuple(images.shape)}")
+        is_allowed = is_in_box(proposed) & threat.is_in_ball(images, proposed)
+        # Pixels that are not numbers are never shown to the model: its NaN would be blamed on it.
+        shown = torch.where(proposed.isfinite().flatten(1).all(1).view(-1, 1, 1, 1), proposed, images)
+        prediction = self.predict(shown, labels, keys)
+        is_misclassified = prediction.label != labels
+        return Judgement(
+            prediction,
+            is_misclassified & is_allowed,
+            is_misclassified & ~is_allowed,
+            distance(images, shown, "linf"),
+            distance(images, shown, "l2"),
+        )
+
+
+class Witness(nn.Module):
+    """Stands between an attack and the model, and keeps the first adversarial image it sees of each.
+
+    Attacks that return their last iterate can lose a success on the way. The witness only nominates:
+    what it keeps is judged again like any proposal.
+
+    Args:
+        model: the model under attack.
+        images, labels: what is attacked; forwards of another number of images are only counted.
+        threat: what counts as allowed.
+
+    Attributes:
+        forwarded: images passed through the model so far.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel) -> None:
+        super().__init__()
+        self.model = model
+        self.forwarded = 0
+        self._images, self._labels, self._threat = images, labels, threat
+        self._first = images.clone()
+        self._is_found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.model(images)
+        self.forwarded += len(images)
+        if images.shape == self._images.shape and not self._is_found.all():
+            self._look(images.detach(), logits.detach())
+        return logits
+
+    @torch.no_grad()
+    def _look(self, images: torch.Tensor, logits: torch.Tensor) -> None:
+        is_candidate = (logits.argmax(1) != self._labels) & logits.isfinite().all(1) & ~self._is_found
+        rows = is_candidate.nonzero().squeeze(1)
+        if len(rows):
+            is_allowed = is_in_box(images[rows]) & self._threat.is_in_ball(self._images[rows], images[rows])
+            rows = rows[is_allowed]
+            self._first[rows] = images[rows]
+            self._is_found[rows] = True
+
+    @property
+    def nominated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the images found adversarial on the way, int64 (M,), and those images (M, 3, H, W)."""
+        rows = self._is_found.nonzero().squeeze(1)
+        return rows, self._first[rows]
+
+
+def check_logits(logits: object, n: int, num_classes: int) -> None:
+    """Raises ModelError unless logits are a floating tensor (n, num_classes)."""
+    expected = f"expected logits of shape ({n}, {num_classes}), one for each class of the model"
+    if not isinstance(logits, torch.Tensor):
+        raise ModelError(f"the model returns {type(logits).__name__}: {expected}")
+    if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
+        raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Raises ModelError when a part of the model is in training mode, where batches change predictions."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise ModelError(
+                f"the model's part {name or 'itself'!r} is in training mode during evaluation: "
+                "do not call .train() inside forward"
+            )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode with parameters that take no gradient; as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,44 @@
+"""A network together with what is needed to evaluate it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from lrrobust.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network from images in [0, 1] to logits, and the meaning of both ends.
+
+    Args:
+        module: (N, 3, input_size, input_size) in [0, 1] -> logits (N, len(classes)); normalisation is
+            its own business.
+        classes: name of each class in label order; WordNet ids for ImageNet and its subsets.
+        input_size: side of the images it takes, in pixels; attacks work at this size.
+        resize_size: shorter side to which images are resized before the central crop of `input_size`;
+            `input_size` itself where None.
+        interpolation: how images are resized.
+        weights: where the weights come from, for people.
+    """
+
+    module: nn.Module
+    classes: tuple[str, ...]
+    input_size: int
+    resize_size: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if not isinstance(self.module, nn.Module):
+            raise ModelError(f"a Classifier needs a torch.nn.Module, got {type(self.module).__name__}")
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise ModelError(f"a Classifier needs at least two classes, all different, got {len(self.classes)}")
+        if self.input_size < 1 or (self.resize_size is not None and self.resize_size < self.input_size):
+            raise ModelError(
+                f"a Classifier needs 1 <= input_size <= resize_size, got {self.input_size=}, {self.resize_size=}"
+            )
