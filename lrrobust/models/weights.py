@@ -156,6 +156,15 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata |
     return _read_checkpoint(path), None
 
 
+def read_metadata(path: Path) -> WeightsMetadata:
+    """Only the metadata of one of our files, without reading its tensors; WeightsError as `read_weights`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return WeightsMetadata.model_validate_json((file.metadata() or {}).get(_METADATA_KEY, ""))
+    except (SafetensorError, OSError, ValidationError) as error:
+        raise WeightsError(f"{path} is not a weights file of lrrobust: {_one_line(error)}") from None
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata | None]:
     try:
         with safe_open(path, framework="pt") as file:

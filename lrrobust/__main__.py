@@ -1,0 +1,5 @@
+"""`python -m lrrobust` is `lrrobust`."""
+
+from lrrobust.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Attacks: checked specs, YAML files and suites, and the code that proposes adversarial images."""

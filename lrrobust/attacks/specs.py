@@ -1,0 +1,165 @@
+"""What an attack is, as checked data: one frozen model per kind, told apart by `kind`.
+
+A spec says everything that decides what the attack proposes, except the images, the model and the
+random seed. `spec.model_dump(mode="json")` is its resolved form: what manifests store and
+fingerprints hash. Keys and defaults are therefore part of the results format.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from lrrobust.threat import Norm
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?"
+_FRACTION = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
+
+
+def parse_eps(value: Any) -> Any:
+    """Read "8/255", "0.125/255" and "1e-3" as the nearest float; leave all but strings as they are.
+
+    PyYAML hands over fractions, and exponents without a decimal point, as strings.
+
+    >>> parse_eps("8/255") == 8 / 255
+    True
+
+    Raises:
+        PydanticCustomError: the string is neither a number nor a fraction of two.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _FRACTION.fullmatch(value) if len(value) <= 40 else None
+    numerator, denominator = match.groups() if match else (None, None)
+    if numerator is None or (denominator is not None and Fraction(denominator) == 0):
+        raise PydanticCustomError("eps", 'expected a number or a fraction such as "8/255"')
+    # Exact until the one rounding at the end: "0.5/255" and "1/510" are the same budget.
+    return float(Fraction(numerator) / Fraction(denominator or 1))
+
+
+def _check_ladder(ladder: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in zip(ladder, ladder[1:])):
+        raise PydanticCustomError("ladder", "expected budgets in ascending order, each once")
+    return ladder
+
+
+#: A budget in pixel units of [0, 1], zero or more; a number, or a string such as "8/255".
+Eps = Annotated[float, BeforeValidator(parse_eps), Field(ge=0)]
+
+#: Budgets to evaluate, ascending, each once.
+Ladder = Annotated[tuple[Eps, ...], Field(min_length=1), AfterValidator(_check_ladder)]
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise PydanticCustomError(
+            "name", 'expected a file name of at most 64 lower-case letters, digits, "_" and "-", led by a letter or digit'
+        )
+    return name
+
+
+#: The stem of the attack's file. Part of file names in the results, hence lower case and short.
+Name = Annotated[str, AfterValidator(_check_name)]
+
+Description = Annotated[str, StringConstraints(max_length=400)]
+
+
+class _Spec(BaseModel):
+    # Strict: `steps: true` is not 1 and `steps: "20"` is not 20. Forbidding extra keys catches typos,
+    # which would otherwise leave a default in force.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Name
+    description: Description = ""
+    eps: Ladder
+
+    @model_validator(mode="after")
+    def _check_linf_budget(self) -> _Spec:
+        if self.norm == "linf" and self.eps[-1] > 1:
+            raise PydanticCustomError(
+                "linf_eps",
+                "eps: expected budgets of at most 1, the whole pixel range, for linf"
+                " (grey levels are written as fractions, 4/255); largest is {largest}",
+                {"largest": f"{self.eps[-1]:g}"},
+            )
+        return self
+
+
+class FgsmSpec(_Spec):
+    """Fast gradient sign method: one step of size eps along the sign of the gradient.
+
+    Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015, section 4.
+    """
+
+    kind: Literal["fgsm"]
+    norm: Literal["linf"] = "linf"
+
+
+class PgdSpec(_Spec):
+    """Projected gradient descent on the cross-entropy.
+
+    Args:
+        steps: gradient steps per restart.
+        step_size_ratio: step size = step_size_ratio * eps / steps, so that the attack can cross the ball.
+        random_start: start at a random point of the ball instead of at the image.
+        restarts: independent runs; only useful with a random start.
+
+    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018,
+    section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks).
+    """
+
+    kind: Literal["pgd"]
+    norm: Norm
+    steps: Annotated[int, Field(ge=1)]
+    step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
+    random_start: bool = True
+    restarts: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _check_restarts_differ(self) -> PgdSpec:
+        if self.restarts > 1 and not self.random_start:
+            raise PydanticCustomError(
+                "restarts",
+                "restarts: expected 1 with random_start: false, as every restart would be the same",
+            )
+        return self
+
+
+class CwSpec(_Spec):
+    """Carlini and Wagner's minimal L2 attack; runs once, and `eps` says where its distances are read off.
+
+    Args:
+        binary_search_steps: values of the trade-off c tried per image.
+        steps: Adam steps per value of c.
+        lr: Adam's learning rate, in the attack's own variable.
+        initial_c: first trade-off, weight of the classification loss against the squared distance.
+        confidence: kappa, margin in logits by which another class must win; zero or more.
+        abort_early: end an image's search for one c once its loss has stopped falling.
+
+    Source: Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, 2017,
+    sections V and VI-A.
+    """
+
+    kind: Literal["cw"]
+    norm: Literal["l2"] = "l2"
+    binary_search_steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)]
+    lr: Annotated[float, Field(gt=0)]
+    initial_c: Annotated[float, Field(gt=0)]
+    confidence: Annotated[float, Field(ge=0)] = 0.0
+    abort_early: bool = True
+
+
+AttackSpec = Annotated[Union[FgsmSpec, PgdSpec, CwSpec], Field(discriminator="kind")]

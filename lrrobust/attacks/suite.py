@@ -1,0 +1,282 @@
+"""From names and YAML files to checked attacks.
+
+A file holds one attack (`kind: pgd`, ...) or a suite:
+
+    kind: suite
+    description: what it is for
+    attacks: [fgsm, pgd, my_pgd.yaml]   # shipped names, or paths relative to this file
+
+Configurations are data from anywhere: they are parsed as plain data, in bounded size, and every
+mistake is a `ConfigError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from lrrobust.attacks.specs import AttackSpec, Description
+from lrrobust.errors import ConfigError, UnknownNameError
+
+#: A configuration is a page of text; YAML parses about 1 MB in ten seconds.
+MAX_FILE_BYTES = 64 * 1024
+
+_ATTACK: TypeAdapter[AttackSpec] = TypeAdapter(AttackSpec)
+_SPEC_CLASSES = {
+    get_args(spec.model_fields["kind"].annotation)[0]: spec for spec in get_args(get_args(AttackSpec)[0])
+}
+_KINDS = (*_SPEC_CLASSES, "suite")
+
+
+class _Suite(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["suite"]
+    description: Description = ""
+    attacks: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class AttackListing(NamedTuple):
+    """One line of the list of shipped configurations; a suite's norm joins those of its attacks."""
+
+    name: str
+    kind: str
+    norm: str
+    description: str
+
+
+def load_suite(
+    names: Sequence[str | Path],
+    *,
+    eps: Sequence[float | str] | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+) -> tuple[AttackSpec, ...]:
+    """Load attacks and suites, in the order given, each attack once.
+
+    Args:
+        names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
+            .yaml or .yml, or contains a path separator.
+        eps, steps, restarts: replace these settings in every attack, see `override`.
+
+    Raises:
+        ConfigError: a file cannot be read or is wrong, two files share a name, a suite includes
+            itself, or an override does not fit all attacks.
+        UnknownNameError: no such attack or suite is shipped.
+    """
+    if not names:
+        raise ConfigError(f"no attack given; shipped: {', '.join(sorted(_shipped()))}")
+    found: dict[Path, AttackSpec] = {}
+    read_suites: set[Path] = set()
+    for name in names:
+        _collect(_locate(name, relative_to=Path()), found, read_suites, including=())
+    specs = tuple(found.values())
+    _check_names_differ(found)
+    if eps is not None and len({spec.norm for spec in specs}) > 1:
+        raise ConfigError(
+            "eps cannot be replaced in attacks of several norms at once"
+            f" ({', '.join(f'{spec.name}: {spec.norm}' for spec in specs)}); evaluate each norm by itself"
+        )
+    return tuple(override(spec, eps=eps, steps=steps, restarts=restarts) for spec in specs)
+
+
+def override(
+    spec: AttackSpec,
+    *,
+    eps: Sequence[float | str] | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+) -> AttackSpec:
+    """Return `spec` with the given settings replaced and checked again; None leaves one as it is.
+
+    Args:
+        eps: budgets in pixel units of [0, 1], or strings such as "8/255".
+
+    Raises:
+        ConfigError: attacks of this kind have no such setting, or the value is not valid.
+    """
+    given = {"eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if not changes:
+        return spec
+    for key in changes:
+        if key not in type(spec).model_fields:
+            raise ConfigError(f"{spec.name}: attacks of kind {spec.kind!r} have no {key!r} to replace")
+    return _validate({**spec.model_dump(mode="json"), **changes}, _ATTACK, source=spec.name)
+
+
+def list_attacks() -> list[AttackListing]:
+    """The shipped attacks and suites, attacks first, each group by name."""
+    listing = []
+    for name, path in _shipped().items():
+        data = _read_mapping(path)
+        specs = load_suite([name])
+        norms = dict.fromkeys(spec.norm for spec in specs)
+        listing.append(AttackListing(name, data["kind"], ", ".join(norms), data.get("description", "")))
+    return sorted(listing, key=lambda line: (line.kind == "suite", line.name))
+
+
+@cache
+def _shipped() -> dict[str, Path]:
+    """Shipped configurations by name."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "attacks_configs", package.parent / "attacks_configs"):  # wheel, checkout
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    raise ConfigError(f"attacks_configs: expected this folder in {package} or beside it; install lrrobust again")
+
+
+def _locate(name: str | Path, relative_to: Path) -> Path:
+    """The file that a shipped name or a path stands for."""
+    text = str(name)
+    if isinstance(name, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
+        try:
+            return (relative_to / name).resolve()
+        except (OSError, RuntimeError, ValueError):  # loops of links; zero bytes
+            raise ConfigError(f"{text!r}: expected the path of a YAML file") from None
+    if text not in _shipped():
+        raise UnknownNameError("attack", text, _shipped())
+    return _shipped()[text]
+
+
+def _collect(
+    path: Path, found: dict[Path, AttackSpec], read_suites: set[Path], including: tuple[Path, ...]
+) -> None:
+    """Add the attacks that `path` holds to `found`; `including` are the suites that led here."""
+    if path in including:
+        chain = " -> ".join(_display(suite) for suite in (*including[including.index(path) :], path))
+        raise ConfigError(f"{_display(path)}: attacks: a suite cannot include itself ({chain})")
+    if path in found or path in read_suites:
+        return
+    data = _read_mapping(path)
+    if data["kind"] == "suite":
+        suite = _validate(data, TypeAdapter(_Suite), source=_display(path))
+        for name in suite.attacks:
+            try:
+                target = _locate(name, relative_to=path.parent)
+            except (ConfigError, UnknownNameError) as error:
+                raise ConfigError(f"{_display(path)}: attacks: {error}") from None
+            _collect(target, found, read_suites, (*including, path))
+        read_suites.add(path)
+        return
+    if "name" in data:
+        raise ConfigError(f"{_display(path)}: name: unexpected key, an attack is named after its file")
+    found[path] = _validate({**data, "name": path.stem}, _ATTACK, source=_display(path))
+
+
+def _check_names_differ(found: dict[Path, AttackSpec]) -> None:
+    first: dict[str, Path] = {}
+    for path, spec in found.items():
+        other = first.setdefault(spec.name, path)
+        if other != path:
+            raise ConfigError(f"{path}: an attack called {spec.name!r} was already given by {other}; rename one")
+
+
+def _display(path: Path) -> str:
+    """How messages call a file: shipped ones by name, others relative to where the user is."""
+    if path in _shipped().values():
+        return path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what a configuration has no use for: repeated keys, anchors, aliases, merges.
+
+    PyYAML lets the last of several equal keys win, silently; aliases can blow a few lines up to
+    gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:  # of an alias too
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(None, None, "keys must be plain words", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """Read a file as a mapping with a known `kind`."""
+    source = _display(path)
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{source}: expected a YAML file, found {'a folder' if path.is_dir() else 'no such file'}")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{source}: expected at most {MAX_FILE_BYTES} bytes, found more")
+    try:
+        data = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: expected UTF-8 text, found byte {content[error.start]:#04x} at {error.start}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{source}: expected YAML, found {error.problem}{where}") from None
+    # Characters that YAML forbids; values such as the 31st of February; nesting thousands deep.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nesting too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ConfigError(f"{source}: expected YAML, found {reason}") from None
+    if not isinstance(data, dict):
+        found = "an empty file" if data is None else _brief(data)
+        raise ConfigError(f"{source}: expected keys and values, such as 'kind: pgd', found {found}")
+    kind = data.get("kind")
+    if kind not in _KINDS:
+        found = f"found {_brief(kind)}" if "kind" in data else "found no such key"
+        raise ConfigError(f"{source}: kind: expected one of {', '.join(_KINDS)}, {found}")
+    return data
+
+
+def _validate(data: dict[str, Any], adapter: TypeAdapter[Any], source: str) -> Any:
+    """Check plain data against a model; the first mistake becomes the message."""
+    try:
+        # Through JSON, as strict models take JSON's lists for tuples but not Python's.
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: expected text, numbers, true, false and lists: {error}") from None
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_mistake(error, data)}") from None
+
+
+def _first_mistake(error: ValidationError, data: dict[str, Any]) -> str:
+    """Key path, what was expected and what was found, in one line."""
+    mistake = error.errors(include_url=False)[0]
+    # The union of attacks puts the kind in front of the path.
+    path = [str(part) for part in mistake["loc"][data["kind"] in _SPEC_CLASSES :]]
+    key = ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        model = _SPEC_CLASSES.get(data["kind"], _Suite)
+        known = sorted(set(model.model_fields) - {"name"})
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{key}: unknown key, {hint}"
+    if mistake["type"] == "missing":
+        return f"{key}: expected this key, found none"
+    message = mistake["msg"].replace("Input should be", "expected").replace("String should", "expected to")
+    if not path:  # from a rule about several keys, which names them itself
+        return message
+    return f"{key}: {message}, found {_brief(mistake['input'])}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

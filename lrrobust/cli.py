@@ -1,0 +1,192 @@
+"""The command line: parse, call, say what came of it, choose the exit code.
+
+Exit codes: 0 done, 2 wrong input or a failure the message explains, 130 interrupted.
+Heavy imports stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lrrobust import __version__
+from lrrobust.errors import LrRobustError
+
+app = typer.Typer(
+    name="lrrobust",
+    help="How robust an image classifier really is to adversarial attacks, and whether a robustness claim holds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"lrrobust {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="lr_resnet50, resnet50, a torchvision name, timm:NAME, or file.py:factory; repeatable."),
+    ],
+    attack: Annotated[
+        Optional[list[str]],
+        typer.Option("--attack", "-a", help="A shipped attack or a YAML file; repeatable. See `lrrobust attacks`."),
+    ] = None,
+    suite: Annotated[Optional[list[str]], typer.Option(help="A shipped suite or a YAML file; repeatable.")] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset", "-d",
+            help="`photos` (500 real 64x64 photos, fetched once), a folder of class folders, a zip or tar, "
+            "or archives as a glob; PATH#SPLIT chooses a part.",
+        ),
+    ] = "photos",
+    n: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many images, drawn by --seed; default all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the subset and of the attacks.")] = 0,
+    balanced: Annotated[bool, typer.Option(help="Draw equally many images of each class.")] = False,
+    indices: Annotated[
+        Optional[Path], typer.Option(help="File with one image number a line, instead of --n.")
+    ] = None,
+    skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and say which.")] = False,
+    weights: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Weights file (.safetensors, .pt), torchvision weights name, or none; once for each --model."),
+    ] = None,
+    classes: Annotated[
+        Optional[str],
+        typer.Option(help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, or a text file."),
+    ] = None,
+    eps: Annotated[
+        Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
+    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Images attacked together; part of a run's identity.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
+) -> None:
+    """Attack models and tell how many images stay correct.
+
+    Calling the same command again goes on where the last one stopped.
+    """
+    from lrrobust.console import EvaluationProgress, print_results, report_subset, scanning
+    from lrrobust.run import EvaluationRequest, prepare_evaluations
+
+    request = EvaluationRequest(
+        models=tuple(model),
+        attacks=tuple([*(attack or []), *(suite or [])]) or ("standard",),
+        weights=tuple(weights or ()),
+        dataset=dataset,
+        classes=classes,
+        n=n,
+        seed=seed,
+        balanced=balanced,
+        indices=indices,
+        skip_corrupt=skip_corrupt,
+        eps=None if eps is None else tuple(part.strip() for part in eps.split(",")),
+        steps=steps,
+        restarts=restarts,
+        chunk_size=chunk_size,
+        device=device,
+        out=out,
+    )
+    with scanning("reading images") as on_scan:
+        evaluations = prepare_evaluations(request, sys.argv, on_scan)
+    report_subset(evaluations[0].images)
+    for evaluation in evaluations:
+        with EvaluationProgress(evaluation) as progress:
+            evaluation.run(progress.on_task)
+    print_results([evaluation.folder for evaluation in evaluations])
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        Optional[list[Path]], typer.Argument(help="Run folders, or folders that hold some.", show_default="reports/runs")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("reports/summary"),
+) -> None:
+    """Write tables (CSV, Markdown) and robustness curves (PNG, SVG) of finished and unfinished runs."""
+    from lrrobust.console import print_report
+    from lrrobust.errors import StoreError
+    from lrrobust.report import write_report
+    from lrrobust.results import find_runs, load_run
+
+    roots = runs or [Path("reports/runs")]
+    folders = [folder for root in roots for folder in find_runs(root)]
+    if not folders:
+        raise StoreError(f"no runs in {', '.join(map(str, roots))}: run `lrrobust eval` first, or name the folder of a run")
+    loaded = [load_run(folder) for folder in dict.fromkeys(folders)]
+    print_report(loaded, write_report(loaded, out))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option("--model", "-m", help="lr_resnet26/50/101 or resnet26/50/101.")],
+    data: Annotated[str, typer.Option(help="Training images: folder, zip, tar, or archives as a glob.")],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "tiny_imagenet_short",
+    evaluate_on: Annotated[
+        Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the weights, as in TINY_IMAGENET_V1.")] = "CUSTOM",
+    out: Annotated[Optional[Path], typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Train a network by a recipe; the same command goes on where the last one stopped."""
+    from lrrobust.console import TrainingProgress, print_weights, scanning
+    from lrrobust.run import TrainingRequest, prepare_training
+
+    folder = out if out is not None else Path("reports/training") / model
+    request = TrainingRequest(model, recipe, data, folder, tuple(evaluate_on or ()), name, device)
+    with scanning("decoding images") as on_scan:
+        training, evaluation_sets = prepare_training(request, on_scan)
+    with TrainingProgress(training) as progress:
+        training.run(progress.on_step, progress.on_epoch)
+    print_weights(training.export(name, training.recipe.description, evaluation_sets))
+
+
+@app.command()
+def models() -> None:
+    """List the networks and the trained weights that come with the package."""
+    from lrrobust.console import print_models
+
+    print_models()
+
+
+@app.command()
+def attacks() -> None:
+    """List the attacks and suites that come with the package."""
+    from lrrobust.console import print_attacks
+
+    print_attacks()
+
+
+def main() -> None:
+    """Entry point: turns failures into one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except LrRobustError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,202 @@
+"""What the command line shows: progress bars, tables, notices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lrrobust.report import render_table, summarise
+from lrrobust.results import load_run
+
+if TYPE_CHECKING:
+    from lrrobust.data.evaluation_set import EvaluationSet
+    from lrrobust.evaluation.engine import Task
+    from lrrobust.results import Run
+    from lrrobust.run import Evaluation
+    from lrrobust.training.trainer import Progress as TrainingState
+    from lrrobust.training.trainer import Training
+
+#: Tables go to standard output; everything that only accompanies them to standard error.
+_tables = Console()
+_notices = Console(stderr=True)
+
+#: Without a terminal a line of progress at most this often.
+_LINE_INTERVAL_S = 30.0
+
+
+def _notice(text: str) -> None:
+    _notices.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for reading images, gone when it is done; yields the callback that moves it."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=_notices, transient=True,
+        disable=not _notices.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def report_subset(images: EvaluationSet) -> None:
+    """Says what is evaluated, and aloud what is left out."""
+    _notice(f"{images.name}: {len(images)} images")
+    if images.left_out_count:
+        _notice(f"left out: {images.left_out_count} images of classes the model does not know")
+    if images.corrupt_keys:
+        shown = ", ".join(images.corrupt_keys[:5]) + (", ..." if len(images.corrupt_keys) > 5 else "")
+        _notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
+
+
+class EvaluationProgress:
+    """Progress of one evaluation, with the time left estimated from forward passes still to do."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[parts]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
+            disable=not _notices.is_terminal,
+        )
+        self._total = sum(task.cost for task in evaluation.tasks)
+        self._stored = self._done = self._cost_now = self._cost_stored = 0
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> EvaluationProgress:
+        self._bar.start()
+        name = self._evaluation.manifest["model"]["name"]
+        self._task = self._bar.add_task(name, total=self._total, parts=self._parts())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_task(self, task: Task, is_new: bool) -> None:
+        self._done += 1
+        if is_new:
+            self._cost_now += task.cost
+        else:
+            self._stored += 1
+            self._cost_stored += task.cost
+        if self._stored == 1 and not is_new:
+            _notice(f"going on with {self._evaluation.folder}")
+        name = self._evaluation.manifest["model"]["name"]
+        self._bar.update(
+            self._task,
+            completed=self._cost_now,
+            total=self._total - self._cost_stored,
+            description=f"{name} {task.spec.name}",
+            parts=self._parts(),
+        )
+        self._print_line(name)
+
+    def _parts(self) -> str:
+        return f"{self._done}/{len(self._evaluation.tasks)} parts"
+
+    def _print_line(self, name: str) -> None:
+        now = time.monotonic()
+        if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not self._cost_now:
+            return
+        self._last_line = now
+        left_s = (now - self._started) / self._cost_now * (self._total - self._cost_stored - self._cost_now)
+        _notice(f"{name}: {self._parts()}, {now - self._started:.0f} s, about {left_s:.0f} s left")
+
+
+class TrainingProgress:
+    """Progress of a training run: loss, speed, time left; one line an epoch."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
+            disable=not _notices.is_terminal,
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        if self._training.step:
+            _notice(f"going on at step {self._training.step} of {self._training.steps}")
+        self._bar.start()
+        self._task = self._bar.add_task(
+            self._training.model_name, total=self._training.steps, completed=self._training.step, state=""
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, state: TrainingState) -> None:
+        text = f"epoch {state.epoch}/{state.epochs} loss {state.loss:.3f} {state.images_per_s:.0f} img/s"
+        self._bar.update(self._task, completed=state.step, state=text)
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        _notice(
+            f"epoch {row['epoch']}: {row['image_size']} px, loss {row['train_loss']:.3f}, "
+            f"held-out top-1 {100 * row['holdout_top1']:.1f} %, {row['images_per_s']:.0f} img/s"
+        )
+
+
+def print_results(folders: Sequence[Path]) -> None:
+    """The table of the runs just made, and where they are."""
+    runs = [load_run(folder) for folder in folders]
+    _tables.print(render_table(summarise(runs)))
+    for folder in folders:
+        _notice(f"results: {folder}")
+
+
+def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:
+    """The table of all runs, and the files written."""
+    _tables.print(render_table(summarise(runs)))
+    for path in written:
+        _notice(f"wrote {path}")
+
+
+def print_weights(path: Path) -> None:
+    """What a new weights file says of itself."""
+    from lrrobust.models.weights import read_weights
+
+    metadata = read_weights(path)[1]
+    for accuracy in metadata.accuracy:
+        _notice(f"{accuracy.dataset}: top-1 {100 * accuracy.top1:.2f} %, top-5 {100 * accuracy.top5:.2f} % of {accuracy.n}")
+    _notice(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): use it with --weights {path}")
+
+
+def print_models() -> None:
+    """Our networks, their size, and their shipped weights with what they score."""
+    import torch
+
+    from lrrobust.models.registry import NETWORKS
+    from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, read_metadata
+
+    table = Table("model", "parameters (M)", "weights", "classes", "input", "clean accuracy (%)", title="networks")
+    for name, build in NETWORKS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build(1000).parameters())
+        size = f"{count / 1e6:.1f}"
+        if name not in SHIPPED_WEIGHTS:
+            table.add_row(name, size, "-", "-", "any", "-")
+            continue
+        metadata = read_metadata(TRAINED_FOLDER / SHIPPED_WEIGHTS[name].file)
+        scores = ", ".join(f"{100 * a.top1:.1f} ({a.dataset}, n = {a.n})" for a in metadata.accuracy)
+        table.add_row(name, size, metadata.name, str(len(metadata.classes)), f"{metadata.input_size}", scores)
+    _tables.print(table)
+    _notice("also: any torchvision name, timm:NAME, path/to/file.py:factory; parameters are for 1000 classes")
+
+
+def print_attacks() -> None:
+    """The shipped attacks and suites."""
+    from lrrobust.attacks.suite import list_attacks
+
+    table = Table("name", "kind", "norm", "what it does", title="attacks and suites")
+    for listing in list_attacks():
+        table.add_row(listing.name, listing.kind, listing.norm, listing.description)
+    _tables.print(table)

@@ -1,0 +1,241 @@
+"""From names to objects to results: what `lrrobust eval` and `lrrobust train` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrrobust.attacks.specs import AttackSpec
+from lrrobust.attacks.suite import load_suite
+from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
+from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
+from lrrobust.data.preprocessing import Preprocessing
+from lrrobust.data.sources import open_dataset
+from lrrobust.data.subset import read_indices
+from lrrobust.data.training_images import load_training_images
+from lrrobust.errors import ConfigError
+from lrrobust.evaluation.engine import Task, evaluate, plan_tasks
+from lrrobust.models import Classifier, load_classifier
+from lrrobust.models.weights import tensors_sha256
+from lrrobust.provenance import describe_environment
+from lrrobust.results import SCHEMA_VERSION, RunStore
+from lrrobust.training.recipe import Recipe, load_recipe
+from lrrobust.training.trainer import Training, TrainingSet
+
+#: Images attacked together. 32 images of 224 x 224 take about 4 GB with ResNet-50 in float32.
+DEFAULT_CHUNK_SIZE = 32
+
+OnScan = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is to be evaluated, as the user says it; None means not given.
+
+    Args:
+        models: names as `load_classifier` takes them.
+        weights: one for each model, or none at all.
+        attacks: names or paths of attacks and suites.
+        dataset: as `open_dataset` takes it.
+        classes: name or path of a class list, for weights without one.
+        n, seed, balanced, indices, skip_corrupt: see `build_evaluation_set`; indices is a file.
+        eps, steps, restarts: replace these settings of the attacks.
+        chunk_size: images attacked together; part of a run's identity.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        out: folder under which each run gets one of its own.
+    """
+
+    models: tuple[str, ...]
+    attacks: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+    dataset: str = "photos"
+    classes: str | None = None
+    n: int | None = None
+    seed: int = 0
+    balanced: bool = False
+    indices: Path | None = None
+    skip_corrupt: bool = False
+    eps: tuple[str, ...] | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    device: str = "auto"
+    out: Path = Path("reports/runs")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one set of images under some attacks, ready to run; `manifest` says all of it."""
+
+    classifier: Classifier
+    images: EvaluationSet
+    tasks: tuple[Task, ...]
+    manifest: dict[str, Any]
+    folder: Path
+    device: torch.device
+
+    def run(self, on_task: Callable[[Task, bool], None] | None = None) -> None:
+        """Does what is missing in the folder; see `evaluate` for the errors."""
+        environment = self.manifest["provenance"]
+        metadata = {
+            "device": environment["device"],
+            "processor": environment["processor"],
+            "threads": str(environment["threads"]),
+            "torch": environment["versions"]["torch"] or "",
+        }
+        with RunStore.create_or_resume(self.folder, self.manifest) as store:
+            evaluate(
+                self.classifier.module.to(self.device),
+                len(self.classifier.classes),
+                self.images,
+                self.tasks,
+                store,
+                fingerprint=self.manifest["fingerprint"],
+                device=self.device,
+                part_metadata=metadata,
+                on_task=on_task,
+            )
+
+
+def prepare_evaluations(
+    request: EvaluationRequest, command: Sequence[str], on_scan: OnScan | None = None
+) -> list[Evaluation]:
+    """Resolves every name and checks every input of a request, before anything long starts.
+
+    With several models all are evaluated on the same images: those whose class every model knows.
+
+    Raises:
+        LrRobustError: something named does not exist or does not fit; one line says what.
+    """
+    device = choose_device(request.device)
+    if request.chunk_size < 1:
+        raise ConfigError(f"--chunk-size must be at least 1, got {request.chunk_size}")
+    if request.weights and len(request.weights) != len(request.models):
+        raise ConfigError(
+            f"--weights must be given once for each --model or not at all, "
+            f"got {len(request.weights)} for {len(request.models)} models"
+        )
+    specs = load_suite(request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts)
+    classes = None if request.classes is None else load_class_list(request.classes)
+    indices = None if request.indices is None else read_indices(request.indices)
+    classifiers = []
+    for position, name in enumerate(request.models):
+        weights = request.weights[position] if request.weights else None
+        classifiers.append(load_classifier(name, weights=weights, classes=classes, imagenet_classes=IMAGENET_1K))
+    shared = set(classifiers[0].classes).intersection(*(c.classes for c in classifiers))
+    source = open_dataset(request.dataset)
+    evaluations = []
+    for name, classifier in zip(request.models, classifiers, strict=True):
+        images = build_evaluation_set(
+            source,
+            classifier.classes,
+            Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation),
+            known_classes=shared,
+            n=request.n,
+            seed=request.seed,
+            balanced=request.balanced,
+            indices=indices,
+            skip_corrupt=request.skip_corrupt,
+            on_progress=on_scan,
+        )
+        evaluations.append(_plan(name, classifier, images, specs, request, device, command))
+    return evaluations
+
+
+def _plan(
+    name: str,
+    classifier: Classifier,
+    images: EvaluationSet,
+    specs: Sequence[AttackSpec],
+    request: EvaluationRequest,
+    device: torch.device,
+    command: Sequence[str],
+) -> Evaluation:
+    tasks = tuple(plan_tasks(specs, len(images), request.chunk_size))
+    # Everything that decides the rows, and nothing else: not the device, not the folder.
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "model": {
+            "name": name,
+            "weights": classifier.weights,
+            "state_sha256": tensors_sha256({k: v.cpu() for k, v in classifier.module.state_dict().items()}),
+            "classes_sha256": hashlib.sha256("\n".join(classifier.classes).encode()).hexdigest(),
+            "num_classes": len(classifier.classes),
+            "input_size": classifier.input_size,
+            "resize_size": classifier.resize_size,
+            "interpolation": classifier.interpolation,
+        },
+        "dataset": images.record(),
+        "attacks": [spec.model_dump(mode="json") for spec in specs],
+        "plan": {"chunk_size": request.chunk_size, "parts": [list(task.part) for task in tasks]},
+        "seed": request.seed,
+        "precision": "float32",
+    }
+    fingerprint = fingerprint_of(identity)
+    manifest = {
+        **identity,
+        "fingerprint": fingerprint,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command),
+        "provenance": describe_environment(device.type),
+    }
+    slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]
+    folder = request.out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
+    return Evaluation(classifier, images, tasks, manifest, folder, device)
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of a JSON-ready identity, independent of the order of its keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"--device {name!r} cannot be used here ({reason}): try cpu, cuda or auto") from None
+    return device
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What is to be trained: a network of ours, a recipe, and where the images are."""
+
+    model: str
+    recipe: str
+    data: str
+    out: Path
+    evaluate_on: tuple[str, ...] = ()
+    weights_name: str = "CUSTOM"
+    device: str = "auto"
+
+
+def prepare_training(request: TrainingRequest, on_scan: OnScan | None = None) -> tuple[Training, list[EvaluationSet]]:
+    """Loads recipe and images; raises LrRobustError with one line where something does not fit."""
+    recipe: Recipe = load_recipe(request.recipe)
+    classes = load_class_list(recipe.classes)
+    preprocessing = Preprocessing(recipe.image_size)
+    if not re.fullmatch(r"[A-Za-z0-9_.]+", request.weights_name):
+        raise ConfigError(f"--name must be letters, digits, '_' and '.', got {request.weights_name!r}")
+    evaluation_sets = [build_evaluation_set(open_dataset(d), classes, preprocessing) for d in request.evaluate_on]
+    images, labels = load_training_images(open_dataset(request.data), classes, recipe.image_size, on_scan)
+    device = choose_device(request.device)
+    training = Training(request.model, recipe, TrainingSet(images, labels), request.out, str(device))
+    return training, evaluation_sets

@@ -1,0 +1,67 @@
+"""Linear classifiers, whose nearest adversarial images are known in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.threat import Norm
+
+SIZE = 8
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """Images near mid grey, so that the box [0, 1] plays no part, and a classifier that gets them right."""
+
+    model: nn.Module
+    weight: torch.Tensor  # (K, 3 * SIZE * SIZE)
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def nearest(self, norm: Norm) -> torch.Tensor:
+        """Distance from each image to the nearest other class: margin / dual norm of the weights' difference."""
+        with torch.no_grad():
+            logits = self.model(self.images).double()
+        own = logits.gather(1, self.labels[:, None])
+        difference = self.weight.double()[self.labels][:, None] - self.weight.double()[None]
+        dual = difference.norm(p=1 if norm == "linf" else 2, dim=2)
+        return ((own - logits) / dual).scatter(1, self.labels[:, None], float("inf")).amin(1)
+
+
+@pytest.fixture
+def linear_problem():
+    def build(count: int, classes: int, seed: int = 0, slope: float = 3.0) -> LinearProblem:
+        generator = torch.Generator().manual_seed(seed)
+        pixels = 3 * SIZE * SIZE
+        layer = nn.Linear(pixels, classes)
+        with torch.no_grad():
+            layer.weight.copy_(slope * torch.randn(classes, pixels, generator=generator))
+            layer.bias.copy_(-0.5 * layer.weight.sum(1))
+        model = nn.Sequential(nn.Flatten(), layer).eval()
+        images = 0.5 + 0.02 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
+        with torch.no_grad():
+            labels = model(images).argmax(1)
+        return LinearProblem(model, layer.weight.detach(), images, labels)
+
+    return build
+
+
+@pytest.fixture
+def small_cnn():
+    """An untrained network with BatchNorm, in evaluation mode; 5 classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Tanh(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(64, 5),
+        )
+    return model.eval()

@@ -1,0 +1,211 @@
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.build import build_attack
+from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
+from lrrobust.attacks.suite import load_suite
+from lrrobust.threat import distance
+
+SHIPPED = {
+    "binary_search_steps": 5,
+    "steps": 100,
+    "lr": 0.005,
+    "initial_c": 1.0,
+    "confidence": 0.0,
+    "abort_early": True,
+}
+
+
+def attack(model, images, labels, **changes):
+    return carlini_wagner_l2(model, images, labels, **{**SHIPPED, **changes})
+
+
+def is_broken(model, images, labels):
+    with torch.no_grad():
+        return model(images).argmax(1) != labels
+
+
+class Then(nn.Module):
+    """A model followed by a change of its logits that leaves the order of classes."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, images):
+        return self.change(self.model(images))
+
+
+def test_the_settings_tested_are_the_shipped_ones():
+    (spec,) = load_suite(["cw"])
+    assert {key: getattr(spec, key) for key in SHIPPED} == SHIPPED
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_distances_are_near_the_optimum(count, classes, linear_problem):
+    problem = linear_problem(count, classes)
+    adversarial = attack(problem.model, problem.images, problem.labels)
+    assert is_broken(problem.model, adversarial, problem.labels).all()
+    ratio = distance(problem.images, adversarial, "l2") / problem.nearest("l2")
+    assert (ratio >= 1).all() and (ratio <= 1.05).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.log_softmax(1),
+        lambda logits: 100 * logits,
+        lambda logits: logits - 1000,
+        lambda logits: 0.01 * logits,
+        lambda logits: (100 * logits.double()).log_softmax(1).float(),
+    ],
+    ids=["log_softmax", "x100", "all negative", "x0.01", "x100 log_softmax"],
+)
+def test_sign_and_scale_of_logits_do_not_matter(change, linear_problem):
+    problem = linear_problem(4, classes=5)
+    model = Then(problem.model, change)
+    adversarial = attack(model, problem.images, problem.labels)
+    ratio = distance(problem.images, adversarial, "l2") / problem.nearest("l2")
+    assert is_broken(model, adversarial, problem.labels).all()
+    assert (ratio <= 1.05).all()
+
+
+def test_images_do_not_influence_each_other(linear_problem):
+    problem = linear_problem(8, classes=5)
+    together = attack(problem.model, problem.images, problem.labels)
+    alone = torch.cat(
+        [attack(problem.model, problem.images[i : i + 1], problem.labels[i : i + 1]) for i in range(8)]
+    )
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+
+
+def test_images_do_not_influence_each_other_in_a_network(small_cnn):
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    small_cnn.double()
+    labels = small_cnn(images).argmax(1)
+    together = attack(small_cnn, images, labels)
+    alone = torch.cat([attack(small_cnn, images[i : i + 1], labels[i : i + 1]) for i in range(8)])
+    assert is_broken(small_cnn, together, labels).all()
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-8)
+
+
+def test_pixels_at_0_and_1_move():
+    """Black and white images, and a classifier whose nearest adversarial image can be computed.
+
+    With every pixel at an end of the box, each can only move inwards; the weights say that half of
+    them gain from it, equally: the optimum shares the change among those.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 8, 8, generator=generator).round()
+    gain = torch.randn(192, generator=generator).sign()
+    layer = nn.Linear(192, 2)
+    inward = 1 - 2 * images.flatten(1)
+    for row in range(4):
+        with torch.no_grad():
+            layer.weight[0], layer.weight[1] = 0, gain
+            useful = int((inward[row] * gain > 0).sum())
+            layer.bias.copy_(torch.stack([torch.tensor(5.0), -(images[row].flatten() @ gain)]))
+        optimum = 5 / useful**0.5
+        model = nn.Sequential(nn.Flatten(), layer)
+        adversarial = attack(model, images[row : row + 1], torch.tensor([0]))
+        assert is_broken(model, adversarial, torch.tensor([0])).all()
+        assert distance(images[row : row + 1], adversarial, "l2").item() <= 1.05 * optimum
+
+
+def test_confidence_is_a_margin(linear_problem):
+    problem = linear_problem(4, classes=5)
+    adversarial = attack(problem.model, problem.images, problem.labels, confidence=2.0)
+    with torch.no_grad():
+        logits = problem.model(adversarial)
+    own = logits.gather(1, problem.labels[:, None])
+    margin = (logits.scatter(1, problem.labels[:, None], -torch.inf).amax(1, keepdim=True) - own).squeeze(1)
+    assert (margin >= 2.0 - 1e-4).all() and (margin < 2.5).all()
+
+
+def test_what_is_returned_was_seen_by_the_model(linear_problem):
+    problem = linear_problem(3, classes=5)
+    seen = set()
+    problem.model.register_forward_hook(
+        lambda module, inputs, output: seen.update(image.numpy().tobytes() for image in inputs[0].detach())
+    )
+    adversarial = attack(problem.model, problem.images, problem.labels)
+    assert all(image.numpy().tobytes() in seen for image in adversarial)
+
+
+def test_the_clean_image_where_nothing_is_found(linear_problem):
+    problem = linear_problem(3, classes=5)
+    constant = Then(problem.model, lambda logits: 0 * logits + torch.arange(5.0))
+    labels = torch.full((3,), 4)
+    assert torch.equal(attack(constant, problem.images, labels), problem.images)
+
+
+def test_c_grows_tenfold_until_it_suffices(linear_problem):
+    problem = linear_problem(3, classes=2)
+    too_small = {"initial_c": 1e-4, "abort_early": False}
+    first = attack(problem.model, problem.images, problem.labels, binary_search_steps=1, **too_small)
+    assert torch.equal(first, problem.images)
+    later = attack(problem.model, problem.images, problem.labels, binary_search_steps=5, **too_small)
+    assert is_broken(problem.model, later, problem.labels).all()
+
+
+def test_a_too_large_c_is_halved(linear_problem):
+    """One large c overshoots; the search comes back from it."""
+    problem = linear_problem(3, classes=2)
+
+    def found(rounds):
+        adversarial = attack(
+            problem.model, problem.images, problem.labels, binary_search_steps=rounds, initial_c=1.0, lr=0.02
+        )
+        return distance(problem.images, adversarial, "l2")
+
+    assert (found(12) <= found(1)).all() and (found(12) < 0.999 * found(1)).any()
+
+
+def test_images_that_are_done_leave_the_batch(linear_problem):
+    problem = linear_problem(8, classes=5)
+    sizes = []
+    problem.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    early = attack(problem.model, problem.images, problem.labels)
+    spent, full = sum(sizes), 8 * 5 * 100
+    sizes.clear()
+    late = attack(problem.model, problem.images, problem.labels, abort_early=False)
+    assert sum(sizes) == full and set(sizes) == {8}
+    assert spent < 0.8 * full
+    saved = distance(problem.images, early, "l2") / distance(problem.images, late, "l2")
+    assert (saved < 1.05).all()
+
+
+class PoisonedWhenGrey(nn.Module):
+    """NaN logits for images that left their start by much; NaN is no success."""
+
+    def __init__(self, model, images):
+        super().__init__()
+        self.model, self.images = model, images
+
+    def forward(self, images):
+        logits = self.model(images)
+        is_moved = (images - self.images).flatten(1).norm(dim=1) > 1e-3
+        return torch.where(is_moved[:, None], torch.nan, logits)
+
+
+@pytest.mark.parametrize("abort_early", [True, False])
+def test_nan_is_no_success(abort_early, linear_problem):
+    problem = linear_problem(1, classes=5)
+    model = PoisonedWhenGrey(problem.model, problem.images)
+    adversarial = attack(model, problem.images, problem.labels, abort_early=abort_early)
+    assert torch.equal(adversarial, problem.images)
+
+
+def test_infinite_rivals_are_no_success(linear_problem):
+    problem = linear_problem(2, classes=5)
+    model = Then(problem.model, lambda logits: torch.where(logits < logits.amax(1, keepdim=True), torch.inf, logits))
+    assert torch.equal(attack(model, problem.images, problem.labels), problem.images)
+
+
+def test_the_spec_reaches_the_attack(linear_problem):
+    problem = linear_problem(2, classes=5)
+    (spec,) = load_suite(["cw"])
+    proposed = build_attack(spec, None)(problem.model, problem.images, problem.labels)
+    assert torch.equal(proposed, attack(problem.model, problem.images, problem.labels))

@@ -1,0 +1,186 @@
+from pathlib import Path
+
+import pytest
+
+from lrrobust.attacks import suite as suite_module
+from lrrobust.attacks.build import build_attack
+from lrrobust.attacks.specs import CwSpec, PgdSpec
+from lrrobust.attacks.suite import MAX_FILE_BYTES, AttackListing, list_attacks, load_suite, override
+from lrrobust.errors import ConfigError, UnknownNameError
+
+SHIPPED = ("cw", "fgsm", "pgd", "pgd_l2", "quick", "standard")
+LINF = tuple(grey / 255 for grey in (0.125, 0.25, 0.5, 1, 2, 4))
+L2 = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+PGD = "kind: pgd\nnorm: linf\neps: [1/255]\nsteps: 5\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_shipped_configuration_loads_and_builds():
+    assert tuple(sorted(line.name for line in list_attacks())) == SHIPPED
+    for name in SHIPPED:
+        for spec in load_suite([name]):
+            assert spec.eps == (LINF if spec.norm == "linf" else L2)
+            assert spec.description
+            for eps in (None,) if isinstance(spec, CwSpec) else spec.eps:
+                build_attack(spec, eps)
+
+
+def test_the_listing_shows_attacks_first_and_suites_with_their_norms():
+    listing = list_attacks()
+    assert listing[0] == AttackListing("cw", "cw", "l2", "minimal l2 change, 5 x 100 Adam steps")
+    assert [line.kind for line in listing] == ["cw", "fgsm", "pgd", "pgd", "suite", "suite"]
+    assert listing[-1][:3] == ("standard", "suite", "linf, l2")
+
+
+def test_the_installed_folder_is_used_when_there_is_one(tmp_path, monkeypatch):
+    """A wheel carries the configurations inside the package."""
+    configs = tmp_path / "lrrobust" / "attacks_configs"
+    configs.mkdir(parents=True)
+    (configs / "only.yaml").write_text(PGD)
+    monkeypatch.setattr(suite_module, "__file__", str(tmp_path / "lrrobust" / "attacks" / "suite.py"))
+    suite_module._shipped.cache_clear()
+    try:
+        assert [line.name for line in list_attacks()] == ["only"]
+        configs.rename(tmp_path / "elsewhere")
+        suite_module._shipped.cache_clear()
+        with pytest.raises(ConfigError, match="attacks_configs: .*install"):
+            list_attacks()
+    finally:
+        suite_module._shipped.cache_clear()
+
+
+def test_order_is_kept_and_repeated_attacks_come_once():
+    names = [spec.name for spec in load_suite(["pgd_l2", "standard", "pgd"])]
+    assert names == ["pgd_l2", "fgsm", "pgd", "cw"]
+
+
+def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "mine.yaml").write_text(PGD)
+    (folder / "sub" / "inner.yml").write_text("kind: suite\nattacks: [mine.yaml]\n")
+    (folder / "outer.yaml").write_text("kind: suite\nattacks: [fgsm, sub/inner.yml, ./sub/mine.yaml]\n")
+    for given in ("outer.yaml", Path("outer.yaml"), folder / "outer.yaml"):
+        fgsm, mine = load_suite([given])
+        assert (fgsm.name, mine.name, mine.eps, type(mine)) == ("fgsm", "mine", (1 / 255,), PgdSpec)
+    # A path object is a file even if a shipped attack has its name.
+    with pytest.raises(ConfigError, match="pgd: expected a YAML file"):
+        load_suite([Path("pgd")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "expected keys and values.* found an empty file"),
+        ("# nothing\n", "found an empty file"),
+        ("[1, 2]", r"expected keys and values.* found \[1, 2\]"),
+        ("just words", "found 'just words'"),
+        ("kind: pgd\n  steps: 3", "expected YAML, found mapping values are not allowed here .line 2, column 8"),
+        ("kind: [pgd", "expected YAML, found .*line 1"),
+        ("---\nkind: pgd\n---\nkind: fgsm\n", "expected YAML, found but found another document"),
+        ("kind: \x07", "expected YAML, found"),
+        ("when: 2024-02-31", "expected YAML, found"),
+        ("kind: " + "[" * 5000, "expected YAML, found"),
+        ("kind: !!python/object/apply:os.system [ls]", "expected YAML, found could not determine a constructor"),
+        ("a: &x [1]\nb: *x\n", "anchors and aliases are not allowed .line 1, column 4"),
+        ("kind: pgd\n<<: {steps: 5}", "keys must be plain words .line 2"),
+        ("kind: pgd\n1: 5", "keys must be plain words"),
+        ("kind: pgd\nkind: fgsm", "key 'kind' is repeated .line 2, column 1"),
+        ("eps: [1/255]", "kind: expected one of fgsm, pgd, cw, suite, found no such key"),
+        ("kind: deepfool", "kind: expected one of fgsm, pgd, cw, suite, found 'deepfool'"),
+        ("kind: [pgd]", "kind: expected one of"),
+        (PGD + "name: other", "name: unexpected key"),
+        (PGD + "step_size: 1", "step_size: unknown key, did you mean step_size_ratio"),
+        (PGD + "pgd: 1", "pgd: unknown key, expected one of description, eps"),
+        (PGD + "step_size_ratio: 0", "step_size_ratio: expected greater than 0, found 0"),
+        (PGD + "random_start: 1", "random_start: expected a valid boolean, found 1"),
+        (PGD + "restarts: 2024-01-01", "expected text, numbers, true, false and lists"),
+        (PGD + "restarts: .nan", "restarts: expected .*integer"),
+        ("kind: pgd\nnorm: linf\neps: [1/255]", "steps: expected this key, found none"),
+        ("kind: fgsm\neps: 1/255", "eps: expected a valid array, found '1/255'"),
+        ("kind: fgsm\neps: [1/255, x]", "eps.1: expected a number or a fraction such as \"8/255\", found 'x'"),
+        ("kind: fgsm\neps: [.nan]", "eps.0: expected a finite number, found nan"),
+        ("kind: fgsm\neps: [8]", "eps: expected budgets of at most 1.* largest is 8"),
+        ("kind: suite\nattacks: []", "attacks: .*at least 1 item"),
+        ("kind: suite\nattacks: pgd", "attacks: expected a valid array, found 'pgd'"),
+        ("kind: suite\nattacks: [pgd]\nsuite: 1", "suite: unknown key"),
+        ("kind: suite\nattacks: [pgdd]", "attacks: unknown attack 'pgdd': did you mean pgd"),
+        ("kind: suite\nattacks: [no.yaml]", "no.yaml: expected a YAML file, found no such file"),
+        ('kind: suite\nattacks: ["a\\0.yaml"]', "expected the path of a YAML file"),
+        ("kind: suite\nattacks: [bad.yaml]", "attacks: a suite cannot include itself .bad.yaml -> bad.yaml"),
+        ("kind: suite\nattacks: [fgsm, ring.yaml]", "attacks: a suite cannot include itself .bad.yaml -> ring.yaml -> bad"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_file_and_key(folder, content, message):
+    (folder / "bad.yaml").write_text(content)
+    (folder / "ring.yaml").write_text("kind: suite\nattacks: [pgd, bad.yaml]\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_suite(["bad.yaml"])
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 300
+    assert "bad.yaml" in text or "no.yaml" in text
+
+
+def test_unreadable_files_are_told(folder):
+    (folder / "latin.yaml").write_bytes(b"kind: pgd # \xe9")
+    (folder / "big.yaml").write_bytes(b"#" * (MAX_FILE_BYTES + 1))
+    (folder / "full.yaml").write_bytes(PGD.encode().ljust(MAX_FILE_BYTES, b"\n"))
+    (folder / "dir.yaml").mkdir()
+    with pytest.raises(ConfigError, match="latin.yaml: expected UTF-8 text, found byte 0xe9 at 12"):
+        load_suite(["latin.yaml"])
+    with pytest.raises(ConfigError, match="big.yaml: expected at most 65536 bytes"):
+        load_suite(["big.yaml"])
+    with pytest.raises(ConfigError, match="dir.yaml: expected a YAML file, found a folder"):
+        load_suite(["dir.yaml"])
+    with pytest.raises(ConfigError, match="file name of at most 64 lower-case"):
+        (folder / "My PGD.yaml").write_text(PGD)
+        load_suite(["My PGD.yaml"])
+    assert len(load_suite(["full.yaml"])) == 1
+
+
+def test_a_suite_nested_many_times_is_read_once(folder, monkeypatch):
+    """Doubling at every level, read naively, takes 2 ** 30 reads."""
+    (folder / "s0.yaml").write_text("kind: suite\nattacks: [pgd]\n")
+    for level in range(1, 30):
+        (folder / f"s{level}.yaml").write_text(f"kind: suite\nattacks: [s{level - 1}.yaml, ./s{level - 1}.yaml]\n")
+    assert [spec.name for spec in load_suite(["s29.yaml"])] == ["pgd"]
+
+
+def test_names_must_be_known_and_differ(folder):
+    with pytest.raises(UnknownNameError, match="unknown attack 'standart': did you mean standard"):
+        load_suite(["standart"])
+    with pytest.raises(ConfigError, match="no attack given; shipped: cw, fgsm"):
+        load_suite([])
+    (folder / "pgd.yaml").write_text(PGD)
+    with pytest.raises(ConfigError, match="an attack called 'pgd' was already given"):
+        load_suite(["pgd", "pgd.yaml"])
+
+
+def test_overrides_replace_and_are_checked():
+    (pgd,) = load_suite(["pgd"])
+    changed = override(pgd, eps=["1/255", 0.5], steps=7, restarts=3)
+    assert (changed.eps, changed.steps, changed.restarts) == ((1 / 255, 0.5), 7, 3)
+    assert changed.model_copy(update={"eps": pgd.eps, "steps": 20, "restarts": 1}) == pgd
+    assert override(pgd) == pgd
+    assert load_suite(["pgd", "pgd_l2"], steps=7)[1].steps == 7
+    (fgsm, _) = load_suite(["quick"], eps=("1/255",))
+    assert fgsm.eps == (1 / 255,)
+
+    with pytest.raises(ConfigError, match="fgsm: attacks of kind 'fgsm' have no 'steps' to replace"):
+        load_suite(["quick"], steps=3)
+    with pytest.raises(ConfigError, match="cw: attacks of kind 'cw' have no 'restarts'"):
+        load_suite(["cw"], restarts=3)
+    with pytest.raises(ConfigError, match="pgd: steps: expected greater than or equal to 1, found 0"):
+        override(pgd, steps=0)
+    with pytest.raises(ConfigError, match="pgd: eps.0: expected a number or a fraction .* found '4/'"):
+        override(pgd, eps=["4/"])
+    with pytest.raises(ConfigError, match="pgd: eps: expected budgets in ascending order"):
+        override(pgd, eps=[0.5, 0.25])
+    with pytest.raises(ConfigError, match="pgd: eps"):
+        override(pgd, eps=[])
+    with pytest.raises(ConfigError, match="several norms.*pgd: linf, pgd_l2: l2"):
+        load_suite(["standard"], eps=[0.5])
