@@ -185,6 +185,7 @@ class _Outcomes:
         self.linf = torch.full_like(self.margin, math.nan)
         self.l2 = torch.full_like(self.margin, math.nan)
         self.is_rejected = torch.zeros_like(self.is_broken)
+        self.has_proposal = self.is_clean_correct.clone()
 
     @property
     def rows_to_attack(self) -> torch.Tensor:
@@ -223,6 +224,8 @@ def _attack_minimal_norm(
         at_eps.is_broken = found.is_broken & (nearest <= eps)
         at_eps.prediction, at_eps.margin = found.prediction, found.margin
         at_eps.linf, at_eps.l2, at_eps.is_rejected = found.linf, found.l2, found.is_rejected
+        # An adversarial image beyond eps is no proposal at eps.
+        at_eps.has_proposal = found.has_proposal & (at_eps.is_broken | ~found.is_broken)
         # The one attack's cost is shared by all its eps, so that sums over rows are right.
         share = wall_s / len(ladder)
         passes = forwarded if math.isinf(eps) else torch.zeros_like(forwarded)
@@ -309,13 +312,13 @@ def _rows_at(
     columns = zip(
         batch.indices, batch.keys, batch.wnids, batch.labels.tolist(), clean.label.tolist(), clean.margin.tolist(),
         outcomes.is_clean_correct.tolist(), outcomes.is_broken.tolist(), broken_before.tolist(),
-        outcomes.is_rejected.tolist(), outcomes.prediction.tolist(), outcomes.margin.tolist(),
+        outcomes.is_rejected.tolist(), outcomes.has_proposal.tolist(), outcomes.prediction.tolist(), outcomes.margin.tolist(),
         outcomes.linf.tolist(), outcomes.l2.tolist(), wall_s.tolist(), forwarded.tolist(),
         strict=True,
     )
     for (
         index, key, wnid, label, clean_prediction, clean_margin, is_clean_correct, is_broken, was_broken,
-        is_rejected, prediction, margin, linf, l2, seconds, passes,
+        is_rejected, has_proposal, prediction, margin, linf, l2, seconds, passes,
     ) in columns:
         if not is_clean_correct:
             outcome = "wrong_when_clean"
@@ -334,13 +337,13 @@ def _rows_at(
                 "eps": eps,
                 "clean_prediction": clean_prediction,
                 "is_clean_correct": is_clean_correct,
-                "adversarial_prediction": prediction if is_clean_correct else None,
+                "adversarial_prediction": prediction if has_proposal else None,
                 "is_broken": is_broken or not is_clean_correct,
                 "outcome": outcome,
                 "linf_distance": linf if is_clean_correct and is_broken else None,
                 "l2_distance": l2 if is_clean_correct and is_broken else None,
                 "clean_margin": clean_margin,
-                "adversarial_margin": margin if is_clean_correct else None,
+                "adversarial_margin": margin if has_proposal else None,
                 "wall_s": seconds,
                 "forward_passes": passes,
             }

@@ -1,4 +1,4 @@
-"""Linear classifiers, whose nearest adversarial images are known in closed form."""
+"""Classifiers whose nearest adversarial images are known in closed form."""
 
 from __future__ import annotations
 

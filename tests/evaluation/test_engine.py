@@ -1,0 +1,312 @@
+"""The engine on models whose nearest adversarial images are known, and on models and attacks that misbehave."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.errors import ModelError
+from lrrobust.evaluation import engine
+from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.results import RunStore
+
+FINGERPRINT = "0123456789abcdef"
+# Around the distances of the linear problem below: some images break at each, some do not.
+LADDER = (1e-4, 2e-4, 4e-4, 7e-4, 1.5e-3)
+L2_LADDER = (1e-3, 2e-3, 4e-3, 7e-3, 1.5e-2)
+FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
+PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
+PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=L2_LADDER, steps=10)
+CW = CwSpec(name="cw", kind="cw", eps=L2_LADDER, binary_search_steps=6, steps=100, lr=0.0005, initial_c=1.0)
+
+
+class ImagesInMemory:
+    def __init__(self, images, labels):
+        self.images, self.labels_tensor = images, labels
+        self.labels = labels.tolist()
+        self.indices = [10 * i for i in range(len(labels))]
+        self.keys = [f"class/{i}.png" for i in range(len(labels))]
+        self.wnids = [f"n{label:08d}" for label in self.labels]
+        self.loaded = []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, positions):
+        positions = list(positions)
+        self.loaded += positions
+        return self.images[positions].clone(), self.labels_tensor[positions].clone()
+
+
+def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None):
+    tasks = plan_tasks(specs, len(images), chunk_size)
+    manifest = {
+        "schema_version": 1,
+        "fingerprint": FINGERPRINT,
+        "attacks": [spec.model_dump(mode="json") for spec in specs],
+        "plan": {"chunk_size": chunk_size, "parts": [list(task.part) for task in tasks]},
+        "provenance": {},
+    }
+    with RunStore.create_or_resume(folder, manifest) as store:
+        evaluate(
+            model, num_classes, images, tasks, store,
+            fingerprint=FINGERPRINT, device=torch.device("cpu"), part_metadata={"device": "cpu"}, on_task=on_task,
+        )
+        return store.read_rows()
+
+
+@pytest.fixture
+def problem(linear_problem):
+    return linear_problem(12, 3)
+
+
+def rows_of(rows, attack, eps):
+    return rows[(rows.attack == attack) & (rows.eps == eps)].sort_values("index")
+
+
+@pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW], ids=lambda spec: spec.name)
+def test_linear_model_breaks_exactly_where_its_margin_says(linear_problem, tmp_path, spec):
+    # Two classes: with more, the gradient of the cross-entropy does not point to the nearest one.
+    problem = linear_problem(12, 2)
+    rows = run(problem.model, 2, ImagesInMemory(problem.images, problem.labels), [spec], tmp_path / "run")
+    nearest = problem.nearest(spec.norm).numpy()
+    is_judged = 0
+    for eps in spec.eps:
+        is_broken = rows_of(rows, spec.name, eps).is_broken.to_numpy(dtype=bool)
+        assert is_broken[nearest < 0.95 * eps].all()
+        assert not is_broken[nearest > eps * (1 + 1e-3)].any()
+        is_judged += (nearest < 0.95 * eps).sum() + (nearest > 1.001 * eps).sum()
+    assert is_judged > 20
+    assert 0 < rows.is_broken.mean() < 1
+
+
+def test_rows_are_what_the_judge_sees(problem, tmp_path):
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [PGD, CW], tmp_path / "run")
+    assert len(rows) == 12 * len(LADDER) + 12 * (len(CW.eps) + 1)
+    broken = rows[rows.outcome == "broken"]
+    assert len(broken) > 0
+    assert (broken.adversarial_prediction != broken.label).all()
+    assert (broken.adversarial_margin < 0).all()
+    assert (broken[broken.norm == "linf"].linf_distance <= broken[broken.norm == "linf"].eps + 1e-6).all()
+    assert (broken[broken.norm == "l2"].l2_distance <= broken[broken.norm == "l2"].eps + 1e-6).all()
+    robust = rows[rows.outcome == "robust"]
+    assert robust.linf_distance.isna().all()
+    assert (robust.adversarial_margin.dropna() >= 0).all()
+    assert robust[robust.attack == "pgd"].adversarial_margin.notna().all()
+    # What is broken once stays broken at every larger eps, found once and paid for once.
+    for _, image in rows[rows.attack == "pgd"].groupby("index"):
+        image = image.sort_values("eps")
+        assert image.is_broken.astype(int).is_monotonic_increasing
+        again = image[image.outcome == "broken_at_smaller_eps"]
+        assert (again.forward_passes == 0).all()
+        assert again.linf_distance.nunique() <= 1
+
+
+def test_minimal_norm_attack_is_read_off_at_every_eps_and_infinity(problem, tmp_path):
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [CW], tmp_path / "run")
+    unbounded = rows_of(rows, "cw", math.inf)
+    assert unbounded.is_broken.all()
+    distance = unbounded.l2_distance.to_numpy(dtype=float)
+    np.testing.assert_array_less(problem.nearest("l2").numpy() * (1 - 1e-4), distance)
+    np.testing.assert_array_less(distance, 1.05 * problem.nearest("l2").numpy())
+    for eps in CW.eps:
+        np.testing.assert_array_equal(rows_of(rows, "cw", eps).is_broken.to_numpy(dtype=bool), distance <= eps)
+
+
+def test_wrong_when_clean_is_not_attacked_and_counts_as_broken(problem, tmp_path):
+    labels = problem.labels.clone()
+    labels[::2] = (labels[::2] + 1) % 3
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, labels), [PGD], tmp_path / "run")
+    is_wrong = rows["index"].isin(range(0, 120, 20))
+    wrong = rows[is_wrong]
+    assert (wrong.outcome == "wrong_when_clean").all()
+    assert wrong.is_broken.all()
+    assert (wrong.forward_passes == 0).all()
+    assert wrong.adversarial_prediction.isna().all()
+    assert rows[~is_wrong].is_clean_correct.all()
+
+
+def test_eps_zero_equals_clean(problem, tmp_path):
+    labels = problem.labels.clone()
+    labels[0] = (labels[0] + 1) % 3
+    spec = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(0.0,), steps=5)
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, labels), [spec], tmp_path / "run")
+    np.testing.assert_array_equal(rows.is_broken, ~rows.is_clean_correct)
+
+
+def drop_timings(rows):
+    return rows.drop(columns="wall_s").reset_index(drop=True)
+
+
+def test_resumed_run_equals_uninterrupted_one(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    specs = [FGSM, PGD, PGD_L2, CW]
+    whole = run(problem.model, 3, images, specs, tmp_path / "whole")
+    done = []
+
+    def stop_after(count):
+        def on_task(task, is_new):
+            done.append((task.part, is_new))
+            if sum(new for _, new in done) == count:
+                raise KeyboardInterrupt
+        return on_task
+
+    for count in (1, 5):
+        done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(problem.model, 3, images, specs, tmp_path / "parts", on_task=stop_after(count))
+    images.loaded.clear()
+    done.clear()
+    resumed = run(problem.model, 3, images, specs, tmp_path / "parts", on_task=lambda t, new: done.append((t.part, new)))
+    assert [new for _, new in done].count(False) == 6
+    assert set(images.loaded) == {5, 6, 7, 8, 9, 10, 11}, "the first chunk was finished and is not read again"
+    assert drop_timings(resumed).equals(drop_timings(whole))
+
+
+def test_a_damaged_part_is_computed_again(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    whole = run(problem.model, 3, images, [PGD], tmp_path / "run")
+    part = sorted((tmp_path / "run" / "parts").glob("*.parquet"))[1]
+    part.write_bytes(part.read_bytes()[:-20])
+    again = run(problem.model, 3, images, [PGD], tmp_path / "run")
+    assert drop_timings(again).equals(drop_timings(whole))
+
+
+def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    torch.manual_seed(1)
+    first = run(problem.model, 3, images, [PGD], tmp_path / "a")
+    drawn = torch.rand(3)
+    torch.manual_seed(2)
+    torch.rand(1)
+    second = run(problem.model, 3, images, [PGD], tmp_path / "b")
+    assert drop_timings(first).equals(drop_timings(second))
+    torch.manual_seed(1)
+    torch.testing.assert_close(drawn, torch.rand(3), atol=0, rtol=0)
+
+
+@pytest.fixture
+def attack_is(monkeypatch):
+    """Replaces every attack by a function of (model, images, labels)."""
+
+    def replace(function):
+        def build(spec, eps):
+            def attack(model, images, labels):
+                return function(model, images, labels)
+
+            attack.nonfinite_gradients = 0
+            return attack
+
+        monkeypatch.setattr(engine, "build_attack", build)
+
+    return replace
+
+
+def one_eps(eps):
+    return PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(eps,), steps=1)
+
+
+def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_path, attack_is):
+    attack_is(lambda model, images, labels: 1 - images)
+    flipped_labels = problem.model(1 - problem.images).argmax(1)
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [one_eps(0.001)], tmp_path / "run")
+    assert not rows.is_broken.any()
+    is_flipped = (flipped_labels != problem.labels).numpy()
+    assert is_flipped.any()
+    np.testing.assert_array_equal((rows.sort_values("index").outcome == "rejected").to_numpy(), is_flipped)
+
+
+def test_a_success_lost_on_the_way_is_kept(problem, tmp_path, attack_is):
+    strong = torch.clamp(problem.images, 0, 1)
+
+    def attack(model, images, labels):
+        with torch.enable_grad():
+            leaf = images.clone().requires_grad_()
+            logits = model(leaf)
+            gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), leaf)[0]
+        model(images + 0.05 * gradient.sign())
+        return images
+
+    attack_is(attack)
+    rows = run(problem.model, 3, ImagesInMemory(strong, problem.labels), [one_eps(0.05)], tmp_path / "run")
+    assert rows.is_broken.all()
+    np.testing.assert_allclose(rows.linf_distance.to_numpy(dtype=float), 0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_an_attack_that_proposes_no_numbers_breaks_nothing(problem, tmp_path, attack_is, pixel):
+    attack_is(lambda model, images, labels: torch.full_like(images, pixel))
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [one_eps(0.5)], tmp_path / "run")
+    assert not rows.is_broken.any()
+
+
+class NanAway(nn.Module):
+    """Sound on images of mean near one half, NaN elsewhere: as networks that overflow are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        logits = self.model(images)
+        return torch.where((images.amax((1, 2, 3)) > 0.9).view(-1, 1), torch.nan, logits)
+
+
+def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attack_is):
+    images = ImagesInMemory(problem.images, problem.labels)
+    calls = []
+
+    def attack(model, batch, labels):
+        calls.append(len(batch))
+        return batch if len(calls) == 1 else torch.ones_like(batch)
+
+    attack_is(attack)
+    with pytest.raises(ModelError, match=r"NaN or infinite logits for 5 of 5 images, the first is class/5.png"):
+        run(NanAway(problem.model).eval(), 3, images, [one_eps(1.0)], tmp_path / "run")
+    assert len(list((tmp_path / "run" / "parts").glob("*.parquet"))) == 1
+
+
+class Failing(nn.Module):
+    def forward(self, images):
+        raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("model", "num_classes", "message"),
+    [
+        (Failing(), 3, "fails on images of shape .* RuntimeError: mat1 and mat2 shapes"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 3, r"\(4, 4\).*expected logits of shape \(4, 3\)"),
+        (nn.Identity(), 3, "expected logits"),
+    ],
+)
+def test_what_is_no_classifier_is_refused_in_one_line(problem, tmp_path, model, num_classes, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        run(model, num_classes, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+class Noisy(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images) + torch.randn(len(images), 3)
+
+
+def test_a_randomised_model_is_said_aloud(problem, tmp_path, caplog):
+    run(Noisy(problem.model).eval(), 3, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+    assert "the model is randomised" in caplog.text
+
+
+def test_the_model_is_given_back_as_it_was(problem, tmp_path):
+    model = nn.Sequential(problem.model, nn.BatchNorm1d(3)).train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    run(model, 3, ImagesInMemory(problem.images, problem.labels), [FGSM, PGD], tmp_path / "run")
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], atol=0, rtol=0)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.errors import ModelError
+from lrrobust.evaluation.judge import Judge, Witness, check_evaluation_mode, frozen
+from lrrobust.threat import ThreatModel
+
+KEYS = ("a", "b", "c", "d")
+
+
+class Threshold(nn.Module):
+    """Class 1 where the mean of the image is above one half."""
+
+    def forward(self, images):
+        score = 10 * (images.flatten(1).mean(1) - 0.5)
+        return torch.stack([-score, score], 1)
+
+
+@pytest.fixture
+def judge():
+    return Judge(Threshold().eval(), 2)
+
+
+@pytest.fixture
+def clean():
+    return torch.full((4, 3, 4, 4), 0.48), torch.zeros(4, dtype=torch.int64)
+
+
+def test_margin_is_true_logit_minus_largest_other(judge, clean):
+    images, labels = clean
+    labels = torch.tensor([0, 1, 0, 1])
+    prediction = judge.predict(images, labels, KEYS)
+    assert prediction.label.tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(prediction.margin, torch.tensor([0.4, -0.4, 0.4, -0.4]).double(), atol=1e-5, rtol=0)
+
+
+def test_only_what_is_wrong_and_allowed_is_adversarial(judge, clean):
+    images, labels = clean
+    proposed = images.clone()
+    proposed[0] += 0.03  # crosses, inside the ball
+    proposed[1] += 0.05  # crosses, outside the ball
+    proposed[2] += 0.01  # does not cross
+    judgement = judge.judge(images, labels, proposed, ThreatModel("linf", 0.04), KEYS)
+    assert judgement.is_adversarial.tolist() == [True, False, False, False]
+    assert judgement.is_rejected.tolist() == [False, True, False, False]
+    torch.testing.assert_close(judgement.linf_distance[:3], torch.tensor([0.03, 0.05, 0.01]).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(judgement.l2_distance[1], torch.tensor(0.05 * 48**0.5).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad_value", [1.01, -0.01, float("nan"), float("inf")])
+def test_pixels_outside_the_box_never_count(judge, bad_value):
+    images, labels = torch.full((1, 3, 4, 4), 0.499), torch.zeros(1, dtype=torch.int64)
+    proposed = images + 0.01
+    proposed[0, 0, 0, 0] = bad_value
+    judgement = judge.judge(images, labels, proposed, ThreatModel("linf", 1.0), KEYS[:1])
+    assert not judgement.is_adversarial.any()
+
+
+def test_overshoot_below_the_tolerance_is_allowed_and_above_is_not(judge):
+    images, labels = torch.full((2, 3, 4, 4), 0.4999), torch.zeros(2, dtype=torch.int64)
+    proposed = images + torch.tensor([0.01 + 5e-7, 0.01 + 5e-6]).view(2, 1, 1, 1)
+    judgement = judge.judge(images, labels, proposed, ThreatModel("linf", 0.01), KEYS[:2])
+    assert judgement.is_adversarial.tolist() == [True, False]
+
+
+class Answer(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, images):
+        return self.answer(images)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: torch.full((len(x), 2), float("nan")), "NaN or infinite logits for 4 of 4 images, the first is a"),
+        (lambda x: torch.full((len(x), 2), float("inf")), "NaN or infinite logits"),
+        (lambda x: torch.zeros(len(x), 3), r"tensor \(4, 3\).*expected logits of shape \(4, 2\)"),
+        (lambda x: torch.zeros(len(x)), r"expected logits of shape \(4, 2\)"),
+        (lambda x: torch.zeros(len(x), 2, dtype=torch.int64), "int64"),
+        (lambda x: (torch.zeros(len(x), 2),), "returns tuple"),
+    ],
+)
+def test_logits_that_cannot_be_trusted_are_refused(clean, answer, message):
+    with pytest.raises(ModelError, match=message):
+        Judge(Answer(answer).eval(), 2).predict(*clean, KEYS)
+
+
+def test_a_part_in_training_mode_is_named():
+    model = nn.Sequential(nn.Identity(), nn.Dropout()).eval()
+    check_evaluation_mode(model)
+    model[1].train()
+    with pytest.raises(ModelError, match="'1' is in training mode"):
+        check_evaluation_mode(model)
+
+
+def test_frozen_restores_modes_and_gradients_even_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="inside"), frozen(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        raise RuntimeError("inside")
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+def test_witness_keeps_the_first_allowed_success_only(clean):
+    images, labels = clean
+    witness = Witness(Threshold().eval(), images, labels, ThreatModel("linf", 0.04))
+    outside, first, second = images + 0.2, images.clone(), images + 0.039
+    first[1] += 0.03
+    for iterate in (outside, first, second, images):
+        witness(iterate)
+    rows, kept = witness.nominated
+    assert rows.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(kept[1], first[1], atol=0, rtol=0)
+    torch.testing.assert_close(kept[0], second[0], atol=0, rtol=0)
+    assert witness.forwarded == 16
+
+
+def test_witness_passes_gradients_and_ignores_other_batches(clean):
+    images, labels = clean
+    witness = Witness(Threshold().eval(), images, labels, ThreatModel("linf", 1.0))
+    part = (images[:2] + 0.1).requires_grad_()
+    witness(part)[:, 1].sum().backward()
+    assert part.grad.abs().sum() > 0
+    assert len(witness.nominated[0]) == 0
+    assert witness.forwarded == 2

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+import torch
+
+from lrrobust.threat import ThreatModel, distance, is_in_box
+
+
+def test_distances_equal_their_definition():
+    images = torch.zeros(2, 1, 1, 3)
+    other = torch.tensor([[0.3, -0.4, 0.0], [0.1, 0.1, 0.1]]).view(2, 1, 1, 3)
+    torch.testing.assert_close(distance(images, other, "linf"), torch.tensor([0.4, 0.1]).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(distance(images, other, "l2"), torch.tensor([0.5, 0.03**0.5]).double(), atol=1e-7, rtol=0)
+    assert distance(images, other, "l2").dtype == torch.float64
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_ball_has_a_boundary_with_the_stated_slack(norm):
+    images = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
+    other = torch.tensor([0.1, 0.1 + 9e-7, 0.1 + 2e-6], dtype=torch.float64).view(3, 1, 1, 1)
+    assert ThreatModel(norm, 0.1).is_in_ball(images, other).tolist() == [True, True, False]
+
+
+def test_nan_is_neither_in_ball_nor_in_box():
+    images = torch.zeros(1, 1, 1, 2)
+    other = torch.tensor([0.0, math.nan]).view(1, 1, 1, 2)
+    assert not ThreatModel("linf", math.inf).is_in_ball(images, other).any()
+    assert not ThreatModel("l2", math.inf).is_in_ball(images, other).any()
+    assert not is_in_box(other).any()
+
+
+@pytest.mark.parametrize(("pixel", "is_inside"), [(0.0, True), (1.0, True), (-1e-5, False), (1 + 1e-5, False), (math.inf, False)])
+def test_box(pixel, is_inside):
+    assert is_in_box(torch.tensor([0.5, pixel]).view(1, 1, 1, 2)).tolist() == [is_inside]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l1", 1.0), ("linf", -1.0), ("l2", math.nan)])
+def test_impossible_threats_are_refused(norm, eps):
+    with pytest.raises(ValueError, match="must be"):
+        ThreatModel(norm, eps)
