@@ -12,12 +12,27 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from lrrobust import __version__
 from lrrobust.errors import LrRobustError
 
+
+class _Interrupted(Exception):
+    """Ctrl-C, under a name that typer does not handle in its own way."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
 app = typer.Typer(
     name="lrrobust",
+    cls=_Commands,
     help="How robust an image classifier really is to adversarial attacks, and whether a robustness claim holds.",
     no_args_is_help=True,
     add_completion=False,
@@ -179,14 +194,22 @@ def attacks() -> None:
     print_attacks()
 
 
-def main() -> None:
-    """Entry point: turns failures into one line and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
-        app()
+        app(arguments, prog_name="lrrobust")
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    except _Interrupted:
         print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""The command line as a user meets it: real processes, real folders, a small model of the user's own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lrrobust import cli
+from lrrobust.results import find_runs, load_run
+
+MODEL = """
+import time
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+CLASSES = ("ant", "bee", "cat")
+
+class Small(nn.Module):
+    def __init__(self, pause_s=0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(0.05 * torch.randn(3, 3 * 16 * 16, generator=generator))
+        self.pause_s = pause_s
+
+    def forward(self, images):
+        time.sleep(self.pause_s)
+        return (images - 0.5).flatten(1) @ self.weight.t()
+
+def build():
+    return Classifier(Small(), CLASSES, input_size=16)
+
+def build_slow():
+    return Classifier(Small(0.005), CLASSES, input_size=16)
+
+class Nan(Small):
+    def forward(self, images):
+        return super().forward(images) * float("nan")
+
+def build_other():
+    other = Small()
+    other.weight.data.mul_(-1)
+    return Classifier(other, CLASSES, input_size=16)
+
+def build_nan():
+    return Classifier(Nan(), CLASSES, input_size=16)
+
+def build_wrong_shape():
+    return Classifier(Small(), ("ant", "bee"), input_size=16)
+
+def build_number():
+    return 7
+
+def build_failing():
+    raise KeyError("weights")
+"""
+
+
+def start(*arguments, cwd):
+    """A process of its own, for what only a process can suffer."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lrrobust", *map(str, arguments)],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
+        code = cli.run(arguments)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a model file and 24 images of three classes."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "model.py").write_text(MODEL)
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    return folder
+
+
+EVAL = ("eval", "--model", "model.py:build", "--dataset", "images")
+
+
+def assert_one_line(code, err, pattern):
+    assert code == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert re.search(pattern, lines[0]), lines[0]
+
+
+def test_eval_prints_the_table_and_keeps_the_rows(run, workplace, tmp_path):
+    code, out, err = run(*EVAL, "--attack", "pgd", "--n", 10, "--out", tmp_path / "runs", cwd=workplace)
+    assert code == 0, err
+    assert "0.125/255" in out
+    assert "4/255" in out
+    (folder,) = find_runs(tmp_path / "runs")
+    loaded = load_run(folder)
+    assert loaded.is_complete
+    assert len(loaded.rows) == 10 * 6
+    assert loaded.manifest["dataset"]["n"] == 10
+    shown = float(re.search(r"4/255\s+10\s+[\d.]+\s+([\d.]+)", out).group(1))
+    at_largest = loaded.rows[loaded.rows.eps == 4 / 255]
+    assert shown == pytest.approx(100 * (1 - at_largest.is_broken.mean()), abs=0.05)
+
+
+def test_several_models_see_the_same_images_and_report_draws_them(run, workplace, tmp_path):
+    code, _, err = run(
+        *EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--steps", 3, "--out", tmp_path / "runs",
+        cwd=workplace,
+    )
+    # fgsm has no steps to replace: said at once, before anything runs.
+    assert_one_line(code, err, "fgsm.*'steps'")
+    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace)
+    assert code == 0, err
+    runs = [load_run(folder) for folder in find_runs(tmp_path / "runs")]
+    assert len(runs) == 2
+    assert runs[0].manifest["dataset"] == runs[1].manifest["dataset"]
+    code, out, err = run("report", tmp_path / "runs", "--out", tmp_path / "summary", cwd=workplace)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv")
+    assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "worst_case"}
+    assert ((table.robust_accuracy >= 0) & (table.robust_accuracy <= table.clean_accuracy)).all()
+    assert {path.suffix for path in (tmp_path / "summary").iterdir()} == {".csv", ".md", ".png", ".svg"}
+
+
+def timeless(folder):
+    rows = load_run(folder).rows
+    return rows.drop(columns="wall_s").reset_index(drop=True)
+
+
+def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
+    arguments = ("eval", "--model", "model.py:build_slow", "--dataset", "images", "--attack", "pgd", "--attack", "pgd_l2", "--chunk-size", 4)
+    code, _, err = run(*arguments, "--out", tmp_path / "whole", cwd=workplace)
+    assert code == 0, err
+    parts = tmp_path / "killed"
+    kills = 0
+    for wanted in (1, 3, 6):
+        process = start(*arguments, "--out", parts, cwd=workplace)
+        while process.poll() is None and len(list(parts.glob("*/parts/*.parquet"))) < wanted:
+            time.sleep(0.02)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills == 3
+    code, _, err = run(*arguments, "--out", parts, cwd=workplace)
+    assert code == 0, err
+    assert "going on with" in err
+    (whole,), (killed,) = find_runs(tmp_path / "whole"), find_runs(parts)
+    assert whole.name == killed.name
+    assert timeless(whole).equals(timeless(killed))
+    assert len(json.loads((killed / "manifest.json").read_text())["sessions"]) == 3
+
+
+def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
+    process = start(
+        "eval", "--model", "model.py:build_slow", "--dataset", "images", "--attack", "pgd", "--chunk-size", 4,
+        "--out", tmp_path / "runs", cwd=workplace,
+    )
+    while process.poll() is None and not list(tmp_path.glob("runs/*/parts/*.parquet")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (("eval", "--model", "lr_resnet5"), "unknown model 'lr_resnet5'.*lr_resnet50"),
+        (("eval", "--model", "lr_resnet101"), "no weights of lr_resnet101.*--weights"),
+        (("eval", "--model", "missing.py:build"), "no file missing.py"),
+        (("eval", "--model", "model.py:bild", "--dataset", "images"), "no function 'bild'"),
+        (("eval", "--model", "model.py:build_number", "--dataset", "images"), "returned int.*Classifier"),
+        (("eval", "--model", "model.py:build_failing", "--dataset", "images"), "model.py, line \\d+ failed with KeyError"),
+        (("eval", "--model", "model.py:build_nan", "--dataset", "images", "--attack", "fgsm"), "NaN or infinite logits"),
+        (("eval", "--model", "model.py:build_wrong_shape", "--dataset", "images", "--attack", "fgsm"), r"expected logits of shape \(4, 2\)"),
+        ((*EVAL, "--attack", "pdg"), "'pdg'.*pgd"),
+        ((*EVAL, "--attack", "broken.yaml"), "broken.yaml"),
+        ((*EVAL, "--attack", "pgd", "--eps", "8/0"), "eps"),
+        ((*EVAL, "--attack", "pgd", "--n", 100), "100.*24"),
+        ((*EVAL, "--dataset", "nowhere"), "nowhere"),
+        ((*EVAL, "--dataset", "damaged"), "bee/0.png.*--skip-corrupt"),
+        ((*EVAL, "--device", "tpu0"), "--device 'tpu0'"),
+        ((*EVAL, "--weights", "a", "--weights", "b"), "--weights must be given once for each"),
+        ((*EVAL, "--weights", "model.py"), "model.py is neither a safetensors"),
+        ((*EVAL, "--indices", "indices.txt"), "indices.txt"),
+        (("report", "empty"), "no runs in empty"),
+        (("train", "--model", "resnet26", "--data", "images", "--recipe", "no_such"), "unknown recipe 'no_such'"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, arguments, pattern):
+    (workplace / "broken.yaml").write_text("kind: pgd\nnorm: linf\neps: [1/255]\nsteps: many\n")
+    (workplace / "indices.txt").write_text("1\ntwo\n")
+    (workplace / "empty").mkdir(exist_ok=True)
+    for name in ("ant", "bee"):
+        (workplace / "damaged" / name).mkdir(parents=True, exist_ok=True)
+        good = (workplace / "images" / name / "0.png").read_bytes()
+        (workplace / "damaged" / name / "0.png").write_bytes(good if name == "ant" else good[: len(good) // 2])
+    options = ("--out", tmp_path / "out")
+    code, _, err = run(*arguments, *options, cwd=workplace)
+    assert_one_line(code, err, pattern)
+
+
+def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        good = (workplace / "images" / name / "0.png").read_bytes()
+        (tmp_path / "images" / name / "0.png").write_bytes(good if name == "ant" else good[: len(good) // 2])
+    code, _, err = run(
+        "eval", "--model", workplace / "model.py:build", "--dataset", tmp_path / "images", "--attack", "fgsm", "--skip-corrupt",
+        "--out", tmp_path / "runs", cwd=tmp_path,
+    )
+    assert code == 0, err
+    assert "skipped: 1 images that cannot be decoded: bee/0.png" in err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_said_and_loses_nothing(run, workplace, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        arguments = (*EVAL, "--attack", "fgsm", "--chunk-size", 2, "--out", disk)
+        code, _, err = run(*arguments, cwd=workplace)
+        assert_one_line(code, err, "no room|No space")
+        kept = len(list(disk.glob("*/parts/*.parquet")))
+        assert 0 < kept < 12
+        subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+        code, _, err = run(*arguments, cwd=workplace)
+        assert code == 0, err
+        (folder,) = find_runs(disk)
+        assert load_run(folder).is_complete
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_listings_name_what_there_is(run, tmp_path):
+    code, out, err = run("models", cwd=tmp_path)
+    assert code == 0, err
+    assert "lr_resnet50" in out
+    assert "23.4" in out
+    code, out, err = run("attacks", cwd=tmp_path)
+    assert code == 0, err
+    assert all(name in out for name in ("fgsm", "pgd", "pgd_l2", "cw", "standard"))
+
+
+def test_version_and_help_answer(run, tmp_path):
+    from lrrobust import __version__
+
+    assert run("--version", cwd=tmp_path)[:2] == (0, f"lrrobust {__version__}\n")
+    code, out, _ = run("--help", cwd=tmp_path)
+    assert code == 0
+    assert all(command in out for command in ("eval", "report", "train", "models", "attacks"))
+
+
+def test_unknown_option_is_refused(run, tmp_path):
+    code, _, err = run("eval", "--modle", "x", cwd=tmp_path)
+    assert code == 2
+    assert "--modle" in err
