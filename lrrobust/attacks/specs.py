@@ -65,7 +65,8 @@ Ladder = Annotated[tuple[Eps, ...], Field(min_length=1), AfterValidator(_check_l
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise PydanticCustomError(
-            "name", 'expected a file name of at most 64 lower-case letters, digits, "_" and "-", led by a letter or digit'
+            "name",
+            'expected a file name of at most 64 lower-case letters, digits, "_" and "-", led by a letter or digit',
         )
     return name
 

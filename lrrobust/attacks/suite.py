@@ -215,7 +215,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     source = _display(path)
     try:
         if not path.is_file():
-            raise ConfigError(f"{source}: expected a YAML file, found {'a folder' if path.is_dir() else 'no such file'}")
+            found = "a folder" if path.is_dir() else "no such file"
+            raise ConfigError(f"{source}: expected a YAML file, found {found}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -225,7 +226,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: expected UTF-8 text, found byte {content[error.start]:#04x} at {error.start}") from None
+        found = f"byte {content[error.start]:#04x} at {error.start}"
+        raise ConfigError(f"{source}: expected UTF-8 text, found {found}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

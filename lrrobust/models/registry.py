@@ -231,25 +231,32 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
     """Runs the user's own file: the one place where a model's name executes code."""
     path_text, factory_name = name.rsplit(":", 1)
-    path = Path(path_text)
+    # Absolute, as Python names the file in tracebacks.
+    path = Path(path_text).absolute()
     if not path.is_file():
-        raise ModelError(f"no file {path}: --model expects path/to/file.py:factory")
+        raise ModelError(f"no file {path_text}: --model expects path/to/file.py:factory")
     spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
+    # Dataclasses and pickle look a class's module up here.
+    sys.modules[spec.name] = module
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
         factory = getattr(module, factory_name, None)
         if not callable(factory):
-            raise ModelError(f"{path} has no function {factory_name!r}: expected a factory that returns a Classifier")
+            raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
         made = factory()
     except LrRobustError:
         raise
     except Exception as error:
         where = _line_in(error, path)
-        raise ModelError(f"{path}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(
+            f"{path_text}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     finally:
-        sys.path.pop(0)
+        # Not the first entry blindly: the file may have put others in front.
+        sys.path.remove(folder)
     if isinstance(made, nn.Module) and classes is not None:
         made = Classifier(made, tuple(classes), getattr(made, "input_size", DEFAULT_INPUT_SIZE))
     if not isinstance(made, Classifier):

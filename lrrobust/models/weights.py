@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,8 @@ def save_weights(path: Path, stored: Mapping[str, torch.Tensor], metadata: Weigh
         save_file(dict(stored), temporary, metadata={_METADATA_KEY: complete.model_dump_json()})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # as where a file takes the folder's place
+            temporary.unlink()
         raise WeightsError(f"cannot write weights to {path}: {error}; free space or choose another folder") from None
 
 
@@ -148,8 +150,11 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata |
     """
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}: give the path of a .safetensors or .pt file")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
     # A safetensors file starts with the header's length, eight bytes, and the header's "{".
     if head[8:] == b"{":
         return _read_safetensors(path)
@@ -189,7 +194,10 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    is_state = isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    )
+    if not is_state or not content:
         raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors")
     # DistributedDataParallel prefixes every key.
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}

@@ -184,65 +184,162 @@ def _exp(typing_context, vector):
     return _vector(_vector), codegen
 
 
+# --- transposing tiles: LANES rows of SLAB channels <-> SLAB vectors of LANES ------------------------
+
+_ROW = ir.VectorType(_FLOAT, SLAB)
+
+
+def _row_address(context, builder, signature, arguments, lane: int):
+    """Address of one lane's channels: in the tensor, or in its spare row where the group is not full."""
+    array_type, bases_type, spare_type = signature.args[0], signature.args[1], signature.args[3]
+    array, bases, offset, spare = arguments[:4]
+    bases_data = context.make_array(bases_type)(context, builder, bases).data
+    base = builder.load(builder.gep(bases_data, [ir.Constant(ir.IntType(64), lane)]))
+    data = context.make_array(array_type)(context, builder, array).data
+    spare_data = context.make_array(spare_type)(context, builder, spare).data
+    is_full = builder.icmp_signed(">=", base, ir.Constant(base.type, 0))
+    inside = builder.gep(data, [builder.add(base, offset)])
+    aside = builder.gep(spare_data, [ir.Constant(ir.IntType(64), lane * SLAB)])
+    return builder.bitcast(builder.select(is_full, inside, aside), _ROW.as_pointer())
+
+
+def _shuffle(builder, left, right, indices):
+    mask = ir.Constant(ir.VectorType(_INT, len(indices)), list(indices))
+    return builder.shuffle_vector(left, right, mask)
+
+
+def _transpose_blocks(builder, vectors):
+    """Transposes every SLAB x SLAB block of SLAB vectors, whose length is a multiple of SLAB."""
+    length = vectors[0].type.count
+    span = SLAB // 2
+    while span:
+        swapped = list(vectors)
+        for i in range(SLAB):
+            if i & span == 0:
+                low, high = vectors[i], vectors[i + span]
+                # Exchange the off-diagonal halves of blocks of 2 * span.
+                first = [e if e & span == 0 else length + e - span for e in range(length)]
+                second = [e + span if e & span == 0 else length + e for e in range(length)]
+                swapped[i] = _shuffle(builder, low, high, first)
+                swapped[i + span] = _shuffle(builder, low, high, second)
+        vectors = swapped
+        span //= 2
+    return vectors
+
+
+@intrinsic
+def _gather_tile(typing_context, array, bases, offset, spare, scratch, at):
+    """scratch[at + j * LANES + l] = array[bases[l] + offset + j] for all j < SLAB and lanes l.
+
+    Lanes with a negative base are read from their row of `spare`.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        rows = [
+            builder.load(_row_address(context, builder, signature, arguments, lane), align=4) for lane in range(LANES)
+        ]
+        if LANES == 2 * SLAB:
+            rows = [_shuffle(builder, rows[i], rows[i + SLAB], range(LANES)) for i in range(SLAB)]
+        for j, vector in enumerate(_transpose_blocks(builder, rows)):
+            place = builder.add(arguments[5], ir.Constant(arguments[5].type, j * LANES))
+            builder.store(vector, _address(context, builder, signature.args[4], arguments[4], place), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, bases, types.intp, spare, scratch, types.intp), codegen
+
+
+@intrinsic
+def _scatter_tile(typing_context, array, bases, offset, spare, scratch, at):
+    """The way back of `_gather_tile`."""
+
+    def codegen(context, builder, signature, arguments):
+        vectors = []
+        for j in range(SLAB):
+            place = builder.add(arguments[5], ir.Constant(arguments[5].type, j * LANES))
+            vectors.append(builder.load(_address(context, builder, signature.args[4], arguments[4], place), align=4))
+        rows = _transpose_blocks(builder, vectors)
+        if LANES == 2 * SLAB:
+            low = [_shuffle(builder, row, row, range(SLAB)) for row in rows]
+            high = [_shuffle(builder, row, row, range(SLAB, LANES)) for row in rows]
+            rows = low + high
+        for lane, row in enumerate(rows):
+            builder.store(row, _row_address(context, builder, signature, arguments, lane), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, bases, types.intp, spare, scratch, types.intp), codegen
+
+
 # --- moving LANES (image, group) pairs between tensors and lane-minor scratch ------------------------
 # Scratch is flat: pixel-major, then channel within the group (padded to whole slabs), then lane.
 
 
+# Tensors are flat too: channels-last, so the channels of a group are neighbours in memory.
+
+
 @njit(cache=True, nogil=True)
-def _gather_groups(source, first, groups, scratch):
-    """scratch[p, l] = source[n, g, p] for the lanes l of the block that starts at pair `first`."""
-    batch, _, height, width = source.shape
+def _gather_groups(source, first, pairs, groups, pixels, scratch):
+    """scratch[p, l] = source[n, p, g] for the lanes l of the block that starts at pair `first`."""
     for lane in range(LANES):
         pair = first + lane
-        if pair < batch * groups:
-            n, g = pair // groups, pair % groups
-            for y in range(height):
-                for x in range(width):
-                    scratch[(y * width + x) * LANES + lane] = source[n, g, y, x]
+        if pair < pairs:
+            base = (pair // groups) * pixels * groups + pair % groups
+            for p in range(pixels):
+                scratch[p * LANES + lane] = source[base + p * groups]
         else:
-            for p in range(height * width):
+            for p in range(pixels):
                 scratch[p * LANES + lane] = 0.0
 
 
 @njit(cache=True, nogil=True)
-def _scatter_groups(scratch, first, groups, target):
-    batch, _, height, width = target.shape
-    for lane in range(min(LANES, batch * groups - first)):
-        n, g = (first + lane) // groups, (first + lane) % groups
-        for y in range(height):
-            for x in range(width):
-                target[n, g, y, x] = scratch[(y * width + x) * LANES + lane]
+def _scatter_groups(scratch, first, pairs, groups, pixels, target):
+    for lane in range(min(LANES, pairs - first)):
+        base = ((first + lane) // groups) * pixels * groups + (first + lane) % groups
+        for p in range(pixels):
+            target[base + p * groups] = scratch[p * LANES + lane]
 
 
 @njit(cache=True, nogil=True)
-def _gather_channels(source, first, groups, per_group, padded, scratch):
-    """scratch[p, j, l] = source[n, g * per_group + j, p]; zero for channels and pairs that do not exist."""
-    batch, channels, height, width = source.shape
-    for y in range(height):
-        for x in range(width):
-            at = (y * width + x) * padded * LANES
+def _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts):
+    """Where the channels of each lane's slab begin, and how many they are; -1 in `bases` unless SLAB."""
+    for lane in range(LANES):
+        pair = first + lane
+        counts[lane] = 0
+        if pair < pairs:
+            c = (pair % groups) * per_group + slab * SLAB
+            end = min((pair % groups) * per_group + per_group, channels)
+            starts[lane] = (pair // groups) * pixels * channels + c
+            counts[lane] = max(0, min(SLAB, end - c))
+        bases[lane] = starts[lane] if counts[lane] == SLAB else -1
+
+
+@njit(cache=True, nogil=True)
+def _gather_channels(source, first, pairs, groups, channels, per_group, slabs, pixels, scratch):
+    """scratch[p, j, l] = source[n, p, g * per_group + j]; zero for channels and pairs that do not exist."""
+    bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    spare = np.zeros(LANES * SLAB, np.float32)
+    for slab in range(slabs):
+        _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts)
+        spare[:] = 0.0
+        for p in range(pixels):
             for lane in range(LANES):
-                pair = first + lane
-                count = 0
-                if pair < batch * groups:
-                    n, c = pair // groups, (pair % groups) * per_group
-                    count = min(per_group, channels - c)
-                    for j in range(count):
-                        scratch[at + j * LANES + lane] = source[n, c + j, y, x]
-                for j in range(count, padded):
-                    scratch[at + j * LANES + lane] = 0.0
+                if bases[lane] < 0:
+                    for j in range(counts[lane]):
+                        spare[lane * SLAB + j] = source[starts[lane] + p * channels + j]
+            _gather_tile(source, bases, p * channels, spare, scratch, (p * slabs + slab) * SLAB * LANES)
 
 
 @njit(cache=True, nogil=True)
-def _scatter_channels(scratch, first, groups, per_group, padded, target):
-    batch, channels, height, width = target.shape
-    for y in range(height):
-        for x in range(width):
-            at = (y * width + x) * padded * LANES
-            for lane in range(min(LANES, batch * groups - first)):
-                n, c = (first + lane) // groups, ((first + lane) % groups) * per_group
-                for j in range(min(per_group, channels - c)):
-                    target[n, c + j, y, x] = scratch[at + j * LANES + lane]
+def _scatter_channels(scratch, first, pairs, groups, channels, per_group, slabs, pixels, target):
+    bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    spare = np.empty(LANES * SLAB, np.float32)
+    for slab in range(slabs):
+        _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts)
+        for p in range(pixels):
+            _scatter_tile(target, bases, p * channels, spare, scratch, (p * slabs + slab) * SLAB * LANES)
+            for lane in range(LANES):
+                if bases[lane] < 0:
+                    for j in range(counts[lane]):
+                        target[starts[lane] + p * channels + j] = spare[lane * SLAB + j]
 
 
 @njit(cache=True, nogil=True)
@@ -442,50 +539,48 @@ def _backward_block(
 
 @njit(cache=True, nogil=True)
 def _forward_range(
-    start, stop, query, key, value, geometry, per_group, stride, dilation, similarity, out, maximum, normaliser
+    start, stop, query, key, value, geometry, sizes, per_group, stride, dilation, similarity, out, maximum, normaliser
 ):
+    batch, channels, height, width, out_height, out_width = sizes
     groups, taps = geometry.shape
     kernel_size = int(round(taps**0.5))
-    height, width = key.shape[2], key.shape[3]
-    out_height, out_width = query.shape[2], query.shape[3]
     shape = (height, width, out_height, out_width)
+    pixels, out_pixels, pairs = height * width, out_height * out_width, batch * groups
     slabs = (per_group + SLAB - 1) // SLAB
-    padded = slabs * SLAB
-    q = np.empty(out_height * out_width * LANES, np.float32)
-    k = np.empty(height * width * LANES, np.float32)
-    v = np.empty(height * width * padded * LANES, np.float32)
-    y = np.empty(out_height * out_width * padded * LANES, np.float32)
+    q = np.empty(out_pixels * LANES, np.float32)
+    k = np.empty(pixels * LANES, np.float32)
+    v = np.empty(pixels * slabs * SLAB * LANES, np.float32)
+    y = np.empty(out_pixels * slabs * SLAB * LANES, np.float32)
     g = np.empty(taps * LANES, np.float32)
     scores = np.empty(taps * LANES, np.float32)
     for block in range(start, stop):
         first = block * LANES
-        _gather_groups(query, first, groups, q)
-        _gather_groups(key, first, groups, k)
-        _gather_channels(value, first, groups, per_group, padded, v)
+        _gather_groups(query, first, pairs, groups, out_pixels, q)
+        _gather_groups(key, first, pairs, groups, pixels, k)
+        _gather_channels(value, first, pairs, groups, channels, per_group, slabs, pixels, v)
         _gather_geometry(geometry, first, g)
         _forward_block(
             q, k, v, g, y, maximum[block], normaliser[block],
             shape, slabs, kernel_size, stride, dilation, similarity, scores,
         )
-        _scatter_channels(y, first, groups, per_group, padded, out)
+        _scatter_channels(y, first, pairs, groups, channels, per_group, slabs, out_pixels, out)
 
 
 @njit(cache=True, nogil=True)
 def _backward_range(
-    start, stop, query, key, value, geometry, per_group, stride, dilation, similarity, maximum, normaliser,
+    start, stop, query, key, value, geometry, sizes, per_group, stride, dilation, similarity, maximum, normaliser,
     grad_out, grad_query, grad_key, grad_value, grad_geometry, needs_geometry,
 ):
+    batch, channels, height, width, out_height, out_width = sizes
     groups, taps = geometry.shape
     kernel_size = int(round(taps**0.5))
-    height, width = key.shape[2], key.shape[3]
-    out_height, out_width = query.shape[2], query.shape[3]
     shape = (height, width, out_height, out_width)
+    pixels, out_pixels, pairs = height * width, out_height * out_width, batch * groups
     slabs = (per_group + SLAB - 1) // SLAB
-    padded = slabs * SLAB
-    q = np.empty(out_height * out_width * LANES, np.float32)
-    k = np.empty(height * width * LANES, np.float32)
-    v = np.empty(height * width * padded * LANES, np.float32)
-    dy = np.empty(out_height * out_width * padded * LANES, np.float32)
+    q = np.empty(out_pixels * LANES, np.float32)
+    k = np.empty(pixels * LANES, np.float32)
+    v = np.empty(pixels * slabs * SLAB * LANES, np.float32)
+    dy = np.empty(out_pixels * slabs * SLAB * LANES, np.float32)
     g = np.empty(taps * LANES, np.float32)
     dq = np.empty_like(q)
     dk = np.empty_like(k)
@@ -493,13 +588,12 @@ def _backward_range(
     dg = np.empty_like(g)
     scores = np.empty(taps * LANES, np.float32)
     grad_weights = np.empty(taps * LANES, np.float32)
-    pairs = query.shape[0] * groups
     for block in range(start, stop):
         first = block * LANES
-        _gather_groups(query, first, groups, q)
-        _gather_groups(key, first, groups, k)
-        _gather_channels(value, first, groups, per_group, padded, v)
-        _gather_channels(grad_out, first, groups, per_group, padded, dy)
+        _gather_groups(query, first, pairs, groups, out_pixels, q)
+        _gather_groups(key, first, pairs, groups, pixels, k)
+        _gather_channels(value, first, pairs, groups, channels, per_group, slabs, pixels, v)
+        _gather_channels(grad_out, first, pairs, groups, channels, per_group, slabs, out_pixels, dy)
         _gather_geometry(geometry, first, g)
         dk[:] = 0.0
         dv[:] = 0.0
@@ -508,9 +602,9 @@ def _backward_range(
             q, k, v, g, maximum[block], normaliser[block], dy, dq, dk, dv, dg,
             shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
         )
-        _scatter_groups(dq, first, groups, grad_query)
-        _scatter_groups(dk, first, groups, grad_key)
-        _scatter_channels(dv, first, groups, per_group, padded, grad_value)
+        _scatter_groups(dq, first, pairs, groups, out_pixels, grad_query)
+        _scatter_groups(dk, first, pairs, groups, pixels, grad_key)
+        _scatter_channels(dv, first, pairs, groups, channels, per_group, slabs, pixels, grad_value)
         if needs_geometry:
             for lane in range(min(LANES, pairs - first)):
                 for t in range(taps):
@@ -556,8 +650,25 @@ class _Threads:
 _threads = _Threads()
 
 
-def _as_array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to(torch.float32).numpy()
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    """float32, channels-last, one-dimensional; a view of the tensor where it is laid out so already."""
+    return tensor.detach().to(torch.float32).permute(0, 2, 3, 1).reshape(-1).numpy()
+
+
+def _rows(geometry: torch.Tensor) -> np.ndarray:
+    """float32 (G, k * k)."""
+    return geometry.detach().to(torch.float32).flatten(1).contiguous().numpy()
+
+
+def _sizes(query: torch.Tensor, value: torch.Tensor) -> tuple[int, ...]:
+    batch, channels, height, width = value.shape
+    return batch, channels, height, width, query.shape[2], query.shape[3]
+
+
+def _empty_like(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """float32 (N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
+    batch, channels, height, width = shape or tensor.shape
+    return torch.empty(batch, height, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 class _LocalRelation(torch.autograd.Function):
@@ -565,14 +676,12 @@ class _LocalRelation(torch.autograd.Function):
     def forward(ctx, query, key, value, geometry, stride, dilation, similarity, per_group):
         batch, groups, out_height, out_width = query.shape
         blocks = -(-batch * groups // LANES)
-        arrays = tuple(map(_as_array, (query, key, value, geometry.flatten(1))))
-        out = torch.empty(
-            (batch, value.shape[1], out_height, out_width), dtype=torch.float32, memory_format=torch.channels_last
-        )
+        arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
+        out = _empty_like(value, batch, value.shape[1], out_height, out_width)
         maximum = torch.empty(blocks, out_height * out_width * LANES)
         normaliser = torch.empty_like(maximum)
         options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
-        results = (out.numpy(), maximum.numpy(), normaliser.numpy())
+        results = (_flat(out), maximum.numpy(), normaliser.numpy())
         _threads.run(lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), blocks)
         ctx.save_for_backward(query, key, value, geometry, maximum, normaliser)
         ctx.options = options
@@ -583,17 +692,14 @@ class _LocalRelation(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, geometry, maximum, normaliser = ctx.saved_tensors
         blocks, shares = maximum.shape[0], torch.get_num_threads()
-        arrays = tuple(map(_as_array, (query, key, value, geometry.flatten(1))))
+        arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
         needs_geometry = ctx.needs_input_grad[3]
 
-        def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty(tensor.shape, dtype=torch.float32, memory_format=torch.channels_last)
-
-        grads = [gradient_like(tensor) for tensor in (query, key, value)]
+        grads = [_empty_like(tensor) for tensor in (query, key, value)]
         # One accumulator a thread, added at the end: the geometry is shared by all images.
         grad_geometry = torch.zeros(shares, geometry.shape[0], geometry[0].numel())
-        saved = (maximum.numpy(), normaliser.numpy(), _as_array(grad_out))
-        targets = tuple(grad.numpy() for grad in grads)
+        saved = (maximum.numpy(), normaliser.numpy(), _flat(grad_out))
+        targets = tuple(map(_flat, grads))
         per_thread = grad_geometry.numpy()
 
         def work(share: int, start: int, stop: int) -> None:

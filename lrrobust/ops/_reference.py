@@ -40,11 +40,12 @@ def local_relation_reference(
         """(N, D, H, W) -> (N, D, taps, Ho*Wo), zero outside the image."""
         padding = dilation * (kernel_size - 1) // 2
         columns = F.unfold(images, kernel_size, dilation=dilation, padding=padding, stride=stride)
-        return columns.view(images.shape[0], images.shape[1], taps, -1)
+        return columns.view(images.shape[0], images.shape[1], taps, out_height * out_width)
 
     is_inside = windows(torch.ones_like(key[:1, :1])) > 0
     scores = similarity_scores(query.flatten(2).unsqueeze(2), windows(key), similarity)
     scores = scores + geometry.reshape(1, groups, taps, 1)
     weights = scores.masked_fill(~is_inside, float("-inf")).softmax(dim=2)
     channel_weights = weights.repeat_interleave(channels_per_group, dim=1)[:, :channels]
-    return (channel_weights * windows(value)).sum(dim=2).view(batch, channels, out_height, out_width)
+    out = (channel_weights * windows(value)).sum(dim=2).view(batch, channels, out_height, out_width)
+    return out.to(value.dtype)  # of mixed inputs torch makes the widest

@@ -87,8 +87,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
     try:
-        # Through JSON, because pydantic's strict mode takes lists for tuples there only.
-        return Recipe.model_validate_json(json.dumps(content))
+        # Through JSON, because pydantic's strict mode takes lists for tuples there only. What JSON has not,
+        # such as dates, goes in as text.
+        return Recipe.model_validate_json(json.dumps(content, default=str))
+    except TypeError as error:  # of keys that are neither text nor numbers
+        raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(top level)"

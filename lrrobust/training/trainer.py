@@ -6,8 +6,11 @@ import copy
 import csv
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +117,13 @@ class Training:
             return
         try:
             state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
         except Exception as error:  # torch raises many types on damaged files
             raise WeightsError(
                 f"the checkpoint {self.checkpoint_path} cannot be read ({type(error).__name__}): "
                 "delete it to start again, or choose another --out"
             ) from None
-        if state["identity"] != self._identity():
+        if identity != self._identity():
             raise ConfigError(
                 f"{self.checkpoint_path} belongs to another training (model, recipe or images differ): "
                 "choose another --out, or delete it to start again"
@@ -149,7 +153,8 @@ class Training:
             torch.save(state, temporary)
             os.replace(temporary, self.checkpoint_path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # as where a file takes the folder's place
+                temporary.unlink()
             raise StoreError(
                 f"cannot write {self.checkpoint_path}: {error}; the last checkpoint is kept, "
                 "make room and run the same command again"
@@ -163,29 +168,38 @@ class Training:
         """Trains to the end of the recipe. Whatever interrupts it, the state so far is on disk."""
         last_checkpoint = time.monotonic()
         try:
-            while self.step < self.steps:
-                started = time.monotonic()
-                epoch = self.step // self.steps_per_epoch
-                loss = self._train_step(epoch)
-                self.step += 1
-                self._loss_sum += loss
-                self._loss_count += 1
-                elapsed = time.monotonic() - started
-                self.wall_s += elapsed
-                if on_step is not None:
-                    rate = self.recipe.batch_size / elapsed
-                    on_step(Progress(epoch + 1, self.recipe.epochs, self.step, self.steps, loss, rate))
-                if self.step % self.steps_per_epoch == 0:
+            while len(self.rows) < self.recipe.epochs:
+                # An epoch is closed here, not after its last step: the run may have been interrupted in between.
+                epoch = len(self.rows)
+                if self.step >= (epoch + 1) * self.steps_per_epoch:
                     row = self._end_epoch(epoch)
+                    self.save_checkpoint()
+                    last_checkpoint = time.monotonic()
                     if on_epoch is not None:
                         on_epoch(row)
-                    last_checkpoint = -math.inf
+                    continue
+                with _holding_interrupts_back():
+                    loss, elapsed_s = self._advance(epoch)
+                if on_step is not None:
+                    rate = self.recipe.batch_size / elapsed_s
+                    on_step(Progress(epoch + 1, self.recipe.epochs, self.step, self.steps, loss, rate))
                 if time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
                     self.save_checkpoint()
                     last_checkpoint = time.monotonic()
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
+
+    def _advance(self, epoch: int) -> tuple[float, float]:
+        """One step and its bookkeeping; its loss and how long it took."""
+        started = time.monotonic()
+        loss = self._train_step(epoch)
+        self.step += 1
+        self._loss_sum += loss
+        self._loss_count += 1
+        elapsed_s = time.monotonic() - started
+        self.wall_s += elapsed_s
+        return loss, elapsed_s
 
     def _learning_rate(self, step: int) -> float:
         warmup_steps = max(1, round(self.recipe.warmup * self.steps))
@@ -217,17 +231,21 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        if not torch.isfinite(loss):
-            raise ConfigError(
-                f"the training loss became {loss.item()} at step {self.step}: "
-                "lower learning_rate or gradient_clip in the recipe, or train in float32"
-            )
+        self._check_finite("loss", loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
+        self._check_finite("gradient", norm)
         self.optimizer.step()
         self._update_average()
         return loss.item()
+
+    def _check_finite(self, what: str, number: torch.Tensor) -> None:
+        if not torch.isfinite(number):
+            raise ConfigError(
+                f"the training {what} became {number.item()} at step {self.step}: "
+                "lower learning_rate or gradient_clip in the recipe, or train in float32"
+            )
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -257,9 +275,10 @@ class Training:
             "images_per_s": self._loss_count * self.recipe.batch_size / max(1e-9, self.wall_s - previous),
             "wall_s": self.wall_s,
         }
-        self._loss_sum, self._loss_count = 0.0, 0
-        self.rows.append(row)
-        self._write_log()
+        with _holding_interrupts_back():
+            self._loss_sum, self._loss_count = 0.0, 0
+            self.rows.append(row)
+            self._write_log()
         return row
 
     def _write_log(self) -> None:
@@ -314,6 +333,23 @@ class Training:
         return path
 
 
+@contextmanager
+def _holding_interrupts_back() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block: half a step in a checkpoint would not be on the recipe's curve."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[0])
+
+
 def seeded(*parts: int) -> torch.Generator:
     """A generator whose stream is a function of the integers given."""
     seed = 0
@@ -349,7 +385,8 @@ def accuracy_on_set(network: nn.Module, images: EvaluationSet) -> tuple[float, f
     top1 = top5 = 0
     for start in range(0, len(images), EVALUATION_BATCH_SIZE):
         batch, labels = images.load(range(start, min(start + EVALUATION_BATCH_SIZE, len(images))))
-        best = network(batch.to(device)).topk(5, dim=1).indices.cpu()
+        logits = network(batch.to(device))
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         hits = best == labels.view(-1, 1)
         top1 += hits[:, 0].sum().item()
         top5 += hits.any(1).sum().item()

@@ -1,0 +1,331 @@
+import hashlib
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lrrobust.data.class_lists import TINY_IMAGENET_200
+from lrrobust.errors import WeightsError
+from lrrobust.models import load_classifier
+from lrrobust.models.registry import NETWORKS
+from lrrobust.models.weights import (
+    SHIPPED_WEIGHTS,
+    TRAINED_FOLDER,
+    Accuracy,
+    WeightsMetadata,
+    dequantise,
+    file_sha256,
+    fit_weights,
+    quantise,
+    read_metadata,
+    read_weights,
+    save_weights,
+    tensors_sha256,
+)
+
+METADATA = WeightsMetadata(
+    name="TEST_V1",
+    model="tiny",
+    description="made for a test; ε ≤ 1",
+    classes=("cat", "dog", "Käfer"),
+    input_size=32,
+    resize_size=36,
+    interpolation="bicubic",
+    recipe={"epochs": 3, "learning_rate": 1e-3},
+    training={"steps": 7},
+    accuracy=(Accuracy(dataset="photos", dataset_sha256="ab", n=500, top1=0.5, top5=0.75, top1_float32=0.51),),
+)
+
+
+@pytest.fixture
+def state(tiny_networks, seeded):
+    network = tiny_networks(3)
+    network(torch.rand(4, 3, 32, 32))  # moves the running statistics
+    return network.state_dict()
+
+
+@pytest.fixture
+def file(tmp_path, state):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, quantise(state), METADATA)
+    return path
+
+
+# --- rounding to int8 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 64, 3, 3), (4096, 1), (1, 4096)])
+def test_rounding_costs_at_most_half_a_step_per_channel(shape, seeded):
+    # Channels of very different size: one scale for all would lose the small ones.
+    weight = torch.randn(shape) * torch.logspace(-6, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    stored = quantise({"weight": weight})
+    assert stored["weight"].dtype == torch.int8
+    back = dequantise(stored)["weight"]
+    assert back.dtype == torch.float32 and back.shape == weight.shape
+    step = weight.abs().flatten(1).amax(1) / 127
+    assert ((back - weight).abs().flatten(1).amax(1) <= step / 2 * (1 + 1e-5)).all()
+    # The largest entry of a channel is hit exactly, so steps are not wider than they must be.
+    torch.testing.assert_close(back.abs().flatten(1).amax(1), weight.abs().flatten(1).amax(1))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.randn(63, 65), torch.randn(100_000), torch.tensor(3), torch.arange(5000).view(50, 100), torch.zeros(0, 5)],
+    ids=["small", "vector", "counter", "integers", "empty"],
+)
+def test_other_tensors_are_untouched(tensor):
+    stored = quantise({"x": tensor})
+    assert stored.keys() == {"x"} and stored["x"].dtype == tensor.dtype
+    torch.testing.assert_close(dequantise(stored)["x"], tensor, rtol=0, atol=0)
+    assert tensor.numel() == 0 or stored["x"].data_ptr() != tensor.data_ptr()
+
+
+def test_channels_of_zeros_and_of_nan(seeded):
+    weight = torch.randn(64, 64)
+    weight[3], weight[5, 7] = 0.0, float("nan")
+    back = dequantise(quantise({"weight": weight}))["weight"]
+    assert back[3].count_nonzero() == 0
+    # What is not a number must not come back as one.
+    assert back[5].isnan().all() and back.isnan().sum() == 64
+
+
+def test_rounding_again_changes_nothing(state):
+    once = dequantise(quantise(state))
+    twice = dequantise(quantise(once))
+    assert {key for key in state if key + ".int8_scale" in quantise(state)} == {"4.weight"}
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=0)
+
+
+def test_channels_last_weights(seeded):
+    weight = torch.randn(16, 32, 3, 3)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    assert tensors_sha256(quantise({"w": last})) == tensors_sha256(quantise({"w": weight}))
+
+
+# --- digest ------------------------------------------------------------------------------------------
+
+
+def test_digest_sees_names_dtypes_shapes_and_bytes_but_not_order():
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(2)}
+    digest = tensors_sha256(tensors)
+    assert digest == tensors_sha256(dict(reversed(tensors.items())))
+    others = [
+        {"c": tensors["a"], "b": tensors["b"]},
+        {**tensors, "a": tensors["a"].view(2, 3)},
+        {**tensors, "b": tensors["b"].view(1)},
+        {**tensors, "a": tensors["a"].view(torch.int32)},
+        {**tensors, "a": tensors["a"].nextafter(torch.tensor(9.0))},
+        {"a": tensors["a"]},
+    ]
+    assert len({digest, *map(tensors_sha256, others)}) == 7
+
+
+def test_digest_of_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"weights" * 300_000)
+    assert file_sha256(path) == hashlib.sha256(b"weights" * 300_000).hexdigest()
+
+
+# --- our files ---------------------------------------------------------------------------------------
+
+
+def test_round_trip(file, state):
+    back, metadata = read_weights(file)
+    assert metadata == METADATA.model_copy(update={"tensors_sha256": metadata.tensors_sha256})
+    assert len(metadata.tensors_sha256) == 64
+    assert read_metadata(file) == metadata
+    torch.testing.assert_close(back, dequantise(quantise(state)), rtol=0, atol=0)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_writing_replaces_the_file_as_a_whole(file, state, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(WeightsError, match="cannot write weights to .*No space left on device.*choose another folder"):
+        save_weights(file, quantise(state), METADATA)
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+def test_folder_that_cannot_be_made(tmp_path, state):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(WeightsError, match="cannot write weights to"):
+        save_weights(tmp_path / "taken" / "weights.safetensors", quantise(state), METADATA)
+
+
+def test_every_flipped_bit_of_the_tensors_is_noticed(file):
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in [*range(9), *range(header, len(content), (len(content) - header) // 40), len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        file.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"^[^\n]*$"):
+            read_weights(file)
+
+
+def test_damage_is_told_from_a_foreign_file(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="is damaged: its tensors do not have the sha256 its header states"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 9, 200, -100, -1])
+def test_truncated_file(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(WeightsError, match=r"^[^\n]*(not a readable weights file|neither a safetensors file nor)[^\n]*$"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize(
+    "header", ["{}", "not json", json.dumps({**METADATA.model_dump(mode="json"), "format_version": 2})], ids=["empty", "text", "newer"]
+)
+def test_header_that_is_not_ours(tmp_path, header):
+    path = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata={"lrrobust": header})
+    with pytest.raises(WeightsError, match="is not a readable weights file"):
+        read_weights(path)
+    with pytest.raises(WeightsError, match="is not a weights file of lrrobust"):
+        read_metadata(path)
+
+
+def test_metadata_of_what_is_not_our_file(tmp_path):
+    with pytest.raises(WeightsError, match="is not a weights file of lrrobust"):
+        read_metadata(tmp_path / "none.safetensors")
+    save_file({"x": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    with pytest.raises(WeightsError, match="is not a weights file of lrrobust"):
+        read_metadata(tmp_path / "plain.safetensors")
+
+
+# --- other people's files ----------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(WeightsError, match="no weights file at .*give the path of a .safetensors or .pt file"):
+            read_weights(path)
+
+
+def test_plain_safetensors(tmp_path, state):
+    path = tmp_path / "plain.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+    back, metadata = read_weights(path)
+    assert metadata is None
+    torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
+        lambda state: {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
+    ],
+    ids=["plain", "module.", "state_dict", "model", "both"],
+)
+def test_checkpoints(tmp_path, state, wrap):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(wrap(dict(state)), path)
+    back, metadata = read_weights(path)
+    assert metadata is None
+    torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"epoch": 3}, {0: torch.zeros(2)}, {"state_dict": {}}, torch.zeros(2)])
+def test_checkpoint_without_a_state(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match="holds no state dict: expected names mapped to tensors"):
+        read_weights(path)
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
+def test_code_in_a_pickle_is_not_run(tmp_path, save):
+    target, path = tmp_path / "touched", tmp_path / "checkpoint.pt"
+    save({"weight": _Bomb(str(target))}, path)
+    with pytest.raises(WeightsError, match=r"^[^\n]*neither a safetensors file nor a checkpoint of tensors only[^\n]*$"):
+        read_weights(path)
+    assert not target.exists()
+    # The file would have run its code where code is allowed: the test can fail.
+    torch.load(path, weights_only=False)["weight"].close() if save is torch.save else pickle.loads(path.read_bytes())["weight"].close()
+    assert target.exists()
+
+
+# --- fitting -----------------------------------------------------------------------------------------
+
+
+def test_fitting_weights_are_loaded(state, tiny_networks):
+    network = tiny_networks(3)
+    fit_weights(network, state, "here")
+    torch.testing.assert_close(dict(network.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def test_weights_that_do_not_fit_name_the_first_differences():
+    network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    state = {**before, "0.weight": torch.zeros(2, 4), "head.bias": torch.zeros(2)}
+    del state["1.bias"]
+    with pytest.raises(WeightsError) as caught:
+        fit_weights(network, state, "file.pt")
+    assert str(caught.value) == (
+        "file.pt does not fit the network: 1.bias is missing; head.bias is not in the network; "
+        "0.weight is (2, 4), the network has (2, 3)"
+    )
+    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+
+
+def test_many_differences_are_counted():
+    with pytest.raises(WeightsError, match=r"0.weight is missing; 0.bias is missing; 1.weight is missing and 2 more differences$"):
+        fit_weights(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), {"x": torch.zeros(1)}, "file.pt")
+
+
+# --- what comes with the package ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED_WEIGHTS))
+def test_shipped_weights(name):
+    shipped = SHIPPED_WEIGHTS[name]
+    path = TRAINED_FOLDER / shipped.file
+    assert path.is_file() and path.stat().st_size <= 25_000_000
+    assert file_sha256(path) == shipped.sha256
+    metadata = read_metadata(path)
+    assert name in NETWORKS and metadata.model == name
+    assert metadata.name and metadata.description and metadata.recipe and metadata.training
+    if len(metadata.classes) == 200:
+        assert metadata.classes == TINY_IMAGENET_200
+    assert metadata.accuracy
+    for accuracy in metadata.accuracy:
+        assert accuracy.n > 0 and len(accuracy.dataset_sha256) == 64
+        # Far above chance, and rounding to int8 has cost next to nothing.
+        assert 10 / len(metadata.classes) < accuracy.top1 <= accuracy.top5 <= 1
+        assert accuracy.top1 == pytest.approx(accuracy.top1_float32, abs=0.02)
+    classifier = load_classifier(name, imagenet_classes=())
+    assert classifier.classes == metadata.classes and classifier.weights == metadata.name
+    images = torch.rand(1, 3, metadata.input_size, metadata.input_size)
+    with torch.inference_mode():
+        logits = classifier.module.eval()(images)
+    assert logits.shape == (1, len(metadata.classes)) and logits.isfinite().all()
+
+
+def test_no_file_of_weights_is_shipped_unlisted():
+    found = {path.name for path in TRAINED_FOLDER.glob("*")} if TRAINED_FOLDER.is_dir() else set()
+    assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {w.file for w in SHIPPED_WEIGHTS.values()}

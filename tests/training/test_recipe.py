@@ -1,0 +1,105 @@
+import pytest
+import yaml
+
+from lrrobust.data.class_lists import load_class_list
+from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.training.recipe import RECIPES_FOLDER, Phase, load_recipe
+
+
+def write(tmp_path, recipe, **changes):
+    content = {**recipe.model_dump(mode="json"), **changes}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path):
+    recipe = load_recipe(path.stem)
+    assert recipe.name == path.stem
+    assert recipe == load_recipe(path)
+    assert load_class_list(recipe.classes)
+    # What is trained last is what the weights are used at.
+    assert recipe.phases[-1].size == recipe.image_size
+
+
+def test_some_recipe_is_shipped():
+    assert "tiny_imagenet_short" in {path.stem for path in RECIPES_FOLDER.glob("*.yaml")}
+
+
+def test_own_file(tmp_path, recipe):
+    assert load_recipe(write(tmp_path, recipe)) == recipe
+    assert load_recipe(str(write(tmp_path, recipe, description="another"))).description == "another"
+
+
+def test_what_yaml_takes_for_a_date_is_text(tmp_path, recipe):
+    path = write(tmp_path, recipe)
+    path.write_text(path.read_text().replace("two short epochs", "2024-05-01"))
+    assert load_recipe(path).description == "2024-05-01"
+
+
+def test_phases(recipe):
+    longer = recipe.model_copy(update={"phases": (Phase(epochs=2, size=16), Phase(epochs=1, size=20), Phase(epochs=2, size=24))})
+    assert longer.epochs == 5
+    assert [longer.size_of_epoch(epoch) for epoch in range(5)] == [16, 16, 20, 24, 24]
+    with pytest.raises(ValueError, match="the recipe colours has 5 epochs, there is no epoch 6"):
+        longer.size_of_epoch(6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": None}, "learning_rate: Field required"),
+        ({"learning_rate": 0.0}, "learning_rate: Input should be greater than 0, found 0.0"),
+        ({"learning_rate": "fast"}, "learning_rate: Input should be a valid number, found 'fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate: .*, found nan"),
+        ({"leaning_rate": 0.1}, "leaning_rate: Extra inputs are not permitted, found 0.1"),
+        ({"name": "My Recipe"}, "name: String should match pattern"),
+        ({"batch_size": 1}, "batch_size: Input should be greater than or equal to 2, found 1"),
+        ({"batch_size": 8.5}, "batch_size: Input should be a valid integer.*found 8.5"),
+        ({"image_size": 8}, "image_size: Input should be greater than or equal to 16"),
+        ({"phases": []}, "phases: Tuple should have at least 1 item"),
+        ({"phases": [{"epochs": 0, "size": 16}]}, "phases.0.epochs: Input should be greater than or equal to 1, found 0"),
+        ({"phases": [{"epochs": 1, "size": 16}, {"epochs": 1}]}, "phases.1.size: Field required"),
+        ({"phases": [{"epochs": 1, "size": 2048}]}, "phases.0.size: Input should be less than or equal to 1024"),
+        ({"optimizer": "sgd"}, "optimizer: Input should be 'adamw', found 'sgd'"),
+        ({"weight_decay": -0.1}, "weight_decay: Input should be greater than or equal to 0"),
+        ({"gradient_clip": 0}, "gradient_clip: Input should be greater than 0"),
+        ({"warmup": 1.0}, "warmup: Input should be less than 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing: Input should be greater than or equal to 0"),
+        ({"ema_decay": 1}, "ema_decay: Input should be less than 1"),
+        ({"crop_scale_min": 0}, "crop_scale_min: Input should be greater than 0"),
+        ({"crop_scale_min": 1.5}, "crop_scale_min: Input should be less than or equal to 1"),
+        ({"horizontal_flip": "yes please"}, "horizontal_flip: Input should be a valid boolean, found 'yes please'"),
+        ({"precision": "fp16"}, "precision: Input should be 'float32' or 'bf16', found 'fp16'"),
+        ({"holdout": -1}, "holdout: Input should be greater than or equal to 0"),
+        ({"seed": True}, "seed: Input should be a valid integer, found True"),
+    ],
+)
+def test_bad_values_name_file_and_key(tmp_path, recipe, change, message):
+    path = write(tmp_path, recipe)
+    with pytest.raises(ConfigError, match=rf"^{path}: {message}"):
+        load_recipe(write(tmp_path, recipe, **change))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"name: [unclosed", r"mine.yaml is not a readable YAML file: [^\n]*$"),
+        (b"\xff\xfe\xfa", r"mine.yaml is not a readable YAML file"),
+        (b"- a\n- b\n", "mine.yaml: expected a mapping of keys to values, found list"),
+        (b"", "mine.yaml: expected a mapping of keys to values, found NoneType"),
+        (b"2024-05-01: x\n", "mine.yaml: keys must be str"),
+        (b"!!python/object/apply:os.system ['true']", "mine.yaml is not a readable YAML file"),
+    ],
+)
+def test_file_that_is_no_recipe(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_unknown_recipe():
+    with pytest.raises(UnknownNameError, match="unknown recipe 'tiny_imagenet_shrt': did you mean tiny_imagenet_short"):
+        load_recipe("tiny_imagenet_shrt")

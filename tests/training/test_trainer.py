@@ -1,0 +1,496 @@
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lrrobust.data.evaluation_set import build_evaluation_set
+from lrrobust.data.preprocessing import Preprocessing
+from lrrobust.data.sources import open_dataset
+from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError, WeightsError
+from lrrobust.models import load_classifier
+from lrrobust.models.weights import read_metadata
+from lrrobust.training import trainer
+from lrrobust.training.recipe import Phase
+from lrrobust.training.trainer import LOG_COLUMNS, Training, TrainingSet, accuracy_on_set, group_parameters
+
+#: 40 of the 48 images are trained on, 8 at a time, for two epochs.
+STEPS_PER_EPOCH, STEPS = 5, 10
+
+TIMINGS = {"images_per_s", "wall_s"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are grouped by thread: runs are compared bit for bit at one number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def start(tiny_lr_net, recipe, colours, tmp_path):
+    """start(folder name, **changes of the recipe) -> a Training there."""
+
+    def build(folder="run", data=colours, model=tiny_lr_net, **changes):
+        return Training(model, recipe.model_copy(update=changes), data, tmp_path / folder)
+
+    return build
+
+
+def state_of(training):
+    """All that decides how a training goes on, and what it has said so far except for times."""
+    rows = [{key: value for key, value in row.items() if key not in TIMINGS} for row in training.rows]
+    return {
+        "network": dict(training.network.state_dict()),
+        "average": dict(training.average.state_dict()),
+        "optimizer": training.optimizer.state_dict()["state"],
+        "step": training.step,
+        "rows": rows,
+    }
+
+
+def assert_same(training, other):
+    ours, theirs = state_of(training), state_of(other)
+    assert ours["step"] == theirs["step"] and ours["rows"] == theirs["rows"]
+    for part in ("network", "average", "optimizer"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+@pytest.fixture
+def uninterrupted(start):
+    training = start("uninterrupted")
+    training.run()
+    return training
+
+
+# --- learning ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_it_learns(start, precision):
+    training = start(phases=(Phase(epochs=12, size=16),), precision=precision)
+    training.run()
+    losses = [row["train_loss"] for row in training.rows]
+    assert losses[-1] < 0.7 * losses[0] and losses[0] > 1.5
+    assert training.rows[-1]["holdout_top1"] >= 0.75
+
+
+@pytest.mark.parametrize("model", ["lr_resnet26", "resnet26"])
+def test_our_networks_take_a_step(recipe, colours, tmp_path, model):
+    few = TrainingSet(colours.images[:8], colours.labels[:8])
+    changed = recipe.model_copy(
+        update={"phases": (Phase(epochs=1, size=32),), "holdout": 0, "batch_size": 4, "precision": "bf16"}
+    )
+    training = Training(model, changed, few, tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in training.network.named_parameters()}
+
+    def stop(_):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        training.run(on_step=stop)
+    after = dict(training.network.named_parameters())
+    assert all(p.isfinite().all() for p in after.values())
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
+def test_what_is_reported(start):
+    training = start()
+    steps, epochs = [], []
+    training.run(steps.append, epochs.append)
+    assert [(p.epoch, p.epochs, p.step, p.steps) for p in steps] == [(1 + s // 5, 2, s + 1, 10) for s in range(10)]
+    assert all(p.loss > 0 and p.images_per_s > 0 for p in steps)
+    assert epochs == training.rows
+    assert [(row["epoch"], row["step"], row["image_size"]) for row in epochs] == [(1, 5, 16), (2, 10, 20)]
+    for row, part in zip(epochs, (steps[:5], steps[5:]), strict=True):
+        assert row["train_loss"] == pytest.approx(sum(p.loss for p in part) / 5)
+    with (training.folder / "log.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert tuple(written[0]) == LOG_COLUMNS
+    assert [{key: float(value) for key, value in row.items()} for row in written] == epochs
+
+
+def test_held_out_accuracy_is_that_of_the_average(uninterrupted, colours):
+    held = uninterrupted.held_out
+    with torch.inference_mode():
+        best = uninterrupted.average(held.images / 255).argmax(1)
+    assert uninterrupted.rows[-1]["holdout_top1"] == (best == held.labels).float().mean().item()
+
+
+def test_without_held_out_images_there_is_no_accuracy(start):
+    training = start(holdout=0)
+    training.run()
+    assert training.step == 12 and math.isnan(training.rows[-1]["holdout_top1"])
+
+
+# --- data --------------------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_balanced_and_not_trained_on(start, colours):
+    training = start()
+    assert sorted(training.held_out.labels.tolist()) == list(range(8))
+    trained = {image.numpy().tobytes() for image in training.train_set.images}
+    held = {image.numpy().tobytes() for image in training.held_out.images}
+    assert (len(trained), len(held), len(trained & held)) == (40, 8, 0)
+    everything = {image.numpy().tobytes(): label for image, label in zip(colours.images, colours.labels.tolist(), strict=True)}
+    for part in (training.train_set, training.held_out):
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            assert everything[image.numpy().tobytes()] == label
+
+
+def test_batches_hold_every_image_once_an_epoch_with_its_label(start, monkeypatch):
+    # Images are made to say which they are, whatever is cropped.
+    training = start()
+    numbers = torch.arange(40, dtype=torch.uint8)
+    training.train_set = TrainingSet((5 * numbers).view(40, 1, 1, 1).expand(40, 3, 16, 16), 1000 + numbers.long())
+    orders = []
+    for epoch, size in ((0, 16), (1, 20)):
+        order = []
+        for training.step in range(5 * epoch, 5 * epoch + 5):
+            images, labels = training._batch(epoch)
+            assert images.shape == (8, 3, size, size)
+            torch.testing.assert_close((images.amax((1, 2, 3)) * 51).round().long() + 1000, labels)
+            order += labels.tolist()
+        assert sorted(order) == list(range(1000, 1040))
+        orders.append(order)
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_batches_are_functions_of_seed_and_step(start):
+    one, two, other = start("a"), start("b"), start("c", seed=4)
+    torch.rand(17)
+    torch.testing.assert_close(one._batch(0), two._batch(0), rtol=0, atol=0)
+    assert not torch.equal(one._batch(0)[0], other._batch(0)[0])
+    two.step = 1
+    assert not torch.equal(one._batch(0)[0], two._batch(0)[0])
+
+
+@pytest.mark.parametrize("batch_size, holdout, message", [(64, 8, "40 training images do not fill a batch of 64"), (8, 49, "49 images asked for")])
+def test_too_few_images(start, batch_size, holdout, message):
+    with pytest.raises(DataError, match=message):
+        start(batch_size=batch_size, holdout=holdout)
+
+
+def test_unknown_model_and_classes(start):
+    with pytest.raises(UnknownNameError, match="unknown network 'tinny': did you mean tiny"):
+        start(model="tinny")
+    with pytest.raises(UnknownNameError, match="unknown class list or file 'tiny-imagenet-20': did you mean tiny-imagenet-200"):
+        start(classes="tiny-imagenet-20")
+
+
+# --- the parts of a step -----------------------------------------------------------------------------
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine(start):
+    training = start(phases=(Phase(epochs=8, size=16),), warmup=0.25, learning_rate=0.2)
+    rates = [training._learning_rate(step) for step in range(40)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) / 10 for step in range(10)])
+    assert rates[10:] == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 30)) for step in range(30)])
+    assert max(rates) == pytest.approx(0.2) and 0 < rates[-1] < 0.001
+    used = []
+    training.run(on_step=lambda _: used.append({group["lr"] for group in training.optimizer.param_groups}))
+    assert used == [{rate} for rate in rates]
+
+
+def test_average_follows_its_formula(start):
+    training = start(ema_decay=0.3)
+    # A copy of the network as it starts.
+    expected = {key: tensor.double().clone() for key, tensor in training.network.state_dict().items()}
+
+    def follow(progress):
+        step = progress.step - 1
+        decay = min(0.3, (1 + step) / (10 + step))
+        for key, tensor in training.network.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * tensor.double()
+
+    training.run(on_step=follow)
+    assert len(training.rows) == 2
+    for key, tensor in training.average.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-5, atol=1e-6)
+        else:
+            assert tensor == STEPS
+
+
+def test_weight_decay_is_for_matrices_and_kernels(start):
+    training = start(weight_decay=0.3)
+    decayed, others = training.optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in training.network.named_parameters()}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert {names[id(p)] for p in others["params"]} == {
+        name for name, module in training.network.named_modules() if isinstance(module, nn.BatchNorm2d)
+        for name in (f"{name}.weight", f"{name}.bias")
+    } | {"2.geometry.hidden.bias", "2.geometry.output.bias", "7.bias"}
+    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - {names[id(p)] for p in others["params"]}
+
+
+def test_parameter_groups_of_a_network():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    decayed, others = group_parameters(network, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+    assert [p.shape for p in others["params"]] == [(4,)] * 3
+
+
+def test_gradients_are_clipped(start):
+    training = start(gradient_clip=1e-3)
+    training.network[-1].weight.data.mul_(100)
+    norms = []
+
+    def measure(_):
+        norms.append(torch.stack([p.grad.norm() for p in training.network.parameters()]).norm().item())
+
+    training.run(on_step=measure)
+    assert max(norms) <= 1e-3 * 1.001 and norms[0] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_loss_that_is_no_number_stops_the_training(start):
+    training = start()
+    training.network[-1].bias.data[0] = math.nan
+    with pytest.raises(ConfigError, match=r"^the training loss became nan at step 0: lower learning_rate [^\n]*$"):
+        training.run()
+    assert not training.checkpoint_path.exists()
+
+
+def test_gradient_that_is_no_number_spoils_no_weight(start):
+    training = start()
+    training.network[-1].weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: p.detach().clone() for name, p in training.network.named_parameters()}
+    with pytest.raises(ConfigError, match="the training gradient became nan at step 0"):
+        training.run()
+    torch.testing.assert_close(dict(training.network.named_parameters()), before, rtol=0, atol=0)
+
+
+# --- interruptions -----------------------------------------------------------------------------------
+
+
+class _Stop:
+    """Raises KeyboardInterrupt after step `step`."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, progress):
+        if progress.step == self.step:
+            raise KeyboardInterrupt
+
+
+# The last of an epoch and the last of all among them: their row is not written yet.
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 10])
+def test_interrupted_run_goes_on_as_if_nothing_had_been(start, uninterrupted, step):
+    with pytest.raises(KeyboardInterrupt):
+        start().run(on_step=_Stop(step))
+    resumed = start()
+    assert resumed.step == step
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+    assert (resumed.folder / "log.csv").read_text().count("\n") == 3
+
+
+def test_interrupted_while_it_measures(start, uninterrupted, monkeypatch):
+    measure = trainer.accuracy_on_tensors
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "accuracy_on_tensors", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start().run()
+    monkeypatch.setattr(trainer, "accuracy_on_tensors", measure)
+    resumed = start()
+    assert (resumed.step, len(resumed.rows)) == (5, 0)
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+def test_ctrl_c_waits_for_the_step_to_end(start, uninterrupted):
+    training = start()
+
+    def press(*_):
+        if training.step == 2:
+            # In the middle of a step: running statistics have moved, weights have not.
+            signal.raise_signal(signal.SIGINT)
+
+    training.network[1].register_forward_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+    assert training.step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = start()
+    assert resumed.step == 3
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+_KILLED = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+import torch
+from lrrobust.models import registry
+from lrrobust.training import trainer
+from lrrobust.training.recipe import Recipe
+
+conftest_path, recipe, data, folder = sys.argv[1:]
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("training_conftest", conftest_path)
+conftest = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(conftest)
+registry.NETWORKS = {"tiny": conftest.TinyLrNet}
+trainer.CHECKPOINT_INTERVAL_S = 0.0
+
+def kill(progress):
+    if progress.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+images, labels = torch.load(data)
+trainer.Training("tiny", Recipe.model_validate_json(recipe), trainer.TrainingSet(images, labels), Path(folder)).run(kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+def test_killed_process(start, uninterrupted, recipe, colours, tmp_path):
+    torch.save((colours.images, colours.labels), tmp_path / "data.pt")
+    conftest = Path(__file__).with_name("conftest.py")
+    arguments = [conftest, json.dumps(recipe.model_dump(mode="json")), tmp_path / "data.pt", tmp_path / "run"]
+    root = Path(trainer.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = start()
+    assert resumed.step == 7
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+def test_checkpoints_are_written_in_between(start, monkeypatch):
+    monkeypatch.setattr(trainer, "CHECKPOINT_INTERVAL_S", 0.0)
+    training = start()
+    seen = []
+
+    def look(_):
+        seen.append(start().step)
+
+    training.run(on_step=look)
+    assert seen == list(range(STEPS))
+
+
+def test_finished_run_does_nothing_more(start, uninterrupted):
+    again = start("uninterrupted")
+    assert again.step == STEPS
+    again.run(on_step=lambda _: pytest.fail("a finished run took a step"))
+    assert_same(again, uninterrupted)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.02}, {"model": "other"}, {"holdout": 0}, {"seed": 4}])
+def test_folder_of_another_training(start, uninterrupted, change):
+    content = uninterrupted.checkpoint_path.read_bytes()
+    with pytest.raises(ConfigError, match=r"checkpoint.pt belongs to another training \(model, recipe or images differ\): choose another --out"):
+        start("uninterrupted", **change)
+    assert uninterrupted.checkpoint_path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(b"not a checkpoint"),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"network": {}}, path),
+    ],
+    ids=["empty", "one byte short", "short", "text", "list", "another checkpoint"],
+)
+def test_damaged_checkpoint(start, uninterrupted, damage):
+    damage(uninterrupted.checkpoint_path)
+    with pytest.raises(WeightsError, match=r"^the checkpoint [^\n]*checkpoint.pt cannot be read \(\w+\): delete it to start again[^\n]*$"):
+        start("uninterrupted")
+
+
+def test_folder_that_cannot_be_written(start, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(StoreError, match="cannot write .*log.csv: .*make room and run the same command again"):
+        start("run/below").run()
+    with pytest.raises(StoreError, match="cannot write .*checkpoint.pt: .*the last checkpoint is kept"):
+        start("run/below").save_checkpoint()
+
+
+def test_full_disk_keeps_the_last_checkpoint(start, uninterrupted, monkeypatch):
+    content = uninterrupted.checkpoint_path.read_bytes()
+
+    def fail(state, path):
+        path.write_bytes(b"half a file")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(StoreError, match="the last checkpoint is kept"):
+        uninterrupted.save_checkpoint()
+    assert uninterrupted.checkpoint_path.read_bytes() == content
+    assert {path.name for path in uninterrupted.folder.iterdir()} == {"checkpoint.pt", "log.csv"}
+
+
+# --- the result --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path, colours):
+    """photos(classes) -> the coloured images of these classes, as a data set of PNG files."""
+
+    def build(classes):
+        for position, (image, label) in enumerate(zip(colours.images, colours.labels.tolist(), strict=True)):
+            folder = tmp_path / "photos" / f"colour {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(image.permute(1, 2, 0))).save(folder / f"{position}.png")
+        return build_evaluation_set(open_dataset(tmp_path / "photos"), classes, Preprocessing(16, 16, "bilinear"))
+
+    return build
+
+
+def test_export_states_what_the_file_scores(start, photos):
+    training = start(phases=(Phase(epochs=3, size=16),))
+    training.run()
+    images = photos(training.classes)
+    path = training.export("COLOURS_V1", "eight colours", [images])
+    assert path == training.folder / "tiny-colours_v1.safetensors"
+    metadata = read_metadata(path)
+    assert (metadata.name, metadata.model, metadata.description) == ("COLOURS_V1", "tiny", "eight colours")
+    assert metadata.classes == training.classes and metadata.input_size == metadata.resize_size == 16
+    assert metadata.recipe == training.recipe.model_dump(mode="json")
+    assert (metadata.training["steps"], metadata.training["images"], metadata.training["epochs"]) == (15, 40, 3)
+    # Measured again, by other code, from the file.
+    classifier = load_classifier("tiny", weights=str(path), imagenet_classes=())
+    inputs, labels = images.load(range(48))
+    with torch.inference_mode():
+        logits = classifier.module.eval()(inputs)
+        exact = training.average(inputs)
+    rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+    (accuracy,) = metadata.accuracy
+    assert (accuracy.dataset, accuracy.dataset_sha256, accuracy.n) == (images.name, images.sha256, 48)
+    assert accuracy.top1 == (rank == 0).double().mean().item()
+    assert accuracy.top5 == (rank < 5).double().mean().item()
+    assert accuracy.top1_float32 == (exact.argmax(1) == labels).double().mean().item()
+    assert 0 < accuracy.top1 < accuracy.top5 <= 1
+
+
+def test_accuracy_with_fewer_than_five_classes(photos):
+    images = photos(("colour 0", "colour 7", "colour 3"))
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    with torch.no_grad():
+        network[2].weight.copy_(torch.tensor([-1.0, 1.0, 0.0]).view(3, 1).expand(3, 3))
+        network[2].bias.copy_(torch.tensor([1.0, -1.0, -9.0]))
+    # Told apart are dark and bright; the third class never comes first, and never misses the first three.
+    assert accuracy_on_set(network, images) == (12 / 18, 1.0)
