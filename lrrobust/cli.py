@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from lrrobust import __version__
 from lrrobust.errors import LrRobustError
+from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 
 
 class _Interrupted(Exception):
@@ -94,7 +95,7 @@ def evaluate(
     ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
     restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Images attacked together; part of a run's identity.")] = 32,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Images attacked together; part of a run's identity.")] = DEFAULT_CHUNK_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
 ) -> None:
@@ -128,7 +129,7 @@ def evaluate(
     report_subset(evaluations[0].images)
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
-            evaluation.run(progress.on_task)
+            evaluation.run(progress.on_task, progress.on_forward)
     print_results([evaluation.folder for evaluation in evaluations])
 
 

@@ -67,48 +67,50 @@ class EvaluationProgress:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
             disable=not _notices.is_terminal,
         )
-        self._total = sum(task.cost for task in evaluation.tasks)
-        self._stored = self._done = self._cost_now = self._cost_stored = 0
+        self._name = evaluation.manifest["model"]["name"]
+        self._left = sum(task.cost for task in evaluation.tasks)
+        self._parts_done = self._parts_stored = 0
+        #: Forward passes done now: of finished parts at their full cost, of the present one as counted.
+        self._finished = self._present = 0
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> EvaluationProgress:
         self._bar.start()
-        name = self._evaluation.manifest["model"]["name"]
-        self._task = self._bar.add_task(name, total=self._total, parts=self._parts())
+        self._task = self._bar.add_task(self._name, total=self._left, parts=self._parts())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def on_forward(self, count: int) -> None:
+        self._present += count
+        self._show()
+
     def on_task(self, task: Task, is_new: bool) -> None:
-        self._done += 1
+        self._parts_done += 1
+        self._left -= task.cost
         if is_new:
-            self._cost_now += task.cost
+            # Parts usually need fewer passes than planned: what is broken is not attacked again.
+            self._finished += task.cost
+            self._present = 0
         else:
-            self._stored += 1
-            self._cost_stored += task.cost
-        if self._stored == 1 and not is_new:
-            _notice(f"going on with {self._evaluation.folder}")
-        name = self._evaluation.manifest["model"]["name"]
-        self._bar.update(
-            self._task,
-            completed=self._cost_now,
-            total=self._total - self._cost_stored,
-            description=f"{name} {task.spec.name}",
-            parts=self._parts(),
-        )
-        self._print_line(name)
+            if not self._parts_stored:
+                _notice(f"going on with {self._evaluation.folder}")
+            self._parts_stored += 1
+        self._show()
 
-    def _parts(self) -> str:
-        return f"{self._done}/{len(self._evaluation.tasks)} parts"
-
-    def _print_line(self, name: str) -> None:
+    def _show(self) -> None:
+        done, total = self._finished + self._present, self._finished + self._left
+        self._bar.update(self._task, completed=min(done, total), total=total, parts=self._parts())
         now = time.monotonic()
-        if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not self._cost_now:
+        if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
             return
         self._last_line = now
-        left_s = (now - self._started) / self._cost_now * (self._total - self._cost_stored - self._cost_now)
-        _notice(f"{name}: {self._parts()}, {now - self._started:.0f} s, about {left_s:.0f} s left")
+        left_s = (now - self._started) * max(0, total - done) / done
+        _notice(f"{self._name}: {self._parts()}, {now - self._started:.0f} s, about {left_s:.0f} s left")
+
+    def _parts(self) -> str:
+        return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"
 
 
 class TrainingProgress:

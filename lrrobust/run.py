@@ -22,6 +22,7 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError
+from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import Task, evaluate, plan_tasks
 from lrrobust.models import Classifier, load_classifier
 from lrrobust.models.weights import tensors_sha256
@@ -29,9 +30,6 @@ from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore
 from lrrobust.training.recipe import Recipe, load_recipe
 from lrrobust.training.trainer import Training, TrainingSet
-
-#: Images attacked together. 32 images of 224 x 224 take about 4 GB with ResNet-50 in float32.
-DEFAULT_CHUNK_SIZE = 32
 
 OnScan = Callable[[int, int], None]
 
@@ -82,7 +80,11 @@ class Evaluation:
     folder: Path
     device: torch.device
 
-    def run(self, on_task: Callable[[Task, bool], None] | None = None) -> None:
+    def run(
+        self,
+        on_task: Callable[[Task, bool], None] | None = None,
+        on_forward: Callable[[int], None] | None = None,
+    ) -> None:
         """Does what is missing in the folder; see `evaluate` for the errors."""
         environment = self.manifest["provenance"]
         metadata = {
@@ -102,6 +104,7 @@ class Evaluation:
                 device=self.device,
                 part_metadata=metadata,
                 on_task=on_task,
+                on_forward=on_forward,
             )
 
 

@@ -10,6 +10,10 @@ import hashlib
 from typing import NamedTuple
 
 
+#: Images attacked together. 32 images of 224 x 224 take about 4 GB with ResNet-50 in float32.
+DEFAULT_CHUNK_SIZE = 32
+
+
 class Chunk(NamedTuple):
     """Images `start` to `stop` - 1 of the evaluated subset."""
 

@@ -82,6 +82,7 @@ def evaluate(
     device: torch.device,
     part_metadata: Mapping[str, str],
     on_task: Callable[[Task, bool], None] | None = None,
+    on_forward: Callable[[int], None] | None = None,
 ) -> None:
     """Does the tasks that the store does not hold yet.
 
@@ -95,6 +96,7 @@ def evaluate(
         device: where to compute.
         part_metadata: stored with every part.
         on_task: called after every task with whether it was done now (False: the store had it).
+        on_forward: called after every forward pass of an attack with how many images it took.
 
     Raises:
         ModelError: the model does not behave like a classifier.
@@ -106,6 +108,7 @@ def evaluate(
         chunks.setdefault(task.chunk, []).append(task)
     with frozen(model):
         judge = Judge(model, num_classes)
+        run = _Run(judge, fingerprint, on_forward)
         is_checked = False
         for chunk, group in chunks.items():
             missing = [task for task in group if not store.has_part(*task.part)]
@@ -120,7 +123,7 @@ def evaluate(
                 is_checked = True
             clean = judge.predict(batch.images, batch.labels, batch.keys)
             for task in missing:
-                rows = _attack_chunk(judge, batch, clean, task, fingerprint)
+                rows = _attack_chunk(run, batch, clean, task)
                 store.write_part(*task.part, rows_to_table(rows), part_metadata)
                 if on_task is not None:
                     on_task(task, True)
@@ -150,6 +153,15 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor) -> Non
             "do not average over its randomness overstate its robustness",
             difference,
         )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all tasks of a run share."""
+
+    judge: Judge
+    fingerprint: str
+    on_forward: Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
@@ -192,29 +204,25 @@ class _Outcomes:
         return (self.is_clean_correct & ~self.is_broken).nonzero().squeeze(1)
 
 
-def _attack_chunk(
-    judge: Judge, batch: _ChunkImages, clean: Prediction, task: Task, fingerprint: str
-) -> list[dict[str, Any]]:
+def _attack_chunk(run: _Run, batch: _ChunkImages, clean: Prediction, task: Task) -> list[dict[str, Any]]:
     """The rows of one task, all eps ascending."""
     if task.spec.kind == "cw":
-        return _attack_minimal_norm(judge, batch, clean, task, fingerprint)
+        return _attack_minimal_norm(run, batch, clean, task)
     outcomes = _Outcomes(clean, batch.labels)
     rows: list[dict[str, Any]] = []
     for eps in task.spec.eps:
         # What is broken at one eps is inside every larger ball, so it needs no second attack.
         broken_before = outcomes.is_broken.clone()
-        wall_s, forwarded = _attack_once(judge, batch, outcomes, task, ThreatModel(task.spec.norm, eps), fingerprint)
+        wall_s, forwarded = _attack_once(run, batch, outcomes, task, ThreatModel(task.spec.norm, eps))
         rows += _rows_at(batch, clean, outcomes, task, eps, broken_before, wall_s, forwarded)
     return rows
 
 
-def _attack_minimal_norm(
-    judge: Judge, batch: _ChunkImages, clean: Prediction, task: Task, fingerprint: str
-) -> list[dict[str, Any]]:
+def _attack_minimal_norm(run: _Run, batch: _ChunkImages, clean: Prediction, task: Task) -> list[dict[str, Any]]:
     """One attack without a budget; the distances found are read off at every eps, and at infinity."""
     spec = task.spec
     found = _Outcomes(clean, batch.labels)
-    wall_s, forwarded = _attack_once(judge, batch, found, task, ThreatModel(spec.norm, math.inf), fingerprint)
+    wall_s, forwarded = _attack_once(run, batch, found, task, ThreatModel(spec.norm, math.inf))
     nearest = found.l2 if spec.norm == "l2" else found.linf
     rows: list[dict[str, Any]] = []
     broken_before = torch.zeros_like(found.is_broken)
@@ -235,7 +243,7 @@ def _attack_minimal_norm(
 
 
 def _attack_once(
-    judge: Judge, batch: _ChunkImages, outcomes: _Outcomes, task: Task, threat: ThreatModel, fingerprint: str
+    run: _Run, batch: _ChunkImages, outcomes: _Outcomes, task: Task, threat: ThreatModel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attacks what still stands and enters the verdicts; seconds and forward passes of each image."""
     wall_s = torch.zeros(len(batch.labels), dtype=torch.float64)
@@ -247,25 +255,25 @@ def _attack_once(
     eps = None if math.isinf(threat.eps) else threat.eps
     images, labels = batch.images[rows], batch.labels[rows]
     keys = [batch.keys[row] for row in rows.tolist()]
-    witness = Witness(judge.model, images, labels, threat)
+    witness = Witness(run.judge.model, images, labels, threat, run.on_forward)
     attack = build_attack(task.spec, eps)
     devices = [images.device] if images.device.type == "cuda" else []
     # torchattacks draws from the global generator; here it has a seed of its own and is put back.
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(chunk_seed(fingerprint, task.spec.name, eps, task.chunk.start))
+        torch.manual_seed(chunk_seed(run.fingerprint, task.spec.name, eps, task.chunk.start))
         proposed = attack(witness, images, labels)
     if attack.nonfinite_gradients:
         _log.warning(
             "%s at eps %s met %d gradients with NaN or infinity: it was not at full strength",
             task.spec.name, eps, attack.nonfinite_gradients,
         )
-    _enter_verdicts(judge, outcomes, rows, images, labels, proposed, threat, keys)
+    _enter_verdicts(run.judge, outcomes, rows, images, labels, proposed, threat, keys)
     nominated_rows, nominated = witness.nominated
     still_standing = ~outcomes.is_broken[rows[nominated_rows]]
     nominated_rows, nominated = nominated_rows[still_standing], nominated[still_standing]
     if len(nominated_rows):
         _enter_verdicts(
-            judge, outcomes, rows[nominated_rows], images[nominated_rows], labels[nominated_rows], nominated, threat,
+            run.judge, outcomes, rows[nominated_rows], images[nominated_rows], labels[nominated_rows], nominated, threat,
             [keys[row] for row in nominated_rows.tolist()], only_success=True,
         )
     attacked = rows.cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -112,15 +112,24 @@ class Witness(nn.Module):
         model: the model under attack.
         images, labels: what is attacked; forwards of another number of images are only counted.
         threat: what counts as allowed.
+        on_forward: told how many images each forward took.
 
     Attributes:
         forwarded: images passed through the model so far.
     """
 
-    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        threat: ThreatModel,
+        on_forward: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.forwarded = 0
+        self._on_forward = on_forward
         self._images, self._labels, self._threat = images, labels, threat
         self._first = images.clone()
         self._is_found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -128,6 +137,8 @@ class Witness(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.model(images)
         self.forwarded += len(images)
+        if self._on_forward is not None:
+            self._on_forward(len(images))
         if images.shape == self._images.shape and not self._is_found.all():
             self._look(images.detach(), logits.detach())
         return logits
