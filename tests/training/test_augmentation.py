@@ -84,8 +84,13 @@ def test_crops_have_the_area_and_the_shape_asked_for():
     assert area.mean() == pytest.approx(0.65, abs=0.05)
     assert aspect.min() > 3 / 4 * 0.97 and aspect.max() < 4 / 3 * 1.03
     assert aspect.min() < 0.8 and aspect.max() > 1.25
-    # Inside the image, and everywhere in it.
-    assert left.min() >= 0 and right.max() <= 1 and left.max() > 0.2 and top.max() > 0.2 and left.min() < 0.05
+    # Nothing is taken from beyond the edge, where the ramp would turn back.
+    assert crops[:, 0, 0].diff().min() > 0 and crops[:, 1, :, 0].diff().min() > 0
+    # Inside the image, and from one edge to the other: 0 and 1 are a crop's outermost places.
+    for start, extent in ((left - width / 64, width), (top - height / 64, height)):
+        place = (start / (1 - extent))[extent < 0.8]
+        assert place.min() > -0.05 and place.max() < 1.05
+        assert place.min() < 0.05 and place.max() > 0.95
 
 
 def test_images_stay_in_their_places():

@@ -18,7 +18,7 @@ from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError, WeightsError
 from lrrobust.models import load_classifier
-from lrrobust.models.weights import read_metadata
+from lrrobust.models.weights import quantise, read_metadata
 from lrrobust.training import trainer
 from lrrobust.training.recipe import Phase
 from lrrobust.training.trainer import LOG_COLUMNS, Training, TrainingSet, accuracy_on_set, group_parameters
@@ -214,14 +214,14 @@ def test_average_follows_its_formula(start):
         decay = min(0.3, (1 + step) / (10 + step))
         for key, tensor in training.network.state_dict().items():
             expected[key] = decay * expected[key] + (1 - decay) * tensor.double()
+        for key, tensor in training.average.state_dict().items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-5, atol=1e-6)
+            else:
+                assert tensor == progress.step
 
     training.run(on_step=follow)
-    assert len(training.rows) == 2
-    for key, tensor in training.average.state_dict().items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-5, atol=1e-6)
-        else:
-            assert tensor == STEPS
+    assert training.step == STEPS
 
 
 def test_weight_decay_is_for_matrices_and_kernels(start):
@@ -429,14 +429,20 @@ def test_folder_that_cannot_be_written(start, tmp_path):
         start("run/below").save_checkpoint()
 
 
-def test_full_disk_keeps_the_last_checkpoint(start, uninterrupted, monkeypatch):
+def _half_a_file(state, path):
+    path.write_bytes(b"half a file")
+    raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+
+def _no_replacing(source, target):
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("module, name, fail", [(torch, "save", _half_a_file), (os, "replace", _no_replacing)])
+def test_failure_to_write_keeps_the_last_checkpoint(uninterrupted, monkeypatch, module, name, fail):
     content = uninterrupted.checkpoint_path.read_bytes()
-
-    def fail(state, path):
-        path.write_bytes(b"half a file")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
-
-    monkeypatch.setattr(torch, "save", fail)
+    uninterrupted.wall_s += 1  # so that the new one would differ
+    monkeypatch.setattr(module, name, fail)
     with pytest.raises(StoreError, match="the last checkpoint is kept"):
         uninterrupted.save_checkpoint()
     assert uninterrupted.checkpoint_path.read_bytes() == content
@@ -460,8 +466,10 @@ def photos(tmp_path, colours):
     return build
 
 
-def test_export_states_what_the_file_scores(start, photos):
-    training = start(phases=(Phase(epochs=3, size=16),))
+def test_export_states_what_the_file_scores(start, photos, monkeypatch):
+    # Rounding so coarse that it shows.
+    monkeypatch.setattr(trainer, "quantise", lambda state: {**quantise(state), "7.weight": state["7.weight"].round()})
+    training = start(phases=(Phase(epochs=8, size=16),))
     training.run()
     images = photos(training.classes)
     path = training.export("COLOURS_V1", "eight colours", [images])
@@ -470,7 +478,7 @@ def test_export_states_what_the_file_scores(start, photos):
     assert (metadata.name, metadata.model, metadata.description) == ("COLOURS_V1", "tiny", "eight colours")
     assert metadata.classes == training.classes and metadata.input_size == metadata.resize_size == 16
     assert metadata.recipe == training.recipe.model_dump(mode="json")
-    assert (metadata.training["steps"], metadata.training["images"], metadata.training["epochs"]) == (15, 40, 3)
+    assert (metadata.training["steps"], metadata.training["images"], metadata.training["epochs"]) == (40, 40, 8)
     # Measured again, by other code, from the file.
     classifier = load_classifier("tiny", weights=str(path), imagenet_classes=())
     inputs, labels = images.load(range(48))
@@ -483,7 +491,7 @@ def test_export_states_what_the_file_scores(start, photos):
     assert accuracy.top1 == (rank == 0).double().mean().item()
     assert accuracy.top5 == (rank < 5).double().mean().item()
     assert accuracy.top1_float32 == (exact.argmax(1) == labels).double().mean().item()
-    assert 0 < accuracy.top1 < accuracy.top5 <= 1
+    assert 0 < accuracy.top1 < accuracy.top5 <= 1 and accuracy.top1 != accuracy.top1_float32
 
 
 def test_accuracy_with_fewer_than_five_classes(photos):

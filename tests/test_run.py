@@ -1,0 +1,136 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lrrobust.errors import ConfigError, DataError
+from lrrobust.run import EvaluationRequest, choose_device, fingerprint_of, prepare_evaluations
+
+MODEL = """
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+def make(classes, scale=1.0):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, len(classes)))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(scale * torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    return Classifier(network, classes, input_size=8)
+
+def build(): return make(("ant", "bee", "cat"))
+def build_scaled(): return make(("ant", "bee", "cat"), 2.0)
+def build_reordered(): return make(("cat", "bee", "ant"))
+def build_other_classes(): return make(("bee", "cat", "dog"))
+def build_stranger(): return make(("emu", "fox"))
+"""
+
+
+@pytest.fixture
+def request_for(tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+
+    def make(*factories, **options):
+        models = tuple(f"{tmp_path}/model.py:{factory}" for factory in factories)
+        settings = {"attacks": ("pgd",), "dataset": str(tmp_path / "images"), "out": tmp_path / "runs", **options}
+        return EvaluationRequest(models=models, **settings)
+
+    return make
+
+
+def fingerprint(request):
+    (evaluation,) = prepare_evaluations(request, ["test"])
+    return evaluation.manifest["fingerprint"]
+
+
+def test_fingerprint_ignores_what_does_not_decide_the_rows(request_for, tmp_path):
+    base = fingerprint(request_for("build"))
+    assert fingerprint(request_for("build", out=tmp_path / "elsewhere")) == base
+    assert fingerprint(request_for("build", device="cpu")) == base
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert fingerprint(request_for("build")) == base
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": ("1/255",)},
+        {"steps": 3},
+        {"restarts": 2},
+        {"chunk_size": 5},
+        {"seed": 1},
+        {"n": 5},
+        {"attacks": ("fgsm",)},
+        {"attacks": ("pgd", "fgsm")},
+    ],
+    ids=str,
+)
+def test_fingerprint_follows_what_decides_the_rows(request_for, change):
+    request = request_for("build")
+    assert fingerprint(dataclasses.replace(request, **change)) != fingerprint(request)
+
+
+def test_fingerprint_follows_weights_and_class_order(request_for):
+    prints = {fingerprint(request_for(name)) for name in ("build", "build_scaled", "build_reordered")}
+    assert len(prints) == 3
+
+
+def test_fingerprint_is_pinned():
+    # Another value here would make every stored run unresumable.
+    identity = {"b": [1, 2.5, None], "a": {"eps": 4 / 255}}
+    assert fingerprint_of(identity) == "82339750e534c4b584a17ad7bc273136776e92be6f0c26368cc860375f34128c"
+    assert fingerprint_of(dict(reversed(identity.items()))) == fingerprint_of(identity)
+
+
+def test_labels_follow_each_model_and_images_are_shared(request_for):
+    first, second = prepare_evaluations(request_for("build", "build_other_classes"), ["test"])
+    assert first.images.keys == second.images.keys
+    assert set(first.images.wnids) == {"bee", "cat"}
+    assert first.images.left_out_count == second.images.left_out_count == 4
+    assert [first.classifier.classes[label] for label in first.images.labels] == list(first.images.wnids)
+    assert [second.classifier.classes[label] for label in second.images.labels] == list(second.images.wnids)
+    assert first.images.labels != second.images.labels
+
+
+def test_manifest_says_what_was_asked(request_for):
+    (evaluation,) = prepare_evaluations(request_for("build", n=6, seed=3, balanced=True), ["lrrobust", "eval"])
+    manifest = evaluation.manifest
+    assert manifest["command"] == ["lrrobust", "eval"]
+    assert manifest["dataset"]["n"] == 6
+    assert manifest["dataset"]["subset"] == {"n": 6, "seed": 3, "balanced": True}
+    assert manifest["attacks"][0]["eps"] == [x / 255 for x in (0.125, 0.25, 0.5, 1, 2, 4)]
+    assert manifest["provenance"]["versions"]["torch"] == torch.__version__
+    assert evaluation.folder.name.endswith(manifest["fingerprint"][:10])
+
+
+@pytest.mark.parametrize(
+    ("factories", "options", "error", "message"),
+    [
+        (("build",), {"chunk_size": 0}, ConfigError, "--chunk-size must be at least 1, got 0"),
+        (("build",), {"weights": ("a", "b")}, ConfigError, "got 2 for 1 models"),
+        (("build",), {"device": "warp"}, ConfigError, "--device 'warp' cannot be used here"),
+        (("build_stranger",), {}, DataError, "emu|class"),
+        (("build", "build_stranger"), {}, DataError, "class"),
+        (("build",), {"n": 13}, DataError, "13.*12"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(request_for, tmp_path, factories, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        prepare_evaluations(request_for(*factories, **options), ["test"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_auto_device_is_one_that_works():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
