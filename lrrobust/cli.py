@@ -90,6 +90,9 @@ def evaluate(
         Optional[str],
         typer.Option(help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, or a text file."),
     ] = None,
+    input_size: Annotated[
+        Optional[int], typer.Option(min=1, help="Side of the images in pixels, instead of what the weights state.")
+    ] = None,
     eps: Annotated[
         Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
     ] = None,
@@ -112,6 +115,7 @@ def evaluate(
         weights=tuple(weights or ()),
         dataset=dataset,
         classes=classes,
+        input_size=input_size,
         n=n,
         seed=seed,
         balanced=balanced,

@@ -187,9 +187,10 @@ def print_models() -> None:
         if name not in SHIPPED_WEIGHTS:
             table.add_row(name, size, "-", "-", "any", "-")
             continue
-        metadata = read_metadata(TRAINED_FOLDER / SHIPPED_WEIGHTS[name].file)
-        scores = ", ".join(f"{100 * a.top1:.1f} ({a.dataset}, n = {a.n})" for a in metadata.accuracy)
-        table.add_row(name, size, metadata.name, str(len(metadata.classes)), f"{metadata.input_size}", scores)
+        for weights in SHIPPED_WEIGHTS[name].values():
+            metadata = read_metadata(TRAINED_FOLDER / weights.file)
+            scores = ", ".join(f"{100 * a.top1:.1f} ({a.dataset}, n = {a.n})" for a in metadata.accuracy)
+            table.add_row(name, size, metadata.name, str(len(metadata.classes)), f"{metadata.input_size}", scores)
     _tables.print(table)
     _notice("also: any torchvision name, timm:NAME, path/to/file.py:factory; parameters are for 1000 classes")
 

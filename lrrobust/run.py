@@ -44,6 +44,7 @@ class EvaluationRequest:
         attacks: names or paths of attacks and suites.
         dataset: as `open_dataset` takes it.
         classes: name or path of a class list, for weights without one.
+        input_size: side of the images in pixels, instead of what the weights state.
         n, seed, balanced, indices, skip_corrupt: see `build_evaluation_set`; indices is a file.
         eps, steps, restarts: replace these settings of the attacks.
         chunk_size: images attacked together; part of a run's identity.
@@ -56,6 +57,7 @@ class EvaluationRequest:
     weights: tuple[str, ...] = ()
     dataset: str = "photos"
     classes: str | None = None
+    input_size: int | None = None
     n: int | None = None
     seed: int = 0
     balanced: bool = False
@@ -132,7 +134,11 @@ def prepare_evaluations(
     classifiers = []
     for position, name in enumerate(request.models):
         weights = request.weights[position] if request.weights else None
-        classifiers.append(load_classifier(name, weights=weights, classes=classes, imagenet_classes=IMAGENET_1K))
+        classifiers.append(
+            load_classifier(
+                name, weights=weights, classes=classes, input_size=request.input_size, imagenet_classes=IMAGENET_1K
+            )
+        )
     shared = set(classifiers[0].classes).intersection(*(c.classes for c in classifiers))
     source = open_dataset(request.dataset)
     evaluations = []

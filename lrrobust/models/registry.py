@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,21 @@ def build_network(name: str, num_classes: int) -> nn.Module:
 
 
 def load_classifier(
-    name: str, *, weights: str | None = None, classes: Sequence[str] | None = None, imagenet_classes: Sequence[str]
+    name: str,
+    *,
+    weights: str | None = None,
+    classes: Sequence[str] | None = None,
+    input_size: int | None = None,
+    imagenet_classes: Sequence[str],
 ) -> Classifier:
     """The model that a name stands for, see the head of this module.
 
     Args:
         name: of the model.
         weights: None for the model's own; "none" for random ones; the path of a safetensors file or
-            checkpoint; for torchvision also a name such as IMAGENET1K_V2.
+            checkpoint; or a name, such as IMAGENET1K_V2 of torchvision.
         classes: class list, for weights that do not carry one.
+        input_size: side of the images in pixels, instead of what the weights state.
         imagenet_classes: the 1000 WordNet ids in label order, what torchvision and timm weights mean.
 
     Raises:
@@ -66,12 +73,14 @@ def load_classifier(
         WeightsError: its weights cannot be had, read, or fitted.
     """
     if ".py:" in name:
-        return _load_user_model(name, weights, classes)
-    if name in NETWORKS:
-        return _load_own(name, weights, classes)
-    if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"), weights, classes, imagenet_classes)
-    return _load_torchvision(name.removeprefix("torchvision:"), weights, classes, imagenet_classes)
+        classifier = _load_user_model(name, weights, classes)
+    elif name in NETWORKS:
+        classifier = _load_own(name, weights, classes)
+    elif name.startswith("timm:"):
+        classifier = _load_timm(name.removeprefix("timm:"), weights, classes, imagenet_classes)
+    else:
+        classifier = _load_torchvision(name.removeprefix("torchvision:"), weights, classes, imagenet_classes)
+    return classifier if input_size is None else replace(classifier, input_size=input_size, resize_size=None)
 
 
 # --- ours --------------------------------------------------------------------------------------------
@@ -80,10 +89,11 @@ def load_classifier(
 def _load_own(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
     if weights == NO_WEIGHTS:
         return _random_classifier(name, build_network(name, len(_need(classes, name))), _need(classes, name))
-    if weights is None:
-        path = _shipped_path(name)
-    else:
-        path = Path(weights)
+    shipped = SHIPPED_WEIGHTS.get(name, {})
+    is_shipped = weights is None or weights in shipped
+    path = _shipped_path(name, weights) if is_shipped else Path(weights)
+    if not is_shipped and not path.is_file():
+        raise UnknownNameError(f"weights of {name} (nor is there such a file)", str(weights), [*shipped, NO_WEIGHTS])
     state, metadata = read_weights(path)
     if metadata is None:
         known = _need(classes, f"{name} with {path.name}, which carries no class list,")
@@ -101,14 +111,15 @@ def _load_own(name: str, weights: str | None, classes: Sequence[str] | None) -> 
     return Classifier(network, tuple(known), size, resize, interpolation, weights=label)
 
 
-def _shipped_path(name: str) -> Path:
+def _shipped_path(name: str, weights: str | None) -> Path:
     if name not in SHIPPED_WEIGHTS:
         trained = ", ".join(sorted(SHIPPED_WEIGHTS)) or "none yet"
         raise WeightsError(
             f"no weights of {name} come with this package (there are: {trained}): "
             "give --weights FILE, or --weights none for random ones"
         )
-    shipped = SHIPPED_WEIGHTS[name]
+    available = SHIPPED_WEIGHTS[name]
+    shipped = available[weights] if weights is not None else next(iter(available.values()))
     path = TRAINED_FOLDER / shipped.file
     if not path.is_file():
         raise WeightsError(f"{path} is missing from the installation: install lrrobust again")

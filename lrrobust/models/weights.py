@@ -42,8 +42,8 @@ class ShippedWeights:
     sha256: str
 
 
-#: Weights that come with the package, by model.
-SHIPPED_WEIGHTS: Mapping[str, ShippedWeights] = {}
+#: Weights that come with the package: model -> name of the weights -> file; the first is the default.
+SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {}
 
 
 class Accuracy(BaseModel):

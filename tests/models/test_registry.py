@@ -108,11 +108,11 @@ def test_random_weights_need_classes(tiny_networks):
 
 
 def test_weights_that_are_not_there(tmp_path, tiny_networks, monkeypatch):
-    with pytest.raises(WeightsError, match="no weights file at .*none.pt"):
+    with pytest.raises(UnknownNameError, match="nor is there such a file.*none.pt"):
         load("tiny", weights=str(tmp_path / "none.pt"))
     with pytest.raises(WeightsError, match=r"no weights of tiny come with this package .*--weights FILE, or --weights none"):
         load("tiny")
-    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"other_tiny": ShippedWeights("a", "b")})
+    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"other_tiny": {"V1": ShippedWeights("a", "b")}})
     with pytest.raises(WeightsError, match=r"no weights of tiny come with this package \(there are: other_tiny\)"):
         load("tiny")
 
@@ -120,14 +120,17 @@ def test_weights_that_are_not_there(tmp_path, tiny_networks, monkeypatch):
 def test_shipped_weights_are_checked_before_use(tmp_path, tiny_networks, monkeypatch):
     path = tmp_path / "tiny.safetensors"
     monkeypatch.setattr(registry, "TRAINED_FOLDER", tmp_path)
-    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"tiny": ShippedWeights(path.name, "0" * 64)})
+    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"tiny": {"TEST_V1": ShippedWeights(path.name, "0" * 64)}})
     with pytest.raises(WeightsError, match="tiny.safetensors is missing from the installation: install lrrobust again"):
         load("tiny")
     write_weights(path, build=tiny_networks)
     with pytest.raises(WeightsError, match="tiny.safetensors is not the file this version was released with"):
         load("tiny")
-    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"tiny": ShippedWeights(path.name, file_sha256(path))})
+    monkeypatch.setattr(registry, "SHIPPED_WEIGHTS", {"tiny": {"TEST_V1": ShippedWeights(path.name, file_sha256(path))}})
     assert load("tiny").weights == "TEST_V1"
+    assert load("tiny", weights="TEST_V1").weights == "TEST_V1"
+    with pytest.raises(UnknownNameError, match="TEST_V2.*TEST_V1"):
+        load("tiny", weights="TEST_V2")
 
 
 # --- torchvision -------------------------------------------------------------------------------------

@@ -301,15 +301,18 @@ def test_many_differences_are_counted():
 # --- what comes with the package ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED_WEIGHTS))
-def test_shipped_weights(name):
-    shipped = SHIPPED_WEIGHTS[name]
+SHIPPED = [(name, weights) for name in SHIPPED_WEIGHTS for weights in SHIPPED_WEIGHTS[name]]
+
+
+@pytest.mark.parametrize(("name", "weights"), SHIPPED)
+def test_shipped_weights(name, weights):
+    shipped = SHIPPED_WEIGHTS[name][weights]
     path = TRAINED_FOLDER / shipped.file
     assert path.is_file() and path.stat().st_size <= 25_000_000
     assert file_sha256(path) == shipped.sha256
     metadata = read_metadata(path)
     assert name in NETWORKS and metadata.model == name
-    assert metadata.name and metadata.description and metadata.recipe and metadata.training
+    assert metadata.name == weights and metadata.description and metadata.recipe and metadata.training
     if len(metadata.classes) == 200:
         assert metadata.classes == TINY_IMAGENET_200
     assert metadata.accuracy
@@ -318,7 +321,7 @@ def test_shipped_weights(name):
         # Far above chance, and rounding to int8 has cost next to nothing.
         assert 10 / len(metadata.classes) < accuracy.top1 <= accuracy.top5 <= 1
         assert accuracy.top1 == pytest.approx(accuracy.top1_float32, abs=0.02)
-    classifier = load_classifier(name, imagenet_classes=())
+    classifier = load_classifier(name, weights=weights, imagenet_classes=())
     assert classifier.classes == metadata.classes and classifier.weights == metadata.name
     images = torch.rand(1, 3, metadata.input_size, metadata.input_size)
     with torch.inference_mode():
@@ -328,4 +331,4 @@ def test_shipped_weights(name):
 
 def test_no_file_of_weights_is_shipped_unlisted():
     found = {path.name for path in TRAINED_FOLDER.glob("*")} if TRAINED_FOLDER.is_dir() else set()
-    assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {w.file for w in SHIPPED_WEIGHTS.values()}
+    assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {SHIPPED_WEIGHTS[name][weights].file for name, weights in SHIPPED}
