@@ -167,6 +167,7 @@ def train(
         Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the weights, as in TINY_IMAGENET_V1.")] = "CUSTOM",
+    note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
     out: Annotated[Optional[Path], typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
@@ -180,7 +181,7 @@ def train(
         training, evaluation_sets = prepare_training(request, on_scan)
     with TrainingProgress(training) as progress:
         training.run(progress.on_step, progress.on_epoch)
-    print_weights(training.export(name, training.recipe.description, evaluation_sets))
+    print_weights(training.export(name, evaluation_sets, note))
 
 
 @app.command()

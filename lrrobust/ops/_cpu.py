@@ -652,7 +652,8 @@ _threads = _Threads()
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:
     """float32, channels-last, one-dimensional; a view of the tensor where it is laid out so already."""
-    return tensor.detach().to(torch.float32).permute(0, 2, 3, 1).reshape(-1).numpy()
+    # `reshape` alone keeps strides other than one, as of an expanded gradient; the tiles read past them.
+    return tensor.detach().to(torch.float32).permute(0, 2, 3, 1).reshape(-1).contiguous().numpy()
 
 
 def _rows(geometry: torch.Tensor) -> np.ndarray:

@@ -294,8 +294,14 @@ class Training:
 
     # --- the result ----------------------------------------------------------------------------------
 
-    def export(self, name: str, description: str, evaluation_sets: Sequence[EvaluationSet]) -> Path:
-        """Writes the averaged weights as int8 with their metadata, measured on the sets given."""
+    def export(self, name: str, evaluation_sets: Sequence[EvaluationSet], note: str = "") -> Path:
+        """Writes the averaged weights as int8 with their metadata, measured on the sets given.
+
+        Args:
+            name: of the weights, as in TINY_IMAGENET_V1.
+            evaluation_sets: where top-1 and top-5 accuracy are measured, after rounding to int8.
+            note: what the recipe does not say of this training.
+        """
         stored = quantise(self.average.state_dict())
         rounded = copy.deepcopy(self.average)
         fit_weights(rounded, dequantise(stored), "the rounded state")
@@ -311,7 +317,7 @@ class Training:
         metadata = WeightsMetadata(
             name=name,
             model=self.model_name,
-            description=description,
+            description=self.recipe.description,
             classes=self.classes,
             input_size=self.recipe.image_size,
             resize_size=self.recipe.image_size,
@@ -322,6 +328,7 @@ class Training:
                 "steps": self.step,
                 "epochs": self.recipe.epochs,
                 "seed": self.recipe.seed,
+                "note": note,
                 "wall_s": round(self.wall_s, 1),
                 "threads": torch.get_num_threads(),
                 "environment": describe_environment(self.device.type),

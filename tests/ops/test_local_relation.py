@@ -66,6 +66,8 @@ CASES = {
     "own group each": Case(batch=2, channels=5, height=3, width=4, kernel_size=3, per_group=1),
     "groups of 3, the last of 1": Case(channels=7, height=4, width=3, kernel_size=3, per_group=3),
     "groups of 16": Case(batch=2, channels=40, height=3, width=3, kernel_size=3, per_group=16),
+    # Slabs of 8, 4 and no channels in the second group.
+    "groups of 24, the last of 12": Case(channels=36, height=2, width=3, kernel_size=3, per_group=24),
     "one group of 20": Case(channels=20, height=3, width=4, kernel_size=5, stride=2, per_group=20),
     # More (image, group) pairs than any vector has lanes, and not a multiple of them.
     "37 groups": Case(channels=37, height=2, width=2, kernel_size=3, per_group=1),
@@ -349,17 +351,22 @@ def _channels_last(x):
 def _slice_of_larger(x):
     larger = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), math.nan, dtype=x.dtype)
     larger[..., 1::2] = x
+    assert not larger[..., 1::2].is_contiguous()
     return larger[..., 1::2]
 
 
 @pytest.mark.parametrize("layout", [_channels_last, _slice_of_larger])
+@pytest.mark.parametrize(
+    "case",
+    # A row of one channel is one stride from end to end, and still not without gaps.
+    [Case(batch=2, channels=12, height=5, width=4, kernel_size=3, stride=2), Case(channels=1, height=1, width=6, kernel_size=3)],
+    ids=["map", "row"],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layout_of_inputs_plays_no_part(layout, backend):
-    case = Case(batch=2, channels=12, height=5, width=4, kernel_size=3, stride=2)
+def test_layout_of_inputs_plays_no_part(layout, case, backend):
     inputs = make_inputs(case, BACKENDS[backend])
     expected, expected_gradients = run(inputs, case, backend=backend)
     leaves = [layout(x).requires_grad_() for x in inputs]
-    assert not leaves[2].is_contiguous()
     out = local_relation(*leaves, **case.options(), backend=backend)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     gradients = torch.autograd.grad(out, leaves, layout(output_gradient(out)))

@@ -472,10 +472,11 @@ def test_export_states_what_the_file_scores(start, photos, monkeypatch):
     training = start(phases=(Phase(epochs=8, size=16),))
     training.run()
     images = photos(training.classes)
-    path = training.export("COLOURS_V1", "eight colours", [images])
+    path = training.export("COLOURS_V1", [images], "stopped twice")
     assert path == training.folder / "tiny-colours_v1.safetensors"
     metadata = read_metadata(path)
-    assert (metadata.name, metadata.model, metadata.description) == ("COLOURS_V1", "tiny", "eight colours")
+    assert (metadata.name, metadata.model, metadata.description) == ("COLOURS_V1", "tiny", "two short epochs")
+    assert metadata.training["note"] == "stopped twice"
     assert metadata.classes == training.classes and metadata.input_size == metadata.resize_size == 16
     assert metadata.recipe == training.recipe.model_dump(mode="json")
     assert (metadata.training["steps"], metadata.training["images"], metadata.training["epochs"]) == (40, 40, 8)

@@ -1,0 +1,186 @@
+"""Who may import whom, read from the source; and what an answer to `--help` costs."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import lrrobust
+
+PACKAGE = Path(lrrobust.__file__).parent
+
+#: Part of the package -> parts that it may import anywhere. `lrrobust` is the package's own head (the version).
+MAY_IMPORT = {
+    "__main__": {"cli"},
+    # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
+    "cli": {"lrrobust", "console", "run", "report", "results", "errors", "evaluation.chunks"},
+    "console": {"report", "results"},
+    "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
+    # Neither models nor data: what is evaluated is given to it.
+    "evaluation": {"attacks", "threat", "results", "errors"},
+    "training": {"models", "data", "provenance", "errors"},
+    "report": {"results", "stats", "plots", "errors"},
+    "plots": {"results", "stats", "errors"},
+    "stats": {"errors"},
+    "results": {"errors"},
+    "models": {"ops", "errors", "torchvision_import"},
+    "attacks": {"threat", "errors", "torchvision_import"},
+    "data": {"errors"},
+    "ops": {"errors"},
+    "threat": {"errors"},
+    "provenance": {"lrrobust"},
+    "errors": set(),
+    "torchvision_import": set(),
+    "lrrobust": set(),
+    # What a user's own file may use.
+    "examples": {"models", "data", "errors"},
+}
+#: Allowed inside functions only, where they cost nothing until they are called.
+MAY_IMPORT_LATE = {"console": {"models", "attacks"}}
+#: Packages that one file alone may import.
+ONLY_IN = {"torchattacks": "attacks/build.py", "numba": "ops/_cpu.py", "llvmlite": "ops/_cpu.py", "timm": "models/registry.py"}
+
+
+class Import(NamedTuple):
+    """An import statement: dotted name of what is imported, and where it stands."""
+
+    module: str
+    line: int
+    is_late: bool
+    is_for_types: bool
+
+
+def find_imports(tree: ast.AST, is_late: bool = False, is_for_types: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        late = is_late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for_types = is_for_types or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"))
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(name.name, node.lineno, late, for_types)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports of this package are absolute"
+            for name in node.names:
+                yield Import(f"{node.module}.{name.name}", node.lineno, late, for_types)
+        else:
+            yield from find_imports(node, late, for_types)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+IMPORTS = {name: list(find_imports(ast.parse(path.read_text(encoding="utf-8")))) for name, path in FILES.items()}
+
+
+def part_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def imported_module(dotted: str) -> str | None:
+    """The file of ours that an import reaches: `lrrobust.x.y` for `from lrrobust.x import y` where y is a file."""
+    while dotted and dotted not in FILES:
+        dotted = dotted.rpartition(".")[0]
+    return dotted or None
+
+
+def test_every_part_has_its_rule():
+    assert {part_of(name) for name in FILES} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    part = part_of(name)
+    wrong = []
+    for found in IMPORTS[name]:
+        target = imported_module(found.module)
+        if target is None or found.is_for_types or part_of(target) == part:
+            continue
+        allowed = MAY_IMPORT[part] | (MAY_IMPORT_LATE.get(part, set()) if found.is_late else set())
+        if not allowed & {part_of(target), target.removeprefix("lrrobust.")}:
+            wrong.append(f"line {found.line}: {part} must not import {found.module}")
+    assert not wrong, f"{FILES[name]}: " + "; ".join(wrong)
+
+
+def test_no_cycles():
+    graph = {
+        name: {imported_module(i.module) for i in imports if not i.is_for_types} - {None, name}
+        for name, imports in IMPORTS.items()
+    }
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"imports run in a circle: {' -> '.join([*path, name])}"
+        if name not in done:
+            path.append(name)
+            for target in sorted(graph[name]):
+                # A package's head runs before its own files: that they meet it again is no circle of ours.
+                if not name.startswith(f"{target}."):
+                    visit(target)
+            path.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+@pytest.mark.parametrize("package, file", ONLY_IN.items())
+def test_heavy_packages_have_one_way_in(package, file):
+    users = {
+        FILES[name].relative_to(PACKAGE).as_posix()
+        for name, imports in IMPORTS.items()
+        for found in imports
+        if found.module.split(".")[0] == package
+    }
+    # The op asks whether numba can be imported before it lets its file do so.
+    assert users - {"ops/local_relation.py"} == {file}
+
+
+def test_torchvision_is_imported_after_its_workaround():
+    for name, imports in IMPORTS.items():
+        if any(found.module.split(".")[0] in ("torchvision", "torchattacks", "timm") for found in imports):
+            assert any(found.module.startswith("lrrobust.torchvision_import") for found in imports), name
+
+
+def test_the_rules_can_be_broken():
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a.b\ndef f():\n    from c import d, e\nimport g\n"
+    found = [i for i in find_imports(ast.parse(text)) if i.module != "typing.TYPE_CHECKING"]
+    assert found == [
+        Import("a.b", 3, False, True),
+        Import("c.d", 5, True, False),
+        Import("c.e", 5, True, False),
+        Import("g", 6, False, False),
+    ]
+    assert imported_module("lrrobust.models.weights.read_weights") == "lrrobust.models.weights"
+    assert imported_module("lrrobust.results.RunStore") == "lrrobust.results"
+    assert imported_module("torch.nn") is None
+
+
+_HELP = """
+import sys
+sys.argv = ["lrrobust", *sys.argv[1:]]
+try:
+    from lrrobust.cli import main
+    main()
+finally:
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", _HELP, *arguments],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.rpartition("imported:")[2].split())
+    assert "typer" in imported and "lrrobust" in imported
+    assert not imported & {"torch", "torchvision", "numba", "matplotlib", "pandas", "pyarrow", "numpy", "scipy", "PIL"}
