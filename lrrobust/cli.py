@@ -154,7 +154,14 @@ def report(
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:
         raise StoreError(f"no runs in {', '.join(map(str, roots))}: run `lrrobust eval` first, or name the folder of a run")
-    loaded = [load_run(folder) for folder in dict.fromkeys(folders)]
+    loaded = []
+    for folder in dict.fromkeys(folders):
+        try:
+            loaded.append(load_run(folder))
+        except StoreError as error:
+            if len(folders) == 1:
+                raise
+            logging.warning("left out: %s", error)
     print_report(loaded, write_report(loaded, out))
 
 

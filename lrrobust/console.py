@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrrobust.report import render_table, summarise
+from lrrobust.report import render_table, summarise, warnings_of
 from lrrobust.results import load_run
 
 if TYPE_CHECKING:
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from lrrobust.training.trainer import Progress as TrainingState
     from lrrobust.training.trainer import Training
 
+#: Width of tables in files and logs, which wrap nothing.
+_LOG_WIDTH = 140
+
 #: Tables go to standard output; everything that only accompanies them to standard error.
-_tables = Console()
+_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
 _notices = Console(stderr=True)
 
 #: Without a terminal a line of progress at most this often.
@@ -147,17 +151,24 @@ class TrainingProgress:
         )
 
 
+def _print_table(runs: Sequence[Run]) -> None:
+    _tables.print(render_table(summarise(runs)))
+    for run in runs:
+        for warning in warnings_of(run):
+            _notice(f"warning: {run.folder.name}: {warning}")
+
+
 def print_results(folders: Sequence[Path]) -> None:
     """The table of the runs just made, and where they are."""
     runs = [load_run(folder) for folder in folders]
-    _tables.print(render_table(summarise(runs)))
+    _print_table(runs)
     for folder in folders:
         _notice(f"results: {folder}")
 
 
 def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:
     """The table of all runs, and the files written."""
-    _tables.print(render_table(summarise(runs)))
+    _print_table(runs)
     for path in written:
         _notice(f"wrote {path}")
 

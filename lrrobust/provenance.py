@@ -7,14 +7,17 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lrrobust
 
-_PACKAGES = ("torch", "torchvision", "torchattacks", "numba", "numpy", "pandas", "pyarrow")
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("torch", "torchvision", "torchattacks", "numba", "numpy", "pandas", "pyarrow", "pillow", "timm")
 
 
-def describe_environment(device: str) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready record of the software and hardware that compute a result."""
     import torch
 
@@ -24,7 +27,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": describe_processor(),
-        "device": device if device == "cpu" else f"{device} ({torch.cuda.get_device_name()})",
+        "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }

@@ -163,14 +163,17 @@ def render_table(summary: pd.DataFrame) -> Table:
 
     rows = [format_row(row) for row in summary.to_dict("records")]
     # What all rows share goes above the table, which is wide enough without.
-    shared = [name for name in _IDENTITY_HEADINGS if len({row[name] for row in rows}) == 1]
+    shared = [name for name in _IDENTITY_HEADINGS[:-1] if len({row[name] for row in rows}) == 1]
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
     caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
-    table = Table(box=box.SIMPLE, title=escape(title) or None, caption=escape(caption) or None)
-    shown = [heading for heading in (rows[0] if rows else ()) if heading not in shared]
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=escape(title) or None, caption=escape(caption) or None)
+    # Folder names are long; only runs that nothing else tells apart need them.
+    needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
+    hidden = {*shared, *(() if needs_run else ("run",))}
+    shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
-        table.add_column(heading, justify="left" if heading in _TEXT_HEADINGS else "right")
+        table.add_column(heading, justify="left" if heading in _TEXT_HEADINGS else "right", no_wrap=heading != "run")
     for row in rows:
         table.add_row(*(escape(row[heading]) for heading in shown))
     return table
@@ -214,6 +217,9 @@ _HOW_TO_READ = (
     "Intervals are 95 % Wilson intervals. Distances are medians over the images correct when clean, "
     "a failed attack counting as infinite."
 )
+
+#: Part metadata that the engine writes only where something is wrong.
+_WARNING_KEYS = ("randomised", "nonfinite_gradients")
 
 _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
 _TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "attack", "norm"}
@@ -371,6 +377,8 @@ def _describe(run: Run, name: str) -> str:
         text += ", " + ", ".join(f"{name} {version}" for name, version in versions.items())
     if provenance.get("commit"):
         text += f", commit `{provenance['commit']}`"
+    for warning in warnings_of(run):
+        text += f"; **WARNING: {warning}**"
     for key, values in sorted(_mixed_metadata(run).items()):
         text += f"; **computed with mixed {key}:** {', '.join(values)}"
     if not run.is_complete:
@@ -380,9 +388,15 @@ def _describe(run: Run, name: str) -> str:
     return text
 
 
+def warnings_of(run: Run) -> list[str]:
+    """What the engine noticed while it computed the run and readers of its numbers must know."""
+    noticed = {key: part[key] for part in run.part_metadata.values() for key in _WARNING_KEYS if key in part}
+    return [f"{key.replace('_', ' ')}: {text}" for key, text in sorted(noticed.items())]
+
+
 def _mixed_metadata(run: Run) -> dict[str, list[str]]:
     """The metadata in which the parts of a run differ, such as devices, with their values."""
-    keys = {key for metadata in run.part_metadata.values() for key in metadata}
+    keys = {key for metadata in run.part_metadata.values() for key in metadata} - set(_WARNING_KEYS)
     values = {key: sorted({part.get(key, "unknown") for part in run.part_metadata.values()}) for key in keys}
     return {key: found for key, found in values.items() if len(found) > 1}
 

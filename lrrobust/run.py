@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
-from lrrobust.errors import ConfigError
+from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import Task, evaluate, plan_tasks
+from lrrobust.evaluation.engine import ROWS_VERSION, Task, evaluate, plan_tasks
 from lrrobust.models import Classifier, load_classifier
-from lrrobust.models.weights import tensors_sha256
+from lrrobust.models.registry import NETWORKS
+from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore
 from lrrobust.training.recipe import Recipe, load_recipe
@@ -89,12 +91,9 @@ class Evaluation:
     ) -> None:
         """Does what is missing in the folder; see `evaluate` for the errors."""
         environment = self.manifest["provenance"]
-        metadata = {
-            "device": environment["device"],
-            "processor": environment["processor"],
-            "threads": str(environment["threads"]),
-            "torch": environment["versions"]["torch"] or "",
-        }
+        part_metadata = {key: str(environment[key]) for key in ("lrrobust", "commit", "device", "processor", "threads")}
+        # Not the bare name: "pandas" is a key of Parquet's own.
+        part_metadata |= {f"{name}_version": str(version) for name, version in environment["versions"].items()}
         with RunStore.create_or_resume(self.folder, self.manifest) as store:
             evaluate(
                 self.classifier.module.to(self.device),
@@ -104,7 +103,7 @@ class Evaluation:
                 store,
                 fingerprint=self.manifest["fingerprint"],
                 device=self.device,
-                part_metadata=metadata,
+                part_metadata=part_metadata,
                 on_task=on_task,
                 on_forward=on_forward,
             )
@@ -128,6 +127,8 @@ def prepare_evaluations(
             f"--weights must be given once for each --model or not at all, "
             f"got {len(request.weights)} for {len(request.models)} models"
         )
+    if len(set(zip(request.models, request.weights or [""] * len(request.models), strict=True))) < len(request.models):
+        raise ConfigError("--model names the same model twice: name each once")
     specs = load_suite(request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts)
     classes = None if request.classes is None else load_class_list(request.classes)
     indices = None if request.indices is None else read_indices(request.indices)
@@ -169,13 +170,16 @@ def _plan(
     command: Sequence[str],
 ) -> Evaluation:
     tasks = tuple(plan_tasks(specs, len(images), request.chunk_size))
-    # Everything that decides the rows, and nothing else: not the device, not the folder.
+    # What decides the rows; not the device, not the folder.
     identity = {
         "schema_version": SCHEMA_VERSION,
+        "rows_version": ROWS_VERSION,
+        "torchattacks": metadata.version("torchattacks"),
         "model": {
             "name": name,
             "weights": classifier.weights,
-            "state_sha256": tensors_sha256({k: v.cpu() for k, v in classifier.module.state_dict().items()}),
+            "state_sha256": state_sha256(classifier.module),
+            "code_sha256": hashlib.sha256(_model_code(name, classifier)).hexdigest(),
             "classes_sha256": hashlib.sha256("\n".join(classifier.classes).encode()).hexdigest(),
             "num_classes": len(classifier.classes),
             "input_size": classifier.input_size,
@@ -183,7 +187,7 @@ def _plan(
             "interpolation": classifier.interpolation,
         },
         "dataset": images.record(),
-        "attacks": [spec.model_dump(mode="json") for spec in specs],
+        "attacks": [spec.model_dump(mode="json", exclude={"description"}) for spec in specs],
         "plan": {"chunk_size": request.chunk_size, "parts": [list(task.part) for task in tasks]},
         "seed": request.seed,
         "precision": "float32",
@@ -194,11 +198,22 @@ def _plan(
         "fingerprint": fingerprint,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
-        "provenance": describe_environment(device.type),
+        "provenance": describe_environment(device),
     }
     slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]
     folder = request.out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
     return Evaluation(classifier, images, tasks, manifest, folder, device)
+
+
+def _model_code(name: str, classifier: Classifier) -> bytes:
+    """Structure of the network and, for a user's model, its file: parameters alone do not say what is computed.
+
+    Code that the file imports is not seen here; a resumed run compares predictions besides.
+    """
+    path = Path(name.rsplit(":", 1)[0]) if ".py:" in name else None
+    # Without addresses of objects, which differ from process to process.
+    structure = re.sub(r"0x[0-9a-f]+", "", repr(classifier.module))
+    return structure.encode() + (path.read_bytes() if path is not None else b"")
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -213,6 +228,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"only cpu and cuda are supported, not {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:150]
@@ -239,6 +256,8 @@ class TrainingRequest:
 def prepare_training(request: TrainingRequest, on_scan: OnScan | None = None) -> tuple[Training, list[EvaluationSet]]:
     """Loads recipe and images; raises LrRobustError with one line where something does not fit."""
     recipe: Recipe = load_recipe(request.recipe)
+    if request.model not in NETWORKS:
+        raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)
     preprocessing = Preprocessing(recipe.image_size)
     if not re.fullmatch(r"[A-Za-z0-9_.]+", request.weights_name):

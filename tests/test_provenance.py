@@ -11,7 +11,7 @@ from lrrobust.provenance import describe_environment, describe_processor, find_c
 
 
 def test_environment_is_ready_for_json():
-    described = describe_environment("cpu")
+    described = describe_environment(torch.device("cpu"))
     assert json.loads(json.dumps(described)) == described
     assert described["device"] == "cpu" and described["lrrobust"] == lrrobust.__version__
     assert described["threads"] == torch.get_num_threads()
@@ -23,12 +23,12 @@ def test_package_that_is_not_installed_has_no_version(monkeypatch):
     from lrrobust import provenance
 
     monkeypatch.setattr(provenance, "_PACKAGES", ("no-such-package",))
-    assert describe_environment("cpu")["versions"] == {"no-such-package": None}
+    assert describe_environment(torch.device("cpu"))["versions"] == {"no-such-package": None}
 
 
 def test_accelerator_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
-    assert describe_environment("cuda")["device"] == "cuda (Some GPU)"
+    assert describe_environment(torch.device("cuda"))["device"] == "cuda (Some GPU)"
 
 
 def test_processor():

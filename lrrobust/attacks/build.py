@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
 from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
+from lrrobust.frozen import frozen
 from lrrobust.torchvision_import import import_torchvision
 
 _Run = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,7 +71,7 @@ class Attack:
             return images.clone()
         # Attacks need gradients whatever the caller's mode; tensors of inference mode cannot take
         # part in them, but their clones can. torchattacks views images as rows: contiguous.
-        with torch.inference_mode(False), torch.enable_grad(), _in_evaluation_mode(model):
+        with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             images = images.detach().clone(memory_format=torch.contiguous_format)
             victim = _Victim(model, images.device, self._count_nonfinite)
             return self._run(victim, images, labels.clone()).detach().contiguous()
@@ -168,23 +168,6 @@ def _is_misclassified(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     """Bool (N,); logits with NaN or infinity decide nothing."""
     logits = model(images)
     return (logits.argmax(1) != labels) & logits.isfinite().all(1)
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters; afterwards every module and parameter is as it was."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, is_training in training.items():
-            module.training = is_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _check_inputs(images: torch.Tensor, labels: torch.Tensor) -> None:

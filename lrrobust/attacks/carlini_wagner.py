@@ -22,6 +22,9 @@ _LARGEST_STEP = 0.1
 #: The authors' bound of c; beyond it float32 overflows after a few more factors of ten.
 _LARGEST_C = 1e10
 
+#: Logits of the same image in different batches differ by about this share of the largest.
+_ROUNDING = 1e-6
+
 _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
 
 
@@ -168,8 +171,10 @@ def _evaluate(
         squared_distance = (iterate - images).flatten(1).square().sum(1)
         loss = squared_distance + c * (confidence - margin).clamp_min(0)
         (gradient,) = torch.autograd.grad(loss.sum(), w)
-    # A tie is no success: which of two equal logits wins is up to the judge's argmax.
-    is_success = (margin > 0) & (margin >= confidence) & logits.isfinite().all(1)
+    # A tie is no success, nor is a margin within rounding: the judge sees the image in another batch,
+    # where the last bits of its logits differ.
+    rounding = _ROUNDING * logits.abs().amax(1)
+    is_success = (margin > rounding) & (margin >= confidence) & logits.isfinite().all(1)
     gradient = gradient.where(gradient.isfinite(), 0)
     return iterate.detach(), squared_distance.detach().sqrt(), is_success, loss.detach(), gradient
 

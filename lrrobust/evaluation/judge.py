@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ class Judgement:
     Attributes:
         prediction: of the proposed images.
         is_adversarial: misclassified, in the box and in the ball; bool (N,).
-        is_rejected: misclassified, but outside the box or the ball; bool (N,).
+        is_rejected: misclassified, but outside the box or the ball, or not even numbers; bool (N,).
         linf_distance, l2_distance: from the clean images, pixel units, float64 (N,).
     """
 
@@ -63,7 +62,7 @@ class Judge:
                 has left evaluation mode. NaN would otherwise count as a successful attack, because
                 its argmax is class 0.
         """
-        logits = self.model(images)
+        logits = call_model(self.model, images)
         check_logits(logits, len(images), self.num_classes)
         is_finite = logits.isfinite().all(1)
         if not is_finite.all():
@@ -90,13 +89,14 @@ class Judge:
             raise ModelError(f"an attack proposed images of shape {tuple(proposed.shape)} for {tuple(images.shape)}")
         is_allowed = is_in_box(proposed) & threat.is_in_ball(images, proposed)
         # Pixels that are not numbers are never shown to the model: its NaN would be blamed on it.
-        shown = torch.where(proposed.isfinite().flatten(1).all(1).view(-1, 1, 1, 1), proposed, images)
+        is_number = proposed.isfinite().flatten(1).all(1)
+        shown = torch.where(is_number.view(-1, 1, 1, 1), proposed, images)
         prediction = self.predict(shown, labels, keys)
         is_misclassified = prediction.label != labels
         return Judgement(
             prediction,
             is_misclassified & is_allowed,
-            is_misclassified & ~is_allowed,
+            (is_misclassified | ~is_number) & ~is_allowed,
             distance(images, shown, "linf"),
             distance(images, shown, "l2"),
         )
@@ -135,7 +135,7 @@ class Witness(nn.Module):
         self._is_found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = self.model(images)
+        logits = call_model(self.model, images)
         self.forwarded += len(images)
         if self._on_forward is not None:
             self._on_forward(len(images))
@@ -160,6 +160,24 @@ class Witness(nn.Module):
         return rows, self._first[rows]
 
 
+def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The model's answer; its own failures become a ModelError of one line.
+
+    Raises:
+        ModelError: the model fails on these images. Running out of memory is not its failure and stays
+            a torch.OutOfMemoryError.
+    """
+    try:
+        return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: {reason}"
+        ) from error
+
+
 def check_logits(logits: object, n: int, num_classes: int) -> None:
     """Raises ModelError unless logits are a floating tensor (n, num_classes)."""
     expected = f"expected logits of shape ({n}, {num_classes}), one for each class of the model"
@@ -177,20 +195,3 @@ def check_evaluation_mode(model: nn.Module) -> None:
                 f"the model's part {name or 'itself'!r} is in training mode during evaluation: "
                 "do not call .train() inside forward"
             )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode with parameters that take no gradient; as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -38,6 +38,9 @@ class Classifier:
             raise ModelError(f"a Classifier needs a torch.nn.Module, got {type(self.module).__name__}")
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise ModelError(f"a Classifier needs at least two classes, all different, got {len(self.classes)}")
+        sizes = [self.input_size] if self.resize_size is None else [self.input_size, self.resize_size]
+        if any(type(size) is not int for size in sizes):
+            raise ModelError(f"a Classifier needs whole numbers, got {self.input_size=}, {self.resize_size=}")
         if self.input_size < 1 or (self.resize_size is not None and self.resize_size < self.input_size):
             raise ModelError(
                 f"a Classifier needs 1 <= input_size <= resize_size, got {self.input_size=}, {self.resize_size=}"

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -75,18 +77,22 @@ def load_classifier(
     if ".py:" in name:
         classifier = _load_user_model(name, weights, classes)
     elif name in NETWORKS:
-        classifier = _load_own(name, weights, classes)
+        classifier = _load_own(name, weights, classes, input_size)
     elif name.startswith("timm:"):
         classifier = _load_timm(name.removeprefix("timm:"), weights, classes, imagenet_classes)
     else:
         classifier = _load_torchvision(name.removeprefix("torchvision:"), weights, classes, imagenet_classes)
+    if classes is not None and tuple(classes) != classifier.classes:
+        raise ModelError(f"--classes differs from the class list that {name} brings along: leave it out")
     return classifier if input_size is None else replace(classifier, input_size=input_size, resize_size=None)
 
 
 # --- ours --------------------------------------------------------------------------------------------
 
 
-def _load_own(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
+def _load_own(
+    name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None
+) -> Classifier:
     if weights == NO_WEIGHTS:
         return _random_classifier(name, build_network(name, len(_need(classes, name))), _need(classes, name))
     shipped = SHIPPED_WEIGHTS.get(name, {})
@@ -97,7 +103,9 @@ def _load_own(name: str, weights: str | None, classes: Sequence[str] | None) -> 
     state, metadata = read_weights(path)
     if metadata is None:
         known = _need(classes, f"{name} with {path.name}, which carries no class list,")
-        network, size, resize, interpolation = build_network(name, len(known)), DEFAULT_INPUT_SIZE, 256, "bilinear"
+        if input_size is None:
+            raise ModelError(f"{path.name} does not state the size of its images: add --input-size, as in --input-size 64")
+        network, size, resize, interpolation = build_network(name, len(known)), input_size, None, "bilinear"
         label = path.name
     else:
         if metadata.model != name:
@@ -153,9 +161,13 @@ def _load_torchvision(
         known = [*NETWORKS, *models.list_models(module=models), "timm:NAME", "path/to/file.py:factory"]
         raise UnknownNameError("model", name, known)
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
-        known = classes if classes is not None else imagenet_classes
-        network = _wrap(models.get_model(name, weights=None, num_classes=len(known)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        return _finish_foreign(name, network, weights, known, DEFAULT_INPUT_SIZE, 256, "bilinear")
+        known = _classes_of_foreign(name, weights, classes, imagenet_classes)
+        preset = models.get_model_weights(name)["DEFAULT"].transforms()
+        network = _wrap(models.get_model(name, weights=None, num_classes=len(known)), preset.mean, preset.std)
+        interpolation = preset.interpolation.value
+        return _finish_foreign(
+            name, network, weights, known, preset.crop_size[0], preset.resize_size[0], _known_interpolation(interpolation)
+        )
     try:
         chosen = models.get_model_weights(name)[weights or "DEFAULT"]
     except KeyError:
@@ -168,7 +180,7 @@ def _load_torchvision(
         tuple(imagenet_classes),
         preset.crop_size[0],
         preset.resize_size[0],
-        preset.interpolation.value if preset.interpolation.value in ("bilinear", "bicubic") else "bilinear",
+        _known_interpolation(preset.interpolation.value),
         weights=f"torchvision {chosen.name}",
     )
 
@@ -184,13 +196,17 @@ def _load_timm(
     if name.split(".")[0] not in timm.list_models():
         raise UnknownNameError("timm model", name, timm.list_models())
     pretrained = weights is None
-    known = imagenet_classes if pretrained or classes is None else classes
-    module = _download(
-        name, lambda: timm.create_model(name, pretrained=pretrained, num_classes=len(known))
-    )
+    known = imagenet_classes if pretrained else _classes_of_foreign(f"timm:{name}", weights, classes, imagenet_classes)
+    options = {} if pretrained else {"num_classes": len(known)}
+    module = _download(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
+    if module.num_classes != len(known):
+        raise ModelError(
+            f"timm:{name} has {module.num_classes} classes, expected the {len(known)} of ImageNet-1k: "
+            "choose weights fine-tuned on it, or wrap the model in a file.py:factory with its class list"
+        )
     config = timm.data.resolve_model_data_config(module)
     size = config["input_size"][-1]
-    interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    interpolation = _known_interpolation(config["interpolation"])
     network = _wrap(module, config["mean"], config["std"])
     if pretrained:
         tag = module.pretrained_cfg.get("tag") or "default"
@@ -198,6 +214,17 @@ def _load_timm(
             network, tuple(known), size, max(size, round(size / config["crop_pct"])), interpolation, weights=f"timm {tag}"
         )
     return _finish_foreign(f"timm:{name}", network, weights, known, size, round(size / config["crop_pct"]), interpolation)
+
+
+def _classes_of_foreign(
+    name: str, weights: str, classes: Sequence[str] | None, imagenet_classes: Sequence[str]
+) -> Sequence[str]:
+    """The class list given; for random weights, which mean nothing, ImageNet's serves as well."""
+    return imagenet_classes if classes is None and weights == NO_WEIGHTS else _need(classes, f"{name} with {weights}")
+
+
+def _known_interpolation(name: str) -> Any:
+    return name if name in ("bilinear", "bicubic") else "bicubic"
 
 
 class _Normalized(nn.Module):
@@ -246,11 +273,14 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     path = Path(path_text).absolute()
     if not path.is_file():
         raise ModelError(f"no file {path_text}: --model expects path/to/file.py:factory")
-    spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}", path)
+    # Two files of one name are two models.
+    unique = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}_{unique}", path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look a class's module up here.
     sys.modules[spec.name] = module
     folder = str(path.parent)
+    loaded_before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
@@ -260,7 +290,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         made = factory()
     except LrRobustError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = _line_in(error, path)
         raise ModelError(
             f"{path_text}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -268,6 +298,10 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     finally:
         # Not the first entry blindly: the file may have put others in front.
         sys.path.remove(folder)
+        # Helpers beside the file are its own: another model's helper may have the same name.
+        for helper in set(sys.modules) - loaded_before:
+            if (getattr(sys.modules[helper], "__file__", None) or "").startswith(folder + os.sep):
+                del sys.modules[helper]
     if isinstance(made, nn.Module) and classes is not None:
         made = Classifier(made, tuple(classes), getattr(made, "input_size", DEFAULT_INPUT_SIZE))
     if not isinstance(made, Classifier):
@@ -284,7 +318,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     )
 
 
-def _line_in(error: Exception, path: Path) -> str:
+def _line_in(error: BaseException, path: Path) -> str:
     line = None
     traceback = error.__traceback__
     while traceback is not None:

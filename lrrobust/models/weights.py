@@ -86,6 +86,7 @@ def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """int8 with one scale per output channel (first axis) for large matrices; the rest unchanged."""
     stored: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
+        tensor = tensor.detach().cpu()
         if tensor.ndim >= 2 and tensor.numel() >= _MIN_QUANTISED_SIZE and tensor.is_floating_point():
             scale = tensor.float().flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             shape = (-1, *[1] * (tensor.ndim - 1))
@@ -97,12 +98,19 @@ def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def dequantise(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The float32 tensors of `quantise`'s result, up to half a step of each channel's scale."""
+    """The float32 tensors of `quantise`'s result, up to half a step of each channel's scale.
+
+    Raises:
+        WeightsError: an int8 tensor comes without its scales, or the other way round.
+    """
     state = {}
     for key, tensor in stored.items():
         if key.endswith(_SCALE_SUFFIX):
             continue
         scale = stored.get(key + _SCALE_SUFFIX)
+        is_int8 = tensor.dtype == torch.int8
+        if is_int8 != (scale is not None) or (is_int8 and tuple(scale.shape) != (tensor.shape[0],)):
+            raise WeightsError(f"{key} and its scales do not belong together: expected int8 with one scale per channel")
         state[key] = tensor if scale is None else tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
     return state
 
@@ -111,10 +119,15 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes, independent of the order of the keys."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
+        tensor = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Digest of all parameters and buffers, also of buffers that are not saved with the module."""
+    return tensors_sha256({**dict(module.named_parameters()), **dict(module.named_buffers())})
 
 
 def file_sha256(path: Path) -> str:

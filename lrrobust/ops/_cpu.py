@@ -13,6 +13,7 @@ numba's on-disk cache notices changes of this file only.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -31,6 +32,17 @@ LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 SLAB = 8
 
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
+
+
+def _compiled(function, **options):
+    """Compiled at first use; kept on disk, unless no folder for it can be written (containers)."""
+    try:
+        return njit(cache=True, nogil=True, **options)(function)
+    except RuntimeError:
+        return njit(nogil=True, **options)(function)
+
+
+_compiled_inline = functools.partial(_compiled, inline="always")
 
 # --- a vector of LANES float32 as a numba type -------------------------------------------------------
 
@@ -276,7 +288,7 @@ def _scatter_tile(typing_context, array, bases, offset, spare, scratch, at):
 # Tensors are flat too: channels-last, so the channels of a group are neighbours in memory.
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _gather_groups(source, first, pairs, groups, pixels, scratch):
     """scratch[p, l] = source[n, p, g] for the lanes l of the block that starts at pair `first`."""
     for lane in range(LANES):
@@ -290,7 +302,7 @@ def _gather_groups(source, first, pairs, groups, pixels, scratch):
                 scratch[p * LANES + lane] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _scatter_groups(scratch, first, pairs, groups, pixels, target):
     for lane in range(min(LANES, pairs - first)):
         base = ((first + lane) // groups) * pixels * groups + (first + lane) % groups
@@ -298,7 +310,7 @@ def _scatter_groups(scratch, first, pairs, groups, pixels, target):
             target[base + p * groups] = scratch[p * LANES + lane]
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts):
     """Where the channels of each lane's slab begin, and how many they are; -1 in `bases` unless SLAB."""
     for lane in range(LANES):
@@ -312,7 +324,7 @@ def _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases
         bases[lane] = starts[lane] if counts[lane] == SLAB else -1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _gather_channels(source, first, pairs, groups, channels, per_group, slabs, pixels, scratch):
     """scratch[p, j, l] = source[n, p, g * per_group + j]; zero for channels and pairs that do not exist."""
     bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
@@ -328,7 +340,7 @@ def _gather_channels(source, first, pairs, groups, channels, per_group, slabs, p
             _gather_tile(source, bases, p * channels, spare, scratch, (p * slabs + slab) * SLAB * LANES)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _scatter_channels(scratch, first, pairs, groups, channels, per_group, slabs, pixels, target):
     bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     spare = np.empty(LANES * SLAB, np.float32)
@@ -342,7 +354,7 @@ def _scatter_channels(scratch, first, pairs, groups, channels, per_group, slabs,
                         target[starts[lane] + p * channels + j] = spare[lane * SLAB + j]
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _gather_geometry(geometry, first, scratch):
     groups, taps = geometry.shape
     for t in range(taps):
@@ -353,7 +365,7 @@ def _gather_geometry(geometry, first, scratch):
 # --- one output position -----------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True, inline="always")
+@_compiled_inline
 def _tap_range(position, size, kernel_size, dilation):
     """The taps of a window centred at `position` that fall inside [0, size): [start, stop)."""
     radius = (kernel_size - 1) // 2
@@ -362,7 +374,7 @@ def _tap_range(position, size, kernel_size, dilation):
     return start, stop
 
 
-@njit(cache=True, nogil=True, inline="always")
+@_compiled_inline
 def _score(query, key, geometry, similarity):
     if similarity == 0:
         difference = _sub(query, key)
@@ -373,7 +385,7 @@ def _score(query, key, geometry, similarity):
     return _fma(query, key, geometry)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _window_scores(q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores):
     """Writes the scores of the taps inside the image, in order; returns their maximum."""
     radius = (kernel_size - 1) // 2
@@ -391,7 +403,7 @@ def _window_scores(q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_si
     return largest
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _forward_block(q, k, v, g, out, maximum, normaliser, shape, slabs, kernel_size, stride, dilation, similarity, scores):
     height, width, out_height, out_width = shape
     radius = (kernel_size - 1) // 2
@@ -443,7 +455,7 @@ def _forward_block(q, k, v, g, out, maximum, normaliser, shape, slabs, kernel_si
                 _store(out, b + 7 * LANES, _mul(s7, inverse))
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _backward_block(
     q, k, v, g, maximum, normaliser, grad_out, grad_q, grad_k, grad_v, grad_g,
     shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
@@ -537,7 +549,7 @@ def _backward_block(
 # --- a range of blocks: what one thread does ---------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _forward_range(
     start, stop, query, key, value, geometry, sizes, per_group, stride, dilation, similarity, out, maximum, normaliser
 ):
@@ -566,7 +578,7 @@ def _forward_range(
         _scatter_channels(y, first, pairs, groups, channels, per_group, slabs, out_pixels, out)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _backward_range(
     start, stop, query, key, value, geometry, sizes, per_group, stride, dilation, similarity, maximum, normaliser,
     grad_out, grad_query, grad_key, grad_value, grad_geometry, needs_geometry,

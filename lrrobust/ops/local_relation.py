@@ -160,7 +160,7 @@ def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
 @functools.cache
 def _why_not_numba() -> str | None:
     try:
-        import numba  # noqa: F401
+        import lrrobust.ops._cpu  # noqa: F401
     except Exception as error:  # numba fails with many types when it does not match numpy or the processor
-        return f"numba cannot be imported ({type(error).__name__}: {error})"
+        return f"numba cannot be used ({type(error).__name__}: {error})"
     return None

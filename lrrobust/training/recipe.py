@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Phase(BaseModel):
     """Some epochs at one image size; small images first make training cheaper (progressive resizing)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     epochs: int = Field(ge=1)
     size: int = Field(ge=16, le=1024)
@@ -28,7 +28,7 @@ class Phase(BaseModel):
 class Recipe(BaseModel):
     """A complete training recipe; the same one trains an LR-Net and its control."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str

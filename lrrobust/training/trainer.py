@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import math
 import os
 import signal
@@ -50,6 +51,12 @@ class TrainingSet:
     images: torch.Tensor
     labels: torch.Tensor
 
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def split(self, holdout: int, seed: int) -> tuple[TrainingSet, TrainingSet]:
         """All but `holdout` images, and the class-balanced held-out ones."""
         held = torch.zeros(len(self.labels), dtype=torch.bool)
@@ -83,6 +90,7 @@ class Training:
         self.folder = folder
         self.device = torch.device(device)
         self.classes = load_class_list(recipe.classes)
+        self.images_sha256 = data.sha256()
         self.train_set, self.held_out = data.split(recipe.holdout, recipe.seed)
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
         if self.steps_per_epoch == 0:
@@ -110,7 +118,7 @@ class Training:
     # --- checkpoints ---------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        return {"model": self.model_name, "recipe": self.recipe.model_dump(mode="json"), "images": len(self.train_set.labels)}
+        return {"model": self.model_name, "recipe": self.recipe.model_dump(mode="json"), "images_sha256": self.images_sha256}
 
     def _resume(self) -> None:
         if not self.checkpoint_path.exists():
@@ -331,7 +339,7 @@ class Training:
                 "note": note,
                 "wall_s": round(self.wall_s, 1),
                 "threads": torch.get_num_threads(),
-                "environment": describe_environment(self.device.type),
+                "environment": describe_environment(self.device),
             },
             accuracy=tuple(accuracies),
         )

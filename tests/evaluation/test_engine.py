@@ -11,7 +11,7 @@ from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation import engine
 from lrrobust.evaluation.engine import evaluate, plan_tasks
-from lrrobust.results import RunStore
+from lrrobust.results import RunStore, load_run
 
 FINGERPRINT = "0123456789abcdef"
 # Around the distances of the linear problem below: some images break at each, some do not.
@@ -162,8 +162,96 @@ def test_resumed_run_equals_uninterrupted_one(problem, tmp_path):
     done.clear()
     resumed = run(problem.model, 3, images, specs, tmp_path / "parts", on_task=lambda t, new: done.append((t.part, new)))
     assert [new for _, new in done].count(False) == 6
-    assert set(images.loaded) == {5, 6, 7, 8, 9, 10, 11}, "the first chunk was finished and is not read again"
+    assert images.loaded.count(0) == 1, "the first chunk is read once more, to see that the model is the same"
     assert drop_timings(resumed).equals(drop_timings(whole))
+
+
+class Shifted(nn.Module):
+    """The same parameters, other code."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images * 0.9)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete):
+    images = ImagesInMemory(problem.images, problem.labels)
+    run(problem.model, 3, images, [FGSM], tmp_path / "run")
+    if not is_complete:
+        next((tmp_path / "run" / "parts").glob("*-000005-*")).unlink()
+    with pytest.raises(ModelError, match="holds results of another model"):
+        run(Shifted(problem.model).eval(), 3, images, [FGSM], tmp_path / "run")
+
+
+def test_what_is_near_counts_at_small_eps_wherever_it_was_found(problem, tmp_path, attack_is):
+    """An attack that fails at its first, small budget, and at the next finds images well within the first."""
+    small, large = 0.01, 0.5
+    calls = []
+
+    def attack(model, images, labels):
+        calls.append(len(images))
+        if len(calls) == 1:
+            return images
+        with torch.enable_grad():
+            leaf = images.clone().requires_grad_()
+            gradient = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), labels), leaf)[0]
+        return images + 0.008 * gradient.sign()
+
+    attack_is(attack)
+    spec = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(small, large), steps=1)
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [spec], tmp_path / "run", chunk_size=12)
+    assert calls == [12, 12]
+    assert rows_of(rows, "pgd", small).is_broken.all()
+    assert (rows_of(rows, "pgd", small).outcome == "broken").all()
+    assert (rows_of(rows, "pgd", large).outcome == "broken_at_smaller_eps").all()
+    np.testing.assert_allclose(rows.linf_distance.to_numpy(dtype=float), 0.008, atol=1e-6)
+
+
+class BatchNormOfTheBatch(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, images):
+        return self.norm(self.model(images))
+
+
+class Detached(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images.detach())
+
+
+class NeedsMemory(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+        return self.model(images)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (BatchNormOfTheBatch, "depend on the other images of the batch"),
+        (Detached, "carry no gradient"),
+        (NeedsMemory, "out of memory on cpu with 5 images at once: use a smaller --chunk-size"),
+    ],
+)
+def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, wrapper, message):
+    with pytest.raises(ModelError, match=message):
+        run(wrapper(problem.model).eval(), 3, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run")
 
 
 def test_a_damaged_part_is_computed_again(problem, tmp_path):
@@ -241,6 +329,7 @@ def test_an_attack_that_proposes_no_numbers_breaks_nothing(problem, tmp_path, at
     attack_is(lambda model, images, labels: torch.full_like(images, pixel))
     rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [one_eps(0.5)], tmp_path / "run")
     assert not rows.is_broken.any()
+    assert (rows.outcome == "rejected").all()
 
 
 class NanAway(nn.Module):
@@ -300,6 +389,7 @@ class Noisy(nn.Module):
 def test_a_randomised_model_is_said_aloud(problem, tmp_path, caplog):
     run(Noisy(problem.model).eval(), 3, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run")
     assert "the model is randomised" in caplog.text
+    assert all("randomised" in part for part in load_run(tmp_path / "run").part_metadata.values())
 
 
 def test_the_model_is_given_back_as_it_was(problem, tmp_path):

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import Judge, Witness, check_evaluation_mode, frozen
+from lrrobust.evaluation.judge import Judge, Witness, check_evaluation_mode
+from lrrobust.frozen import frozen
 from lrrobust.threat import ThreatModel
 
 KEYS = ("a", "b", "c", "d")

@@ -92,12 +92,14 @@ def test_checkpoint_without_classes(tmp_path, tiny_networks, seeded):
     torch.save({"state_dict": network.state_dict()}, path)
     with pytest.raises(ModelError, match="tiny with checkpoint.pt, which carries no class list, needs a class list: add --classes"):
         load("tiny", weights=str(path))
-    classifier = load("tiny", weights=str(path), classes=CLASSES)
+    with pytest.raises(ModelError, match="checkpoint.pt does not state the size of its images: add --input-size"):
+        load("tiny", weights=str(path), classes=CLASSES)
+    classifier = load("tiny", weights=str(path), classes=CLASSES, input_size=48)
     assert (classifier.classes, classifier.weights) == (CLASSES, "checkpoint.pt")
-    assert (classifier.input_size, classifier.resize_size) == (224, 256)
+    assert (classifier.input_size, classifier.resize_size) == (48, None)
     torch.testing.assert_close(dict(classifier.module.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
     with pytest.raises(WeightsError, match=r"checkpoint.pt does not fit the network: 7.weight is \(3, 32\), the network has \(2, 32\)"):
-        load("tiny", weights=str(path), classes=CLASSES[:2])
+        load("tiny", weights=str(path), classes=CLASSES[:2], input_size=48)
 
 
 def test_random_weights_need_classes(tiny_networks):
@@ -157,6 +159,8 @@ def test_torchvision_model_with_own_classes_and_checkpoint(tmp_path, seeded):
     assert (classifier.classes, classifier.weights) == (CLASSES, "mine.pt")
     torch.testing.assert_close(dict(classifier.module.network.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
     with pytest.raises(WeightsError, match="mine.pt does not fit the network"):
+        load("squeezenet1_1", weights=str(path), classes=IMAGENET_1K)
+    with pytest.raises(ModelError, match="squeezenet1_1 with .*mine.pt needs a class list"):
         load("squeezenet1_1", weights=str(path))
 
 
@@ -214,9 +218,12 @@ def fake_timm(monkeypatch):
     timm = types.ModuleType("timm")
     timm.created = []
 
-    def create_model(name, pretrained, num_classes):
+    def create_model(name, pretrained, num_classes=None):
         timm.created.append((name, pretrained, num_classes))
-        return _TimmModel(3, num_classes, 1)
+        own = 21841 if "in22k" in name else 1000
+        model = _TimmModel(3, num_classes or own, 1)
+        model.num_classes = num_classes or own
+        return model
 
     timm.create_model = create_model
     timm.list_models = lambda: ["vit_tiny", "beit_base"]
@@ -228,11 +235,16 @@ def fake_timm(monkeypatch):
 
 def test_timm_model(fake_timm):
     classifier = load("timm:vit_tiny.augreg_in1k")
-    assert fake_timm.created == [("vit_tiny.augreg_in1k", True, 1000)]
+    assert fake_timm.created == [("vit_tiny.augreg_in1k", True, None)]
     assert (classifier.classes, classifier.weights) == (IMAGENET_1K, "timm augreg_in1k")
     assert (classifier.input_size, classifier.resize_size, classifier.interpolation) == (96, 107, "bicubic")
     images = torch.rand(1, 3, 4, 4)
     torch.testing.assert_close(classifier.module(images), classifier.module.network((images - 0.5) / 0.25))
+
+
+def test_timm_weights_of_another_label_space_are_refused(fake_timm):
+    with pytest.raises(ModelError, match="has 21841 classes, expected the 1000 of ImageNet-1k"):
+        load("timm:beit_base.in22k")
 
 
 def test_timm_model_with_own_weights(fake_timm, tmp_path):
@@ -322,6 +334,21 @@ def test_user_module_with_classes(user_file):
     assert (classifier.classes, classifier.input_size) == (CLASSES[:2], 20)
     with pytest.raises(ModelError, match="bare returned Linear: expected a lrrobust.models.Classifier, or a torch.nn.Module together with --classes"):
         load(f"{user_file}:bare")
+
+
+def test_two_models_with_helpers_of_one_name_do_not_mix(tmp_path):
+    for folder, size in (("a", 8), ("b", 16)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper_of_the_user.py").write_text(f"SIZE = {size}\n")
+        (tmp_path / folder / "model.py").write_text(GOOD)
+    sizes = [load(f"{tmp_path / folder / 'model.py'}:build").input_size for folder in ("a", "b", "a")]
+    assert sizes == [8, 16, 8]
+
+
+def test_a_class_list_that_differs_is_refused(user_file):
+    assert load(f"{user_file}:build", classes=("cat", "dog")).classes == ("cat", "dog")
+    with pytest.raises(ModelError, match="--classes differs from the class list"):
+        load(f"{user_file}:build", classes=("dog", "cat"))
 
 
 def test_user_factory_with_weights(user_file, tmp_path):
