@@ -167,13 +167,15 @@ def render_table(summary: pd.DataFrame) -> Table:
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
     caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=escape(title) or None, caption=escape(caption) or None)
+    table = Table(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
     needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
     hidden = {*shared, *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
-        table.add_column(heading, justify="left" if heading in _TEXT_HEADINGS else "right", no_wrap=heading != "run")
+        # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
+        lines = "\n".join(part for part in heading.rpartition(" ")[::2] if part)
+        table.add_column(lines, justify="left" if heading in _TEXT_HEADINGS else "right", no_wrap=heading != "run")
     for row in rows:
         table.add_row(*(escape(row[heading]) for heading in shown))
     return table

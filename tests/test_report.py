@@ -13,7 +13,15 @@ from scipy.stats import binomtest
 
 from lrrobust import report
 from lrrobust.errors import StoreError
-from lrrobust.report import SUMMARY_COLUMNS, minimal_norm_curves, render_table, summarise, summarise_run, write_report
+from lrrobust.report import (
+    SUMMARY_COLUMNS,
+    minimal_norm_curves,
+    render_table,
+    summarise,
+    summarise_run,
+    warnings_of,
+    write_report,
+)
 from lrrobust.results import Run, rows_to_table
 
 LADDER = (1 / 255, 2 / 255)
@@ -238,8 +246,8 @@ def test_format_row(changes, heading, text):
     assert report.format_row(record | changes)[heading] == text
 
 
-def rendered(summary):
-    console = Console(width=200, file=io.StringIO())
+def rendered(summary, width=200):
+    console = Console(width=width, file=io.StringIO())
     console.print(render_table(summary))
     return console.file.getvalue()
 
@@ -250,6 +258,16 @@ class TestTable:
         assert "two[red]" in text and "worst_case" in text and "2/255" in text and "60.0" in text
         assert text.count("sample") == 1 and "incomplete" not in text
 
+    def test_cuts_nothing_at_80_columns(self):
+        text = rendered(summarise([make_run("a", model="lr_resnet50"), make_run("b", model="resnet50")]), width=80)
+        assert "lr_resnet50" in text and "worst_case" in text and "/255" in text
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+    def test_says_what_the_engine_noticed(self):
+        run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
+        assert warnings_of(run) == ["randomised: yes: robustness is overstated"]
+        assert warnings_of(make_run()) == []
+
     def test_names_the_unfinished(self):
         text = rendered(summarise([make_run("done"), make_run("half", planned=2)]))
         assert "incomplete, only the images finished so far: half" in text and "5*" in text
@@ -259,7 +277,7 @@ class TestTable:
         run = make_run("untrained")
         run.manifest["model"]["weights"] = None
         text = rendered(summarise([run, *map(make_run, others)]))
-        assert (" - " if others else "weights -") in text
+        assert ("\n-  " if others else "weights -") in text
         assert "nan" not in text and "None" not in text and ("V1" in text) == bool(others)
 
     def test_of_nothing(self):

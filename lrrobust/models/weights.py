@@ -43,7 +43,20 @@ class ShippedWeights:
 
 
 #: Weights that come with the package: model -> name of the weights -> file; the first is the default.
-SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {}
+SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {
+    "lr_resnet50": {
+        "TINY_IMAGENET_V0": ShippedWeights(
+            "lr_resnet50-tiny_imagenet_v0.safetensors",
+            "93155cafe0b7a36cd8c30f282a92adac027595bfbf4c8ed0e19c9c78d791434b",
+        ),
+    },
+    "resnet50": {
+        "TINY_IMAGENET_V0": ShippedWeights(
+            "resnet50-tiny_imagenet_v0.safetensors",
+            "22dc7ac90955f4b813146f3c0adc355bf5f181a2a439b8677b298c179963b79b",
+        ),
+    },
+}
 
 
 class Accuracy(BaseModel):
