@@ -134,3 +134,24 @@ def test_what_does_not_fit_is_refused_before_anything_runs(request_for, tmp_path
 
 def test_auto_device_is_one_that_works():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_identity_has_these_parts_and_no_others(request_for):
+    # A part added or dropped changes the fingerprint of every stored run: do it on purpose, with ROWS_VERSION.
+    (evaluation,) = prepare_evaluations(request_for("build"), ["test"])
+    about_the_session = {"fingerprint", "created_at", "command", "provenance"}
+    assert set(evaluation.manifest) - about_the_session == {
+        "schema_version", "rows_version", "torchattacks", "model", "dataset", "attacks", "plan", "seed", "precision",
+    }
+    assert set(evaluation.manifest["model"]) == {
+        "name", "weights", "state_sha256", "code_sha256", "classes_sha256", "num_classes", "input_size", "resize_size",
+        "interpolation",
+    }
+
+
+def test_fingerprint_follows_the_code_of_the_model(request_for, tmp_path):
+    request = request_for("build")
+    base = fingerprint(request)
+    # The same parameters, another function of them.
+    (tmp_path / "model.py").write_text(MODEL + "\n# changed\n")
+    assert fingerprint(request) != base
