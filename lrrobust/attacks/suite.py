@@ -19,14 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lrrobust.attacks.specs import AttackSpec, Description
+from lrrobust.config_file import brief, read_mapping
 from lrrobust.errors import ConfigError, UnknownNameError
-
-#: A configuration is a page of text; YAML parses about 1 MB in ten seconds.
-MAX_FILE_BYTES = 64 * 1024
 
 _ATTACK: TypeAdapter[AttackSpec] = TypeAdapter(AttackSpec)
 _SPEC_CLASSES = {
@@ -186,62 +183,13 @@ def _display(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without what a configuration has no use for: repeated keys, anchors, aliases, merges.
-
-    PyYAML lets the last of several equal keys win, silently; aliases can blow a few lines up to
-    gigabytes.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:  # of an alias too
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(None, None, "keys must be plain words", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     """Read a file as a mapping with a known `kind`."""
     source = _display(path)
-    try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no such file"
-            raise ConfigError(f"{source}: expected a YAML file, found {found}")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{source}: expected at most {MAX_FILE_BYTES} bytes, found more")
-    try:
-        data = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
-    except UnicodeDecodeError as error:
-        found = f"byte {content[error.start]:#04x} at {error.start}"
-        raise ConfigError(f"{source}: expected UTF-8 text, found {found}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{source}: expected YAML, found {error.problem}{where}") from None
-    # Characters that YAML forbids; values such as the 31st of February; nesting thousands deep.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "nesting too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise ConfigError(f"{source}: expected YAML, found {reason}") from None
-    if not isinstance(data, dict):
-        found = "an empty file" if data is None else _brief(data)
-        raise ConfigError(f"{source}: expected keys and values, such as 'kind: pgd', found {found}")
+    data = read_mapping(path, source, example="kind: pgd")
     kind = data.get("kind")
     if kind not in _KINDS:
-        found = f"found {_brief(kind)}" if "kind" in data else "found no such key"
+        found = f"found {brief(kind)}" if "kind" in data else "found no such key"
         raise ConfigError(f"{source}: kind: expected one of {', '.join(_KINDS)}, {found}")
     return data
 
@@ -276,9 +224,4 @@ def _first_mistake(error: ValidationError, data: dict[str, Any]) -> str:
     message = mistake["msg"].replace("Input should be", "expected").replace("String should", "expected to")
     if not path:  # from a rule about several keys, which names them itself
         return message
-    return f"{key}: {message}, found {_brief(mistake['input'])}"
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{key}: {message}, found {brief(mistake['input'])}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lrrobust.config_file import brief, read_mapping
 from lrrobust.errors import ConfigError, UnknownNameError
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -80,19 +80,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise UnknownNameError("recipe", str(name_or_path), shipped)
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    content = read_mapping(path, str(path), example="batch_size: 128")
     try:
         # Through JSON, because pydantic's strict mode takes lists for tuples there only. What JSON has not,
         # such as dates, goes in as text.
         return Recipe.model_validate_json(json.dumps(content, default=str))
-    except TypeError as error:  # of keys that are neither text nor numbers
-        raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(top level)"
-        raise ConfigError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from None
+        raise ConfigError(f"{path}: {key}: {first['msg']}, found {brief(first['input'])}") from None

@@ -5,7 +5,8 @@ import pytest
 from lrrobust.attacks import suite as suite_module
 from lrrobust.attacks.build import build_attack
 from lrrobust.attacks.specs import CwSpec, PgdSpec
-from lrrobust.attacks.suite import MAX_FILE_BYTES, AttackListing, list_attacks, load_suite, override
+from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override
+from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
 
 SHIPPED = ("cw", "fgsm", "pgd", "pgd_l2", "quick", "standard")

@@ -85,12 +85,12 @@ def test_bad_values_name_file_and_key(tmp_path, recipe, change, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (b"name: [unclosed", r"mine.yaml is not a readable YAML file: [^\n]*$"),
-        (b"\xff\xfe\xfa", r"mine.yaml is not a readable YAML file"),
-        (b"- a\n- b\n", "mine.yaml: expected a mapping of keys to values, found list"),
-        (b"", "mine.yaml: expected a mapping of keys to values, found NoneType"),
-        (b"2024-05-01: x\n", "mine.yaml: keys must be str"),
-        (b"!!python/object/apply:os.system ['true']", "mine.yaml is not a readable YAML file"),
+        (b"name: [unclosed", r"mine.yaml: expected YAML, found [^\n]*$"),
+        (b"\xff\xfe\xfa", r"mine.yaml: expected UTF-8 text, found byte 0xff"),
+        (b"- a\n- b\n", r"mine.yaml: expected keys and values, .* found \["),
+        (b"", "mine.yaml: expected keys and values, .* an empty file"),
+        (b"2024-05-01: x\n", "mine.yaml: expected YAML, found keys must be plain words"),
+        (b"!!python/object/apply:os.system ['true']", "mine.yaml: expected YAML, found could not determine"),
     ],
 )
 def test_file_that_is_no_recipe(tmp_path, text, message):
