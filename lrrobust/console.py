@@ -72,10 +72,13 @@ class EvaluationProgress:
             disable=not _notices.is_terminal,
         )
         self._name = evaluation.manifest["model"]["name"]
-        self._left = sum(task.cost for task in evaluation.tasks)
         self._parts_done = self._parts_stored = 0
-        #: Forward passes done now: of finished parts at their full cost, of the present one as counted.
-        self._finished = self._present = 0
+        #: Forward passes that the parts still to do need at most, and those that finished parts would
+        #: have needed at most.
+        self._left = sum(task.cost for task in evaluation.tasks)
+        self._finished = 0
+        #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
+        self._made = self._present = 0
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> EvaluationProgress:
@@ -94,8 +97,8 @@ class EvaluationProgress:
         self._parts_done += 1
         self._left -= task.cost
         if is_new:
-            # Parts usually need fewer passes than planned: what is broken is not attacked again.
             self._finished += task.cost
+            self._made += self._present
             self._present = 0
         else:
             if not self._parts_stored:
@@ -104,14 +107,17 @@ class EvaluationProgress:
         self._show()
 
     def _show(self) -> None:
-        done, total = self._finished + self._present, self._finished + self._left
+        # What is left is known only as an upper bound; finished parts say how far above the truth it is.
+        share = self._made / self._finished if self._finished else 1.0
+        done, total = self._made + self._present, self._made + share * self._left
         self._bar.update(self._task, completed=min(done, total), total=total, parts=self._parts())
         now = time.monotonic()
         if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
             return
         self._last_line = now
-        left_s = (now - self._started) * max(0, total - done) / done
-        _notice(f"{self._name}: {self._parts()}, {now - self._started:.0f} s, about {left_s:.0f} s left")
+        left_s = (now - self._started) * max(0.0, total - done) / done
+        estimate = f", about {left_s:.0f} s left" if self._finished else ""
+        _notice(f"{self._name}: {self._parts()}, {now - self._started:.0f} s{estimate}")
 
     def _parts(self) -> str:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"

@@ -129,7 +129,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
     """
     return {
         "model": row["model"],
-        "weights": "-" if pd.isna(row["weights"]) else row["weights"],
+        "weights": "-" if pd.isna(row["weights"]) or not row["weights"] else row["weights"],
         "dataset": row["dataset"],
         "attack": row["attack"],
         "norm": row["norm"],

@@ -176,7 +176,8 @@ def _plan(
         "rows_version": ROWS_VERSION,
         "torchattacks": metadata.version("torchattacks"),
         "model": {
-            "name": name,
+            # The file a model comes from, not the way it was spelled; `code_sha256` tells files apart.
+            "name": Path(name).name if ".py:" in name else name,
             "weights": classifier.weights,
             "state_sha256": state_sha256(classifier.module),
             "code_sha256": hashlib.sha256(_model_code(name, classifier)).hexdigest(),

@@ -208,6 +208,8 @@ def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
         (("eval", "--model", "model.py:build_nan", "--dataset", "images", "--attack", "fgsm"), "NaN or infinite logits"),
         (("eval", "--model", "model.py:build_wrong_shape", "--dataset", "images", "--attack", "fgsm"), r"expected logits of shape \(4, 2\)"),
         ((*EVAL, "--attack", "pdg"), "'pdg'.*pgd"),
+        ((*EVAL, "--attack", "typo.yaml"), "stepps: unknown key, did you mean steps"),
+        (("eval", "--model", "model.py"), "model.py names no function: add the factory, as in model.py:build"),
         ((*EVAL, "--attack", "broken.yaml"), "broken.yaml"),
         ((*EVAL, "--attack", "pgd", "--eps", "8/0"), "eps"),
         ((*EVAL, "--attack", "pgd", "--n", 100), "100.*24"),
@@ -223,6 +225,7 @@ def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
 )
 def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, arguments, pattern):
     (workplace / "broken.yaml").write_text("kind: pgd\nnorm: linf\neps: [1/255]\nsteps: many\n")
+    (workplace / "typo.yaml").write_text("kind: pgd\nnorm: linf\neps: [1/255]\nstepps: 5\n")
     (workplace / "indices.txt").write_text("1\ntwo\n")
     (workplace / "empty").mkdir(exist_ok=True)
     for name in ("ant", "bee"):

@@ -209,7 +209,9 @@ def _validate(data: dict[str, Any], adapter: TypeAdapter[Any], source: str) -> A
 
 def _first_mistake(error: ValidationError, data: dict[str, Any]) -> str:
     """Key path, what was expected and what was found, in one line."""
-    mistake = error.errors(include_url=False)[0]
+    mistakes = error.errors(include_url=False)
+    # A key that is unknown explains one that is missing.
+    mistake = next((each for each in mistakes if each["type"] == "extra_forbidden"), mistakes[0])
     # The union of attacks puts the kind in front of the path.
     path = [str(part) for part in mistake["loc"][data["kind"] in _SPEC_CLASSES :]]
     key = ".".join(path)

@@ -74,6 +74,8 @@ def load_classifier(
         ModelError: the model cannot be built, or needs a class list.
         WeightsError: its weights cannot be had, read, or fitted.
     """
+    if name.endswith(".py"):
+        raise ModelError(f"{name} names no function: add the factory, as in {name}:build")
     if ".py:" in name:
         classifier = _load_user_model(name, weights, classes)
     elif name in NETWORKS:
