@@ -61,18 +61,24 @@ def report_subset(images: EvaluationSet) -> None:
         _notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
 
 
+def _build_bar() -> Progress:
+    """A bar for long work on a terminal; `state` of its task is free text."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
+        disable=not _notices.is_terminal,
+    )
+
+
 class EvaluationProgress:
     """Progress of one evaluation, with the time left estimated from forward passes still to do."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[parts]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
-            disable=not _notices.is_terminal,
-        )
+        self._bar = _build_bar()
         self._name = evaluation.manifest["model"]["name"]
-        self._parts_done = self._parts_stored = 0
+        self._parts_done = 0
+        self._is_resumed = False
         #: Forward passes that the parts still to do need at most, and those that finished parts would
         #: have needed at most.
         self._left = sum(task.cost for task in evaluation.tasks)
@@ -83,7 +89,7 @@ class EvaluationProgress:
 
     def __enter__(self) -> EvaluationProgress:
         self._bar.start()
-        self._task = self._bar.add_task(self._name, total=self._left, parts=self._parts())
+        self._task = self._bar.add_task(self._name, total=self._left, state=self._parts())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,23 +107,24 @@ class EvaluationProgress:
             self._made += self._present
             self._present = 0
         else:
-            if not self._parts_stored:
+            if not self._is_resumed:
                 _notice(f"going on with {self._evaluation.folder}")
-            self._parts_stored += 1
+            self._is_resumed = True
         self._show()
 
     def _show(self) -> None:
         # What is left is known only as an upper bound; finished parts say how far above the truth it is.
         share = self._made / self._finished if self._finished else 1.0
         done, total = self._made + self._present, self._made + share * self._left
-        self._bar.update(self._task, completed=min(done, total), total=total, parts=self._parts())
+        self._bar.update(self._task, completed=min(done, total), total=total, state=self._parts())
         now = time.monotonic()
         if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
             return
         self._last_line = now
-        left_s = (now - self._started) * max(0.0, total - done) / done
-        estimate = f", about {left_s:.0f} s left" if self._finished else ""
-        _notice(f"{self._name}: {self._parts()}, {now - self._started:.0f} s{estimate}")
+        elapsed_s = now - self._started
+        # By finished parts alone: how much of the present one is left is not known.
+        estimate = f", about {elapsed_s * self._left / self._finished:.0f} s left" if self._finished else ""
+        _notice(f"{self._name}: {self._parts()}, {elapsed_s:.0f} s{estimate}")
 
     def _parts(self) -> str:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"
@@ -128,11 +135,7 @@ class TrainingProgress:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
-            disable=not _notices.is_terminal,
-        )
+        self._bar = _build_bar()
 
     def __enter__(self) -> TrainingProgress:
         if self._training.step:

@@ -165,7 +165,7 @@ def _load_torchvision(
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
         known = _classes_of_foreign(name, weights, classes, imagenet_classes)
         preset = models.get_model_weights(name)["DEFAULT"].transforms()
-        network = _wrap(models.get_model(name, weights=None, num_classes=len(known)), preset.mean, preset.std)
+        network = _Normalized(models.get_model(name, weights=None, num_classes=len(known)), preset.mean, preset.std)
         interpolation = preset.interpolation.value
         return _finish_foreign(
             name, network, weights, known, preset.crop_size[0], preset.resize_size[0], _known_interpolation(interpolation)
@@ -178,7 +178,7 @@ def _load_torchvision(
     module = _download(name, lambda: models.get_model(name, weights=chosen))
     preset = chosen.transforms()
     return Classifier(
-        _wrap(module, preset.mean, preset.std),
+        _Normalized(module, preset.mean, preset.std),
         tuple(imagenet_classes),
         preset.crop_size[0],
         preset.resize_size[0],
@@ -209,7 +209,7 @@ def _load_timm(
     config = timm.data.resolve_model_data_config(module)
     size = config["input_size"][-1]
     interpolation = _known_interpolation(config["interpolation"])
-    network = _wrap(module, config["mean"], config["std"])
+    network = _Normalized(module, config["mean"], config["std"])
     if pretrained:
         tag = module.pretrained_cfg.get("tag") or "default"
         return Classifier(
@@ -237,10 +237,6 @@ class _Normalized(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(self.normalization(images))
-
-
-def _wrap(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> _Normalized:
-    return _Normalized(network, mean, std)
 
 
 def _finish_foreign(

@@ -189,10 +189,6 @@ class RunStore:
             return False
         return True
 
-    def completed(self, expected: Sequence[Sequence[Any]]) -> int:
-        """How many of the `expected` parts, each (attack, start, stop), are there and valid."""
-        return sum(self.has_part(*part) for part in expected)
-
     def read_rows(self) -> pd.DataFrame:
         """All valid rows so far, as in `Run.rows`."""
         return load_run(self.folder).rows

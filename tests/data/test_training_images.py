@@ -40,21 +40,6 @@ def test_other_classes_are_left_out(source):
         load_training_images(source, ["altar"], 8)
 
 
-def test_holdout_is_what_the_evaluation_draws(tmp_path, pack_folder, encode):
-    files = {f"{wnid}/{i}.png": encode(100 * k + i, format="PNG") for k, wnid in enumerate(CLASSES) for i in range(10)}
-    source = open_dataset(pack_folder(tmp_path / "x", files))
-    everything, _ = load_training_images(source, CLASSES, 8)
-    training, labels = load_training_images(source, CLASSES, 8, holdout=(12, 5))
-    held_out = build_evaluation_set(source, CLASSES, Preprocessing(8), n=12, seed=5, balanced=True)
-    assert len(training) == 28 and labels.bincount().tolist() == [7, 7, 7, 7]
-    both = torch.cat([training, (held_out.load(range(12))[0] * 255).round().to(torch.uint8)])
-    assert {image.numpy().tobytes() for image in both} == {image.numpy().tobytes() for image in everything}
-    with pytest.raises(DataError, match="41 images asked for, and only 40"):
-        load_training_images(source, CLASSES, 8, holdout=(41, 5))
-    with pytest.raises(DataError, match="is left for training"):
-        load_training_images(source, CLASSES, 8, holdout=(40, 5))
-
-
 def test_damaged_image_is_named(tmp_path, pack_folder, pets):
     source = open_dataset(pack_folder(tmp_path / "x", {**pets, "dog/1.jpeg": b"no image"}))
     with pytest.raises(DataError, match="x: image 'dog/1.jpeg' is no JPEG"):
