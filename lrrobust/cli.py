@@ -7,7 +7,6 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,6 +17,7 @@ from typer.core import TyperGroup
 from lrrobust import __version__
 from lrrobust.errors import LrRobustError
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
+from lrrobust.process_settings import settle_process
 
 
 class _Interrupted(Exception):
@@ -178,13 +178,16 @@ def train(
     note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
     out: Annotated[Optional[Path], typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    initial_weights: Annotated[
+        Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
+    ] = None,
 ) -> None:
     """Train a network by a recipe; the same command goes on where the last one stopped."""
     from lrrobust.console import TrainingProgress, print_weights, scanning
     from lrrobust.run import TrainingRequest, prepare_training
 
     folder = out if out is not None else Path("reports/training") / model
-    request = TrainingRequest(model, recipe, data, folder, tuple(evaluate_on or ()), name, device)
+    request = TrainingRequest(model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights)
     with scanning("decoding images") as on_scan:
         training, evaluation_sets = prepare_training(request, on_scan)
     with TrainingProgress(training) as progress:
@@ -225,9 +228,6 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Before torch is loaded: its threads spin for milliseconds while they wait for each other, which on a
-    # machine that others use as well slows an evaluation down many times over. This many turns bridge the
-    # gaps between operations and are over before they harm anybody.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    settle_process()
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     sys.exit(run(sys.argv[1:]))

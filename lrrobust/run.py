@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Task, evaluate, plan_tasks
 from lrrobust.models import Classifier, load_classifier
+from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
@@ -203,7 +204,9 @@ def _plan(
     }
     slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]
     folder = request.out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
-    return Evaluation(classifier, images, tasks, manifest, folder, device)
+    # What identifies the model is taken above from the network as it was given.
+    folded = replace(classifier, module=fold_constants(classifier.module))
+    return Evaluation(folded, images, tasks, manifest, folder, device)
 
 
 def _model_code(name: str, classifier: Classifier) -> bytes:
@@ -252,6 +255,7 @@ class TrainingRequest:
     evaluate_on: tuple[str, ...] = ()
     weights_name: str = "CUSTOM"
     device: str = "auto"
+    initial_weights: Path | None = None
 
 
 def prepare_training(request: TrainingRequest, on_scan: OnScan | None = None) -> tuple[Training, list[EvaluationSet]]:
@@ -266,5 +270,5 @@ def prepare_training(request: TrainingRequest, on_scan: OnScan | None = None) ->
     evaluation_sets = [build_evaluation_set(open_dataset(d), classes, preprocessing) for d in request.evaluate_on]
     images, labels = load_training_images(open_dataset(request.data), classes, recipe.image_size, on_scan)
     device = choose_device(request.device)
-    training = Training(request.model, recipe, TrainingSet(images, labels), request.out, str(device))
+    training = Training(request.model, recipe, TrainingSet(images, labels), request.out, str(device), request.initial_weights)
     return training, evaluation_sets

@@ -18,7 +18,7 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "report", "results", "errors", "evaluation.chunks"},
+    "cli": {"lrrobust", "console", "run", "report", "results", "errors", "evaluation.chunks", "process_settings"},
     "console": {"report", "results"},
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
     # Neither models nor data: what is evaluated is given to it.
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "config_file": {"errors"},
     "frozen": set(),
     "torchvision_import": set(),
+    "process_settings": set(),
     "lrrobust": set(),
     # What a user's own file may use.
     "examples": {"models", "data", "errors"},

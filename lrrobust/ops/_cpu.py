@@ -159,38 +159,39 @@ def _sign(typing_context, vector):
     return _vector(_vector), codegen
 
 
-#: exp(r) on |r| <= ln(2)/2: a polynomial fitted once, at import, at Chebyshev nodes in float64
-#: (relative error 2e-8 before rounding).
-_NODES = np.cos((2 * np.arange(64) + 1) * np.pi / 128) * np.log(2) / 2
-_EXP_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.fit(_NODES, np.exp(_NODES), 6).convert(
+#: 2^r on |r| <= 1/2: a polynomial fitted once, at import, at Chebyshev nodes in float64 (relative error
+#: 1e-7 before rounding).
+_NODES = np.cos((2 * np.arange(64) + 1) * np.pi / 128) / 2
+_EXP2_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.fit(_NODES, np.exp2(_NODES), 5).convert(
     kind=np.polynomial.Polynomial
 ).coef
+#: Added to a float32 below 2^22 in size, it leaves the nearest whole number in the lowest bits.
+_ROUNDER = 1.5 * 2.0**23
 
 
 @intrinsic
 def _exp(typing_context, vector):
-    """exp(x) for x <= 0: 2^n * exp(r) with x = n*ln(2) + r; below -87 it gives about 1e-38. NaN for NaN."""
+    """exp(x) for x <= 0: 2^n * 2^r with x / ln(2) = n + r; below -87 it gives about 1e-38. NaN for NaN.
+
+    Half of the arithmetic of a window is here, so every instruction counts: the whole number n is found by
+    an addition that rounds, and goes into the exponent's bits by a shift.
+    """
 
     def codegen(context, builder, signature, arguments):
         (operand,) = arguments
         fma = _vector_function(builder, "fma", 3)
-        too_small = builder.fcmp_ordered("<", operand, _splat_constant(-87.0))
-        clipped = builder.select(too_small, _splat_constant(-87.0), operand)
-        rint = _vector_function(builder, "rint", 1)
-        whole = builder.call(rint, [builder.fmul(clipped, _splat_constant(1 / np.log(2)))])
-        # ln(2) in two parts, the first with trailing zeros, so that whole * ln(2) is exact.
-        high = float(np.float32(0.693145751953125))
-        rest = builder.call(fma, [whole, _splat_constant(-high), clipped])
-        rest = builder.call(fma, [whole, _splat_constant(float(high - np.log(2))), rest])
-        power = _splat_constant(float(_EXP_COEFFICIENTS[-1]))
-        for coefficient in _EXP_COEFFICIENTS[-2::-1]:
+        lowest = _splat_constant(-87.0)
+        clipped = builder.select(builder.fcmp_ordered(">", lowest, operand), lowest, operand)
+        per_octave = _splat_constant(1 / np.log(2))
+        rounded = builder.call(fma, [clipped, per_octave, _splat_constant(_ROUNDER)])
+        whole = builder.fsub(rounded, _splat_constant(_ROUNDER))
+        rest = builder.call(fma, [clipped, per_octave, builder.fneg(whole)])
+        power = _splat_constant(float(_EXP2_COEFFICIENTS[-1]))
+        for coefficient in _EXP2_COEFFICIENTS[-2::-1]:
             power = builder.call(fma, [power, rest, _splat_constant(float(coefficient))])
-        # fptosi of NaN is poison: replace it by 0 here, the NaN still arrives through `power`.
-        is_number = builder.fcmp_ordered("ord", whole, whole)
-        exponent = builder.fptosi(builder.select(is_number, whole, _splat_constant(0.0)), _INT_VECTOR)
-        bias = ir.Constant(_INT_VECTOR, [127] * LANES)
-        shift = ir.Constant(_INT_VECTOR, [23] * LANES)
-        scale = builder.bitcast(builder.shl(builder.add(exponent, bias), shift), _VECTOR)
+        # A multiplication, not an addition of the bits: it keeps a NaN a NaN.
+        shifted = builder.shl(builder.bitcast(rounded, _INT_VECTOR), ir.Constant(_INT_VECTOR, [23] * LANES))
+        scale = builder.bitcast(builder.add(shifted, ir.Constant(_INT_VECTOR, [127 << 23] * LANES)), _VECTOR)
         return builder.fmul(power, scale)
 
     return _vector(_vector), codegen
@@ -282,76 +283,77 @@ def _scatter_tile(typing_context, array, bases, offset, spare, scratch, at):
 
 
 # --- moving LANES (image, group) pairs between tensors and lane-minor scratch ------------------------
-# Scratch is flat: pixel-major, then channel within the group (padded to whole slabs), then lane.
-
-
-# Tensors are flat too: channels-last, so the channels of a group are neighbours in memory.
+# Tensors are flat and channels-last, so the channels of a group are neighbours in memory. Scratch is flat
+# too: pixel-major, then channel within the group (padded to whole slabs), then lane. It holds single rows
+# of the outputs, and of the inputs a ring of as many rows as a window is high (row y in slot y mod `ring`),
+# so that what is worked on stays in the second-level cache however large the map is.
 
 
 @_compiled
-def _gather_groups(source, first, pairs, groups, pixels, scratch):
-    """scratch[p, l] = source[n, p, g] for the lanes l of the block that starts at pair `first`."""
+def _gather_groups(source, first, pairs, groups, pixels, row, width, scratch, at):
+    """scratch[at + x, l] = source[n, row, x, g] for the lanes l of the block that starts at pair `first`."""
     for lane in range(LANES):
         pair = first + lane
         if pair < pairs:
-            base = (pair // groups) * pixels * groups + pair % groups
-            for p in range(pixels):
-                scratch[p * LANES + lane] = source[base + p * groups]
+            base = ((pair // groups) * pixels + row * width) * groups + pair % groups
+            for x in range(width):
+                scratch[(at + x) * LANES + lane] = source[base + x * groups]
         else:
-            for p in range(pixels):
-                scratch[p * LANES + lane] = 0.0
+            for x in range(width):
+                scratch[(at + x) * LANES + lane] = 0.0
 
 
 @_compiled
-def _scatter_groups(scratch, first, pairs, groups, pixels, target):
+def _scatter_groups(scratch, at, first, pairs, groups, pixels, row, width, target):
     for lane in range(min(LANES, pairs - first)):
-        base = ((first + lane) // groups) * pixels * groups + (first + lane) % groups
-        for p in range(pixels):
-            target[base + p * groups] = scratch[p * LANES + lane]
+        base = (((first + lane) // groups) * pixels + row * width) * groups + (first + lane) % groups
+        for x in range(width):
+            target[base + x * groups] = scratch[(at + x) * LANES + lane]
 
 
 @_compiled
-def _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts):
-    """Where the channels of each lane's slab begin, and how many they are; -1 in `bases` unless SLAB."""
-    for lane in range(LANES):
-        pair = first + lane
-        counts[lane] = 0
-        if pair < pairs:
-            c = (pair % groups) * per_group + slab * SLAB
-            end = min((pair % groups) * per_group + per_group, channels)
-            starts[lane] = (pair // groups) * pixels * channels + c
-            counts[lane] = max(0, min(SLAB, end - c))
-        bases[lane] = starts[lane] if counts[lane] == SLAB else -1
-
-
-@_compiled
-def _gather_channels(source, first, pairs, groups, channels, per_group, slabs, pixels, scratch):
-    """scratch[p, j, l] = source[n, p, g * per_group + j]; zero for channels and pairs that do not exist."""
-    bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
-    spare = np.zeros(LANES * SLAB, np.float32)
+def _locate_lanes(first, pairs, groups, channels, per_group, slabs, pixels, bases, starts, counts):
+    """Where the channels of each slab and lane begin, and how many they are; -1 in `bases` unless SLAB."""
     for slab in range(slabs):
-        _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts)
+        for lane in range(LANES):
+            pair = first + lane
+            counts[slab, lane] = 0
+            if pair < pairs:
+                c = (pair % groups) * per_group + slab * SLAB
+                end = min((pair % groups) * per_group + per_group, channels)
+                starts[slab, lane] = (pair // groups) * pixels * channels + c
+                counts[slab, lane] = max(0, min(SLAB, end - c))
+            bases[slab, lane] = starts[slab, lane] if counts[slab, lane] == SLAB else -1
+
+
+@_compiled
+def _gather_channels(source, lanes, channels, row, width, spare, scratch, at):
+    """scratch[at + x, j, l] = source[n, row, x, g * per_group + j]; zero where that does not exist."""
+    bases, starts, counts = lanes
+    slabs = bases.shape[0]
+    for slab in range(slabs):
         spare[:] = 0.0
-        for p in range(pixels):
+        for x in range(width):
+            offset = (row * width + x) * channels
             for lane in range(LANES):
-                if bases[lane] < 0:
-                    for j in range(counts[lane]):
-                        spare[lane * SLAB + j] = source[starts[lane] + p * channels + j]
-            _gather_tile(source, bases, p * channels, spare, scratch, (p * slabs + slab) * SLAB * LANES)
+                if bases[slab, lane] < 0:
+                    for j in range(counts[slab, lane]):
+                        spare[lane * SLAB + j] = source[starts[slab, lane] + offset + j]
+            _gather_tile(source, bases[slab], offset, spare, scratch, ((at + x) * slabs + slab) * SLAB * LANES)
 
 
 @_compiled
-def _scatter_channels(scratch, first, pairs, groups, channels, per_group, slabs, pixels, target):
-    bases, starts, counts = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
-    spare = np.empty(LANES * SLAB, np.float32)
+def _scatter_channels(scratch, at, lanes, channels, row, width, spare, target):
+    bases, starts, counts = lanes
+    slabs = bases.shape[0]
     for slab in range(slabs):
-        _locate_lanes(first, pairs, groups, channels, per_group, slab, pixels, bases, starts, counts)
-        for p in range(pixels):
-            _scatter_tile(target, bases, p * channels, spare, scratch, (p * slabs + slab) * SLAB * LANES)
+        for x in range(width):
+            offset = (row * width + x) * channels
+            _scatter_tile(target, bases[slab], offset, spare, scratch, ((at + x) * slabs + slab) * SLAB * LANES)
             for lane in range(LANES):
-                if bases[lane] < 0:
-                    for j in range(counts[lane]):
-                        target[starts[lane] + p * channels + j] = spare[lane * SLAB + j]
+                if bases[slab, lane] < 0:
+                    for j in range(counts[slab, lane]):
+                        target[starts[slab, lane] + offset + j] = spare[lane * SLAB + j]
 
 
 @_compiled
@@ -362,7 +364,9 @@ def _gather_geometry(geometry, first, scratch):
             scratch[t * LANES + lane] = geometry[(first + lane) % groups, t]
 
 
-# --- one output position -----------------------------------------------------------------------------
+# --- two neighbouring output positions ---------------------------------------------------------------
+# Their windows share most columns, so values are loaded once for both. The weights of both live in rows of
+# `columns` entries, one for each column of the united window, zero outside their own window.
 
 
 @_compiled_inline
@@ -386,167 +390,266 @@ def _score(query, key, geometry, similarity):
 
 
 @_compiled
-def _window_scores(q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores):
-    """Writes the scores of the taps inside the image, in order; returns their maximum."""
+def _window_weights(
+    query, k, g, rows, cx, y0, y1, x0, x1, shift, columns, kernel_size, dilation, similarity,
+    is_known, largest, scale, weights,
+):
+    """Writes scale * exp(score - maximum) of the taps inside the image, and zero in the other columns.
+
+    Args:
+        rows: for each tap row, the scratch pixel at which its input row begins.
+        shift: column of the united window at which this window begins.
+        is_known: whether `largest` is the maximum of the scores; otherwise it is found.
+
+    Returns:
+        the maximum of the scores and the sum of what was written.
+    """
     radius = (kernel_size - 1) // 2
-    query = _load(q, at)
-    largest = _splat(np.float32(-np.inf))
-    tap = 0
+    zero = _splat(np.float32(0.0))
+    found = _splat(np.float32(-np.inf))
     for ty in range(y0, y1):
-        row = (cy + (ty - radius) * dilation) * width + cx
+        base = ty * columns + shift
         for tx in range(x0, x1):
-            p = row + (tx - radius) * dilation
+            p = rows[ty] + cx + (tx - radius) * dilation
             score = _score(query, _load(k, p * LANES), _load(g, (ty * kernel_size + tx) * LANES), similarity)
-            _store(scores, tap, score)
-            largest = _max(score, largest)
-            tap += LANES
-    return largest
+            _store(weights, (base + tx) * LANES, score)
+            found = _max(score, found)
+    if is_known:
+        found = largest
+    total = zero
+    for ty in range(y0, y1):
+        base = ty * columns
+        for u in range(x0 + shift):
+            _store(weights, (base + u) * LANES, zero)
+        for u in range(x0 + shift, x1 + shift):
+            weight = _mul(_exp(_sub(_load(weights, (base + u) * LANES), found)), scale)
+            _store(weights, (base + u) * LANES, weight)
+            total = _add(total, weight)
+        for u in range(x1 + shift, columns):
+            _store(weights, (base + u) * LANES, zero)
+    return found, total
+
+
+@_compiled_inline
+def _store_slab(target, at, scale, s0, s1, s2, s3, s4, s5, s6, s7):
+    _store(target, at, _mul(s0, scale))
+    _store(target, at + LANES, _mul(s1, scale))
+    _store(target, at + 2 * LANES, _mul(s2, scale))
+    _store(target, at + 3 * LANES, _mul(s3, scale))
+    _store(target, at + 4 * LANES, _mul(s4, scale))
+    _store(target, at + 5 * LANES, _mul(s5, scale))
+    _store(target, at + 6 * LANES, _mul(s6, scale))
+    _store(target, at + 7 * LANES, _mul(s7, scale))
+
+
+@_compiled_inline
+def _pairing(kernel_size, stride, dilation):
+    """How many neighbouring outputs are computed together, and by how many columns their windows differ.
+
+    One at a time where the taps of neighbours fall on different pixels or their windows do not meet.
+    """
+    if stride % dilation == 0 and stride // dilation < kernel_size:
+        return 2, stride // dilation
+    return 1, 0
 
 
 @_compiled
-def _forward_block(q, k, v, g, out, maximum, normaliser, shape, slabs, kernel_size, stride, dilation, similarity, scores):
-    height, width, out_height, out_width = shape
+def _forward_row(
+    q, k, v, g, y, maximum, normaliser, at, rows, y0, y1, width, out_width, slabs,
+    kernel_size, stride, dilation, similarity, weights, next_weights,
+):
     radius = (kernel_size - 1) // 2
     zero = _splat(np.float32(0.0))
     one = _splat(np.float32(1.0))
-    for oy in range(out_height):
-        cy = oy * stride
-        y0, y1 = _tap_range(cy, height, kernel_size, dilation)
-        for ox in range(out_width):
-            cx = ox * stride
-            x0, x1 = _tap_range(cx, width, kernel_size, dilation)
-            at = (oy * out_width + ox) * LANES
-            largest = _window_scores(
-                q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores
+    together, shift = _pairing(kernel_size, stride, dilation)
+    columns = kernel_size + shift
+    for ox in range(0, out_width, together):
+        cx = ox * stride
+        x0, x1 = _tap_range(cx, width, kernel_size, dilation)
+        largest, total = _window_weights(
+            _load(q, ox * LANES), k, g, rows, cx, y0, y1, x0, x1, 0, columns, kernel_size, dilation, similarity,
+            False, zero, one, weights,
+        )
+        inverse = _div(one, total)
+        _store(maximum, (at + ox) * LANES, largest)
+        _store(normaliser, (at + ox) * LANES, inverse)
+        has_next = together == 2 and ox + 1 < out_width
+        next_inverse = one
+        if has_next:
+            n0, n1 = _tap_range(cx + stride, width, kernel_size, dilation)
+            largest, total = _window_weights(
+                _load(q, (ox + 1) * LANES), k, g, rows, cx + stride, y0, y1, n0, n1, shift, columns, kernel_size,
+                dilation, similarity, False, zero, one, next_weights,
             )
-            total = zero
-            for tap in range((y1 - y0) * (x1 - x0)):
-                weight = _exp(_sub(_load(scores, tap * LANES), largest))
-                _store(scores, tap * LANES, weight)
-                total = _add(total, weight)
-            inverse = _div(one, total)
-            _store(maximum, at, largest)
-            _store(normaliser, at, inverse)
-            for slab in range(slabs):
-                s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-                tap = 0
-                for ty in range(y0, y1):
-                    row = (cy + (ty - radius) * dilation) * width + cx
-                    for tx in range(x0, x1):
-                        b = ((row + (tx - radius) * dilation) * slabs + slab) * SLAB * LANES
-                        weight = _load(scores, tap)
-                        tap += LANES
-                        s0 = _fma(weight, _load(v, b), s0)
-                        s1 = _fma(weight, _load(v, b + LANES), s1)
-                        s2 = _fma(weight, _load(v, b + 2 * LANES), s2)
-                        s3 = _fma(weight, _load(v, b + 3 * LANES), s3)
-                        s4 = _fma(weight, _load(v, b + 4 * LANES), s4)
-                        s5 = _fma(weight, _load(v, b + 5 * LANES), s5)
-                        s6 = _fma(weight, _load(v, b + 6 * LANES), s6)
-                        s7 = _fma(weight, _load(v, b + 7 * LANES), s7)
-                b = (at * slabs + slab * LANES) * SLAB
-                _store(out, b, _mul(s0, inverse))
-                _store(out, b + LANES, _mul(s1, inverse))
-                _store(out, b + 2 * LANES, _mul(s2, inverse))
-                _store(out, b + 3 * LANES, _mul(s3, inverse))
-                _store(out, b + 4 * LANES, _mul(s4, inverse))
-                _store(out, b + 5 * LANES, _mul(s5, inverse))
-                _store(out, b + 6 * LANES, _mul(s6, inverse))
-                _store(out, b + 7 * LANES, _mul(s7, inverse))
+            next_inverse = _div(one, total)
+            _store(maximum, (at + ox + 1) * LANES, largest)
+            _store(normaliser, (at + ox + 1) * LANES, next_inverse)
+            x1 = n1 + shift
+        for slab in range(slabs):
+            s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+            n0, n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero, zero
+            for ty in range(y0, y1):
+                base = rows[ty] + cx - radius * dilation
+                for u in range(x0, x1):
+                    b = ((base + u * dilation) * slabs + slab) * SLAB * LANES
+                    weight = _load(weights, (ty * columns + u) * LANES)
+                    next_weight = _load(next_weights, (ty * columns + u) * LANES)
+                    value = _load(v, b)
+                    s0, n0 = _fma(weight, value, s0), _fma(next_weight, value, n0)
+                    value = _load(v, b + LANES)
+                    s1, n1 = _fma(weight, value, s1), _fma(next_weight, value, n1)
+                    value = _load(v, b + 2 * LANES)
+                    s2, n2 = _fma(weight, value, s2), _fma(next_weight, value, n2)
+                    value = _load(v, b + 3 * LANES)
+                    s3, n3 = _fma(weight, value, s3), _fma(next_weight, value, n3)
+                    value = _load(v, b + 4 * LANES)
+                    s4, n4 = _fma(weight, value, s4), _fma(next_weight, value, n4)
+                    value = _load(v, b + 5 * LANES)
+                    s5, n5 = _fma(weight, value, s5), _fma(next_weight, value, n5)
+                    value = _load(v, b + 6 * LANES)
+                    s6, n6 = _fma(weight, value, s6), _fma(next_weight, value, n6)
+                    value = _load(v, b + 7 * LANES)
+                    s7, n7 = _fma(weight, value, s7), _fma(next_weight, value, n7)
+            _store_slab(y, (ox * slabs + slab) * SLAB * LANES, inverse, s0, s1, s2, s3, s4, s5, s6, s7)
+            if has_next:
+                _store_slab(
+                    y, ((ox + 1) * slabs + slab) * SLAB * LANES, next_inverse, n0, n1, n2, n3, n4, n5, n6, n7
+                )
 
 
 @_compiled
-def _backward_block(
-    q, k, v, g, maximum, normaliser, grad_out, grad_q, grad_k, grad_v, grad_g,
-    shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
+def _query_backward(
+    query, k, rows, cx, y0, y1, x0, x1, shift, columns, kernel_size, dilation, similarity,
+    weights, grad_weights, grad_k, grad_g, needs_geometry,
 ):
-    height, width, out_height, out_width = shape
+    """From the weights and their gradients to those of query (returned), keys and geometry (added)."""
     radius = (kernel_size - 1) // 2
     zero = _splat(np.float32(0.0))
     two = _splat(np.float32(2.0))
-    minus_one = _splat(np.float32(-1.0))
-    for oy in range(out_height):
-        cy = oy * stride
-        y0, y1 = _tap_range(cy, height, kernel_size, dilation)
-        for ox in range(out_width):
-            cx = ox * stride
-            x0, x1 = _tap_range(cx, width, kernel_size, dilation)
-            at = (oy * out_width + ox) * LANES
-            _window_scores(
-                q, k, g, at, cy, cx, y0, y1, x0, x1, height, width, kernel_size, dilation, similarity, scores
+    # The softmax's Jacobian subtracts the weighted mean of the weights' gradients.
+    mean_grad = zero
+    for ty in range(y0, y1):
+        for u in range(x0 + shift, x1 + shift):
+            tap = (ty * columns + u) * LANES
+            mean_grad = _fma(_load(weights, tap), _load(grad_weights, tap), mean_grad)
+    query_grad = zero
+    for ty in range(y0, y1):
+        for tx in range(x0, x1):
+            p = (rows[ty] + cx + (tx - radius) * dilation) * LANES
+            tap = (ty * columns + tx + shift) * LANES
+            score_grad = _mul(_load(weights, tap), _sub(_load(grad_weights, tap), mean_grad))
+            key = _load(k, p)
+            if similarity == 2:
+                by_query = _mul(score_grad, key)
+                by_key = _mul(score_grad, query)
+            else:
+                difference = _sub(query, key)
+                slope = _mul(two, difference) if similarity == 0 else _sign(difference)
+                by_key = _mul(score_grad, slope)
+                by_query = _sub(zero, by_key)
+            query_grad = _add(query_grad, by_query)
+            _store(grad_k, p, _add(_load(grad_k, p), by_key))
+            if needs_geometry:
+                t = (ty * kernel_size + tx) * LANES
+                _store(grad_g, t, _add(_load(grad_g, t), score_grad))
+    return query_grad
+
+
+@_compiled_inline
+def _channel_backward(v, grad_v, b, weight, next_weight, d, n, grad, next_grad):
+    """One channel's part in the gradients of both weights; adds that of the value to `grad_v`."""
+    value = _load(v, b)
+    _store(grad_v, b, _fma(weight, d, _fma(next_weight, n, _load(grad_v, b))))
+    return _fma(d, value, grad), _fma(n, value, next_grad)
+
+
+@_compiled
+def _backward_row(
+    q, k, v, g, maximum, normaliser, at, grad_y, grad_q, grad_k, grad_v, grad_g, rows, y0, y1, width, out_width, slabs,
+    kernel_size, stride, dilation, similarity, needs_geometry, weights, next_weights, grad_weights, next_grad_weights,
+):
+    radius = (kernel_size - 1) // 2
+    zero = _splat(np.float32(0.0))
+    together, shift = _pairing(kernel_size, stride, dilation)
+    columns = kernel_size + shift
+    for ox in range(0, out_width, together):
+        cx = ox * stride
+        x0, x1 = _tap_range(cx, width, kernel_size, dilation)
+        query = _load(q, ox * LANES)
+        _window_weights(
+            query, k, g, rows, cx, y0, y1, x0, x1, 0, columns, kernel_size, dilation, similarity,
+            True, _load(maximum, (at + ox) * LANES), _load(normaliser, (at + ox) * LANES), weights,
+        )
+        has_next = together == 2 and ox + 1 < out_width
+        next_x0, next_x1, stop = 0, 0, x1
+        if has_next:
+            next_x0, next_x1 = _tap_range(cx + stride, width, kernel_size, dilation)
+            stop = next_x1 + shift
+            _window_weights(
+                _load(q, (ox + 1) * LANES), k, g, rows, cx + stride, y0, y1, next_x0, next_x1, shift, columns,
+                kernel_size, dilation, similarity, True,
+                _load(maximum, (at + ox + 1) * LANES), _load(normaliser, (at + ox + 1) * LANES), next_weights,
             )
-            largest = _load(maximum, at)
-            inverse = _load(normaliser, at)
-            for tap in range((y1 - y0) * (x1 - x0)):
-                weight = _mul(_exp(_sub(_load(scores, tap * LANES), largest)), inverse)
-                _store(scores, tap * LANES, weight)
-                _store(grad_weights, tap * LANES, zero)
-            for slab in range(slabs):
-                b = (at * slabs + slab * LANES) * SLAB
-                d0 = _load(grad_out, b)
-                d1 = _load(grad_out, b + LANES)
-                d2 = _load(grad_out, b + 2 * LANES)
-                d3 = _load(grad_out, b + 3 * LANES)
-                d4 = _load(grad_out, b + 4 * LANES)
-                d5 = _load(grad_out, b + 5 * LANES)
-                d6 = _load(grad_out, b + 6 * LANES)
-                d7 = _load(grad_out, b + 7 * LANES)
-                tap = 0
-                for ty in range(y0, y1):
-                    row = (cy + (ty - radius) * dilation) * width + cx
-                    for tx in range(x0, x1):
-                        b = ((row + (tx - radius) * dilation) * slabs + slab) * SLAB * LANES
-                        weight = _load(scores, tap)
-                        # Two partial sums: one chain of eight dependent additions would be latency-bound.
-                        even = _fma(d0, _load(v, b), _load(grad_weights, tap))
-                        odd = _mul(d1, _load(v, b + LANES))
-                        even = _fma(d2, _load(v, b + 2 * LANES), even)
-                        odd = _fma(d3, _load(v, b + 3 * LANES), odd)
-                        even = _fma(d4, _load(v, b + 4 * LANES), even)
-                        odd = _fma(d5, _load(v, b + 5 * LANES), odd)
-                        even = _fma(d6, _load(v, b + 6 * LANES), even)
-                        odd = _fma(d7, _load(v, b + 7 * LANES), odd)
-                        _store(grad_weights, tap, _add(even, odd))
-                        _store(grad_v, b, _fma(weight, d0, _load(grad_v, b)))
-                        _store(grad_v, b + LANES, _fma(weight, d1, _load(grad_v, b + LANES)))
-                        _store(grad_v, b + 2 * LANES, _fma(weight, d2, _load(grad_v, b + 2 * LANES)))
-                        _store(grad_v, b + 3 * LANES, _fma(weight, d3, _load(grad_v, b + 3 * LANES)))
-                        _store(grad_v, b + 4 * LANES, _fma(weight, d4, _load(grad_v, b + 4 * LANES)))
-                        _store(grad_v, b + 5 * LANES, _fma(weight, d5, _load(grad_v, b + 5 * LANES)))
-                        _store(grad_v, b + 6 * LANES, _fma(weight, d6, _load(grad_v, b + 6 * LANES)))
-                        _store(grad_v, b + 7 * LANES, _fma(weight, d7, _load(grad_v, b + 7 * LANES)))
-                        tap += LANES
-            # The softmax's Jacobian subtracts the weighted mean of the weights' gradients.
-            mean_grad = zero
-            for tap in range((y1 - y0) * (x1 - x0)):
-                mean_grad = _fma(_load(scores, tap * LANES), _load(grad_weights, tap * LANES), mean_grad)
-            query = _load(q, at)
-            query_grad = zero
-            tap = 0
+        else:
+            next_weights[:] = 0.0
+        for slab in range(slabs):
+            b = (ox * slabs + slab) * SLAB * LANES
+            d0, d1, d2, d3 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
+            b += 4 * LANES
+            d4, d5, d6, d7 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
+            n0, n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero, zero
+            if has_next:
+                b = ((ox + 1) * slabs + slab) * SLAB * LANES
+                n0, n1, n2, n3 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
+                b += 4 * LANES
+                n4, n5, n6, n7 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
             for ty in range(y0, y1):
-                row = (cy + (ty - radius) * dilation) * width + cx
-                for tx in range(x0, x1):
-                    p = (row + (tx - radius) * dilation) * LANES
-                    score_grad = _mul(_load(scores, tap), _sub(_load(grad_weights, tap), mean_grad))
-                    tap += LANES
-                    key = _load(k, p)
-                    if similarity == 2:
-                        by_query = _mul(score_grad, key)
-                        by_key = _mul(score_grad, query)
-                    else:
-                        difference = _sub(query, key)
-                        slope = _mul(two, difference) if similarity == 0 else _sign(difference)
-                        by_key = _mul(score_grad, slope)
-                        by_query = _mul(by_key, minus_one)
-                    query_grad = _add(query_grad, by_query)
-                    _store(grad_k, p, _add(_load(grad_k, p), by_key))
-                    if needs_geometry:
-                        t = (ty * kernel_size + tx) * LANES
-                        _store(grad_g, t, _add(_load(grad_g, t), score_grad))
-            _store(grad_q, at, query_grad)
+                base = rows[ty] + cx - radius * dilation
+                for u in range(x0, stop):
+                    b = ((base + u * dilation) * slabs + slab) * SLAB * LANES
+                    tap = (ty * columns + u) * LANES
+                    w, m = _load(weights, tap), _load(next_weights, tap)
+                    even, next_even = zero, zero
+                    if slab > 0:
+                        even, next_even = _load(grad_weights, tap), _load(next_grad_weights, tap)
+                    # Two partial sums each: one chain of eight dependent additions would be latency-bound.
+                    odd, next_odd = zero, zero
+                    even, next_even = _channel_backward(v, grad_v, b, w, m, d0, n0, even, next_even)
+                    odd, next_odd = _channel_backward(v, grad_v, b + LANES, w, m, d1, n1, odd, next_odd)
+                    even, next_even = _channel_backward(v, grad_v, b + 2 * LANES, w, m, d2, n2, even, next_even)
+                    odd, next_odd = _channel_backward(v, grad_v, b + 3 * LANES, w, m, d3, n3, odd, next_odd)
+                    even, next_even = _channel_backward(v, grad_v, b + 4 * LANES, w, m, d4, n4, even, next_even)
+                    odd, next_odd = _channel_backward(v, grad_v, b + 5 * LANES, w, m, d5, n5, odd, next_odd)
+                    even, next_even = _channel_backward(v, grad_v, b + 6 * LANES, w, m, d6, n6, even, next_even)
+                    odd, next_odd = _channel_backward(v, grad_v, b + 7 * LANES, w, m, d7, n7, odd, next_odd)
+                    _store(grad_weights, tap, _add(even, odd))
+                    _store(next_grad_weights, tap, _add(next_even, next_odd))
+        query_grad = _query_backward(
+            query, k, rows, cx, y0, y1, x0, x1, 0, columns, kernel_size, dilation, similarity,
+            weights, grad_weights, grad_k, grad_g, needs_geometry,
+        )
+        _store(grad_q, ox * LANES, query_grad)
+        if has_next:
+            query_grad = _query_backward(
+                _load(q, (ox + 1) * LANES), k, rows, cx + stride, y0, y1, next_x0, next_x1, shift, columns, kernel_size,
+                dilation, similarity, next_weights, next_grad_weights, grad_k, grad_g, needs_geometry,
+            )
+            _store(grad_q, (ox + 1) * LANES, query_grad)
 
 
 # --- a range of blocks: what one thread does ---------------------------------------------------------
+
+
+@_compiled_inline
+def _ring_rows(height, kernel_size, dilation):
+    return min(height, (kernel_size - 1) * dilation + 1)
+
+
+@_compiled
+def _locate_rows(cy, y0, y1, ring, width, kernel_size, dilation, rows):
+    radius = (kernel_size - 1) // 2
+    for ty in range(y0, y1):
+        rows[ty] = ((cy + (ty - radius) * dilation) % ring) * width
 
 
 @_compiled
@@ -556,26 +659,43 @@ def _forward_range(
     batch, channels, height, width, out_height, out_width = sizes
     groups, taps = geometry.shape
     kernel_size = int(round(taps**0.5))
-    shape = (height, width, out_height, out_width)
+    radius = (kernel_size - 1) // 2
     pixels, out_pixels, pairs = height * width, out_height * out_width, batch * groups
     slabs = (per_group + SLAB - 1) // SLAB
-    q = np.empty(out_pixels * LANES, np.float32)
-    k = np.empty(pixels * LANES, np.float32)
-    v = np.empty(pixels * slabs * SLAB * LANES, np.float32)
-    y = np.empty(out_pixels * slabs * SLAB * LANES, np.float32)
+    ring = _ring_rows(height, kernel_size, dilation)
+    q = np.empty(out_width * LANES, np.float32)
+    k = np.empty(ring * width * LANES, np.float32)
+    v = np.empty(ring * width * slabs * SLAB * LANES, np.float32)
+    y = np.empty(out_width * slabs * SLAB * LANES, np.float32)
     g = np.empty(taps * LANES, np.float32)
-    scores = np.empty(taps * LANES, np.float32)
+    columns = kernel_size + _pairing(kernel_size, stride, dilation)[1]
+    weights = np.zeros(kernel_size * columns * LANES, np.float32)
+    next_weights = np.zeros_like(weights)
+    rows = np.zeros(kernel_size, np.int64)
+    spare = np.zeros(LANES * SLAB, np.float32)
+    lanes = (np.empty((slabs, LANES), np.int64), np.zeros((slabs, LANES), np.int64), np.empty((slabs, LANES), np.int64))
+    out_lanes = (np.empty_like(lanes[0]), np.zeros_like(lanes[1]), np.empty_like(lanes[2]))
     for block in range(start, stop):
         first = block * LANES
-        _gather_groups(query, first, pairs, groups, out_pixels, q)
-        _gather_groups(key, first, pairs, groups, pixels, k)
-        _gather_channels(value, first, pairs, groups, channels, per_group, slabs, pixels, v)
+        _locate_lanes(first, pairs, groups, channels, per_group, slabs, pixels, *lanes)
+        _locate_lanes(first, pairs, groups, channels, per_group, slabs, out_pixels, *out_lanes)
         _gather_geometry(geometry, first, g)
-        _forward_block(
-            q, k, v, g, y, maximum[block], normaliser[block],
-            shape, slabs, kernel_size, stride, dilation, similarity, scores,
-        )
-        _scatter_channels(y, first, pairs, groups, channels, per_group, slabs, out_pixels, out)
+        entered = 0
+        for oy in range(out_height):
+            cy = oy * stride
+            y0, y1 = _tap_range(cy, height, kernel_size, dilation)
+            while entered <= cy + (y1 - 1 - radius) * dilation:
+                slot = (entered % ring) * width
+                _gather_groups(key, first, pairs, groups, pixels, entered, width, k, slot)
+                _gather_channels(value, lanes, channels, entered, width, spare, v, slot)
+                entered += 1
+            _locate_rows(cy, y0, y1, ring, width, kernel_size, dilation, rows)
+            _gather_groups(query, first, pairs, groups, out_pixels, oy, out_width, q, 0)
+            _forward_row(
+                q, k, v, g, y, maximum[block], normaliser[block], oy * out_width, rows, y0, y1, width, out_width, slabs,
+                kernel_size, stride, dilation, similarity, weights, next_weights,
+            )
+            _scatter_channels(y, 0, out_lanes, channels, oy, out_width, spare, out)
 
 
 @_compiled
@@ -586,37 +706,64 @@ def _backward_range(
     batch, channels, height, width, out_height, out_width = sizes
     groups, taps = geometry.shape
     kernel_size = int(round(taps**0.5))
-    shape = (height, width, out_height, out_width)
+    radius = (kernel_size - 1) // 2
     pixels, out_pixels, pairs = height * width, out_height * out_width, batch * groups
     slabs = (per_group + SLAB - 1) // SLAB
-    q = np.empty(out_pixels * LANES, np.float32)
-    k = np.empty(pixels * LANES, np.float32)
-    v = np.empty(pixels * slabs * SLAB * LANES, np.float32)
-    dy = np.empty(out_pixels * slabs * SLAB * LANES, np.float32)
+    ring = _ring_rows(height, kernel_size, dilation)
+    row_floats = width * slabs * SLAB * LANES
+    q = np.empty(out_width * LANES, np.float32)
+    k = np.empty(ring * width * LANES, np.float32)
+    v = np.empty(ring * row_floats, np.float32)
+    dy = np.empty(out_width * slabs * SLAB * LANES, np.float32)
     g = np.empty(taps * LANES, np.float32)
     dq = np.empty_like(q)
     dk = np.empty_like(k)
     dv = np.empty_like(v)
     dg = np.empty_like(g)
-    scores = np.empty(taps * LANES, np.float32)
-    grad_weights = np.empty(taps * LANES, np.float32)
+    columns = kernel_size + _pairing(kernel_size, stride, dilation)[1]
+    weights = np.zeros(kernel_size * columns * LANES, np.float32)
+    next_weights, grad_weights, next_grad_weights = np.zeros_like(weights), np.zeros_like(weights), np.zeros_like(weights)
+    rows = np.zeros(kernel_size, np.int64)
+    spare = np.zeros(LANES * SLAB, np.float32)
+    lanes = (np.empty((slabs, LANES), np.int64), np.zeros((slabs, LANES), np.int64), np.empty((slabs, LANES), np.int64))
+    out_lanes = (np.empty_like(lanes[0]), np.zeros_like(lanes[1]), np.empty_like(lanes[2]))
     for block in range(start, stop):
         first = block * LANES
-        _gather_groups(query, first, pairs, groups, out_pixels, q)
-        _gather_groups(key, first, pairs, groups, pixels, k)
-        _gather_channels(value, first, pairs, groups, channels, per_group, slabs, pixels, v)
-        _gather_channels(grad_out, first, pairs, groups, channels, per_group, slabs, out_pixels, dy)
+        _locate_lanes(first, pairs, groups, channels, per_group, slabs, pixels, *lanes)
+        _locate_lanes(first, pairs, groups, channels, per_group, slabs, out_pixels, *out_lanes)
         _gather_geometry(geometry, first, g)
-        dk[:] = 0.0
-        dv[:] = 0.0
         dg[:] = 0.0
-        _backward_block(
-            q, k, v, g, maximum[block], normaliser[block], dy, dq, dk, dv, dg,
-            shape, slabs, kernel_size, stride, dilation, similarity, needs_geometry, scores, grad_weights,
-        )
-        _scatter_groups(dq, first, pairs, groups, out_pixels, grad_query)
-        _scatter_groups(dk, first, pairs, groups, pixels, grad_key)
-        _scatter_channels(dv, first, pairs, groups, channels, per_group, slabs, pixels, grad_value)
+        # A row of gradients is complete, and written, when the ring has no more room for it.
+        entered = written = 0
+        for oy in range(out_height + 1):
+            cy = oy * stride
+            y0, y1 = _tap_range(cy, height, kernel_size, dilation)
+            last = height + ring - 1
+            if oy < out_height:
+                last = cy + (y1 - 1 - radius) * dilation
+            while entered <= last:
+                slot = (entered % ring) * width
+                if entered >= ring:
+                    _scatter_groups(dk, slot, first, pairs, groups, pixels, written, width, grad_key)
+                    _scatter_channels(dv, slot, lanes, channels, written, width, spare, grad_value)
+                    written += 1
+                if entered < height:
+                    dk[slot * LANES : (slot + width) * LANES] = 0.0
+                    dv[slot * slabs * SLAB * LANES : slot * slabs * SLAB * LANES + row_floats] = 0.0
+                    _gather_groups(key, first, pairs, groups, pixels, entered, width, k, slot)
+                    _gather_channels(value, lanes, channels, entered, width, spare, v, slot)
+                entered += 1
+            if oy == out_height:
+                break
+            _locate_rows(cy, y0, y1, ring, width, kernel_size, dilation, rows)
+            _gather_groups(query, first, pairs, groups, out_pixels, oy, out_width, q, 0)
+            _gather_channels(grad_out, out_lanes, channels, oy, out_width, spare, dy, 0)
+            _backward_row(
+                q, k, v, g, maximum[block], normaliser[block], oy * out_width, dy, dq, dk, dv, dg, rows, y0, y1,
+                width, out_width, slabs, kernel_size, stride, dilation, similarity, needs_geometry,
+                weights, next_weights, grad_weights, next_grad_weights,
+            )
+            _scatter_groups(dq, 0, first, pairs, groups, out_pixels, oy, out_width, grad_query)
         if needs_geometry:
             for lane in range(min(LANES, pairs - first)):
                 for t in range(taps):

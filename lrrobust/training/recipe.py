@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     image_size: int = Field(ge=16, le=1024)
     phases: tuple[Phase, ...] = Field(min_length=1)
     batch_size: int = Field(ge=2)
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     #: Norm to which a step's gradient is clipped.

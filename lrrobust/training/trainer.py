@@ -31,10 +31,13 @@ from lrrobust.models.weights import (
     dequantise,
     fit_weights,
     quantise,
+    read_weights,
     save_weights,
+    tensors_sha256,
 )
 from lrrobust.provenance import describe_environment
 from lrrobust.training.augmentation import augment
+from lrrobust.training.muon import Muon
 from lrrobust.training.recipe import Recipe
 
 #: A checkpoint at least this often, so that a kill costs little.
@@ -82,9 +85,20 @@ class Training:
 
     The order of the images and every random crop are functions of (seed, epoch or step) alone, so an
     interrupted run and an uninterrupted one follow the same curve.
+
+    Args:
+        initial_weights: file of weights to go on from instead of fresh ones; the optimiser starts anew.
     """
 
-    def __init__(self, model_name: str, recipe: Recipe, data: TrainingSet, folder: Path, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model_name: str,
+        recipe: Recipe,
+        data: TrainingSet,
+        folder: Path,
+        device: str = "cpu",
+        initial_weights: Path | None = None,
+    ) -> None:
         self.model_name = model_name
         self.recipe = recipe
         self.folder = folder
@@ -101,10 +115,16 @@ class Training:
         self.steps = self.steps_per_epoch * recipe.epochs
         torch.manual_seed(recipe.seed)
         self.network = build_network(model_name, len(self.classes)).to(self.device, memory_format=torch.channels_last)
+        self.initial_weights: dict[str, str] | None = None
+        if initial_weights is not None:
+            state, metadata = read_weights(initial_weights)
+            fit_weights(self.network, state, str(initial_weights))
+            self.initial_weights = {
+                "name": initial_weights.name if metadata is None else metadata.name,
+                "sha256": tensors_sha256(state),
+            }
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            group_parameters(self.network, recipe.weight_decay), lr=recipe.learning_rate, fused=True
-        )
+        self.optimizer = build_optimizer(self.network, recipe)
         self.step = 0
         self.wall_s = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -118,7 +138,12 @@ class Training:
     # --- checkpoints ---------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        return {"model": self.model_name, "recipe": self.recipe.model_dump(mode="json"), "images_sha256": self.images_sha256}
+        return {
+            "model": self.model_name,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "images_sha256": self.images_sha256,
+            "initial_weights": self.initial_weights,
+        }
 
     def _resume(self) -> None:
         if not self.checkpoint_path.exists():
@@ -133,7 +158,7 @@ class Training:
             ) from None
         if identity != self._identity():
             raise ConfigError(
-                f"{self.checkpoint_path} belongs to another training (model, recipe or images differ): "
+                f"{self.checkpoint_path} belongs to another training (model, recipe, images or initial weights differ): "
                 "choose another --out, or delete it to start again"
             )
         self.network.load_state_dict(state["network"])
@@ -336,6 +361,7 @@ class Training:
                 "steps": self.step,
                 "epochs": self.recipe.epochs,
                 "seed": self.recipe.seed,
+                "initial_weights": self.initial_weights,
                 "note": note,
                 "wall_s": round(self.wall_s, 1),
                 "threads": torch.get_num_threads(),
@@ -371,6 +397,23 @@ def seeded(*parts: int) -> torch.Generator:
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63)
     return torch.Generator().manual_seed(seed)
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser a recipe asks for, over all parameters of `network`."""
+    groups = group_parameters(network, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
+    # Linear layers here are the classifier and the geometry networks, whose rows and columns are no
+    # hidden features: AdamW suits them better (Jordan et al.).
+    kernels = {id(m.weight) for m in network.modules() if isinstance(m, nn.Conv2d)}
+    split = []
+    for group in groups:
+        for orthogonal in (True, False):
+            chosen = [p for p in group["params"] if (id(p) in kernels) == orthogonal]
+            if chosen:
+                split.append({**group, "params": chosen, "orthogonal": orthogonal})
+    return Muon(split, lr=recipe.learning_rate)
 
 
 def group_parameters(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

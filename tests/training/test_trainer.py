@@ -398,7 +398,7 @@ def test_finished_run_does_nothing_more(start, uninterrupted):
 @pytest.mark.parametrize("change", [{"learning_rate": 0.02}, {"model": "other"}, {"holdout": 0}, {"seed": 4}])
 def test_folder_of_another_training(start, uninterrupted, change):
     content = uninterrupted.checkpoint_path.read_bytes()
-    with pytest.raises(ConfigError, match=r"checkpoint.pt belongs to another training \(model, recipe or images differ\): choose another --out"):
+    with pytest.raises(ConfigError, match=r"checkpoint.pt belongs to another training \(model, recipe, images or initial weights differ\): choose another --out"):
         start("uninterrupted", **change)
     assert uninterrupted.checkpoint_path.read_bytes() == content
 
@@ -503,3 +503,43 @@ def test_accuracy_with_fewer_than_five_classes(photos):
         network[2].bias.copy_(torch.tensor([1.0, -1.0, -9.0]))
     # Told apart are dark and bright; the third class never comes first, and never misses the first three.
     assert accuracy_on_set(network, images) == (12 / 18, 1.0)
+
+
+def test_muon_takes_the_kernels_and_resumes_on_the_same_curve(start):
+    whole = start("whole", optimizer="muon")
+    groups = whole.optimizer.param_groups
+    names = {id(p): name for name, p in whole.network.named_parameters()}
+    orthogonal = {names[id(p)] for group in groups if group["orthogonal"] for p in group["params"]}
+    assert orthogonal == {"0.weight", "2.query_key.0.weight", "2.output.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    whole.run()
+    assert whole.rows[-1]["train_loss"] < whole.rows[0]["train_loss"]
+
+    def stop(progress):
+        if progress.step == STEPS_PER_EPOCH + 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start("halves", optimizer="muon").run(on_step=stop)
+    resumed = start("halves", optimizer="muon")
+    resumed.run()
+    torch.testing.assert_close(state_of(resumed), state_of(whole), rtol=0, atol=0)
+
+
+def test_goes_on_from_given_weights(start, photos, recipe, colours, tiny_lr_net, tmp_path):
+    first = start("first")
+    first.run()
+    path = first.export("FIRST", [photos(first.classes)])
+    second = Training(tiny_lr_net, recipe, colours, tmp_path / "second", initial_weights=path)
+    torch.testing.assert_close(
+        dict(second.average.state_dict()),
+        dict(load_classifier("tiny", weights=str(path), imagenet_classes=()).module.state_dict()),
+        rtol=0,
+        atol=0,
+    )
+    second.run()
+    metadata = read_metadata(second.export("SECOND", [photos(first.classes)]))
+    assert metadata.training["initial_weights"]["name"] == "FIRST"
+    assert len(metadata.training["initial_weights"]["sha256"]) == 64
+    with pytest.raises(ConfigError, match="initial weights differ"):
+        Training(tiny_lr_net, recipe, colours, tmp_path / "second")

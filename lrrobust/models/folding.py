@@ -1,0 +1,64 @@
+"""What is constant while a network of ours is evaluated, computed once."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lrrobust.models.lrnet import GeometryPrior, LocalRelationLayer
+from lrrobust.models.residual import ResidualNetwork
+
+
+class ConstantGeometry(nn.Module):
+    """The scores (groups, k, k) that a geometry network gives, without the network."""
+
+    def __init__(self, prior: GeometryPrior) -> None:
+        super().__init__()
+        self.register_buffer("scores", prior().detach())
+
+    def forward(self) -> torch.Tensor:
+        return self.scores
+
+
+def fold_constants(network: nn.Module) -> nn.Module:
+    """The same function up to rounding, cheaper: an attack takes thousands of gradients of unchanging weights.
+
+    Batch normalisation, an affine map once its statistics are fixed, goes into the convolution before it,
+    and geometry networks become their values. Networks of other people are returned as they are: how theirs
+    are built, and what they do in evaluation mode, is not known here.
+
+    Args:
+        network: in evaluation mode. It is not changed.
+
+    Returns:
+        a copy in evaluation mode whose weights cannot be trained further.
+    """
+    if not isinstance(network, ResidualNetwork):
+        return network
+    folded = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in list(folded.modules()):
+        if isinstance(module, nn.Sequential):
+            _fold_batch_norms(module)
+        if isinstance(module, LocalRelationLayer):
+            module.geometry = ConstantGeometry(module.geometry)
+        if isinstance(module, nn.ReLU):
+            # In place it would now change a view of a matrix product, for which autograd copies gradients twice.
+            module.inplace = False
+    return folded.to(memory_format=torch.channels_last)
+
+
+def _fold_batch_norms(layers: nn.Sequential) -> None:
+    for i in range(1, len(layers)):
+        norm, before = layers[i], layers[i - 1]
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if isinstance(before, LocalRelationLayer):
+            before.output = fuse_conv_bn_eval(before.output, norm)
+        elif isinstance(before, nn.Conv2d):
+            layers[i - 1] = fuse_conv_bn_eval(before, norm)
+        else:
+            continue
+        layers[i] = nn.Identity()
