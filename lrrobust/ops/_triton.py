@@ -1,0 +1,478 @@
+"""The local relation as Triton kernels, forward and backward, for NVIDIA GPUs.
+
+What must move is every input once and the output once; the 49-fold reuse has to come from caches. So:
+
+* A program owns BLOCK_P output (or input) positions of BLOCK_G groups, all channels of a group at once.
+  Positions run row by row through vertical strips of the image (`_strip_width`), then through the
+  images: a block of a large map is about square, so that its halo is small and stays in the first-level
+  cache, and a block of a small map (7x7, 4x4, 2x2) takes several images.
+* Taps are a plain loop over registers: nothing in the forward pass and in the gradients of query, key
+  and value is shared between threads, so there is no synchronisation and no atomic addition. All
+  results are the same from run to run.
+* The forward pass finds the largest score first, from the keys alone (an eighth of the bytes), then sums
+  in one pass, and saves the log-sum-exp. The backward pass recomputes the weights from it.
+* Backward is two launches, because the first finds a number per output position that all input positions
+  around it need, delta = sum over p of weight * d loss / d weight. Reading it off the stored output
+  instead would cost half-precision gradients their accuracy. The first launch also adds up the geometry's gradient
+  by block, if it is wanted (attacks do not); torch sums the blocks.
+* Tensors are read through their strides, so no input is ever copied; results are channels-last, which is
+  also the fast layout for inputs (8 channels of a group are one 16-byte load in half precision).
+
+Scores, weights and sums are float32 whatever the inputs; exact arithmetic per output element is 49
+exponentials and 49 * 9 multiply-adds a group, which in half precision outweighs the bytes on an H200.
+
+Block sizes are fixed by rule, so that results do not depend on timing; with
+`torch.backends.cudnn.benchmark = True` the fastest of a few is measured at the first call of each shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
+
+#: Numbers a program holds per accumulator.
+BLOCK_NUMBERS = 1024
+#: (BLOCK_G, warps): the first is the rule, all are tried under `cudnn.benchmark`.
+CONFIGS = ((4, 4), (2, 4), (1, 4), (8, 4), (4, 8), (2, 2))
+
+
+@triton.jit
+def _locate(batch, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Image, row, column and existence of this program's positions.
+
+    The kernels multiply the groups of what has one number a group by ONE, whose value the compiler is not told. If
+    it knew that they are contiguous, it would load several in one thread, and then exchange them between
+    threads at every tap, since that is not how the channels are laid out over threads.
+    """
+    PER_STRIP: tl.constexpr = HEIGHT * STRIP
+    PER_IMAGE: tl.constexpr = PER_STRIP * ((WIDTH + STRIP - 1) // STRIP)
+    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = position // PER_IMAGE
+    in_image = (position % PER_IMAGE).to(tl.int32)
+    in_strip = in_image % PER_STRIP
+    y = in_strip // STRIP
+    x = in_image // PER_STRIP * STRIP + in_strip % STRIP
+    return n, y, x, (n < batch) & (x < WIDTH)
+
+
+@triton.jit
+def _score(q, k, bias, SIMILARITY: tl.constexpr):
+    if SIMILARITY == 2:
+        return q * k + bias
+    difference = q - k
+    if SIMILARITY == 1:
+        return bias - tl.abs(difference)
+    return bias - difference * difference
+
+
+@triton.jit
+def _sign(difference):
+    """-1, 0 or 1; NaN for NaN."""
+    return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+
+
+@triton.jit(do_not_specialize=["ONE"])
+def _forward_kernel(
+    query, key, value, geometry, out, log_sum, batch, ONE,
+    QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
+    KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, SIMILARITY: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    RADIUS: tl.constexpr = KERNEL // 2
+    n, y, x, exists = _locate(batch, OUT_HEIGHT, OUT_WIDTH, STRIP, BLOCK_P)
+    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    alone = g * ONE  # see `_locate`
+    m = tl.arange(0, BLOCK_M)
+    c = g[:, None] * PER_GROUP + m[None, :]
+    has_group = g < GROUPS
+    has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
+    exists_2d = exists[:, None] & has_group[None, :]
+
+    q = tl.load(query + (n * QN + y * QY + x * QX)[:, None] + alone[None, :] * QG, mask=exists_2d, other=0.0).to(tl.float32)
+    keys = key + (n * KN)[:, None] + alone[None, :] * KG
+    values = value + (n * VN)[:, None, None] + c[None, :, :] * VC
+
+    largest = tl.full((BLOCK_P, BLOCK_G), float("-inf"), tl.float32)
+    for i in range(KERNEL):
+        row = y * STRIDE + (i - RADIUS) * DILATION
+        for j in tl.static_range(KERNEL):
+            column = x * STRIDE + (j - RADIUS) * DILATION
+            inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+            mask = inside[:, None] & has_group[None, :]
+            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
+            score = _score(q, k, bias[None, :], SIMILARITY)
+            largest = tl.maximum(largest, tl.where(mask, score, float("-inf")))
+    largest = tl.where(exists_2d, largest, 0.0)
+
+    total = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    sums = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_M), tl.float32)
+    for i in range(KERNEL):
+        row = y * STRIDE + (i - RADIUS) * DILATION
+        for j in tl.static_range(KERNEL):
+            column = x * STRIDE + (j - RADIUS) * DILATION
+            inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+            mask = inside[:, None] & has_group[None, :]
+            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(
+                values + (row * VY + column * VX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+            ).to(tl.float32)
+            bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest), 0.0)
+            total += weight
+            sums += weight[:, :, None] * v
+
+    total = tl.where(exists_2d, total, 1.0)
+    at = n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x
+    tl.store(log_sum + at[:, None] * GROUPS + alone[None, :], largest + tl.log(total), mask=exists_2d)
+    result = sums / total[:, :, None]
+    tl.store(
+        out + at[:, None, None] * CHANNELS + c[None, :, :],
+        result.to(out.dtype.element_ty), mask=exists_2d[:, :, None] & has_channel[None, :, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ONE"])
+def _backward_outputs_kernel(
+    query, key, value, geometry, log_sum, grad_out, grad_query, delta, grad_geometry, batch, ONE,
+    QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
+    KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
+    ON, OC: tl.constexpr, OY: tl.constexpr, OX: tl.constexpr,
+    NEEDS_GEOMETRY: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, SIMILARITY: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Per output position: gradient of its query, delta, and its block's share of the geometry's gradient."""
+    RADIUS: tl.constexpr = KERNEL // 2
+    n, y, x, exists = _locate(batch, OUT_HEIGHT, OUT_WIDTH, STRIP, BLOCK_P)
+    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    alone = g * ONE  # see `_locate`
+    m = tl.arange(0, BLOCK_M)
+    c = g[:, None] * PER_GROUP + m[None, :]
+    has_group = g < GROUPS
+    has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
+    exists_2d = exists[:, None] & has_group[None, :]
+    exists_3d = exists_2d[:, :, None] & has_channel[None, :, :]
+
+    at = (n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x)[:, None] * GROUPS + alone[None, :]
+    q = tl.load(query + (n * QN + y * QY + x * QX)[:, None] + alone[None, :] * QG, mask=exists_2d, other=0.0).to(tl.float32)
+    normaliser = tl.load(log_sum + at, mask=exists_2d, other=0.0)
+    grad = tl.load(
+        grad_out + (n * ON + y * OY + x * OX)[:, None, None] + c[None, :, :] * OC, mask=exists_3d, other=0.0
+    ).to(tl.float32)
+    keys = key + (n * KN)[:, None] + alone[None, :] * KG
+    values = value + (n * VN)[:, None, None] + c[None, :, :] * VC
+    # d score / d query is needed up to what all neighbours have in common, since the weights' gradients
+    # sum to zero: keys relative to the centre's do not cancel where queries and keys are large.
+    centre = tl.load(keys + (y * (STRIDE * KY) + x * (STRIDE * KX))[:, None], mask=exists_2d, other=0.0).to(tl.float32)
+
+    mean = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    mean_slope = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    mean_product = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    for i in range(KERNEL):
+        row = y * STRIDE + (i - RADIUS) * DILATION
+        for j in tl.static_range(KERNEL):
+            column = x * STRIDE + (j - RADIUS) * DILATION
+            inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+            mask = inside[:, None] & has_group[None, :]
+            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(
+                values + (row * VY + column * VX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+            ).to(tl.float32)
+            bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+            by_weight = tl.sum(grad * v, axis=2)
+            slope = -_sign(q - k) if SIMILARITY == 1 else k - centre
+            mean += weight * by_weight
+            mean_slope += weight * slope
+            mean_product += weight * by_weight * slope
+    by_query = mean_product - mean * mean_slope
+    if SIMILARITY == 0:
+        by_query *= 2.0
+    grad_at = grad_query + at
+    tl.store(grad_at, by_query.to(grad_query.dtype.element_ty), mask=exists_2d)
+    tl.store(delta + at, mean, mask=exists_2d)
+
+    if NEEDS_GEOMETRY:
+        for i in range(KERNEL):
+            row = y * STRIDE + (i - RADIUS) * DILATION
+            for j in tl.static_range(KERNEL):
+                column = x * STRIDE + (j - RADIUS) * DILATION
+                inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+                mask = inside[:, None] & has_group[None, :]
+                k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+                v = tl.load(
+                    values + (row * VY + column * VX)[:, None, None],
+                    mask=mask[:, :, None] & has_channel[None, :, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                tap = alone * (KERNEL * KERNEL) + i * KERNEL + j
+                bias = tl.load(geometry + tap, mask=has_group, other=0.0).to(tl.float32)
+                weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+                by_score = tl.sum(weight * (tl.sum(grad * v, axis=2) - mean), axis=0)
+                block = tl.program_id(0).to(tl.int64) * (GROUPS * KERNEL * KERNEL)
+                tl.store(grad_geometry + block + tap, by_score, mask=has_group)
+
+
+@triton.jit(do_not_specialize=["ONE"])
+def _backward_inputs_kernel(
+    query, key, value, geometry, log_sum, grad_out, delta, grad_key, grad_value, batch, ONE,
+    QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
+    KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
+    ON, OC: tl.constexpr, OY: tl.constexpr, OX: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, SIMILARITY: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Per input position: gradients of its key and value, gathered from the outputs that see it."""
+    RADIUS: tl.constexpr = KERNEL // 2
+    n, y, x, exists = _locate(batch, HEIGHT, WIDTH, STRIP, BLOCK_P)
+    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    alone = g * ONE  # see `_locate`
+    m = tl.arange(0, BLOCK_M)
+    c = g[:, None] * PER_GROUP + m[None, :]
+    has_group = g < GROUPS
+    has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
+    exists_2d = exists[:, None] & has_group[None, :]
+    exists_3d = exists_2d[:, :, None] & has_channel[None, :, :]
+
+    k = tl.load(key + (n * KN + y * KY + x * KX)[:, None] + alone[None, :] * KG, mask=exists_2d, other=0.0).to(tl.float32)
+    v = tl.load(
+        value + (n * VN + y * VY + x * VX)[:, None, None] + c[None, :, :] * VC, mask=exists_3d, other=0.0
+    ).to(tl.float32)
+    queries = query + (n * QN)[:, None] + alone[None, :] * QG
+    grads = grad_out + (n * ON)[:, None, None] + c[None, :, :] * OC
+    outputs = (n * (OUT_HEIGHT * OUT_WIDTH * GROUPS))[:, None] + alone[None, :]
+
+    by_key = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    by_value = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_M), tl.float32)
+    for i in range(KERNEL):
+        # stride * row: of the output that has this position as its tap (i, j)
+        row_at = y - (i - RADIUS) * DILATION
+        row = row_at // STRIDE
+        row_inside = (row_at >= 0) & (row_at % STRIDE == 0) & (row < OUT_HEIGHT)
+        for j in tl.static_range(KERNEL):
+            column_at = x - (j - RADIUS) * DILATION
+            column = column_at // STRIDE
+            inside = exists & row_inside & (column_at >= 0) & (column_at % STRIDE == 0) & (column < OUT_WIDTH)
+            mask = inside[:, None] & has_group[None, :]
+            q = tl.load(queries + (row * QY + column * QX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(
+                grads + (row * OY + column * OX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+            ).to(tl.float32)
+            at = outputs + ((row * OUT_WIDTH + column) * GROUPS)[:, None]
+            normaliser = tl.load(log_sum + at, mask=mask, other=0.0)
+            mean = tl.load(delta + at, mask=mask, other=0.0)
+            bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+            by_score = weight * (tl.sum(grad * v, axis=2) - mean)
+            if SIMILARITY == 0:
+                by_key += by_score * (2.0 * (q - k))
+            elif SIMILARITY == 1:
+                by_key += by_score * _sign(q - k)
+            else:
+                by_key += by_score * q
+            by_value += weight[:, :, None] * grad
+
+    at = n * (HEIGHT * WIDTH) + y * WIDTH + x
+    tl.store(grad_key + at[:, None] * GROUPS + alone[None, :], by_key.to(grad_key.dtype.element_ty), mask=exists_2d)
+    tl.store(
+        grad_value + at[:, None, None] * CHANNELS + c[None, :, :],
+        by_value.to(grad_value.dtype.element_ty), mask=exists_3d,
+    )  # fmt: skip
+
+
+#: Under TRITON_INTERPRET=1 the kernels run on CPU tensors, as Python: the way they are tested without a GPU.
+IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+
+
+def _strip_width(width: int) -> int:
+    """Strips as equal as possible, of about 16 positions; maps up to twice that are not cut."""
+    return width if width <= 32 else -(-width // -(-width // 16))
+
+
+def _block_positions(block_groups: int, block_channels: int) -> int:
+    return max(8, BLOCK_NUMBERS // (block_groups * block_channels))
+
+
+def _strides(name: str, maps: Tensor) -> dict[str, int]:
+    """As kernel arguments: from image to image, channel to channel, row to row and column to column."""
+    channel = "C" if name in "VO" else "G"
+    return dict(zip((f"{name}N", f"{name}{channel}", f"{name}Y", f"{name}X"), maps.stride(), strict=True))
+
+
+def _constants(query, value, geometry, stride, dilation, similarity, per_group) -> dict[str, int]:
+    return {
+        "ONE": 1,
+        "GROUPS": query.shape[1],
+        "CHANNELS": value.shape[1],
+        "PER_GROUP": per_group,
+        "HEIGHT": value.shape[2],
+        "WIDTH": value.shape[3],
+        "OUT_HEIGHT": query.shape[2],
+        "OUT_WIDTH": query.shape[3],
+        "KERNEL": geometry.shape[-1],
+        "STRIDE": stride,
+        "DILATION": dilation,
+        "SIMILARITY": SIMILARITY_CODES[similarity],
+        "BLOCK_M": triton.next_power_of_2(per_group),
+    }
+
+
+def _blocks(maps: Tensor, block_positions: int) -> int:
+    """How many programs cover the positions of all images."""
+    batch, _, height, width = maps.shape
+    strip = _strip_width(width)
+    return triton.cdiv(batch * height * strip * triton.cdiv(width, strip), block_positions)
+
+
+def _launch(kernel, positions: Tensor, arguments: dict, may_tune: bool = True) -> None:
+    """Runs a kernel over the positions of a (N, *, H, W) tensor and all groups."""
+    block_m, groups = arguments["BLOCK_M"], arguments["GROUPS"]
+
+    def grid(meta):
+        return _blocks(positions, meta["BLOCK_P"]), triton.cdiv(groups, meta["BLOCK_G"])
+
+    arguments = {**arguments, "batch": positions.shape[0], "STRIP": _strip_width(positions.shape[3])}
+    if may_tune and positions.is_cuda and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+        _tuned(kernel, block_m)[grid](**arguments)
+    else:
+        block_g, warps = CONFIGS[0]
+        kernel[grid](**arguments, BLOCK_P=_block_positions(block_g, block_m), BLOCK_G=block_g, num_warps=warps)
+
+
+@functools.cache
+def _tuned(kernel, block_m: int):
+    configs = [
+        triton.Config({"BLOCK_P": _block_positions(groups, block_m), "BLOCK_G": groups}, num_warps=warps)
+        for groups, warps in CONFIGS
+    ]
+    key = ["batch", "GROUPS", "CHANNELS", "HEIGHT", "WIDTH", "STRIDE", "DILATION", "KERNEL", "SIMILARITY"]
+    return triton.autotune(configs, key=key)(kernel)
+
+
+def _new_maps(batch: int, channels: int, height: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
+    return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, groups, *size = query.shape
+    out = _new_maps(batch, value.shape[1], *size, like=value)
+    return out, _new_maps(batch, groups, *size, like=query, dtype=torch.float32)
+
+
+def _allocate_gradients(query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, needs_geometry: bool):
+    grads = [_new_maps(*x.shape, like=x) for x in (query, key, value)]
+    return *grads, geometry.new_empty(geometry.shape if needs_geometry else 0)
+
+
+@torch.library.custom_op("lrrobust::local_relation", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor,
+    stride: int, dilation: int, similarity: str, per_group: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and the log-sum-exp of every window's scores in float32."""
+    out, log_sum = _allocate_outputs(query, value)
+    if query.shape[0]:
+        arguments = {"query": query, "key": key, "value": value, "geometry": geometry.contiguous()}
+        arguments |= {"out": out, "log_sum": log_sum}
+        arguments |= _strides("Q", query) | _strides("K", key) | _strides("V", value)
+        arguments |= _constants(query, value, geometry, stride, dilation, similarity, per_group)
+        with _on(value):
+            _launch(_forward_kernel, query, arguments)
+    return out, log_sum
+
+
+@_forward.register_fake
+def _(query, key, value, geometry, stride, dilation, similarity, per_group):
+    return _allocate_outputs(query, value)
+
+
+@torch.library.custom_op("lrrobust::local_relation_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, log_sum: Tensor, grad_out: Tensor,
+    stride: int, dilation: int, similarity: str, per_group: int, needs_geometry: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value and geometry; that of the geometry is empty if it is not needed."""
+    *grads, grad_geometry = _allocate_gradients(query, key, value, geometry, needs_geometry)
+    if not query.shape[0]:
+        return *grads, grad_geometry.zero_()
+    delta = torch.empty_like(log_sum)
+    constants = _constants(query, value, geometry, stride, dilation, similarity, per_group)
+    # One row a program, added up in their order by torch: atomic additions would come in any order.
+    blocks = _blocks(query, _block_positions(CONFIGS[0][0], constants["BLOCK_M"])) if needs_geometry else 0
+    by_block = log_sum.new_empty((blocks, *geometry.shape))
+    arguments = {"query": query, "key": key, "value": value, "geometry": geometry.contiguous()}
+    arguments |= {"log_sum": log_sum, "grad_out": grad_out, "delta": delta}
+    arguments |= _strides("Q", query) | _strides("K", key) | _strides("V", value) | _strides("O", grad_out)
+    arguments |= constants
+    by_output = {"grad_query": grads[0], "grad_geometry": by_block, "NEEDS_GEOMETRY": needs_geometry}
+    by_input = {"grad_key": grads[1], "grad_value": grads[2]}
+    with _on(value):
+        _launch(_backward_outputs_kernel, query, arguments | by_output, may_tune=not needs_geometry)
+        _launch(_backward_inputs_kernel, key, arguments | by_input)
+    if needs_geometry:
+        grad_geometry.copy_(by_block.sum(0))
+    return *grads, grad_geometry
+
+
+@_backward.register_fake
+def _(query, key, value, geometry, log_sum, grad_out, stride, dilation, similarity, per_group, needs_geometry):
+    return _allocate_gradients(query, key, value, geometry, needs_geometry)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever the tensors' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_log_sum):
+    if grad_out is None:
+        return (None,) * 8
+    needs_geometry = ctx.needs_input_grad[3]
+    *grads, grad_geometry = _backward(
+        *ctx.saved_tensors, grad_out, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group, needs_geometry
+    )
+    return *grads, grad_geometry if needs_geometry else None, None, None, None, None
+
+
+# No rule for autocast is needed: custom operations take their arguments as they come, and this one takes
+# half precision and float32 side by side and always sums in float32.
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def local_relation_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    *,
+    stride: int,
+    dilation: int,
+    similarity: str,
+    channels_per_group: int,
+) -> Tensor:
+    """Same arguments and result as `local_relation`, which checks them first. Differentiable once."""
+    return _forward(query, key, value, geometry, stride, dilation, similarity, channels_per_group)[0]
