@@ -12,7 +12,7 @@ from torch import nn
 
 from lrrobust.models.residual import PointwiseConvolution, ResidualNetwork
 from lrrobust.ops import local_relation
-from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Similarity
+from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, Similarity
 
 #: Hidden units of the geometry network.
 GEOMETRY_HIDDEN = 16
@@ -58,12 +58,14 @@ class LocalRelationLayer(nn.Module):
         kernel_size: int = 7,
         similarity: Similarity = "squared_difference",
         channels_per_group: int = PAPER_CHANNELS_PER_GROUP,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.stride = stride
         self.kernel_size = kernel_size
         self.similarity: Similarity = similarity
         self.channels_per_group = channels_per_group
+        self.backend: Backend = backend
         self.groups = -(-channels // channels_per_group)
         self.query_key = nn.Sequential(PointwiseConvolution(channels, 2 * self.groups), nn.BatchNorm2d(2 * self.groups))
         self.geometry = GeometryPrior(self.groups, kernel_size)
@@ -80,6 +82,7 @@ class LocalRelationLayer(nn.Module):
             stride=self.stride,
             similarity=self.similarity,
             channels_per_group=self.channels_per_group,
+            backend=self.backend,
         )
         return self.output(aggregated)
 

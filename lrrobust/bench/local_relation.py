@@ -1,0 +1,158 @@
+"""The local relation layer's operation: every backend, a loop over slices, and the convolution it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_args
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from lrrobust.bench.interleaved import time_interleaved
+from lrrobust.bench.peak_memory import measure_peak_bytes
+from lrrobust.ops import local_relation
+from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, why_not
+
+KERNEL_SIZE = 7
+BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
+SLICES = "49 slices"
+CONVOLUTION = "3x3 convolution"
+
+
+class Stage(NamedTuple):
+    """The operation's place in LR-Net-50: channels and side of its input, and its stride."""
+
+    name: str
+    channels: int
+    size: int
+    stride: int = 1
+    #: Channels of the 3x3 convolution that stands there in ResNet-50; none at the stem (7x7, stride 2).
+    convolution_channels: int | None = None
+
+
+#: At 224 pixels.
+STAGES = (
+    Stage("stem", 64, 224, 2),
+    Stage("56x56", 100, 56, 1, 64),
+    Stage("28x28", 200, 28, 1, 128),
+    Stage("14x14", 400, 14, 1, 256),
+    Stage("7x7", 800, 7, 1, 512),
+)
+
+
+class _Inputs(NamedTuple):
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    geometry: torch.Tensor
+
+
+def compare_operations(
+    stages: Sequence[Stage] = STAGES,
+    *,
+    batch_size: int = 8,
+    repeats: int = 5,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    dtype: torch.dtype = torch.float32,
+    with_memory: bool = True,
+) -> pd.DataFrame:
+    """Forward and backward (to query, key and value, as in an attack) of all that can run on the device.
+
+    Returns:
+        One row for each stage, round and way: `stage`, `name`, `repeat`, `wall_s`, and where it was measured
+        `peak_bytes`, what was held at once beside the inputs, and `io_bytes`, inputs, outputs and gradients.
+    """
+    frames = []
+    for stage in stages:
+        ways = {}
+        inputs = _make_inputs(stage, batch_size, device, dtype)
+        for backend in BACKENDS:
+            if why_not(backend, *inputs) is None:
+                ways[backend] = _step(inputs, lambda *tensors, b=backend, s=stage: _call(b, s, *tensors))
+        ways[SLICES] = _step(inputs, lambda *tensors, s=stage: sum_of_slices(*tensors, stride=s.stride))
+        if stage.convolution_channels is not None:
+            ways[CONVOLUTION] = _convolution_step(stage, batch_size, device, dtype)
+        frame = time_interleaved(ways, repeats=repeats, device=device)
+        frame.insert(0, "stage", stage.name)
+        if with_memory and device.type == "cpu":
+            peaks = {name: measure_peak_bytes(prepare_step, stage, batch_size, name) for name in ways if name in BACKENDS}
+            frame["peak_bytes"] = frame["name"].map(peaks)
+        outputs = inputs.value.numel() // stage.stride**2
+        frame["io_bytes"] = (2 * sum(t.numel() for t in inputs[:3]) + 2 * outputs) * inputs.value.element_size()
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def sum_of_slices(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, geometry: torch.Tensor, *, stride: int = 1
+) -> torch.Tensor:
+    """The operation as a loop over the taps, each a shifted slice of padded maps; how one writes it without unfold."""
+    channels, (height, width) = value.shape[1], query.shape[2:]
+    radius = KERNEL_SIZE // 2
+    padding = (radius,) * 4
+    inside = F.pad(torch.zeros_like(key[:1, :1]), padding, value=float("-inf"))
+    keys, values = F.pad(key, padding), F.pad(value, padding)
+
+    def shifted(maps: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+        return maps[:, :, dy : dy + (height - 1) * stride + 1 : stride, dx : dx + (width - 1) * stride + 1 : stride]
+
+    offsets = [(dy, dx) for dy in range(KERNEL_SIZE) for dx in range(KERNEL_SIZE)]
+    scores = [
+        -((query - shifted(keys, dy, dx)) ** 2) + geometry[:, dy, dx].view(1, -1, 1, 1) + shifted(inside, dy, dx)
+        for dy, dx in offsets
+    ]
+    weights = torch.stack(scores).softmax(0)
+    total = torch.zeros(())
+    for weight, (dy, dx) in zip(weights, offsets, strict=True):
+        spread = weight.repeat_interleave(PAPER_CHANNELS_PER_GROUP, dim=1)[:, :channels]
+        total = total.to(value) + spread * shifted(values, dy, dx)
+    return total
+
+
+def prepare_step(stage: Stage, batch_size: int, backend: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """For `measure_peak_bytes`: one small step, and the step itself."""
+
+    def build(stage: Stage, batch_size: int) -> Callable[[], object]:
+        inputs = _make_inputs(stage, batch_size, torch.device("cpu"), torch.float32)
+        return _step(inputs, lambda *tensors: _call(backend, stage, *tensors))
+
+    return build(stage._replace(channels=8, size=8), 1), build(stage, batch_size)
+
+
+def _make_inputs(stage: Stage, batch_size: int, device: torch.device, dtype: torch.dtype) -> _Inputs:
+    groups = -(-stage.channels // PAPER_CHANNELS_PER_GROUP)
+    out_size = -(-stage.size // stage.stride)
+
+    def maps(channels: int, size: int) -> torch.Tensor:
+        made = torch.randn(batch_size, channels, size, size, device=device, dtype=dtype)
+        return made.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    geometry = torch.randn(groups, KERNEL_SIZE, KERNEL_SIZE, device=device, dtype=dtype)
+    return _Inputs(maps(groups, out_size), maps(groups, stage.size), maps(stage.channels, stage.size), geometry)
+
+
+def _call(backend: str, stage: Stage, *inputs: torch.Tensor) -> torch.Tensor:
+    return local_relation(*inputs, kernel_size=KERNEL_SIZE, stride=stage.stride, backend=backend)
+
+
+def _step(inputs: _Inputs, function: Callable[..., torch.Tensor]) -> Callable[[], object]:
+    def step() -> object:
+        out = function(*inputs)
+        return torch.autograd.grad(out, inputs[:3], out.detach())
+
+    return step
+
+
+def _convolution_step(stage: Stage, batch_size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    channels = stage.convolution_channels
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+    layer = layer.requires_grad_(False).to(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, channels, stage.size, stage.size, device=device, dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def step() -> object:
+        out = layer(images)
+        return torch.autograd.grad(out, images, out.detach())
+
+    return step

@@ -1,0 +1,61 @@
+"""The most memory that a computation holds at once, above what it started with."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+#: Called in a process of its own with the arguments given; returns a small run that loads everything there is
+#: to load, and the run that is measured.
+Preparation = Callable[..., "tuple[Callable[[], object], Callable[[], object]]"]
+
+
+def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
+    """Peak resident memory of the measured run on the CPU, less what was resident before it, in bytes.
+
+    In a fresh process, since memory that an earlier computation has freed but kept would hide the need for
+    it. NaN where the system does not tell (it is read from /proc, so only Linux does).
+
+    Args:
+        prepare: a function at the top level of a module; its arguments must be picklable.
+
+    Raises:
+        RuntimeError: the computation failed there, for instance for want of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{prepare.__name__}{arguments} ended with exit code {process.exitcode}") from None
+    process.join()
+    return result
+
+
+def _measure(sender: Connection, threads: int, prepare: Preparation, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    warm_up, run = prepare(*arguments)
+    warm_up()
+    before = _resident_bytes("VmRSS")
+    run()
+    sender.send(_resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> float:
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith(f"{field}:"):
+                    return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return math.nan
