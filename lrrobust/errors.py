@@ -35,6 +35,10 @@ class BackendError(LrRobustError):
     """A backend of the local relation op was asked for and cannot run."""
 
 
+class BackendWarning(UserWarning):
+    """No fused backend of the local relation op can run, so a slower one does. Not an error: results agree."""
+
+
 class StoreError(LrRobustError):
     """Results cannot be written or read, or belong to another run."""
 

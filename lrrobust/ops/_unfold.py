@@ -6,6 +6,9 @@ a (positions, pixels) matrix per group, with a bias gathered from the geometry t
 window, and the aggregation is one batched matrix product. No window is ever copied out, a patch is
 clipped where the image ends instead of padded, and a map of 8x8 and below is a single tile.
 
+Zero weights outside the window take part in that product, so a NaN or infinity reaches every position of
+its tile, not only those that see it.
+
 The backward pass keeps the inputs only and recomputes the weights tile by tile, so forward and backward
 both need, beside their results, a few arrays of the size of `value` at most, or of a fixed size. It is written in
 differentiable operations: with `create_graph` torch records them, and can differentiate again.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+import os
+import warnings
 from typing import Literal, get_args
 
 import torch
 
-from lrrobust.errors import BackendError
+from lrrobust.errors import BackendError, BackendWarning
 from lrrobust.ops._reference import local_relation_reference
+from lrrobust.ops._unfold import local_relation_unfold
 
 Similarity = Literal["squared_difference", "absolute_difference", "multiplication"]
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "unfold", "cpu", "triton"]
 
 #: Channels that share one aggregation in the paper (section 3.3).
 PAPER_CHANNELS_PER_GROUP = 8
@@ -52,9 +54,12 @@ def local_relation(
         similarity: phi.
         channels_per_group: m, with G = ceil(C / m); the last group has what is left. By default 8, as in
             the paper, where that fits C and G, else ceil(C / G).
-        backend: "reference" (plain torch, any device and floating dtype), "cpu" (fused loop; float32,
-            and bfloat16 or float16 with float32 accumulation; differentiable once), or "auto": the
-            fastest that can run.
+        backend: what computes it.
+            "reference": plain torch as one would write it down; any device and floating dtype.
+            "unfold": plain torch in tiles, with bounded memory; any device and floating dtype.
+            "cpu": fused loop on the CPU; "triton": fused kernels on NVIDIA GPUs. Both take float32, bfloat16 and
+            float16, accumulate in float32, and can be differentiated once.
+            "auto": the fused one of the device, else "unfold" with a `BackendWarning`, once for each reason.
 
     Returns:
         (N, C, Ho, Wo) in the dtype of `value`.
@@ -62,6 +67,9 @@ def local_relation(
     Raises:
         ValueError: shapes, dtypes or options do not fit together.
         BackendError: the backend asked for cannot run here; the message says why.
+
+    Warns:
+        BackendWarning: "auto" found no fused backend; the message says why.
 
     Source: Hu et al., Local Relation Networks for Image Recognition, ICCV 2019, sections 3.2 and 3.3;
     the border follows the authors' kernel.
@@ -71,6 +79,10 @@ def local_relation(
     chosen = choose_backend(backend, query, key, value, geometry)
     if chosen == "cpu":
         from lrrobust.ops._cpu import local_relation_cpu as implementation
+    elif chosen == "triton":
+        from lrrobust.ops._triton import local_relation_triton as implementation
+    elif chosen == "unfold":
+        implementation = local_relation_unfold
     else:
         implementation = local_relation_reference
     return implementation(
@@ -136,7 +148,12 @@ def choose_channels_per_group(channels: int, groups: int, asked: int | None) -> 
 def choose_backend(backend: str, *tensors: torch.Tensor) -> str:
     """The backend that will run: the one asked for, or with "auto" the fastest that can."""
     if backend == "auto":
-        return "cpu" if why_not("cpu", *tensors) is None else "reference"
+        fused = "triton" if tensors[0].device.type == "cuda" else "cpu"
+        reason = why_not(fused, *tensors)
+        if reason is None:
+            return fused
+        _warn_of_slow_backend(f"local_relation runs the slower backend 'unfold': {fused!r} cannot run, {reason}")
+        return "unfold"
     if backend not in get_args(Backend):
         raise BackendError(f"unknown backend {backend!r} of local_relation: known are {', '.join(get_args(Backend))}")
     reason = why_not(backend, *tensors)
@@ -145,22 +162,61 @@ def choose_backend(backend: str, *tensors: torch.Tensor) -> str:
     return backend
 
 
+#: Messages that have been given: a network calls the op thousands of times.
+_warned: set[str] = set()
+
+
+def _warn_of_slow_backend(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, BackendWarning, stacklevel=4)
+
+
 def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
     """Why a backend cannot run on these tensors, or None if it can. Never raises."""
-    if backend == "reference":
+    if backend in ("reference", "unfold"):
         return None
+    if backend not in ("cpu", "triton"):
+        return "there is no such backend"
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it needs tensors on the CPU, got one on {tensor.device}"
+        reason = _why_not_a_gpu(tensor.device) if backend == "triton" else _why_not_the_cpu(tensor.device)
+        if reason is not None:
+            return reason
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it computes in float32 and takes float32, bfloat16 or float16, got {tensor.dtype}"
-    return _why_not_numba()
+    return _why_not_importable(backend)
 
 
-@functools.cache
-def _why_not_numba() -> str | None:
-    try:
-        import lrrobust.ops._cpu  # noqa: F401
-    except Exception as error:  # numba fails with many types when it does not match numpy or the processor
-        return f"numba cannot be used ({type(error).__name__}: {error})"
+def _why_not_the_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it needs tensors on the CPU, got one on {device}"
+
+
+def _why_not_a_gpu(device: torch.device) -> str | None:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"it needs tensors on an NVIDIA GPU, got one on {device}"
+    if torch.version.hip is not None:
+        return "it is made for NVIDIA GPUs, this torch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
     return None
+
+
+#: Backend -> why its packages cannot be used. Importing what is imported costs nothing, failing again would; and
+#: torch's compiler follows a dictionary where it complains about functools.cache.
+_broken: dict[str, str] = {}
+
+
+def _why_not_importable(backend: str) -> str | None:
+    if backend not in _broken:
+        package = "numba" if backend == "cpu" else "triton"
+        try:
+            if backend == "cpu":
+                import lrrobust.ops._cpu  # noqa: F401
+            else:
+                import lrrobust.ops._triton  # noqa: F401
+        except Exception as error:  # of many types, when it does not match numpy, torch or the processor
+            _broken[backend] = f"{package} cannot be used ({type(error).__name__}: {error})"
+    return _broken.get(backend)
