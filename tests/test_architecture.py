@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
+    "bench": {"attacks", "evaluation", "results", "errors", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
     "report": {"results", "stats", "plots", "errors"},
     "plots": {"results", "stats", "errors"},
