@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from lrrobust import __version__
 from lrrobust.errors import LrRobustError
-from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.process_settings import settle_process
 
 
@@ -99,7 +99,13 @@ def evaluate(
     ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
     restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Images attacked together; part of a run's identity.")] = DEFAULT_CHUNK_SIZE,
+    precision: Annotated[
+        Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
+    ] = None,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Images stored together; part of a run's identity.")] = DEFAULT_CHUNK_SIZE,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images passed through the model at once; part of a run's identity.")
+    ] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
 ) -> None:
@@ -125,7 +131,9 @@ def evaluate(
         eps=None if eps is None else tuple(part.strip() for part in eps.split(",")),
         steps=steps,
         restarts=restarts,
+        precision=precision,
         chunk_size=chunk_size,
+        batch_size=batch_size,
         device=device,
         out=out,
     )

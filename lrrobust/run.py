@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrrobust.attacks.specs import AttackSpec
+from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
 from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
@@ -23,7 +22,7 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, UnknownNameError
-from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Task, evaluate, plan_tasks
 from lrrobust.models import Classifier, load_classifier
 from lrrobust.models.folding import fold_constants
@@ -49,8 +48,9 @@ class EvaluationRequest:
         classes: name or path of a class list, for weights without one.
         input_size: side of the images in pixels, instead of what the weights state.
         n, seed, balanced, indices, skip_corrupt: see `build_evaluation_set`; indices is a file.
-        eps, steps, restarts: replace these settings of the attacks.
-        chunk_size: images attacked together; part of a run's identity.
+        eps, steps, restarts, precision: replace these settings of the attacks.
+        chunk_size, batch_size: images stored together, and passed through the model at once; part of
+            a run's identity.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         out: folder under which each run gets one of its own.
     """
@@ -69,7 +69,9 @@ class EvaluationRequest:
     eps: tuple[str, ...] | None = None
     steps: int | None = None
     restarts: int | None = None
+    precision: Precision | None = None
     chunk_size: int = DEFAULT_CHUNK_SIZE
+    batch_size: int = DEFAULT_BATCH_SIZE
     device: str = "auto"
     out: Path = Path("reports/runs")
 
@@ -105,6 +107,7 @@ class Evaluation:
                 fingerprint=self.manifest["fingerprint"],
                 device=self.device,
                 part_metadata=part_metadata,
+                batch_size=self.manifest["plan"]["batch_size"],
                 on_task=on_task,
                 on_forward=on_forward,
             )
@@ -121,8 +124,9 @@ def prepare_evaluations(
         LrRobustError: something named does not exist or does not fit; one line says what.
     """
     device = choose_device(request.device)
-    if request.chunk_size < 1:
-        raise ConfigError(f"--chunk-size must be at least 1, got {request.chunk_size}")
+    for option, value in (("--chunk-size", request.chunk_size), ("--batch-size", request.batch_size)):
+        if value < 1:
+            raise ConfigError(f"{option} must be at least 1, got {value}")
     if request.weights and len(request.weights) != len(request.models):
         raise ConfigError(
             f"--weights must be given once for each --model or not at all, "
@@ -130,7 +134,9 @@ def prepare_evaluations(
         )
     if len(set(zip(request.models, request.weights or [""] * len(request.models), strict=True))) < len(request.models):
         raise ConfigError("--model names the same model twice: name each once")
-    specs = load_suite(request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts)
+    specs = load_suite(
+        request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts, precision=request.precision
+    )
     classes = None if request.classes is None else load_class_list(request.classes)
     indices = None if request.indices is None else read_indices(request.indices)
     classifiers = []
@@ -175,7 +181,6 @@ def _plan(
     identity = {
         "schema_version": SCHEMA_VERSION,
         "rows_version": ROWS_VERSION,
-        "torchattacks": metadata.version("torchattacks"),
         "model": {
             # The file a model comes from, not the way it was spelled; `code_sha256` tells files apart.
             "name": Path(name).name if ".py:" in name else name,
@@ -190,7 +195,11 @@ def _plan(
         },
         "dataset": images.record(),
         "attacks": [spec.model_dump(mode="json", exclude={"description"}) for spec in specs],
-        "plan": {"chunk_size": request.chunk_size, "parts": [list(task.part) for task in tasks]},
+        "plan": {
+            "chunk_size": request.chunk_size,
+            "batch_size": request.batch_size,
+            "parts": [list(task.part) for task in tasks],
+        },
         "seed": request.seed,
         "precision": "float32",
     }

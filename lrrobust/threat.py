@@ -20,16 +20,17 @@ class ThreatModel:
 
     Args:
         norm: "linf" or "l2", over all pixels and colours of an image.
-        eps: radius in pixel units of [0, 1], zero or more; infinity leaves only the box.
+        eps: radius in pixel units of [0, 1], zero or more, one for all images or one for each (N,);
+            infinity leaves only the box.
     """
 
     norm: Norm
-    eps: float
+    eps: float | torch.Tensor
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
-        if not self.eps >= 0:
+        if not torch.as_tensor(self.eps >= 0).all():
             raise ValueError(f"eps must be zero or more, got {self.eps!r}")
 
     def is_in_ball(self, images: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:

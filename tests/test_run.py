@@ -69,6 +69,8 @@ def test_fingerprint_ignores_what_does_not_decide_the_rows(request_for, tmp_path
         {"steps": 3},
         {"restarts": 2},
         {"chunk_size": 5},
+        {"batch_size": 5},
+        {"precision": "bf16"},
         {"seed": 1},
         {"n": 5},
         {"attacks": ("fgsm",)},
@@ -118,6 +120,8 @@ def test_manifest_says_what_was_asked(request_for):
     ("factories", "options", "error", "message"),
     [
         (("build",), {"chunk_size": 0}, ConfigError, "--chunk-size must be at least 1, got 0"),
+        (("build",), {"batch_size": 0}, ConfigError, "--batch-size must be at least 1, got 0"),
+        (("build",), {"precision": "fp16"}, ConfigError, "pgd: precision: expected 'float32' or 'bf16', found 'fp16'"),
         (("build",), {"weights": ("a", "b")}, ConfigError, "got 2 for 1 models"),
         (("build",), {"device": "warp"}, ConfigError, "--device 'warp' cannot be used here"),
         (("build_stranger",), {}, DataError, "emu|class"),
@@ -141,8 +145,9 @@ def test_identity_has_these_parts_and_no_others(request_for):
     (evaluation,) = prepare_evaluations(request_for("build"), ["test"])
     about_the_session = {"fingerprint", "created_at", "command", "provenance"}
     assert set(evaluation.manifest) - about_the_session == {
-        "schema_version", "rows_version", "torchattacks", "model", "dataset", "attacks", "plan", "seed", "precision",
+        "schema_version", "rows_version", "model", "dataset", "attacks", "plan", "seed", "precision",
     }
+    assert set(evaluation.manifest["plan"]) == {"chunk_size", "batch_size", "parts"}
     assert set(evaluation.manifest["model"]) == {
         "name", "weights", "state_sha256", "code_sha256", "classes_sha256", "num_classes", "input_size", "resize_size",
         "interpolation",

@@ -34,7 +34,7 @@ def test_box(pixel, is_inside):
     assert is_in_box(torch.tensor([0.5, pixel]).view(1, 1, 1, 2)).tolist() == [is_inside]
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l1", 1.0), ("linf", -1.0), ("l2", math.nan)])
+@pytest.mark.parametrize(("norm", "eps"), [("l1", 1.0), ("linf", -1.0), ("l2", math.nan), ("l2", torch.tensor([1.0, -1.0]))])
 def test_impossible_threats_are_refused(norm, eps):
     with pytest.raises(ValueError, match="must be"):
         ThreatModel(norm, eps)

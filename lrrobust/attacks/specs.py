@@ -71,6 +71,9 @@ def _check_name(name: str) -> str:
     return name
 
 
+#: What the model computes in while it is attacked. Verdicts are float32 in any case.
+Precision = Literal["float32", "bf16"]
+
 #: The stem of the attack's file. Part of file names in the results, hence lower case and short.
 Name = Annotated[str, AfterValidator(_check_name)]
 
@@ -101,21 +104,26 @@ class _Spec(BaseModel):
 class FgsmSpec(_Spec):
     """Fast gradient sign method: one step of size eps along the sign of the gradient.
 
+    Args:
+        precision: as in `PgdSpec`.
+
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015, section 4.
     """
 
     kind: Literal["fgsm"]
     norm: Literal["linf"] = "linf"
+    precision: Precision = "float32"
 
 
 class PgdSpec(_Spec):
-    """Projected gradient descent on the cross-entropy.
+    """Projected gradient descent along the gradient of the cross-entropy.
 
     Args:
         steps: gradient steps per restart.
         step_size_ratio: step size = step_size_ratio * eps / steps, so that the attack can cross the ball.
         random_start: start at a random point of the ball instead of at the image.
         restarts: independent runs; only useful with a random start.
+        precision: "bf16" runs the model under autocast to bfloat16, forward and backward.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018,
     section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks).
@@ -127,6 +135,7 @@ class PgdSpec(_Spec):
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
+    precision: Precision = "float32"
 
     @model_validator(mode="after")
     def _check_restarts_differ(self) -> PgdSpec:

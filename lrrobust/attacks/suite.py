@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lrrobust.attacks.specs import AttackSpec, Description
+from lrrobust.attacks.specs import AttackSpec, Description, Precision
 from lrrobust.config_file import brief, read_mapping
 from lrrobust.errors import ConfigError, UnknownNameError
 
@@ -55,13 +55,14 @@ def load_suite(
     eps: Sequence[float | str] | None = None,
     steps: int | None = None,
     restarts: int | None = None,
+    precision: Precision | None = None,
 ) -> tuple[AttackSpec, ...]:
     """Load attacks and suites, in the order given, each attack once.
 
     Args:
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
             .yaml or .yml, or contains a path separator.
-        eps, steps, restarts: replace these settings in every attack, see `override`.
+        eps, steps, restarts, precision: replace these settings in every attack, see `override`.
 
     Raises:
         ConfigError: a file cannot be read or is wrong, two files share a name, a suite includes
@@ -81,7 +82,7 @@ def load_suite(
             "eps cannot be replaced in attacks of several norms at once"
             f" ({', '.join(f'{spec.name}: {spec.norm}' for spec in specs)}); evaluate each norm by itself"
         )
-    return tuple(override(spec, eps=eps, steps=steps, restarts=restarts) for spec in specs)
+    return tuple(override(spec, eps=eps, steps=steps, restarts=restarts, precision=precision) for spec in specs)
 
 
 def override(
@@ -90,6 +91,7 @@ def override(
     eps: Sequence[float | str] | None = None,
     steps: int | None = None,
     restarts: int | None = None,
+    precision: Precision | None = None,
 ) -> AttackSpec:
     """Return `spec` with the given settings replaced and checked again; None leaves one as it is.
 
@@ -99,7 +101,7 @@ def override(
     Raises:
         ConfigError: attacks of this kind have no such setting, or the value is not valid.
     """
-    given = {"eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts}
+    given = {"eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts, "precision": precision}
     changes = {key: value for key, value in given.items() if value is not None}
     if not changes:
         return spec

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lrrobust.attacks.build import build_attack
+from lrrobust.attacks.build import Attack, Effort
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.chunks import Chunk, chunk_seed, plan_chunks
-from lrrobust.evaluation.judge import Judge, Prediction, Witness, call_model, check_logits
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
+from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
 from lrrobust.frozen import frozen
 from lrrobust.results import RunStore, rows_to_table
 from lrrobust.threat import ThreatModel
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
 #: run's identity, so that old and new rows never mix.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 #: Two forwards of the same images may differ by this much before the model counts as randomised; the
 #: bound AutoAttack uses.
@@ -71,9 +71,9 @@ class Task:
 
 
 def attack_cost(spec: AttackSpec) -> int:
-    """Upper bound of the forward passes for one image."""
+    """Upper bound of an attack's own forward passes for one image."""
     if spec.kind == "cw":
-        return spec.binary_search_steps * spec.steps
+        return 1 + spec.binary_search_steps * spec.steps
     if spec.kind == "pgd":
         return len(spec.eps) * spec.steps * spec.restarts
     return len(spec.eps)
@@ -94,6 +94,7 @@ def evaluate(
     fingerprint: str,
     device: torch.device,
     part_metadata: Mapping[str, str],
+    batch_size: int = DEFAULT_BATCH_SIZE,
     on_task: Callable[[Task, bool], None] | None = None,
     on_forward: Callable[[int], None] | None = None,
 ) -> None:
@@ -108,6 +109,8 @@ def evaluate(
         fingerprint: identifies the run; seeds derive from it.
         device: where to compute.
         part_metadata: stored with every part.
+        batch_size: images passed through the model at once. Decides the last bits of logits, and with
+            them now and then a row.
         on_task: called after every task with whether it was done now (False: the store had it).
         on_forward: called after every forward pass of an attack with how many images it took.
 
@@ -120,7 +123,7 @@ def evaluate(
     for task in tasks:
         chunks.setdefault(task.chunk, []).append(task)
     with frozen(model), _deterministic_float32():
-        run = _Run(Judge(model, num_classes), fingerprint, on_forward)
+        run = _Run(Judge(model, num_classes, batch_size), fingerprint, on_forward)
         metadata: dict[str, str] | None = None
         is_resumed = False
         for chunk, group in chunks.items():
@@ -136,7 +139,7 @@ def evaluate(
                 batch = _ChunkImages.load(images, chunk, device)
                 if metadata is None:
                     metadata = {**part_metadata, **check_model(model, num_classes, batch.images)}
-                with _seeded(batch.images.device, chunk_seed(fingerprint, "clean", None, chunk.start)):
+                with _seeded(batch.images.device, chunk_seed(fingerprint, "clean", chunk.start)):
                     clean = run.judge.predict(batch.images, batch.labels, batch.keys)
                 if is_to_compare:
                     _check_same_model(store, batch, clean, metadata)
@@ -150,8 +153,8 @@ def evaluate(
                         on_task(task, True)
             except torch.OutOfMemoryError as error:
                 raise ModelError(
-                    f"out of memory on {device} with {chunk.stop - chunk.start} images at once: "
-                    f"use a smaller --chunk-size ({' '.join(str(error).split())[:120]})"
+                    f"out of memory on {device} with {min(batch_size, chunk.stop - chunk.start)} images at once: "
+                    f"use a smaller --batch-size ({' '.join(str(error).split())[:120]})"
                 ) from error
 
 
@@ -263,26 +266,59 @@ class _ChunkImages:
         )
 
 
-class _Outcomes:
-    """What is known of a chunk's images under one attack, growing with eps; all tensors on the device.
+class _Watched(nn.Module):
+    """The model that an attack is given: its failures are one line, and its forwards are told."""
 
-    For broken images `prediction`, `margin` and the distances are those of the nearest verified
-    adversarial image, for others those of the last proposal; `found_at` is the eps at which the
-    attack broke the image, infinity while it has not.
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.model = run.judge.model
+        self._on_forward = run.on_forward
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = call_model(self.model, images)
+        if self._on_forward is not None:
+            self._on_forward(len(images))
+        return logits
+
+
+class _Outcomes:
+    """What is known of a chunk's N images under one attack with L budgets; all tensors on the device.
+
+    `prediction`, `margin` and the distances (N,) are those of the nearest verified adversarial image,
+    `found_at` the eps of its proposal, infinity where there is none. `last_...` and `is_rejected`
+    (L, N) tell of the last proposal at each budget, of the clean image where there was none.
     """
 
-    def __init__(self, clean: Prediction, labels: torch.Tensor) -> None:
+    def __init__(self, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
         self.is_clean_correct = clean.label == labels
         self.is_broken = torch.zeros_like(self.is_clean_correct)
-        self.is_rejected = torch.zeros_like(self.is_clean_correct)
         self.prediction, self.margin = clean.label.clone(), clean.margin.clone()
         self.found_at = torch.full_like(clean.margin, math.inf)
         self.linf = torch.full_like(clean.margin, math.inf)
         self.l2 = torch.full_like(clean.margin, math.inf)
+        self.last_prediction, self.last_margin = clean.label.repeat(levels, 1), clean.margin.repeat(levels, 1)
+        self.is_rejected = torch.zeros_like(self.last_prediction, dtype=torch.bool)
 
-    @property
-    def rows_to_attack(self) -> torch.Tensor:
-        return (self.is_clean_correct & ~self.is_broken).nonzero().squeeze(1)
+    def enter(self, rows: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> torch.Tensor:
+        """Keeps the nearest adversarial image of each row; which rows are broken by now, bool (M,)."""
+        nearest = self.linf if threat.norm == "linf" else self.l2
+        found = verdict.linf_distance if threat.norm == "linf" else verdict.l2_distance
+        is_nearer = verdict.is_adversarial & (found < nearest[rows])
+        better = rows[is_nearer]
+        self.is_broken[better] = True
+        self.prediction[better] = verdict.prediction.label[is_nearer]
+        self.margin[better] = verdict.prediction.margin[is_nearer]
+        self.found_at[better] = torch.as_tensor(threat.eps).to(found).expand_as(found)[is_nearer]
+        self.linf[better] = verdict.linf_distance[is_nearer]
+        self.l2[better] = verdict.l2_distance[is_nearer]
+        return self.is_broken[rows]
+
+    def enter_last(self, levels: torch.Tensor, rows: torch.Tensor, verdict: Judgement, is_last: torch.Tensor) -> None:
+        """Keeps what became of those proposals that were the last of their start."""
+        at = levels[is_last], rows[is_last]
+        self.last_prediction[at] = verdict.prediction.label[is_last]
+        self.last_margin[at] = verdict.prediction.margin[is_last]
+        self.is_rejected[at] = verdict.is_rejected[is_last]
 
 
 @dataclass(frozen=True)
@@ -302,104 +338,59 @@ def _attack_chunk(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows of one task, all eps ascending, and what the results must say of the attack."""
     spec = task.spec
-    outcomes = _Outcomes(clean, batch.labels)
-    ladder: list[_AtEps] = []
-    nonfinite = 0
-    # A minimal-norm attack runs once, without a budget; its distances are read off at every eps.
-    is_minimal = spec.kind == "cw"
-    for eps in [math.inf] if is_minimal else spec.eps:
-        # What is broken at one eps is inside every larger ball, so it needs no second attack.
-        wall_s, forwarded, count = _attack_once(run, batch, outcomes, task, ThreatModel(spec.norm, eps))
-        nonfinite += count
-        ladder.append(
-            _AtEps(
-                eps, wall_s, forwarded, outcomes.prediction.clone(), outcomes.margin.clone(), outcomes.is_rejected.clone()
+    attack = Attack(spec)
+    outcomes = _Outcomes(clean, batch.labels, len(attack.ladder))
+    wall_s = torch.zeros(outcomes.is_rejected.shape, dtype=torch.float64)
+    forwarded = torch.zeros(outcomes.is_rejected.shape, dtype=torch.int64)
+    rows = outcomes.is_clean_correct.nonzero().squeeze(1)
+    met = {}
+    if len(rows):
+        started = time.perf_counter()
+        with _seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
+            effort = _run_attack(run, attack, spec, batch, outcomes, rows)
+        passes = effort.forward_passes
+        forwarded[:, rows.cpu()] = passes
+        # An image's share of the time is its share of the passes.
+        wall_s[:, rows.cpu()] = (time.perf_counter() - started) * passes.double() / passes.sum().clamp_min(1)
+        if effort.nonfinite_gradients:
+            _log.warning(
+                "%s met %d gradients with NaN or infinity: it was not at full strength", spec.name, effort.nonfinite_gradients
             )
+            met = {"nonfinite_gradients": "yes: the attack was not at full strength"}
+    ladder = [
+        _AtEps(*at_eps)
+        for at_eps in zip(
+            attack.ladder, wall_s, forwarded, outcomes.last_prediction, outcomes.last_margin, outcomes.is_rejected, strict=True
         )
-    if is_minimal:
-        unbounded = ladder.pop()
-        free = replace(unbounded, wall_s=torch.zeros_like(wall_s), forwarded=torch.zeros_like(forwarded))
+    ]
+    if attack.ladder == (math.inf,):
+        # A minimal-norm attack runs once, without a budget; its distances are read off at every eps.
+        (unbounded,) = ladder
+        free = replace(unbounded, wall_s=torch.zeros_like(wall_s[0]), forwarded=torch.zeros_like(forwarded[0]))
         ladder = [*(replace(free, eps=eps) for eps in spec.eps), unbounded]
-    met = {"nonfinite_gradients": "yes: the attack was not at full strength"} if nonfinite else {}
     return _rows(batch, clean, outcomes, task, ladder), met
 
 
-def _attack_once(
-    run: _Run, batch: _ChunkImages, outcomes: _Outcomes, task: Task, threat: ThreatModel
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Attacks what still stands and enters the verdicts.
-
-    Returns:
-        Seconds and forward passes of each image, and how many gradients were not finite.
-    """
-    wall_s = torch.zeros(len(batch.labels), dtype=torch.float64)
-    forwarded = torch.zeros(len(batch.labels), dtype=torch.int64)
-    rows = outcomes.rows_to_attack
-    if not len(rows) or threat.eps == 0:
-        return wall_s, forwarded, 0
-    started = time.perf_counter()
-    eps = None if math.isinf(threat.eps) else threat.eps
+def _run_attack(
+    run: _Run, attack: Attack, spec: AttackSpec, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor
+) -> Effort:
+    """Attacks some rows of a chunk; what the attack claims is judged and entered."""
     images, labels = batch.images[rows], batch.labels[rows]
     keys = [batch.keys[row] for row in rows.tolist()]
-    witness = Witness(run.judge.model, images, labels, threat, run.on_forward)
-    attack = build_attack(task.spec, eps)
-    # torchattacks draws from the global generator.
-    with _seeded(images.device, chunk_seed(run.fingerprint, task.spec.name, eps, task.chunk.start)):
-        proposed = attack(witness, images, labels)
-        _enter(run.judge, outcomes, rows, images, labels, proposed, threat, keys, is_last_proposal=True)
-        nominated_rows, nominated = witness.nominated
-        if len(nominated_rows):
-            _enter(
-                run.judge,
-                outcomes,
-                rows[nominated_rows],
-                images[nominated_rows],
-                labels[nominated_rows],
-                nominated,
-                threat,
-                [keys[row] for row in nominated_rows.tolist()],
-                is_last_proposal=False,
-            )
-    if attack.nonfinite_gradients:
-        _log.warning(
-            "%s at eps %s met %d gradients with NaN or infinity: it was not at full strength",
-            task.spec.name,
-            eps,
-            attack.nonfinite_gradients,
-        )
-    attacked = rows.cpu()
-    wall_s[attacked] = (time.perf_counter() - started) / len(rows)
-    # Attacks that drop finished images do not say whose passes they were: the mean stands for each.
-    forwarded[attacked] = round(witness.forwarded / len(rows))
-    return wall_s, forwarded, attack.nonfinite_gradients
+    device = images.device
 
+    def claim(claimed: Sequence[int], proposed: torch.Tensor, eps: Sequence[float], is_last: Sequence[bool]) -> list[bool]:
+        at = torch.tensor(claimed, device=device)
+        threat = ThreatModel(spec.norm, torch.tensor(eps, dtype=torch.float64, device=device))
+        verdict = run.judge.judge(images[at], labels[at], proposed, threat, [keys[row] for row in claimed])
+        levels = torch.tensor([attack.ladder.index(each) for each in eps], device=device)
+        outcomes.enter_last(levels, rows[at], verdict, torch.tensor(is_last, device=device))
+        return outcomes.enter(rows[at], verdict, threat).tolist()
 
-def _enter(
-    judge: Judge,
-    outcomes: _Outcomes,
-    rows: torch.Tensor,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    proposed: torch.Tensor,
-    threat: ThreatModel,
-    keys: Sequence[str],
-    is_last_proposal: bool,
-) -> None:
-    """Judges proposals for some rows; keeps the nearest adversarial image of each."""
-    verdict = judge.judge(images, labels, proposed, threat, keys)
-    nearest = outcomes.linf if threat.norm == "linf" else outcomes.l2
-    found = verdict.linf_distance if threat.norm == "linf" else verdict.l2_distance
-    is_nearer = verdict.is_adversarial & (found < nearest[rows])
-    is_entered = is_nearer | is_last_proposal
-    outcomes.prediction[rows[is_entered]] = verdict.prediction.label[is_entered]
-    outcomes.margin[rows[is_entered]] = verdict.prediction.margin[is_entered]
-    if is_last_proposal:
-        outcomes.is_rejected[rows] = verdict.is_rejected
-    better = rows[is_nearer]
-    outcomes.is_broken[better] = True
-    outcomes.found_at[better] = threat.eps
-    outcomes.linf[better] = verdict.linf_distance[is_nearer]
-    outcomes.l2[better] = verdict.l2_distance[is_nearer]
+    def draw(row: int, eps: float, restart: int) -> torch.Generator:
+        return torch.Generator().manual_seed(start_seed(run.fingerprint, spec.name, keys[row], eps, restart))
+
+    return attack(_Watched(run), images, labels, batch_size=run.judge.batch_size, claim=claim, draw=draw)
 
 
 def _rows(

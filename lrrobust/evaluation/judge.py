@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.threat import ThreatModel, distance, is_in_box
 
 
@@ -47,11 +48,13 @@ class Judge:
     Args:
         model: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes).
         num_classes: what the logits must have.
+        batch_size: images passed through the model at once.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int) -> None:
+    def __init__(self, model: nn.Module, num_classes: int, batch_size: int = DEFAULT_BATCH_SIZE) -> None:
         self.model = model
         self.num_classes = num_classes
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor, labels: torch.Tensor, keys: Sequence[str]) -> Prediction:
@@ -62,8 +65,7 @@ class Judge:
                 has left evaluation mode. NaN would otherwise count as a successful attack, because
                 its argmax is class 0.
         """
-        logits = call_model(self.model, images)
-        check_logits(logits, len(images), self.num_classes)
+        logits = torch.cat([self._logits(part) for part in images.split(self.batch_size)])
         is_finite = logits.isfinite().all(1)
         if not is_finite.all():
             first = keys[int((~is_finite).nonzero()[0])]
@@ -75,6 +77,11 @@ class Judge:
         true = logits.gather(1, labels.view(-1, 1)).squeeze(1)
         other = logits.scatter(1, labels.view(-1, 1), -torch.inf).amax(1)
         return Prediction(logits.argmax(1), true.double() - other.double())
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        logits = call_model(self.model, images)
+        check_logits(logits, len(images), self.num_classes)
+        return logits
 
     def judge(
         self,
@@ -100,64 +107,6 @@ class Judge:
             distance(images, shown, "linf"),
             distance(images, shown, "l2"),
         )
-
-
-class Witness(nn.Module):
-    """Stands between an attack and the model, and keeps the first adversarial image it sees of each.
-
-    Attacks that return their last iterate can lose a success on the way. The witness only nominates:
-    what it keeps is judged again like any proposal.
-
-    Args:
-        model: the model under attack.
-        images, labels: what is attacked; forwards of another number of images are only counted.
-        threat: what counts as allowed.
-        on_forward: told how many images each forward took.
-
-    Attributes:
-        forwarded: images passed through the model so far.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        threat: ThreatModel,
-        on_forward: Callable[[int], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.forwarded = 0
-        self._on_forward = on_forward
-        self._images, self._labels, self._threat = images, labels, threat
-        self._first = images.clone()
-        self._is_found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = call_model(self.model, images)
-        self.forwarded += len(images)
-        if self._on_forward is not None:
-            self._on_forward(len(images))
-        if images.shape == self._images.shape and not self._is_found.all():
-            self._look(images.detach(), logits.detach())
-        return logits
-
-    @torch.no_grad()
-    def _look(self, images: torch.Tensor, logits: torch.Tensor) -> None:
-        is_candidate = (logits.argmax(1) != self._labels) & logits.isfinite().all(1) & ~self._is_found
-        rows = is_candidate.nonzero().squeeze(1)
-        if len(rows):
-            is_allowed = is_in_box(images[rows]) & self._threat.is_in_ball(self._images[rows], images[rows])
-            rows = rows[is_allowed]
-            self._first[rows] = images[rows]
-            self._is_found[rows] = True
-
-    @property
-    def nominated(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the images found adversarial on the way, int64 (M,), and those images (M, 3, H, W)."""
-        rows = self._is_found.nonzero().squeeze(1)
-        return rows, self._first[rows]
 
 
 def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,25 @@
 import copy
-import sys
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from lrrobust.attacks.build import build_attack
+from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.threat import ThreatModel, is_in_box
 
-FGSM = FgsmSpec(kind="fgsm", name="fgsm", eps=(0.1,))
-PGD = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.1,), steps=20)
-PGD_L2 = PgdSpec(kind="pgd", name="pgd_l2", norm="l2", eps=(0.1,), steps=20)
+FGSM = FgsmSpec(kind="fgsm", name="fgsm", eps=(0.01,))
+PGD = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.01,), steps=20)
+PGD_L2 = PgdSpec(kind="pgd", name="pgd_l2", norm="l2", eps=(0.2,), steps=20)
 CW = CwSpec(kind="cw", name="cw", eps=(0.1,), binary_search_steps=2, steps=10, lr=0.01, initial_c=1.0)
 
 BUDGETED = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2], ids=lambda spec: spec.name)
-EVERY = pytest.mark.parametrize(("spec", "eps"), [(FGSM, 0.01), (PGD, 0.01), (PGD_L2, 0.2), (CW, None)], ids=str)
+EVERY = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW], ids=lambda spec: spec.name)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+def at(spec, *ladder):
+    return spec.model_copy(update={"eps": ladder})
 
 
 @pytest.fixture
@@ -31,84 +28,73 @@ def images():
 
 
 @pytest.fixture
-def labels():
-    return torch.tensor([0, 1, 2, 3, 4, 0])
+def labels(small_cnn, images):
+    with torch.no_grad():
+        return small_cnn(images).argmax(1)
 
 
 @BUDGETED
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_attacks_succeed_exactly_beyond_the_nearest_adversarial_image(spec, count, linear_problem):
+def test_attacks_succeed_exactly_beyond_the_nearest_adversarial_image(spec, count, linear_problem, attack_with):
     problem = linear_problem(count, classes=2)
     nearest = problem.nearest(spec.norm)
-    for wanted in nearest:
-        for share in (0.98, 1.02):
-            eps = float(share * wanted)
-            adversarial = build_attack(spec, eps)(problem.model, problem.images, problem.labels)
-            is_broken = problem.model(adversarial).argmax(1) != problem.labels
-            decided = (eps - nearest).abs() > 0.015 * nearest
-            assert torch.equal(is_broken[decided], eps > nearest[decided])
-            assert ThreatModel(spec.norm, eps).is_in_ball(problem.images, adversarial).all()
-            assert is_in_box(adversarial).all()
+    ladder = sorted(float(share * wanted) for wanted in nearest for share in (0.98, 1.02))
+    attacked = attack_with(at(spec, *ladder), problem.model, problem.images, problem.labels, batch_size=3)
+    for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
+        decided = (eps - nearest).abs() > 0.015 * nearest
+        assert torch.equal(is_broken[decided], eps > nearest[decided])
+        assert ThreatModel(spec.norm, eps).is_in_ball(problem.images, proposals).all()
+        assert is_in_box(proposals).all()
 
 
 @pytest.mark.parametrize("spec", [PGD, PGD_L2], ids=lambda spec: spec.name)
-def test_pgd_is_near_the_optimum_with_several_classes(spec, linear_problem):
+def test_pgd_is_near_the_optimum_with_several_classes(spec, linear_problem, attack_with):
     # Steep, as cross-entropy pushes towards all classes by their probability, not to the nearest.
     problem = linear_problem(8, classes=5, slope=30.0)
-    for row, wanted in enumerate(problem.nearest(spec.norm)):
+    for row, wanted in enumerate(problem.nearest(spec.norm).tolist()):
         one = slice(row, row + 1)
-        for share, is_expected in ((0.98, False), (1.1, True)):
-            attack = build_attack(spec, float(share * wanted))
-            adversarial = attack(problem.model, problem.images[one], problem.labels[one])
-            assert (problem.model(adversarial).argmax(1) != problem.labels[one]).item() == is_expected
+        attacked = attack_with(at(spec, 0.98 * wanted, 1.1 * wanted), problem.model, problem.images[one], problem.labels[one])
+        assert attacked.is_broken.flatten().tolist() == [False, True]
 
 
 @BUDGETED
-def test_box_and_budget_hold_where_pixels_are_at_the_ends(spec, small_cnn, images, labels):
-    for eps in (0.01, 0.3, 1.0):
-        adversarial = build_attack(spec, eps)(small_cnn, images.round(), labels)
-        assert ThreatModel(spec.norm, eps).is_in_ball(images.round(), adversarial).all()
-        assert is_in_box(adversarial).all()
-        assert (adversarial != images.round()).any()
+def test_box_and_budget_hold_where_pixels_are_at_the_ends(spec, small_cnn, images, labels, attack_with):
+    images = images.round()
+    ladder = (0.01, 0.3, 1.0)
+    attacked = attack_with(at(spec, *ladder), small_cnn, images, labels)
+    for eps, proposals in zip(ladder, attacked.proposals, strict=True):
+        assert ThreatModel(spec.norm, eps).is_in_ball(images, proposals).all()
+        assert is_in_box(proposals).all()
+    assert (attacked.proposals[0] != images).flatten(1).any(1).all()
 
 
 @BUDGETED
-def test_a_budget_of_zero_returns_the_images(spec, images, labels):
-    def refuse(*_):
-        raise AssertionError("the model was attacked")
+def test_at_a_budget_of_zero_nothing_is_claimed(spec, small_cnn, images, labels, attack_with):
+    attacked = attack_with(at(spec, 0.0), small_cnn, images, labels)
+    assert not attacked.claims and not attacked.effort.forward_passes.any()
+    with_more = attack_with(at(spec, 0.0, 1e-6), small_cnn, images, labels)
+    assert {eps for _, eps, *_ in with_more.claims} == {1e-6}
+    assert not with_more.effort.forward_passes[0].any()
 
-    model = nn.Flatten()
-    model.register_forward_hook(refuse)
-    torch.testing.assert_close(build_attack(spec, 0.0)(model, images, labels), images, rtol=0, atol=0)
 
-
-def test_budgets_must_fit_the_attack():
-    for eps in (None, -0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="pgd: expected a finite budget"):
-            build_attack(PGD, eps)
-    with pytest.raises(ValueError, match="cw: a minimal-norm attack runs once"):
-        build_attack(CW, 0.1)
+def test_ladder_of_a_minimal_attack_is_infinity():
+    assert Attack(CW).ladder == (math.inf,)
+    assert Attack(PGD).ladder == PGD.eps
 
 
 @EVERY
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_proposals_are_plain_tensors_in_every_gradient_mode(spec, eps, mode, small_cnn, images, labels):
+def test_proposals_are_plain_tensors_in_every_gradient_mode(spec, mode, small_cnn, images, labels, attack_with):
     with mode():
-        adversarial = build_attack(spec, eps)(small_cnn, images + 0, labels + 0)
-    assert adversarial.shape == images.shape and adversarial.dtype == torch.float32
-    assert adversarial.is_contiguous() and not adversarial.requires_grad and not adversarial.is_inference()
-    assert (adversarial != images).any()
+        attacked = attack_with(spec, small_cnn, images + 0, labels + 0)
+    assert (attacked.proposals != images).any()
 
 
 @EVERY
-def test_memory_formats_do_not_matter(spec, eps, small_cnn, images, labels):
-    def propose(model, images):
-        torch.manual_seed(5)
-        return build_attack(spec, eps)(model, images, labels)
-
-    plain = propose(small_cnn, images)
-    last = propose(copy.deepcopy(small_cnn).to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last))
-    assert last.is_contiguous()
+def test_memory_formats_do_not_matter(spec, small_cnn, images, labels, attack_with):
+    plain = attack_with(spec, small_cnn, images, labels).proposals
+    last_model = copy.deepcopy(small_cnn).to(memory_format=torch.channels_last)
+    last = attack_with(spec, last_model, images.to(memory_format=torch.channels_last), labels).proposals
     # Rounding can flip the sign of a gradient near zero: almost all pixels agree.
     assert ((plain - last).abs() < 1e-4).float().mean() > 0.98
 
@@ -124,12 +110,12 @@ class Transposing(nn.Module):
         return self.model(images.transpose(2, 3).contiguous())
 
 
-def test_gradients_may_have_any_strides(small_cnn, images, labels):
-    assert build_attack(PGD_L2, 0.2)(Transposing(small_cnn), images, labels).isfinite().all()
+def test_gradients_may_have_any_strides(small_cnn, images, labels, attack_with):
+    assert attack_with(PGD_L2, Transposing(small_cnn), images, labels).proposals.isfinite().all()
 
 
 @EVERY
-def test_the_model_is_left_as_it_was(spec, eps, small_cnn, images, labels):
+def test_the_model_is_left_as_it_was(spec, small_cnn, images, labels):
     small_cnn.train()
     small_cnn[1].eval()  # a frozen BatchNorm in a network under training
     small_cnn[0].bias.requires_grad_(False)
@@ -148,7 +134,13 @@ def test_the_model_is_left_as_it_was(spec, eps, small_cnn, images, labels):
         for key, value in small_cnn.state_dict().items():
             assert torch.equal(value, state[key])
 
-    build_attack(spec, eps)(small_cnn, images, labels)
+    def attack():
+        Attack(spec)(
+            small_cnn, images, labels, batch_size=4,
+            claim=lambda rows, *_: [False] * len(rows), draw=lambda *_: torch.Generator().manual_seed(0),
+        )
+
+    attack()
     assert seen and not any(seen)
     check_unchanged()
     hook.remove()
@@ -158,15 +150,11 @@ def test_the_model_is_left_as_it_was(spec, eps, small_cnn, images, labels):
 
     small_cnn.register_forward_hook(fail)
     with pytest.raises(MemoryError):
-        build_attack(spec, eps)(small_cnn, images, labels)
+        attack()
     check_unchanged()
 
 
-class RobModel(nn.Module):
-    """torchattacks normalises by itself for models of this name; this one also has no parameters."""
-
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.5)
-
+class Parameterless(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("weight", torch.randn(192, 5, generator=torch.Generator().manual_seed(0)))
@@ -177,20 +165,19 @@ class RobModel(nn.Module):
 
 
 @EVERY
-def test_models_may_lack_parameters_and_have_any_name(spec, eps, images, labels, capsys):
-    adversarial = build_attack(spec, eps)(RobModel(), images, labels)
-    assert is_in_box(adversarial).all() and (adversarial != images).any()
-    assert capsys.readouterr().out == ""
+def test_models_may_lack_parameters_and_see_only_the_box(spec, images, labels, attack_with):
+    attacked = attack_with(spec, Parameterless(), images.round(), labels)
+    assert is_in_box(attacked.proposals).all() and (attacked.proposals != images).any()
 
 
 @EVERY
-def test_double_precision_is_kept(spec, eps, small_cnn, images, labels):
-    assert build_attack(spec, eps)(small_cnn.double(), images.double(), labels).dtype == torch.float64
+def test_double_precision_is_kept(spec, small_cnn, images, labels, attack_with):
+    assert attack_with(spec, small_cnn.double(), images.double(), labels).claims
 
 
 @EVERY
-def test_no_images_give_no_images(spec, eps, small_cnn, images, labels):
-    assert build_attack(spec, eps)(small_cnn, images[:0], labels[:0]).shape == (0, 3, 8, 8)
+def test_no_images_make_no_claims(spec, small_cnn, images, labels, attack_with):
+    assert not attack_with(spec, small_cnn, images[:0], labels[:0]).claims
 
 
 @pytest.mark.parametrize(
@@ -206,35 +193,36 @@ def test_no_images_give_no_images(spec, eps, small_cnn, images, labels):
 )
 def test_unfit_inputs_are_refused(change, message, small_cnn, images, labels):
     with pytest.raises(ValueError, match=message):
-        build_attack(FGSM, 0.1)(small_cnn, *change(images, labels))
+        Attack(FGSM)(small_cnn, *change(images, labels), batch_size=6, claim=None, draw=None)
 
 
 class NanGradient(nn.Module):
-    """Finite logits, but the gradient of the last image is NaN."""
+    """Finite logits, but the gradient of dark images is NaN."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, images):
-        poison = torch.ones(len(images), 1)
-        poison[-1] = 0
+        mean = images.flatten(1).mean(1, keepdim=True)
         # sqrt has an infinite derivative at 0, and infinity times 0 is NaN.
-        return self.model(images) + (images.flatten(1).sum(1, keepdim=True) * 0 + (1 - poison) * 0 + poison).sqrt()
+        return self.model(images) + (mean * 0 + (mean > 0.2)).sqrt()
 
 
 @EVERY
-def test_gradients_that_are_not_finite_are_counted_and_hurt_nobody_else(spec, eps, small_cnn, images, labels):
-    attack = build_attack(spec, eps)
-    assert attack.nonfinite_gradients == 0
-    adversarial = attack(NanGradient(small_cnn), images, labels)
-    assert adversarial.isfinite().all() and is_in_box(adversarial).all()
-    assert (adversarial[:-1] != images[:-1]).flatten(1).any(1).sum() >= 3
-    assert attack.nonfinite_gradients >= 1
-    if spec in (FGSM, PGD):
-        assert attack.nonfinite_gradients == (1 if spec is FGSM else PGD.steps)
-    if spec is FGSM:
-        assert torch.equal(adversarial[-1], images[-1])
+def test_gradients_that_are_not_finite_are_counted_and_hurt_nobody_else(spec, small_cnn, images, labels, attack_with):
+    images[-1] *= 0.1
+    with torch.no_grad():
+        labels[-1] = small_cnn(images[-1:]).argmax(1)
+    spec = spec.model_copy(update={"random_start": False}) if spec.kind == "pgd" else spec
+    attacked = attack_with(spec, NanGradient(small_cnn), images, labels)
+    assert attacked.proposals.isfinite().all() and is_in_box(attacked.proposals).all()
+    assert (attacked.proposals[0, :-1] != images[:-1]).any()
+    assert torch.equal(attacked.proposals[0, -1], images[-1])
+    if spec is CW:
+        assert attacked.effort.nonfinite_gradients >= 1
+    else:
+        assert attacked.effort.nonfinite_gradients == attacked.effort.forward_passes[0, -1] == (1 if spec is FGSM else 20)
 
 
 class NanLogits(nn.Module):
@@ -243,102 +231,60 @@ class NanLogits(nn.Module):
 
 
 @EVERY
-def test_a_model_of_nan_gives_finite_proposals(spec, eps, images, labels):
-    attack = build_attack(spec, eps)
-    adversarial = attack(NanLogits(), images, labels)
-    assert adversarial.isfinite().all() and attack.nonfinite_gradients >= len(images)
-    if spec is CW:
-        assert torch.equal(adversarial, images)
+def test_logits_of_nan_are_no_success(spec, images, labels):
+    claims = []
+
+    def claim(rows, proposed, eps, is_last):
+        assert proposed.isfinite().all() and all(is_last)
+        claims.extend(rows)
+        return [False] * len(rows)
+
+    effort = Attack(spec)(
+        NanLogits(), images, labels, batch_size=6, claim=claim, draw=lambda *_: torch.Generator().manual_seed(0)
+    )
+    assert sorted(claims) == list(range(6)) and effort.nonfinite_gradients >= 6
 
 
-def test_a_gradient_of_zero_leaves_finite_images(images, labels):
-    class Constant(nn.Module):
+@EVERY
+def test_passes_are_counted_as_the_model_sees_them(spec, small_cnn, images, labels, attack_with):
+    class Counting(nn.Module):
+        forwarded = backwarded = 0
+
         def forward(self, images):
-            return images.flatten(1)[:, :5] * 0
+            if images.requires_grad:
+                self.forwarded += len(images)
+                images.register_hook(self.count)
+            return small_cnn(images)
 
-    attack = build_attack(PGD_L2.model_copy(update={"random_start": False}), 0.5)
-    assert torch.equal(attack(Constant(), images, labels), images)
+        def count(self, gradient):
+            self.backwarded += len(gradient)
 
-
-def test_pgd_l2_breaks_confident_models(linear_problem):
-    """Here gradients are near 1e-13; divided by their norm plus 1e-10, PGD would not move."""
-    problem = linear_problem(1, classes=2, slope=60.0)
-    with torch.no_grad():
-        margin = problem.model(problem.images).sort(1).values.diff(dim=1).item()
-    assert 30 < margin < 45
-    # In float32 the label's own share of the gradient is zero by now, so the way is longer by sqrt(2).
-    eps = 1.6 * problem.nearest("l2").item()
-    spec = PGD_L2.model_copy(update={"random_start": False})
-    adversarial = build_attack(spec, eps)(problem.model, problem.images, problem.labels)
-    assert (problem.model(adversarial).argmax(1) != problem.labels).all()
-
-
-def count_forwards(model):
-    shapes = []
-    model.register_forward_hook(lambda module, inputs, output: shapes.append(len(inputs[0])))
-    return shapes
+    model = Counting()
+    effort = attack_with(spec, model, images, labels, batch_size=4).effort
+    assert effort.forward_passes.shape == effort.backward_passes.shape == (1, 6)
+    if spec is CW:  # a mean, rounded; the clean images are looked at without a gradient
+        assert abs(effort.backward_passes.sum() - model.backwarded) <= 3
+        assert torch.equal(effort.forward_passes, effort.backward_passes + 1)
+    else:
+        assert effort.forward_passes.sum() == effort.backward_passes.sum() == model.forwarded == model.backwarded
 
 
-@BUDGETED
-def test_every_forward_holds_all_images(spec, small_cnn, images, labels):
-    shapes = count_forwards(small_cnn)
-    build_attack(spec, 0.1)(small_cnn, images, labels)
-    assert shapes == [6] * (1 if spec is FGSM else 20)
+class Precise(nn.Module):
+    """Tells in which type its matrix product was computed."""
 
-
-def test_step_size_is_the_ratio_of_eps(small_cnn, images, labels):
-    spec = PGD.model_copy(update={"steps": 5, "step_size_ratio": 0.5, "random_start": False})
-    adversarial = build_attack(spec, 0.1)(small_cnn, images * 0.5 + 0.25, labels)
-    assert (adversarial - images * 0.5 - 0.25).abs().max().item() == pytest.approx(0.05, rel=1e-4)
-
-
-def test_random_starts_follow_the_global_generator(small_cnn, images, labels):
-    def propose(seed):
-        torch.manual_seed(seed)
-        return build_attack(PGD, 0.1)(small_cnn, images, labels)
-
-    assert torch.equal(propose(1), propose(1))
-    assert not torch.equal(propose(1), propose(2))
-
-
-class LotteryModel(nn.Module):
-    """Wrong on an image only if its mean is above a threshold, which random starts pass by luck.
-
-    The gradient is zero, so steps do nothing.
-    """
-
-    def __init__(self, threshold):
+    def __init__(self, model):
         super().__init__()
-        self.threshold = threshold
+        self.model = model
+        self.seen = set()
 
     def forward(self, images):
-        is_wrong = (images.flatten(1).mean(1) > self.threshold).float()
-        return torch.stack([1 - is_wrong, is_wrong], 1) + 0 * images.flatten(1)[:, :1]
+        logits = self.model(images)
+        self.seen.add((torch.is_grad_enabled() and images.requires_grad, logits.dtype))
+        return logits
 
 
-def test_restarts_keep_the_first_that_breaks_an_image():
-    images, labels = torch.full((32, 3, 8, 8), 0.5), torch.zeros(32, dtype=torch.int64)
-    model = LotteryModel(threshold=0.5 + 0.004)  # one standard deviation: about 16 % each time
-
-    def broken(restarts):
-        torch.manual_seed(0)
-        spec = PGD.model_copy(update={"steps": 1, "restarts": restarts})
-        return model(build_attack(spec, 0.1)(model, images, labels)).argmax(1) == 1
-
-    once, often = broken(1), broken(8)
-    assert 0 < once.sum() < 16
-    assert often.sum() > 16
-    assert (once <= often).all()
-
-
-def test_restarts_attack_all_images_again(small_cnn, images, labels):
-    shapes = count_forwards(small_cnn)
-    build_attack(PGD.model_copy(update={"restarts": 3}), 0.1)(small_cnn, images, labels)
-    assert shapes == [6] * (3 * 20 + 2)
-
-
-def test_torchattacks_is_imported_late():
-    import subprocess
-
-    code = "import sys, lrrobust.attacks.build, lrrobust.attacks.suite; assert 'torchattacks' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2], ids=lambda spec: spec.name)
+def test_bf16_attacks_and_float32_judges(spec, small_cnn, images, labels, attack_with):
+    model = Precise(small_cnn)
+    attack_with(spec.model_copy(update={"precision": "bf16"}), model, images, labels)
+    assert model.seen == {(True, torch.bfloat16), (False, torch.float32)}

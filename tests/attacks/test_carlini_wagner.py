@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from lrrobust.attacks.build import build_attack
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
 from lrrobust.attacks.suite import load_suite
 from lrrobust.threat import distance
@@ -205,8 +204,11 @@ def test_infinite_rivals_are_no_success(linear_problem):
     assert torch.equal(attack(model, problem.images, problem.labels), problem.images)
 
 
-def test_the_spec_reaches_the_attack(linear_problem):
-    problem = linear_problem(2, classes=5)
+def test_the_spec_reaches_the_attack_batch_by_batch(linear_problem, attack_with):
+    problem = linear_problem(3, classes=5)
     (spec,) = load_suite(["cw"])
-    proposed = build_attack(spec, None)(problem.model, problem.images, problem.labels)
-    assert torch.equal(proposed, attack(problem.model, problem.images, problem.labels))
+    attacked = attack_with(spec, problem.model, problem.images, problem.labels, batch_size=2)
+    for rows in (slice(0, 2), slice(2, 3)):
+        proposed = attack(problem.model, problem.images[rows], problem.labels[rows])
+        assert torch.equal(attacked.proposals[0, rows], proposed)
+    assert [(row, is_last) for row, _, is_last, _ in attacked.claims] == [(0, True), (1, True), (2, True)]

@@ -67,6 +67,7 @@ def test_json_numbers_that_are_not_finite_are_refused(value):
         ({**PGD, "steps": 20.0}, "integer"),
         ({**PGD, "step_size_ratio": 0}, "greater than 0"),
         ({**PGD, "restarts": 2, "random_start": False}, "restarts"),
+        ({**PGD, "precision": "fp16"}, "float32"),
         ({**CW, "norm": "linf"}, "l2"),
         ({**CW, "confidence": -1}, "greater than or equal to 0"),
         ({**CW, "initial_c": 0}, "greater than 0"),
@@ -97,7 +98,7 @@ def test_specs_are_frozen():
 
 # What fingerprints hash: a change here invalidates stored results.
 RESOLVED = {
-    "fgsm": {"name": "fgsm", "description": "", "eps": [1 / 255], "kind": "fgsm", "norm": "linf"},
+    "fgsm": {"name": "fgsm", "description": "", "eps": [1 / 255], "kind": "fgsm", "norm": "linf", "precision": "float32"},
     "pgd": {
         "name": "pgd",
         "description": "",
@@ -108,6 +109,7 @@ RESOLVED = {
         "step_size_ratio": 2.5,
         "random_start": True,
         "restarts": 1,
+        "precision": "float32",
     },
     "cw": {
         "name": "cw",

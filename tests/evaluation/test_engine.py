@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.attacks.build import Attack, Effort
 from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation import engine
@@ -41,7 +42,7 @@ class ImagesInMemory:
         return self.images[positions].clone(), self.labels_tensor[positions].clone()
 
 
-def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None):
+def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None, batch_size=3, on_forward=None):
     tasks = plan_tasks(specs, len(images), chunk_size)
     manifest = {
         "schema_version": 1,
@@ -53,7 +54,8 @@ def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None):
     with RunStore.create_or_resume(folder, manifest) as store:
         evaluate(
             model, num_classes, images, tasks, store,
-            fingerprint=FINGERPRINT, device=torch.device("cpu"), part_metadata={"device": "cpu"}, on_task=on_task,
+            fingerprint=FINGERPRINT, device=torch.device("cpu"), part_metadata={"device": "cpu"}, batch_size=batch_size,
+            on_task=on_task, on_forward=on_forward,
         )
         return store.read_rows()
 
@@ -166,6 +168,35 @@ def test_resumed_run_equals_uninterrupted_one(problem, tmp_path):
     assert drop_timings(resumed).equals(drop_timings(whole))
 
 
+@pytest.mark.parametrize("spec", [PGD, PGD_L2], ids=lambda spec: spec.name)
+def test_chunks_and_batches_change_nothing_but_rounding(problem, tmp_path, spec):
+    images = ImagesInMemory(problem.images.double(), problem.labels)
+    problem.model.double()
+    reference = None
+    for chunk_size, batch_size in ((12, 12), (5, 3), (1, 1)):
+        folder = tmp_path / f"{chunk_size}-{batch_size}"
+        rows = run(problem.model, 3, images, [spec], folder, chunk_size, batch_size=batch_size)
+        rows = drop_timings(rows.sort_values(["index", "eps"]))
+        reference = rows if reference is None else reference
+        exact = ["index", "eps", "outcome", "forward_passes", "adversarial_prediction"]
+        assert rows[exact].equals(reference[exact])
+        for column in ("linf_distance", "l2_distance", "adversarial_margin"):
+            np.testing.assert_allclose(rows[column].to_numpy(float), reference[column].to_numpy(float), rtol=1e-9, atol=1e-12)
+    assert {"broken", "robust"} <= set(reference.outcome)
+
+
+def test_forward_passes_and_time_are_those_of_the_attack(problem, tmp_path):
+    forwarded = []
+    rows = run(
+        problem.model, 3, ImagesInMemory(problem.images, problem.labels), [PGD], tmp_path / "run",
+        on_forward=forwarded.append,
+    )
+    assert rows.forward_passes.sum() == sum(forwarded) <= sum(task.cost for task in plan_tasks([PGD], 12, 5))
+    assert max(forwarded) == 3
+    assert ((rows.wall_s > 0) == (rows.forward_passes > 0)).all()
+    assert (rows[rows.outcome == "robust"].forward_passes == PGD.steps).all()
+
+
 class Shifted(nn.Module):
     """The same parameters, other code."""
 
@@ -246,12 +277,15 @@ class NeedsMemory(nn.Module):
     [
         (BatchNormOfTheBatch, "depend on the other images of the batch"),
         (Detached, "carry no gradient"),
-        (NeedsMemory, "out of memory on cpu with 5 images at once: use a smaller --chunk-size"),
+        (NeedsMemory, "out of memory on cpu with 5 images at once: use a smaller --batch-size"),
     ],
 )
 def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, wrapper, message):
     with pytest.raises(ModelError, match=message):
-        run(wrapper(problem.model).eval(), 3, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+        run(
+            wrapper(problem.model).eval(), 3, ImagesInMemory(problem.images, problem.labels), [FGSM], tmp_path / "run",
+            batch_size=5,
+        )
 
 
 def test_a_damaged_part_is_computed_again(problem, tmp_path):
@@ -278,17 +312,20 @@ def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_pat
 
 @pytest.fixture
 def attack_is(monkeypatch):
-    """Replaces every attack by a function of (model, images, labels)."""
+    """Replaces every attack by a function of (model, images, labels), asked at each budget for images that stand."""
 
     def replace(function):
-        def build(spec, eps):
-            def attack(model, images, labels):
-                return function(model, images, labels)
+        class Replacement(Attack):
+            def __call__(self, model, images, labels, *, batch_size, claim, draw):
+                passes = torch.zeros(len(self.ladder), len(images), dtype=torch.int64)
+                rows = list(range(len(images)))
+                for eps in self.ladder:
+                    if rows:
+                        is_broken = claim(rows, function(model, images[rows], labels[rows]), [eps] * len(rows), [True] * len(rows))
+                        rows = [row for row, broken in zip(rows, is_broken, strict=True) if not broken]
+                return Effort(passes, passes, 0)
 
-            attack.nonfinite_gradients = 0
-            return attack
-
-        monkeypatch.setattr(engine, "build_attack", build)
+        monkeypatch.setattr(engine, "Attack", Replacement)
 
     return replace
 
@@ -307,21 +344,22 @@ def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_pa
     np.testing.assert_array_equal((rows.sort_values("index").outcome == "rejected").to_numpy(), is_flipped)
 
 
-def test_a_success_lost_on_the_way_is_kept(problem, tmp_path, attack_is):
-    strong = torch.clamp(problem.images, 0, 1)
+def test_what_was_broken_once_stays_broken_whatever_is_claimed_later(problem, tmp_path, monkeypatch):
+    class Forgetful(Attack):
+        def __call__(self, model, images, labels, *, claim, **_):
+            with torch.enable_grad():
+                leaf = images.clone().requires_grad_()
+                gradient = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), labels), leaf)[0]
+            rows, eps = list(range(len(images))), list(self.ladder) * len(images)
+            for length, is_last in ((0.04, False), (0.05, False), (0.0, True)):
+                assert all(claim(rows, images + length * gradient.sign(), eps, [is_last] * len(rows)))
+            passes = torch.ones(1, len(images), dtype=torch.int64)
+            return Effort(passes, passes, 0)
 
-    def attack(model, images, labels):
-        with torch.enable_grad():
-            leaf = images.clone().requires_grad_()
-            logits = model(leaf)
-            gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), leaf)[0]
-        model(images + 0.05 * gradient.sign())
-        return images
-
-    attack_is(attack)
-    rows = run(problem.model, 3, ImagesInMemory(strong, problem.labels), [one_eps(0.05)], tmp_path / "run")
-    assert rows.is_broken.all()
-    np.testing.assert_allclose(rows.linf_distance.to_numpy(dtype=float), 0.05, atol=1e-6)
+    monkeypatch.setattr(engine, "Attack", Forgetful)
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [one_eps(0.05)], tmp_path / "run")
+    assert rows.is_broken.all() and (rows.adversarial_prediction != rows.label).all()
+    np.testing.assert_allclose(rows.linf_distance.to_numpy(dtype=float), 0.04, atol=1e-6)
 
 
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import Judge, Witness, check_evaluation_mode
+from lrrobust.evaluation.judge import Judge, check_evaluation_mode
 from lrrobust.frozen import frozen
 from lrrobust.threat import ThreatModel
 
@@ -110,25 +110,16 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error():
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
 
 
-def test_witness_keeps_the_first_allowed_success_only(clean):
+def test_every_image_may_have_a_budget_of_its_own(judge, clean):
     images, labels = clean
-    witness = Witness(Threshold().eval(), images, labels, ThreatModel("linf", 0.04))
-    outside, first, second = images + 0.2, images.clone(), images + 0.039
-    first[1] += 0.03
-    for iterate in (outside, first, second, images):
-        witness(iterate)
-    rows, kept = witness.nominated
-    assert rows.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(kept[1], first[1], atol=0, rtol=0)
-    torch.testing.assert_close(kept[0], second[0], atol=0, rtol=0)
-    assert witness.forwarded == 16
+    threat = ThreatModel("linf", torch.tensor([0.03, 0.031, 0.05, 0.029], dtype=torch.float64))
+    assert judge.judge(images, labels, images + 0.03, threat, KEYS).is_adversarial.tolist() == [True, True, True, False]
 
 
-def test_witness_passes_gradients_and_ignores_other_batches(clean):
-    images, labels = clean
-    witness = Witness(Threshold().eval(), images, labels, ThreatModel("linf", 1.0))
-    part = (images[:2] + 0.1).requires_grad_()
-    witness(part)[:, 1].sum().backward()
-    assert part.grad.abs().sum() > 0
-    assert len(witness.nominated[0]) == 0
-    assert witness.forwarded == 2
+def test_no_batch_is_larger_than_allowed(clean):
+    sizes = []
+    model = Threshold().eval()
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    whole, parts = Judge(model, 2), Judge(model, 2, batch_size=3)
+    assert torch.equal(whole.predict(*clean, KEYS).margin, parts.predict(*clean, KEYS).margin)
+    assert sizes == [4, 3, 1]

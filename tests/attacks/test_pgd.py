@@ -1,0 +1,262 @@
+"""PGD beside torchattacks, and what it does that torchattacks does not: leave broken images, keep batches full."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.build import Attack
+from lrrobust.attacks.specs import PgdSpec
+from lrrobust.threat import ThreatModel
+from lrrobust.torchvision_import import import_torchvision
+
+import_torchvision()
+import torchattacks  # noqa: E402
+
+LADDERS = {"linf": (0.004, 0.01, 0.02, 0.04), "l2": (0.05, 0.1, 0.25, 0.5)}
+NORMS = pytest.mark.parametrize("norm", LADDERS)
+
+
+def pgd(norm, *ladder, **settings):
+    return PgdSpec(kind="pgd", name="pgd", norm=norm, eps=ladder or LADDERS[norm], **{"steps": 20, **settings})
+
+
+def draw(row, eps, restart):
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network after a few steps on noisy patterns, and 200 images of which it gets nearly all right."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(5, 3, 8, 8, generator=generator)
+
+    def sample(count):
+        labels = torch.randint(5, (count,), generator=generator)
+        noise = torch.rand(count, 3, 8, 8, generator=generator)
+        return (0.3 * patterns[labels] + 0.7 * noise), labels
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(256, 5),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(120):
+            images, labels = sample(32)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    images, labels = sample(200)
+    assert 0.9 < accuracy(model.eval(), images, labels) <= 1
+    return model, images, labels
+
+
+@torch.no_grad()
+def accuracy(model, images, labels):
+    return (model(images).argmax(1) == labels).float().mean().item()
+
+
+def peer(norm, eps, model, images, labels, steps=20, random_start=True):
+    """torchattacks' last iterates, with the same budget."""
+    settings = {"eps": eps, "alpha": 2.5 * eps / steps, "steps": steps, "random_start": random_start}
+    if norm == "linf":
+        return torchattacks.PGD(model, **settings)(images, labels)
+    return torchattacks.PGDL2(model, eps_for_division=1e-20, **settings)(images, labels)
+
+
+@NORMS
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_robust_accuracy_is_no_higher_than_that_of_torchattacks(norm, precision, trained, attack_with, monkeypatch):
+    """From the same random starts: between others, either attack varies by one or two images in 200."""
+    model, images, labels = trained
+    for seed in ("0", "1"):
+        attacked = attack_with(pgd(norm, precision=precision), model, images, labels, seed=seed)
+        ours = (~attacked.is_broken).float().mean(1)
+        starts = attack_with(pgd(norm, steps=1), Flat(1), images, 0 * labels, seed=seed).proposals
+        theirs = []
+        for eps, start in zip(LADDERS[norm], starts, strict=True):
+            with monkeypatch.context() as patch:
+                start_at(patch, start - images, eps)
+                theirs.append(accuracy(model, peer(norm, eps, model, images, labels), labels))
+        assert 0 < min(theirs) < 0.5 < max(theirs) < 1
+        assert (ours <= torch.tensor(theirs) + 1 / 200 + 1e-6).all()
+        # Nor much lower: what counts as broken is the judge's to say, and it knows no other budget.
+        assert (ours >= torch.tensor(theirs) - 0.03).all()
+
+
+def start_at(patch, delta, eps):
+    """torchattacks draws noise of the images' shape or, in l2, a direction and lengths as shares of eps."""
+    patch.setattr(torch.Tensor, "normal_", lambda noise: noise.copy_(delta))
+    shares = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1) / eps
+    patch.setattr(torch.Tensor, "uniform_", lambda noise, *_: noise.copy_(delta if noise.shape == delta.shape else shares))
+
+
+@NORMS
+def test_without_a_random_start_iterates_are_those_of_torchattacks(norm, trained, attack_with):
+    model, images, labels = (part.double() if isinstance(part, nn.Module) or part.is_floating_point() else part for part in trained)
+    try:
+        attacked = attack_with(pgd(norm, random_start=False), model, images, labels)
+        stood_all = 0
+        for eps, is_broken, proposals in zip(LADDERS[norm], attacked.is_broken, attacked.proposals, strict=True):
+            theirs = peer(norm, eps, model, images, labels, random_start=False)
+            torch.testing.assert_close(proposals[~is_broken], theirs[~is_broken], atol=1e-6, rtol=0)
+            assert (model(theirs[is_broken]).argmax(1) != labels[is_broken]).float().mean() > 0.9
+            stood_all += (~is_broken).sum()
+        assert stood_all > 100
+    finally:
+        model.float()
+
+
+@NORMS
+def test_confident_models_are_attacked_as_well_as_others(norm, trained, attack_with):
+    model, images, labels = trained
+
+    class Confident(nn.Module):
+        def forward(self, images):
+            return 500 * model(images)
+
+    plain = attack_with(pgd(norm), model, images, labels).is_broken
+    confident = attack_with(pgd(norm), Confident(), images, labels).is_broken
+    # Far beyond where the cross-entropy's gradient is zero in float32, and torchattacks at a loss.
+    stuck = accuracy(Confident(), peer(norm, LADDERS[norm][-1], Confident(), images, labels), labels)
+    assert stuck > 0.5 > (~plain[-1]).float().mean()
+    assert ((~confident).float().mean(1) <= (~plain).float().mean(1) + 0.02).all()
+
+
+class Flat(nn.Module):
+    """Wrong on an image if its mean is above a threshold; the gradient is zero, so starts stay what they are."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images):
+        is_wrong = (images.flatten(1).mean(1) > self.threshold).float()
+        return torch.stack([1 - is_wrong, is_wrong], 1) + 0 * images.flatten(1)[:, :2]
+
+
+@pytest.fixture
+def grey():
+    return torch.full((32, 3, 8, 8), 0.5), torch.zeros(32, dtype=torch.int64)
+
+
+@NORMS
+def test_random_starts_follow_the_image_alone(norm, grey, attack_with):
+    images, labels = grey
+    spec = pgd(norm, 0.1, 0.2, steps=2, restarts=2)
+    whole = attack_with(spec, Flat(1), images, labels)
+    small = attack_with(spec, Flat(1), images, labels, batch_size=5)
+    reverse = attack_with(spec, Flat(1), images, labels, names=range(31, -1, -1))
+    few = attack_with(spec, Flat(1), images[:3], labels[:3], names=(7, 30, 2))
+    assert torch.equal(whole.proposals, small.proposals)
+    assert torch.equal(whole.proposals, reverse.proposals.flip(1))
+    assert torch.equal(whole.proposals[:, [7, 30, 2]], few.proposals)
+    others = [attack_with(spec, Flat(1), images, labels, seed="other"), attack_with(pgd(norm, 0.1, 0.2, steps=2), Flat(1), images, labels)]
+    starts = torch.cat([run.proposals.flatten(0, 1) for run in [whole, *others]]).flatten(1)
+    assert len(starts.unique(dim=0)) == 3 * 64
+
+
+def test_random_starts_fill_the_ball(grey, attack_with):
+    images, labels = grey
+    linf = attack_with(pgd("linf", 0.2, steps=1), Flat(1), images, labels).proposals - images
+    assert linf.abs().max() <= 0.2 + 1e-6
+    # Uniform: variance eps^2 / 3, of 32 * 192 draws.
+    assert linf.square().mean().item() == pytest.approx(0.2**2 / 3, rel=0.05)
+    lengths = (attack_with(pgd("l2", 0.2, steps=1), Flat(1), images, labels).proposals - images).flatten(2).norm(dim=2)
+    assert lengths.max() <= 0.2 + 1e-6
+    assert 0.05 < lengths.mean() < 0.15 and lengths.min() < 0.05 and lengths.max() > 0.15
+
+
+def test_restarts_go_on_until_one_breaks_the_image(grey, attack_with):
+    model = Flat(threshold=0.5 + 0.004)  # one standard deviation: about 16 % each time
+    once = attack_with(pgd("linf", 0.1, steps=1), model, *grey)
+    often = attack_with(pgd("linf", 0.1, steps=1, restarts=8), model, *grey)
+    assert 0 < once.is_broken.sum() < 16 < often.is_broken.sum() < 32
+    assert (once.is_broken <= often.is_broken).all()
+    assert (often.effort.forward_passes[~often.is_broken] == 8).all()
+    assert (often.effort.forward_passes[once.is_broken] == 1).all()
+    assert sum(is_last for _, _, is_last, _ in often.claims) == often.effort.forward_passes[~often.is_broken].sum() + sum(
+        often.effort.forward_passes[often.is_broken] - 1
+    )
+
+
+@NORMS
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batches_change_nothing_but_rounding(norm, batch_size, trained, attack_with):
+    model, images, labels = trained
+    try:
+        model.double()
+        whole = attack_with(pgd(norm, steps=5), model, images[:20].double(), labels[:20])
+        parts = attack_with(pgd(norm, steps=5), model, images[:20].double(), labels[:20], batch_size=batch_size)
+    finally:
+        model.float()
+    assert torch.equal(whole.is_broken, parts.is_broken)
+    torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-9, rtol=0)
+    assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
+
+
+@NORMS
+def test_a_broken_image_costs_no_further_step(norm, trained, attack_with):
+    model, images, labels = trained
+    attacked = attack_with(pgd(norm), model, images, labels)
+    passes, is_broken = attacked.effort.forward_passes, attacked.is_broken
+    assert (passes[~is_broken] == 20).all()
+    assert (passes[1:][is_broken[:-1]] == 0).all()
+    first = is_broken.clone()
+    first[1:] &= ~is_broken[:-1]
+    assert (1 <= passes[first]).all() and passes[first].float().mean() < 15
+    for eps, proposals in zip(LADDERS[norm], attacked.proposals, strict=True):
+        assert ThreatModel(norm, eps).is_in_ball(images, proposals).all()
+
+
+def test_batches_are_kept_full_while_images_wait(trained):
+    model, images, labels = trained
+    judge, judged = copy.deepcopy(model), []
+
+    def claim(rows, proposed, eps, is_last):
+        judged.append(len(rows))
+        return (judge(proposed).argmax(1) != labels[rows]).tolist()
+
+    attacked = []
+    hook = model.register_forward_hook(lambda module, inputs, output: attacked.append(len(inputs[0])))
+    try:
+        Attack(pgd("linf"))(model, images[:100], labels[:100], batch_size=16, claim=claim, draw=draw)
+    finally:
+        hook.remove()
+    assert max(attacked) == 16 and attacked.count(16) / len(attacked) > 0.75
+    # Claims are collected: judged one by one they would be small batches too.
+    assert sum(judged) / len(judged) > 8
+
+
+def test_a_claim_that_the_judge_refuses_changes_nothing(trained):
+    model, images, labels = trained
+    spec = pgd("linf", 0.01, 0.04, steps=5, restarts=2)
+    last, others = [], []
+
+    def refuse(rows, proposed, eps, is_last):
+        for row, each, whether in zip(rows, eps, is_last, strict=True):
+            (last if whether else others).append((row, each))
+        return [False] * len(rows)
+
+    effort = Attack(spec)(model, images[:9], labels[:9], batch_size=4, claim=refuse, draw=draw)
+    assert (effort.forward_passes == 10).all()
+    assert sorted(last) == sorted((row, eps) for row in range(9) for eps in spec.eps for _ in range(2))
+    assert len(others) > 10
+
+
+def test_step_size_is_the_ratio_of_eps(trained, attack_with):
+    model, images, labels = trained
+    with torch.no_grad():
+        labels = model(images * 0.5 + 0.25).argmax(1)
+    spec = pgd("linf", 1e-4, steps=5, step_size_ratio=0.5, random_start=False)
+    delta = attack_with(spec, model, images * 0.5 + 0.25, labels).proposals - images * 0.5 - 0.25
+    assert delta.abs().max().item() == pytest.approx(0.5e-4, rel=2e-3)
+
+
+def test_a_gradient_of_zero_leaves_the_image(grey, attack_with):
+    images, labels = grey
+    attacked = attack_with(pgd("l2", 0.5, random_start=False), Flat(1), images, labels)
+    assert torch.equal(attacked.proposals[0], images)
