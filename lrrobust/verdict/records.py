@@ -97,8 +97,9 @@ class Comparison(Record):
     p_holm: float
     """Adjusted by Holm over the family: the decisive rows of the population, or its other rows."""
     smallest_detectable: float | None
-    """Smallest difference that would pass the test here, at the strictest level Holm may ask for, with the claim's
-    power, given n and the discordance seen; None: not even the largest possible one."""
+    """Smallest difference this row could have shown, given n and the discordance seen: were the true difference at
+    one eps of every norm at least this large in every population, then the tests that *supported* asks for would
+    all be passed with the claim's power. None: not even the largest possible difference would be shown."""
 
 
 class CurveComparison(Record):
@@ -170,7 +171,10 @@ class Safeguard(Record):
     name: str
     """Such as `same_images`, `monotone_curves`, `unbounded_attack`, `attack_diagnostics`, `clean_accuracy`."""
     passed: bool | None
-    """None: could not be checked, and `detail` says why; only False withholds a *supported*."""
+    """None: could not be checked, and `detail` says why; only False withholds a verdict."""
+    withholds: tuple[Literal["supported", "refuted"], ...]
+    """The verdicts that become *inconclusive* when it has failed: both, or the one that would rest on the model
+    whose robustness is in doubt."""
     detail: str
     """One sentence with the numbers."""
     attack: str | None = None
