@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from numpy.typing import ArrayLike
 
 from lrrobust.results import Run, rows_to_table
 from lrrobust.verdict.records import Claim
@@ -23,7 +23,7 @@ LADDER = (0.5 / 255, 1 / 255, 2 / 255)
 class Attack:
     """An attack and the distance it needs for each image: 0 wrong when clean, infinity never broken."""
 
-    distances: ArrayLike
+    distances: Sequence[float]
     norm: str = "linf"
     eps: Sequence[float] = LADDER
     steps: int = 20
@@ -60,9 +60,9 @@ def columns(name: str, attack: Attack, images: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def make_run(
+def build_run(
     model: str,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Mapping[str, Any]],
     *,
     images: Sequence[int] | None = None,
     folder: Path | None = None,
@@ -73,9 +73,13 @@ def make_run(
     is_complete: bool = True,
     part_metadata: Mapping[str, dict[str, str]] | None = None,
 ) -> Run:
-    n = len(np.asarray(next(iter(attacks.values())).distances))
+    """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images."""
+    specs = {name: Attack(**attack) for name, attack in attacks.items()}
+    n = max(len(attack.distances) for attack in specs.values())
     images = range(n) if images is None else images
-    tables = [rows_to_table(columns(name, attack, images[: len(np.asarray(attack.distances))])) for name, attack in attacks.items()]
+    tables = [
+        rows_to_table(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()
+    ]
     rows = pd.concat([table.to_pandas(types_mapper=pd.ArrowDtype) for table in tables], ignore_index=True)
     return Run(
         folder=folder or Path("/results") / f"{model}-{dataset}-{weights}-{n}-{'-'.join(attacks)}",
@@ -83,11 +87,11 @@ def make_run(
             "schema_version": 1,
             "fingerprint": "ab" * 32,
             "model": {"name": model, "weights": weights, "state_sha256": "ef" * 32, "input_size": input_size},
-            "dataset": {"name": dataset, "sha256": f"{hash(tuple(images)) & 0xFFFFFFFF:08x}" * 8, "n": n},
+            "dataset": {"name": dataset, "sha256": hashlib.sha256(repr(list(images)).encode()).hexdigest(), "n": n},
             "attacks": [
                 {"name": name, "norm": attack.norm, "kind": name, "eps": [e for e in attack.eps if math.isfinite(e)],
                  "steps": attack.steps}
-                for name, attack in attacks.items()
+                for name, attack in specs.items()
             ],
             "plan": {"chunk_size": 50},
             "seed": seed,
@@ -97,6 +101,11 @@ def make_run(
         is_complete=is_complete,
         part_metadata=dict(part_metadata or {}),
     )
+
+
+@pytest.fixture
+def make_run():
+    return build_run
 
 
 @pytest.fixture
