@@ -75,9 +75,24 @@ class TestVerdicts:
     def test_few_images_are_inconclusive_and_say_how_few(self, judged):
         result = judged(attacks_of(50, 1, rate=1), attacks_of(50, 2, rate=1))
         assert result.verdict == "inconclusive"
+        assert not any("safeguard" in reason for reason in result.reasons)
         text = " ".join(result.reasons)
         assert "In l2 and linf no eps shows A more robust in every population" in text
         assert "not ruled out" in text and "(n = 50)" in text
+
+    def test_what_fails_besides_is_said_too(self, judged):
+        result = judged(attacks_of(50, 1, rate=1), attacks_of(50, 2, rate=0.9))
+        assert any(reason.startswith("Besides, a safeguard failed: Clean accuracy is 100.0 %") for reason in result.reasons)
+
+    def test_better_here_but_possibly_worse_there(self, judged):
+        ours, theirs = np.full(1000, 3 * PIXEL), np.full(1000, 3 * PIXEL)
+        # At 0.5/255 80 images fall to the control alone, at 1/255 both lose 60 others.
+        theirs[:80], ours[100:160], theirs[200:260] = 0.3 * PIXEL, 0.7 * PIXEL, 0.7 * PIXEL
+        ours[:80] = 0.7 * PIXEL
+        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        assert result.verdict == "inconclusive"
+        assert result.reasons[0].startswith("At eps 0.5/255 in linf (pgd), A is more robust than B in every population")
+        assert any("not ruled out that A is less robust by 2 points" in reason for reason in result.reasons)
 
     def test_curves_that_cross_are_said_to(self, judged):
         # 30 % of the treatment's images withstand 2/255 and the others not even 0.5/255; the control's the latter only.
