@@ -19,7 +19,7 @@ from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import Chunk, chunk_seed, plan_chunks
 from lrrobust.evaluation.judge import Judge, Prediction, Witness, call_model, check_logits
 from lrrobust.frozen import frozen
-from lrrobust.results import RunStore, rows_to_table
+from lrrobust.results import Example, RunStore, example_count, rows_to_table
 from lrrobust.threat import ThreatModel
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ def evaluate(
                 for task in group:
                     if task in stored:
                         continue
-                    rows, met = _attack_chunk(run, batch, clean, task)
+                    outcomes, rows, met = _attack_chunk(run, batch, clean, task)
+                    if examples := _examples(batch, outcomes, task):
+                        store.write_examples(*task.part, examples)
                     store.write_part(*task.part, rows_to_table(rows), {**metadata, **met})
                     if on_task is not None:
                         on_task(task, True)
@@ -266,12 +268,13 @@ class _ChunkImages:
 class _Outcomes:
     """What is known of a chunk's images under one attack, growing with eps; all tensors on the device.
 
-    For broken images `prediction`, `margin` and the distances are those of the nearest verified
-    adversarial image, for others those of the last proposal; `found_at` is the eps at which the
-    attack broke the image, infinity while it has not.
+    For broken images `nearest` is the nearest verified adversarial image, and `prediction`, `margin` and
+    the distances are its own; for others `nearest` is the clean image, and they are those of the last
+    proposal. `found_at` is the eps at which the attack broke the image, infinity while it has not.
     """
 
-    def __init__(self, clean: Prediction, labels: torch.Tensor) -> None:
+    def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor) -> None:
+        self.nearest = images.clone()
         self.is_clean_correct = clean.label == labels
         self.is_broken = torch.zeros_like(self.is_clean_correct)
         self.is_rejected = torch.zeros_like(self.is_clean_correct)
@@ -299,10 +302,10 @@ class _AtEps:
 
 def _attack_chunk(
     run: _Run, batch: _ChunkImages, clean: Prediction, task: Task
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of one task, all eps ascending, and what the results must say of the attack."""
+) -> tuple[_Outcomes, list[dict[str, Any]], dict[str, str]]:
+    """What one task did to its images, their rows, all eps ascending, and what the results must say of the attack."""
     spec = task.spec
-    outcomes = _Outcomes(clean, batch.labels)
+    outcomes = _Outcomes(batch.images, clean, batch.labels)
     ladder: list[_AtEps] = []
     nonfinite = 0
     # A minimal-norm attack runs once, without a budget; its distances are read off at every eps.
@@ -321,7 +324,7 @@ def _attack_chunk(
         free = replace(unbounded, wall_s=torch.zeros_like(wall_s), forwarded=torch.zeros_like(forwarded))
         ladder = [*(replace(free, eps=eps) for eps in spec.eps), unbounded]
     met = {"nonfinite_gradients": "yes: the attack was not at full strength"} if nonfinite else {}
-    return _rows(batch, clean, outcomes, task, ladder), met
+    return outcomes, _rows(batch, clean, outcomes, task, ladder), met
 
 
 def _attack_once(
@@ -396,6 +399,7 @@ def _enter(
     if is_last_proposal:
         outcomes.is_rejected[rows] = verdict.is_rejected
     better = rows[is_nearer]
+    outcomes.nearest[better] = proposed[is_nearer].detach()
     outcomes.is_broken[better] = True
     outcomes.found_at[better] = threat.eps
     outcomes.linf[better] = verdict.linf_distance[is_nearer]
@@ -481,3 +485,20 @@ def _rows(
             )
         smaller_eps = step.eps
     return rows
+
+
+def _examples(batch: _ChunkImages, outcomes: _Outcomes, task: Task) -> list[Example]:
+    """The correct ones among the first images of the subset: the same images whatever the model and attack."""
+    kept = example_count(*batch.images.shape[-2:]) - task.chunk.start
+    examples = []
+    for row in outcomes.is_clean_correct[: max(kept, 0)].nonzero().flatten().tolist():
+        clean = batch.images[row].permute(1, 2, 0)
+        perturbation = (outcomes.nearest[row] - batch.images[row]).permute(1, 2, 0).half().cpu().numpy()
+        examples.append(
+            Example(
+                batch.indices[row],
+                (255 * clean).round().to(torch.uint8).cpu().numpy(),
+                perturbation if outcomes.is_broken[row] else None,
+            )
+        )
+    return examples
