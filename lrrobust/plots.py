@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +39,8 @@ _STYLE = {
     "lines.markersize": 4.5,
     # A constant, or the identifiers inside an SVG change each time it is written.
     "svg.hashsalt": "lrrobust",
+    # Type 42 fonts: journals refuse matplotlib's own choice.
+    "pdf.fonttype": 42,
 }
 
 
@@ -61,16 +63,35 @@ def plot_robustness_curves(
     Args:
         summary: as made by `report.summarise`, of one dataset.
         norm: "linf" or "l2"; rows of another norm are left out.
-        out_stem: path without suffix; ".png" and ".svg" are added, missing folders created.
+        out_stem: path without suffix; ".png", ".svg" and ".pdf" are added, missing folders created.
         curves: as made by `report.minimal_norm_curves`; those attacks are then drawn as exact steps
             instead of at the eps of the ladder. Curves of runs not in `summary` are left out.
 
     Returns:
-        The PNG and the SVG; nothing when no attack of this norm has anything to draw.
+        The PNG, the SVG and the PDF; nothing when no attack of this norm has anything to draw.
 
     Raises:
         ValueError: the summary mixes datasets, which must never share a figure.
         StoreError: the files cannot be written.
+    """
+    contents = render_robustness_curves(summary, norm, ("png", "svg", "pdf"), curves)
+    # Not with_suffix, which would cut a name at its last dot.
+    paths = {kind: Path(f"{out_stem}.{kind}") for kind in contents}
+    for kind, content in contents.items():
+        write_file(paths[kind], content)
+    return list(paths.values())
+
+
+def render_robustness_curves(
+    summary: pd.DataFrame,
+    norm: str,
+    kinds: Sequence[str],
+    curves: pd.DataFrame | None = None,
+    is_transparent: bool = False,
+) -> dict[str, bytes]:
+    """The figure of `plot_robustness_curves` as files in memory: kind ("png", "svg", "pdf") -> content.
+
+    Nothing when no attack of this norm has anything to draw. `is_transparent` leaves the paper away.
     """
     summary = summary[summary["norm"] == norm]
     if summary["dataset_sha256"].nunique() > 1:
@@ -81,15 +102,11 @@ def plot_robustness_curves(
     drawable = np.isfinite(summary["eps"].astype(float)) | summary["attack"].isin(steps["attack"])
     attacks = list(summary.loc[drawable, "attack"].unique())
     if not attacks:
-        return []
+        return {}
 
     with _isolated_style():
         figure = _draw(summary, steps, attacks, norm)
-        # str, as with_suffix would cut a name at its last dot.
-        paths = [Path(f"{out_stem}.png"), Path(f"{out_stem}.svg")]
-        write_file(paths[0], _rendered(figure, "png"))
-        write_file(paths[1], _rendered(figure, "svg"))
-    return paths
+        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
 
 
 def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: str) -> Figure:
@@ -205,9 +222,11 @@ def _span(counts: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _rendered(figure: Figure, kind: str) -> bytes:
+def _rendered(figure: Figure, kind: str, is_transparent: bool) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+    # Dates would make the same figure differ each time.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, transparent=is_transparent)
     return buffer.getvalue()
 
 

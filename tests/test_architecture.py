@@ -18,13 +18,17 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "report", "results", "errors", "evaluation.chunks"},
+    "cli": {"lrrobust", "console", "run", "report", "page", "results", "errors", "evaluation.chunks"},
     "console": {"report", "results"},
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
-    "report": {"results", "stats", "plots", "errors"},
+    # Of the verdict its records alone: what is shown is given to it.
+    "page": {"report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
+    "report": {"results", "stats", "plots", "tables", "errors"},
+    "tables": set(),
+    "verdict": {"results", "stats", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},

@@ -1,4 +1,5 @@
 import errno
+import io
 import math
 import os
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lrrobust import plots
 from lrrobust.errors import StoreError
-from lrrobust.plots import plot_robustness_curves
+from lrrobust.plots import plot_robustness_curves, render_robustness_curves
 from lrrobust.stats import wilson_interval
 
 LADDER = [k / 255 for k in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
@@ -55,11 +56,21 @@ def lines(panel):
 
 def test_files_are_pictures(tmp_path):
     summary = pd.concat([curve("a", model="one"), curve("b", model="two")])
-    png, svg = plot_robustness_curves(summary, "linf", tmp_path / "deep" / "figure.v1")
-    assert (png.name, svg.name) == ("figure.v1.png", "figure.v1.svg")
+    png, svg, pdf = plot_robustness_curves(summary, "linf", tmp_path / "deep" / "figure.v1")
+    assert (png.name, svg.name, pdf.name) == ("figure.v1.png", "figure.v1.svg", "figure.v1.pdf")
     with Image.open(png) as image:
         assert image.width > 500 and image.height > 300 and len(image.convert("RGB").getcolors(1 << 20)) > 20
     assert svg.read_text().startswith("<?xml")
+    assert pdf.read_bytes().startswith(b"%PDF-")
+
+
+def test_transparent_pictures_leave_the_paper_away():
+    paper = [
+        render_robustness_curves(curve("a"), "linf", ["png"], is_transparent=is_transparent)["png"]
+        for is_transparent in (False, True)
+    ]
+    corners = [Image.open(io.BytesIO(content)).convert("RGBA").getpixel((0, 0)) for content in paper]
+    assert corners[0] == (255, 255, 255, 255) and corners[1][3] == 0
 
 
 def test_line_begins_at_clean_accuracy_and_follows_the_summary(tmp_path, drawn):
