@@ -143,11 +143,12 @@ def report(
     runs: Annotated[
         Optional[list[Path]], typer.Argument(help="Run folders, or folders that hold some.", show_default="reports/runs")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("reports/summary"),
+    out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
 ) -> None:
-    """Write tables (CSV, Markdown) and robustness curves (PNG, SVG) of finished and unfinished runs."""
+    """Write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs, finished or not."""
     from lrrobust.console import print_report
     from lrrobust.errors import StoreError
+    from lrrobust.page import write_page
     from lrrobust.report import write_report
     from lrrobust.results import find_runs, load_run
 
@@ -163,7 +164,7 @@ def report(
             if len(folders) == 1:
                 raise
             logging.warning("left out: %s", error)
-    print_report(loaded, write_report(loaded, out))
+    print_report(loaded, [*write_page(loaded, out, sys.argv), *write_report(loaded, out)])
 
 
 @app.command()

@@ -139,7 +139,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
-        "median distance": _format_distance(row["median_distance"], row["norm"]),
+        "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "run": row["run"],
     }
@@ -443,7 +443,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _format_distance(distance: float, norm: str) -> str:
+def format_distance(distance: float, norm: str) -> str:
     if math.isnan(distance):
         return "-"
     if math.isinf(distance):
