@@ -110,7 +110,7 @@ def render_robustness_curves(
 
 
 def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: str) -> Figure:
-    labels = _run_labels(summary)
+    labels = label_runs(summary)
     axis = _eps_axis(summary, steps)
     columns = min(3, len(attacks))
     rows = math.ceil(len(attacks) / columns)
@@ -206,7 +206,7 @@ def _tick_label(eps: float, norm: str) -> str:
     return str(simple) if math.isclose(simple, eps * 255, rel_tol=1e-9) else f"{eps * 255:.3g}"
 
 
-def _run_labels(summary: pd.DataFrame) -> dict[str, str]:
+def label_runs(summary: pd.DataFrame) -> dict[str, str]:
     """Run -> what its line is called: as little as tells it from the others."""
     runs = summary.drop_duplicates("run").set_index("run")
     weights = runs["weights"].fillna("no weights").astype(str)

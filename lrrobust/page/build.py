@@ -19,7 +19,7 @@ import lrrobust
 from lrrobust.page.gallery import Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
-from lrrobust.plots import render_robustness_curves
+from lrrobust.plots import label_runs, render_robustness_curves
 from lrrobust.report import (
     HOW_TO_READ,
     minimal_norm_curves,
@@ -177,11 +177,13 @@ def _datasets(
     for place, (sha256, of_dataset) in enumerate(groups.items()):
         dataset = next(iter(of_dataset.values())).manifest["dataset"]
         rows = summary[summary["dataset_sha256"] == sha256]
+        # Runs without a finished part are in no summary.
+        labels = {name: name for name in of_dataset} | label_runs(rows)
         tables = []
         for (name, attack), group in classes[classes["run"].isin(list(of_dataset))].groupby(["run", "attack"], sort=False):
             key = f"classes-{len(per_class)}"
             per_class[key] = compact(group)
-            tables.append(_Classes(key, name, attack, group["label"].nunique()))
+            tables.append(_Classes(key, labels[name], attack, group["label"].nunique()))
         yield _Dataset(
             anchor=f"images-{place}",
             name=dataset["name"],
@@ -190,7 +192,7 @@ def _datasets(
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             figures=list(_figures(rows, curves)),
             summary=summary_table(rows),
-            gallery=build_gallery(of_dataset),
+            gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
             classes=tables,
         )

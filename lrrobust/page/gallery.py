@@ -53,18 +53,19 @@ class Gallery:
     reason: str | None
 
 
-def build_gallery(runs: Mapping[str, Run]) -> Gallery:
+def build_gallery(runs: Mapping[str, Run], labels: Mapping[str, str]) -> Gallery:
     """The first images of the subset that every run classifies correctly, among those that runs keep.
 
     Args:
         runs: name -> run, all of one dataset.
+        labels: name -> what readers call the run.
 
     Raises:
         StoreError: a file of examples cannot be read.
     """
     loaded = {name: load_examples(run) for name, run in runs.items()}
     kept = {name: examples for name, examples in loaded.items() if examples}
-    missing = [name for name in runs if name not in kept]
+    missing = [labels[name] for name in runs if name not in kept]
     if not kept:
         return Gallery({}, missing, "These runs kept no adversarial images: they were made before runs did, or are at their start.")
     common = sorted(
@@ -81,7 +82,7 @@ def build_gallery(runs: Mapping[str, Run]) -> Gallery:
         of_attack = {
             name: {e.index: e for e in examples[attack]} for name, examples in kept.items() if attack in examples
         }
-        shown[attack] = [_show(index, attack, of_attack, runs, rows) for index in chosen if _is_known(index, of_attack)]
+        shown[attack] = [_show(index, attack, of_attack, runs, rows, labels) for index in chosen if _is_known(index, of_attack)]
     return Gallery(shown, missing, None)
 
 
@@ -102,13 +103,14 @@ def _show(
     of_attack: Mapping[str, Mapping[int, Example]],
     runs: Mapping[str, Run],
     rows: Mapping[str, Sequence[Mapping[str, object]]],
+    labels: Mapping[str, str],
 ) -> Shown:
     examples = {name: found[index] for name, found in of_attack.items() if index in found}
     name, first = next(iter(examples.items()))
     (row, *_) = (row for row in rows[name] if row["index"] == index)
     factor = _factor([e.perturbation for e in examples.values() if e.perturbation is not None])
     attempts = [
-        _attempt(name, example, factor, runs[name], [r for r in rows[name] if (r["index"], r["attack"]) == (index, attack)])
+        _attempt(labels[name], example, factor, runs[name], [r for r in rows[name] if (r["index"], r["attack"]) == (index, attack)])
         for name, example in examples.items()
     ]
     true_class = class_name(runs[name], int(row["label"]))
@@ -116,20 +118,20 @@ def _show(
 
 
 def _attempt(
-    name: str, example: Example, factor: float | None, run: Run, rows: Sequence[Mapping[str, object]]
+    label: str, example: Example, factor: float | None, run: Run, rows: Sequence[Mapping[str, object]]
 ) -> Attempt:
     broken = [row for row in rows if row["is_broken"]]
     if example.perturbation is None or factor is None or not broken:
         finite = [row for row in rows if math.isfinite(row["eps"])]
         largest = max(finite or rows, key=lambda row: row["eps"], default=None)
         tried = "" if largest is None else f" at {largest['norm']} eps {format_eps(largest['eps'], largest['norm'])} or below"
-        return Attempt(name, None, None, None, f"none found{tried}")
+        return Attempt(label, None, None, None, f"none found{tried}")
     row = min(broken, key=lambda row: row["eps"])
     distance = row["linf_distance"] if row["norm"] == "linf" else row["l2_distance"]
     found = "" if math.isinf(row["eps"]) else f", within eps {format_eps(row['eps'], row['norm'])}"
     perturbation = example.perturbation.astype(np.float32)
     return Attempt(
-        name,
+        label,
         _data_uri(_to_bytes(0.5 + factor * perturbation)),
         _data_uri(_to_bytes(example.clean.astype(np.float32) / 255 + perturbation)),
         class_name(run, int(row["adversarial_prediction"])),
