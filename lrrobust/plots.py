@@ -25,6 +25,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
 
+#: Points of a minimal-norm attack's curve that are drawn at most.
+_MOST_STEPS = 400
+
 _NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 
 _STYLE = {
@@ -169,9 +172,12 @@ def _draw_steps(panel: Axes, of_steps: pd.DataFrame, axis: _Axis, style: dict[st
     inside = of_steps[of_steps["eps"] <= axis.points[-1]]
     inside = pd.concat([inside, inside.iloc[-1:].assign(eps=axis.points[-1])])
     marked = np.searchsorted(inside["eps"].to_numpy(), axis.points, side="right") - 1
-    accuracy = 100 * inside["robust_accuracy"].to_numpy()
+    at_ticks = 100 * inside["robust_accuracy"].to_numpy()[marked]
+    # More steps than this are finer than the line is wide, and would make files of megabytes.
+    inside = inside.iloc[np.unique(np.linspace(0, len(inside) - 1, _MOST_STEPS).round().astype(int))]
+    accuracy = 100 * inside["robust_accuracy"]
     panel.plot(inside["eps"], accuracy, drawstyle="steps-post", **(style | {"marker": "", "label": "_"}))
-    panel.plot(axis.points, accuracy[marked], clip_on=False, **(style | {"linestyle": "", "label": "_"}))
+    panel.plot(axis.points, at_ticks, clip_on=False, **(style | {"linestyle": "", "label": "_"}))
     panel.plot([], [], **style)  # line and marker together, for the legend
     _draw_band(panel, inside["eps"], inside["ci_low"], inside["ci_high"], style, step="post")
 

@@ -138,6 +138,17 @@ def test_minimal_norm_attacks_are_exact_steps(tmp_path, drawn):
     assert len(drawn[0].legends[0].texts) == 1
 
 
+def test_a_curve_of_many_steps_is_thinned_but_not_at_its_marks(tmp_path, drawn):
+    distances = np.linspace(0, 1, 10_001)
+    ladder = curve("a", "pgd", "l2", [0.1, 0.3333], [70, 50])
+    steps = curve("a", "cw", "l2", distances, [50] * 10_001, robust_accuracy=1 - distances)
+    plot_robustness_curves(pd.concat([ladder, curve("a", "cw", "l2", [math.inf], [0])]), "l2", tmp_path / "figure", steps)
+    line, markers = lines(drawn[0].axes[1])
+    assert len(line.get_xdata()) <= 400 and line.get_xdata()[0] == 0 and line.get_xdata()[-1] == 0.3333
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), 100 - 100 * np.asarray(line.get_xdata()), atol=0.011)
+    np.testing.assert_allclose(markers.get_ydata(), [100, 90, 66.67], atol=0.011)
+
+
 @pytest.mark.parametrize("steps", [[(0.0, 80), (0.2, 60), (0.9, 0)], [(0.0, 80)]])
 def test_minimal_norm_attack_without_any_ladder(tmp_path, drawn, steps):
     unbounded = curve("a", "cw", "l2", [math.inf], [0])

@@ -22,10 +22,12 @@ _MOST_IMAGES, _MOST_PICTURES = 4, 160
 class Attempt:
     """What one attack did to one image under one model; pictures are data URIs of PNG files.
 
-    `perturbation`, `adversarial` and `predicted` are None when the attack found no adversarial image.
+    `factor` is what the perturbation is multiplied by before it is added to mid grey. All but `run` and
+    `detail` are None when the attack found no adversarial image.
     """
 
     run: str
+    factor: float | None
     perturbation: str | None
     adversarial: str | None
     predicted: str | None
@@ -34,13 +36,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image under one attack; `factor` multiplies the perturbations, which are added to mid grey."""
+    """One image under one attack."""
 
     index: int
     key: str
     true_class: str
     clean: str
-    factor: float | None
     attempts: Sequence[Attempt]
 
 
@@ -108,30 +109,29 @@ def _show(
     examples = {name: found[index] for name, found in of_attack.items() if index in found}
     name, first = next(iter(examples.items()))
     (row, *_) = (row for row in rows[name] if row["index"] == index)
-    factor = _factor([e.perturbation for e in examples.values() if e.perturbation is not None])
     attempts = [
-        _attempt(labels[name], example, factor, runs[name], [r for r in rows[name] if (r["index"], r["attack"]) == (index, attack)])
+        _attempt(labels[name], example, runs[name], [r for r in rows[name] if (r["index"], r["attack"]) == (index, attack)])
         for name, example in examples.items()
     ]
     true_class = class_name(runs[name], int(row["label"]))
-    return Shown(index, str(row["key"]), true_class, _data_uri(first.clean), factor, attempts)
+    return Shown(index, str(row["key"]), true_class, _data_uri(first.clean), attempts)
 
 
-def _attempt(
-    label: str, example: Example, factor: float | None, run: Run, rows: Sequence[Mapping[str, object]]
-) -> Attempt:
+def _attempt(label: str, example: Example, run: Run, rows: Sequence[Mapping[str, object]]) -> Attempt:
     broken = [row for row in rows if row["is_broken"]]
-    if example.perturbation is None or factor is None or not broken:
+    if example.perturbation is None or not broken:
         finite = [row for row in rows if math.isfinite(row["eps"])]
         largest = max(finite or rows, key=lambda row: row["eps"], default=None)
         tried = "" if largest is None else f" at {largest['norm']} eps {format_eps(largest['eps'], largest['norm'])} or below"
-        return Attempt(label, None, None, None, f"none found{tried}")
+        return Attempt(label, None, None, None, None, f"none found{tried}")
     row = min(broken, key=lambda row: row["eps"])
     distance = row["linf_distance"] if row["norm"] == "linf" else row["l2_distance"]
     found = "" if math.isinf(row["eps"]) else f", within eps {format_eps(row['eps'], row['norm'])}"
     perturbation = example.perturbation.astype(np.float32)
+    factor = _factor(perturbation)
     return Attempt(
         label,
+        factor,
         _data_uri(_to_bytes(0.5 + factor * perturbation)),
         _data_uri(_to_bytes(example.clean.astype(np.float32) / 255 + perturbation)),
         class_name(run, int(row["adversarial_prediction"])),
@@ -139,10 +139,10 @@ def _attempt(
     )
 
 
-def _factor(perturbations: Sequence[np.ndarray]) -> float | None:
-    """The largest power of two that keeps all of them within mid grey -+ 0.5; the same for all models."""
-    largest = max((float(abs(perturbation).max()) for perturbation in perturbations), default=0.0)
-    return 2.0 ** math.floor(math.log2(0.5 / largest)) if largest else None
+def _factor(perturbation: np.ndarray) -> float:
+    """The largest power of two that keeps 99 % of the values within mid grey -+ 0.5."""
+    high = float(np.quantile(abs(perturbation), 0.99)) or float(abs(perturbation).max())
+    return 2.0 ** math.floor(math.log2(0.5 / high)) if high else 1.0
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:

@@ -11,27 +11,25 @@ from lrrobust.verdict.records import ClaimResult, Comparison
 
 _POPULATIONS = {
     "all": "all images",
-    "both_correct": "both correct when clean",
-    "matched_accuracy": "matched clean accuracy",
+    "both_correct": "both correct",
+    "matched_accuracy": "matched accuracy",
 }
-_DECISIVE = "decisive"
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Paired differences of robust accuracy, one row for each attack, eps and population."""
     columns = [
-        Column("attack", True), Column("norm", True), Column("eps"), Column("images", True), Column("role", True),
-        Column("n"), Column("treatment %"), Column("control %"), Column("difference"), Column("interval"),
-        Column("only treatment"), Column("only control"), Column("p"), Column("p (Holm)"), Column("detectable"),
+        Column("attack", True), Column("norm", True), Column("eps"), Column("images", True), Column("n"),
+        Column("treatment %"), Column("control %"), Column("difference"), Column("interval"), Column("only treatment"),
+        Column("only control"), Column("p"), Column("Holm p"), Column("detectable"),
     ]  # fmt: skip
     rows = []
     for c in comparisons:
         detectable = math.inf if c.smallest_detectable is None else c.smallest_detectable
-        role = _DECISIVE if c.is_decisive else "information"
         rows.append(
             [
                 _text(c.attack), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps), _text(_POPULATIONS[c.population]),
-                _text(role), _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
+                _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
                 _points(c.difference), _interval(c.low, c.high), _count(c.treatment_only), _count(c.control_only),
                 _p(c.p_value), _p(c.p_holm), Cell("none" if math.isinf(detectable) else f"{100 * detectable:.1f}", detectable),
             ]  # fmt: skip

@@ -37,7 +37,7 @@ def test_pictures_and_captions(gallery, make_run):
     assert second.attempts[0].detail == "linf distance 1.9/255, within eps 2/255"
     np.testing.assert_allclose(pixels(attempt.adversarial), np.minimum(clean / 255 + 0.01, 1) * 255, atol=0.6)
     # 32 is the largest power of two that keeps 0.01 within 0.5.
-    assert first.factor == 32
+    assert attempt.factor == 32
     np.testing.assert_allclose(pixels(attempt.perturbation), 255 * (0.5 + 32 * 0.01), atol=0.6)
     failed = third.attempts[0]
     assert failed.adversarial is None and failed.detail == "none found at linf eps 2/255 or below"
