@@ -112,6 +112,59 @@ def render_robustness_curves(
         return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
 
 
+def render_differences(
+    differences: pd.DataFrame, title: str, smallest: float, kinds: Sequence[str], is_transparent: bool = False
+) -> dict[str, bytes]:
+    """Draw paired differences of robust accuracy against eps, with their intervals; kind -> content.
+
+    Each attack has a panel. A band marks the differences too small to matter.
+
+    Args:
+        differences: columns attack, norm, eps (finite), difference, low, high (fractions), of one norm.
+        title: of the figure.
+        smallest: difference that matters, a fraction.
+        kinds: of "png", "svg", "pdf".
+        is_transparent: leave the paper away.
+
+    Raises:
+        ValueError: several norms, or nothing to draw.
+    """
+    if differences["norm"].nunique() != 1:
+        raise ValueError(f"a figure shows one norm, got {differences['norm'].unique().tolist()}")
+    norm, attacks = differences["norm"].iloc[0], list(differences["attack"].unique())
+    axis = _Axis(np.append(0.0, np.unique(differences["eps"].to_numpy(np.float64))), is_ladder=True)
+    columns = min(3, len(attacks))
+    with _isolated_style():
+        rows = math.ceil(len(attacks) / columns)
+        figure = Figure(figsize=(max(2.6 * columns + 0.4, 4.2), 2.3 * rows + 0.5), layout="constrained")
+        panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        for panel, attack in zip(panels, attacks):
+            of_attack = differences[differences["attack"] == attack].sort_values("eps")
+            points = 100 * of_attack[["difference", "low", "high"]].to_numpy(np.float64).T
+            # A score interval contains its estimate; rounding must not put it outside.
+            reach = np.maximum([points[0] - points[1], points[2] - points[0]], 0.0)
+            panel.axhspan(-100 * smallest, 100 * smallest, color="#000000", alpha=0.1, linewidth=0)
+            panel.axhline(0, color="#000000", linewidth=0.8)
+            panel.errorbar(of_attack["eps"], points[0], reach, color=_COLOURS[0], marker="o", linestyle="", capsize=3)
+            panel.set_title(attack.replace("_", " "))
+            _set_eps_axis(panel, axis, norm)
+            # Intervals at the ladder's end would be cut in half.
+            panel.set_xlim(0, axis.points[-1] * 1.15)
+        _finish_panels(panels, len(attacks), columns, norm)
+        figure.suptitle(title, fontsize=10)
+        figure.supylabel("difference (percentage points)", fontsize=9)
+        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
+
+
+def _finish_panels(panels: Sequence[Axes], count: int, columns: int, norm: str) -> None:
+    """Labels the lowest panel of each column, and takes away those that nothing was drawn in."""
+    unit = "pixel range / 255" if norm == "linf" else "pixel range 1"
+    for panel in panels[max(0, count - columns) : count]:
+        panel.set_xlabel(rf"{_NORM_LABELS[norm]} budget $\varepsilon$ ({unit})")
+    for panel in panels[count:]:
+        panel.remove()
+
+
 def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: str) -> Figure:
     labels = label_runs(summary)
     axis = _eps_axis(summary, steps)
@@ -136,11 +189,7 @@ def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: 
                 _draw_ladder(panel, of_run, style)
         panel.set_title(attack.replace("_", " "))
         _set_eps_axis(panel, axis, norm)
-    unit = "pixel range / 255" if norm == "linf" else "pixel range 1"
-    for panel in panels[max(0, len(attacks) - columns) : len(attacks)]:
-        panel.set_xlabel(rf"{_NORM_LABELS[norm]} budget $\varepsilon$ ({unit})")
-    for panel in panels[len(attacks) :]:
-        panel.remove()
+    _finish_panels(panels, len(attacks), columns, norm)
     panels[0].set_ylim(0, 100)
 
     figure.suptitle(f"{summary['dataset'].iloc[0]}, {_NORM_LABELS[norm]}, n = {_span(summary['n'])}", fontsize=10)

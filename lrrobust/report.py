@@ -230,7 +230,7 @@ def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     figures: dict[str, list[Path]] = {}
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
         for norm in of_dataset["norm"].unique():
-            stem = f"robust_accuracy_{_slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
+            stem = f"robust_accuracy_{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
             paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
             figures.setdefault(sha256, []).extend(paths)
 
@@ -457,5 +457,6 @@ def _format_duration(wall_s: float) -> str:
     return f"{wall_s / 60:.1f} min" if wall_s < 6000 else f"{wall_s / 3600:.1f} h"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lrrobust import plots
 from lrrobust.errors import StoreError
-from lrrobust.plots import plot_robustness_curves, render_robustness_curves
+from lrrobust.plots import plot_robustness_curves, render_differences, render_robustness_curves
 from lrrobust.stats import wilson_interval
 
 LADDER = [k / 255 for k in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
@@ -202,3 +202,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(StoreError, match="no room on disk"):
             plot_robustness_curves(curve("a"), "linf", tmp_path / "figure")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_stand_where_the_numbers_say(monkeypatch):
+    figures = []
+    rendered = plots._rendered
+    monkeypatch.setattr(plots, "_rendered", lambda figure, *rest: figures.append(figure) or rendered(figure, *rest))
+    rows = pd.DataFrame(
+        {"attack": "pgd", "norm": "linf", "eps": [2 / 255, 1 / 255], "difference": [0.1, -0.2], "low": [0.0, -0.5], "high": 0.3}
+    )
+    assert render_differences(rows, "a minus b", 0.02, ["svg"])["svg"].startswith(b"<?xml")
+    (panel,) = figures[0].axes
+    points = next(line for line in panel.get_lines() if line.get_marker() == "o")
+    np.testing.assert_allclose(points.get_xydata(), [(1 / 255, -20), (2 / 255, 10)])
+    (bars,) = panel.collections
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(-50, 30), (0, 30)])
+    band = panel.patches[0].get_bbox()
+    assert (band.y0, band.y1) == (-2, 2)
+    with pytest.raises(ValueError, match="one norm"):
+        render_differences(pd.concat([rows, rows.assign(norm="l2")]), "", 0.02, ["svg"])

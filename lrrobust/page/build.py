@@ -19,18 +19,19 @@ import lrrobust
 from lrrobust.page.gallery import Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
-from lrrobust.plots import label_runs, render_robustness_curves
+from lrrobust.plots import label_runs, render_differences, render_robustness_curves
 from lrrobust.report import (
     HOW_TO_READ,
     minimal_norm_curves,
     mixed_metadata,
     name_runs,
+    slug,
     summarise,
     summary_table,
     warnings_of,
 )
 from lrrobust.results import Run, example_count, write_file
-from lrrobust.tables import Table
+from lrrobust.tables import Table, to_latex, to_markdown
 from lrrobust.verdict.records import ClaimResult, Verdicts
 
 PAGE_NAME = "report.html"
@@ -42,21 +43,22 @@ _SIGNS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
 
 
 @dataclass(frozen=True)
+class _Figure:
+    source: str
+    alt: str
+
+
+@dataclass(frozen=True)
 class _Judged:
-    """A claim's result with its tables."""
+    """A claim's result with its figures and tables."""
 
     result: ClaimResult
     sign: str
+    figures: Sequence[_Figure]
     decisive: Table
     informative: Table
     areas: Table
     norms: Table
-
-
-@dataclass(frozen=True)
-class _Figure:
-    source: str
-    alt: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class _Provenance:
 
 
 def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdicts: Verdicts | None = None) -> list[Path]:
-    """Write `report.html`, and `per_class.csv` with the numbers that the page draws on demand.
+    """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
+
+    `per_class.csv` holds the robust accuracies by class; `comparisons.csv`, `.md` and `.tex` the paired
+    differences of all verdicts, and `differences_*` their figures as PNG, SVG and PDF.
 
     Args:
         runs: at least one; runs on different images are never compared.
@@ -114,7 +119,31 @@ def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdi
     page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
     write_file(page, render_page(named, classes, command, verdicts).encode())
-    return [page, table]
+    return [page, table, *_write_comparisons(verdicts.results if verdicts is not None else (), Path(out_dir))]
+
+
+def _write_comparisons(results: Sequence[ClaimResult], out_dir: Path) -> list[Path]:
+    if not results:
+        return []
+    rows, text, latex = [], ["# Paired differences of robust accuracy"], []
+    paths = [out_dir / f"comparisons.{suffix}" for suffix in ("csv", "md", "tex")]
+    for result in results:
+        claim, pairing = result.claim, result.pairing
+        about = {"claim": claim.name, "dataset": pairing.dataset, "treatment": claim.treatment, "control": claim.control}
+        rows += [about | comparison.model_dump() for comparison in result.comparisons]
+        table = comparison_table(result.comparisons)
+        caption = f"{claim.treatment} minus {claim.control} in percentage points, {pairing.dataset}, claim {claim.name}"
+        text += ["", f"## {caption}: {result.verdict}", "", *to_markdown(table)]
+        latex.append(to_latex(table, f"{caption}."))
+        for norm, _, files in _difference_figures(result, ["png", "svg", "pdf"]):
+            subset = hashlib.sha256("".join(pairing.dataset_sha256).encode()).hexdigest()[:8]
+            for kind, content in files.items():
+                paths.append(out_dir / f"differences_{slug(claim.name)}_{slug(pairing.dataset)}_{subset}_{norm}.{kind}")
+                write_file(paths[-1], content)
+    write_file(paths[0], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
+    write_file(paths[1], ("\n".join(text) + "\n").encode())
+    write_file(paths[2], "\n".join(latex).encode())
+    return paths
 
 
 def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequence[str], verdicts: Verdicts | None) -> str:
@@ -160,6 +189,10 @@ def _judge(result: ClaimResult) -> _Judged:
     return _Judged(
         result,
         _SIGNS[result.verdict],
+        [
+            _Figure(_data_uri(files["svg"]), f"{title}; the numbers are in the tables below.")
+            for _, title, files in _difference_figures(result, ["svg"], is_transparent=True)
+        ],
         comparison_table([c for c in result.comparisons if c.is_decisive]),
         comparison_table([c for c in result.comparisons if not c.is_decisive]),
         area_table(result),
@@ -209,8 +242,23 @@ def _figures(summary: pd.DataFrame, curves: pd.DataFrame) -> Iterator[_Figure]:
         files = render_robustness_curves(summary, norm, ["svg"], curves, is_transparent=True)
         if files:
             models = ", ".join(dict.fromkeys(summary["model"]))
-            source = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
-            yield _Figure(source, f"Robust accuracy against {_NORM_NAMES[norm]} eps: {models}. The numbers are in the table below.")
+            yield _Figure(_data_uri(files["svg"]), f"Robust accuracy against {_NORM_NAMES[norm]} eps: {models}. The numbers are in the table below.")
+
+
+def _difference_figures(
+    result: ClaimResult, kinds: Sequence[str], is_transparent: bool = False
+) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Norm, title and contents of a figure of the paired differences on all images, for each norm."""
+    claim = result.claim
+    shown = [c for c in result.comparisons if c.population == "all"]
+    for norm in dict.fromkeys(c.norm for c in shown):
+        rows = pd.DataFrame([c.model_dump() for c in shown if c.norm == norm])
+        title = f"{claim.treatment} minus {claim.control}, {result.pairing.dataset}, {_NORM_NAMES[norm]}, n = {result.pairing.n}"
+        yield norm, title, render_differences(rows, title, claim.smallest_difference, kinds, is_transparent)
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _notices(run: Run) -> list[str]:

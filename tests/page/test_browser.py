@@ -34,7 +34,7 @@ def browser():
 def visit(make_run, verdicts, tmp_path):
     """Writes a page of two runs, opens it, and returns what the script found there."""
     runs = [make_run("a"), make_run("b", model="other")]
-    page, _ = write_page(runs, tmp_path / "out", ["lrrobust", "report"], verdicts)
+    page, *_ = write_page(runs, tmp_path / "out", ["lrrobust", "report"], verdicts)
 
     def open_page(script="null", *options):
         out = tmp_path / "found.json"

@@ -1,6 +1,7 @@
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from lrrobust.page import write_page
@@ -40,7 +41,7 @@ class Elements(HTMLParser):
 @pytest.fixture
 def page(make_run, verdicts, tmp_path):
     def write(*runs, verdicts=verdicts):
-        path, _ = write_page(runs or [make_run("a"), make_run("b", model="other")], tmp_path / "out", COMMAND, verdicts)
+        path, *_ = write_page(runs or [make_run("a"), make_run("b", model="other")], tmp_path / "out", COMMAND, verdicts)
         return path.read_text(encoding="utf-8")
 
     return write
@@ -91,6 +92,21 @@ def test_numbers_of_the_verdict(page):
     ]  # fmt: skip
     assert "31.0" in cells and "4.0e-04" in cells and "-0.50" in cells and "inf" in cells
     assert '<td data-value="Infinity">none</td>' in text
+
+
+def test_files_beside_the_page(make_run, verdicts, tmp_path):
+    written = write_page([make_run("a")], tmp_path / "out", COMMAND, verdicts)
+    assert sorted(written) == sorted((tmp_path / "out").iterdir())
+    stems = {path.stem for path in written}
+    assert len(stems) == 4 and {"report", "per_class", "comparisons"} < stems
+    comparisons = pd.read_csv(tmp_path / "out" / "comparisons.csv")
+    assert comparisons["difference"].tolist() == [-0.25, -0.25]
+    assert comparisons["smallest_detectable"].isna().tolist() == [True, False]
+    row = "pgd | linf | 1/255 | both correct | 6 | 25.0 | 50.0 | -25.0 | -60.0 to +20.0 | 1 | 3 | 0.625 | 1.000 | 31.0"
+    assert f"| {row} |" in (tmp_path / "out" / "comparisons.md").read_text()
+    assert row.replace("|", "&") + " \\\\\n" in (tmp_path / "out" / "comparisons.tex").read_text()
+    without = write_page([make_run("a")], tmp_path / "other", COMMAND)
+    assert {path.name for path in without} == {"report.html", "per_class.csv"}
 
 
 def test_without_verdicts(page):
