@@ -155,11 +155,12 @@ def report(
         Optional[list[str]],
         typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("reports/summary"),
+    out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
 ) -> None:
-    """Judge claims, and write tables (CSV, Markdown) and robustness curves (PNG, SVG) of runs."""
+    """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
     from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
+    from lrrobust.page import write_page
     from lrrobust.report import write_report
     from lrrobust.results import find_runs, load_run
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
@@ -180,8 +181,8 @@ def report(
             logging.warning("left out: %s", error)
     verdicts = judge_claims(claims, loaded)
     print_verdicts(verdicts)
-    written = write_report(loaded, out)
     write_verdicts(verdicts, out / "claim.json")
+    written = [*write_page(loaded, out, sys.argv, verdicts), *write_report(loaded, out)]
     print_report(loaded, [out / "claim.json", *written])
 
 

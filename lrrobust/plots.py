@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +25,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
 
+#: Points of a minimal-norm attack's curve that are drawn at most.
+_MOST_STEPS = 400
+
 _NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 
 _STYLE = {
@@ -39,6 +42,8 @@ _STYLE = {
     "lines.markersize": 4.5,
     # A constant, or the identifiers inside an SVG change each time it is written.
     "svg.hashsalt": "lrrobust",
+    # Type 42 fonts: journals refuse matplotlib's own choice.
+    "pdf.fonttype": 42,
 }
 
 
@@ -61,16 +66,35 @@ def plot_robustness_curves(
     Args:
         summary: as made by `report.summarise`, of one dataset.
         norm: "linf" or "l2"; rows of another norm are left out.
-        out_stem: path without suffix; ".png" and ".svg" are added, missing folders created.
+        out_stem: path without suffix; ".png", ".svg" and ".pdf" are added, missing folders created.
         curves: as made by `report.minimal_norm_curves`; those attacks are then drawn as exact steps
             instead of at the eps of the ladder. Curves of runs not in `summary` are left out.
 
     Returns:
-        The PNG and the SVG; nothing when no attack of this norm has anything to draw.
+        The PNG, the SVG and the PDF; nothing when no attack of this norm has anything to draw.
 
     Raises:
         ValueError: the summary mixes datasets, which must never share a figure.
         StoreError: the files cannot be written.
+    """
+    contents = render_robustness_curves(summary, norm, ("png", "svg", "pdf"), curves)
+    # Not with_suffix, which would cut a name at its last dot.
+    paths = {kind: Path(f"{out_stem}.{kind}") for kind in contents}
+    for kind, content in contents.items():
+        write_file(paths[kind], content)
+    return list(paths.values())
+
+
+def render_robustness_curves(
+    summary: pd.DataFrame,
+    norm: str,
+    kinds: Sequence[str],
+    curves: pd.DataFrame | None = None,
+    is_transparent: bool = False,
+) -> dict[str, bytes]:
+    """The figure of `plot_robustness_curves` as files in memory: kind ("png", "svg", "pdf") -> content.
+
+    Nothing when no attack of this norm has anything to draw. `is_transparent` leaves the paper away.
     """
     summary = summary[summary["norm"] == norm]
     if summary["dataset_sha256"].nunique() > 1:
@@ -81,19 +105,68 @@ def plot_robustness_curves(
     drawable = np.isfinite(summary["eps"].astype(float)) | summary["attack"].isin(steps["attack"])
     attacks = list(summary.loc[drawable, "attack"].unique())
     if not attacks:
-        return []
+        return {}
 
     with _isolated_style():
         figure = _draw(summary, steps, attacks, norm)
-        # str, as with_suffix would cut a name at its last dot.
-        paths = [Path(f"{out_stem}.png"), Path(f"{out_stem}.svg")]
-        write_file(paths[0], _rendered(figure, "png"))
-        write_file(paths[1], _rendered(figure, "svg"))
-    return paths
+        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
+
+
+def render_differences(
+    differences: pd.DataFrame, title: str, smallest: float, kinds: Sequence[str], is_transparent: bool = False
+) -> dict[str, bytes]:
+    """Draw paired differences of robust accuracy against eps, with their intervals; kind -> content.
+
+    Each attack has a panel. A band marks the differences too small to matter.
+
+    Args:
+        differences: columns attack, norm, eps (finite), difference, low, high (fractions), of one norm.
+        title: of the figure.
+        smallest: difference that matters, a fraction.
+        kinds: of "png", "svg", "pdf".
+        is_transparent: leave the paper away.
+
+    Raises:
+        ValueError: several norms, or nothing to draw.
+    """
+    if differences["norm"].nunique() != 1:
+        raise ValueError(f"a figure shows one norm, got {differences['norm'].unique().tolist()}")
+    norm, attacks = differences["norm"].iloc[0], list(differences["attack"].unique())
+    axis = _Axis(np.append(0.0, np.unique(differences["eps"].to_numpy(np.float64))), is_ladder=True)
+    columns = min(3, len(attacks))
+    with _isolated_style():
+        rows = math.ceil(len(attacks) / columns)
+        figure = Figure(figsize=(max(2.6 * columns + 0.4, 4.2), 2.3 * rows + 0.5), layout="constrained")
+        panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        for panel, attack in zip(panels, attacks):
+            of_attack = differences[differences["attack"] == attack].sort_values("eps")
+            points = 100 * of_attack[["difference", "low", "high"]].to_numpy(np.float64).T
+            # A score interval contains its estimate; rounding must not put it outside.
+            reach = np.maximum([points[0] - points[1], points[2] - points[0]], 0.0)
+            panel.axhspan(-100 * smallest, 100 * smallest, color="#000000", alpha=0.1, linewidth=0)
+            panel.axhline(0, color="#000000", linewidth=0.8)
+            panel.errorbar(of_attack["eps"], points[0], reach, color=_COLOURS[0], marker="o", linestyle="", capsize=3)
+            panel.set_title(attack.replace("_", " "))
+            _set_eps_axis(panel, axis, norm)
+            # Intervals at the ladder's end would be cut in half.
+            panel.set_xlim(0, axis.points[-1] * 1.15)
+        _finish_panels(panels, len(attacks), columns, norm)
+        figure.suptitle(title, fontsize=10)
+        figure.supylabel("difference (percentage points)", fontsize=9)
+        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
+
+
+def _finish_panels(panels: Sequence[Axes], count: int, columns: int, norm: str) -> None:
+    """Labels the lowest panel of each column, and takes away those that nothing was drawn in."""
+    unit = "pixel range / 255" if norm == "linf" else "pixel range 1"
+    for panel in panels[max(0, count - columns) : count]:
+        panel.set_xlabel(rf"{_NORM_LABELS[norm]} budget $\varepsilon$ ({unit})")
+    for panel in panels[count:]:
+        panel.remove()
 
 
 def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: str) -> Figure:
-    labels = _run_labels(summary)
+    labels = label_runs(summary)
     axis = _eps_axis(summary, steps)
     columns = min(3, len(attacks))
     rows = math.ceil(len(attacks) / columns)
@@ -116,11 +189,7 @@ def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: 
                 _draw_ladder(panel, of_run, style)
         panel.set_title(attack.replace("_", " "))
         _set_eps_axis(panel, axis, norm)
-    unit = "pixel range / 255" if norm == "linf" else "pixel range 1"
-    for panel in panels[max(0, len(attacks) - columns) : len(attacks)]:
-        panel.set_xlabel(rf"{_NORM_LABELS[norm]} budget $\varepsilon$ ({unit})")
-    for panel in panels[len(attacks) :]:
-        panel.remove()
+    _finish_panels(panels, len(attacks), columns, norm)
     panels[0].set_ylim(0, 100)
 
     figure.suptitle(f"{summary['dataset'].iloc[0]}, {_NORM_LABELS[norm]}, n = {_span(summary['n'])}", fontsize=10)
@@ -152,9 +221,12 @@ def _draw_steps(panel: Axes, of_steps: pd.DataFrame, axis: _Axis, style: dict[st
     inside = of_steps[of_steps["eps"] <= axis.points[-1]]
     inside = pd.concat([inside, inside.iloc[-1:].assign(eps=axis.points[-1])])
     marked = np.searchsorted(inside["eps"].to_numpy(), axis.points, side="right") - 1
-    accuracy = 100 * inside["robust_accuracy"].to_numpy()
+    at_ticks = 100 * inside["robust_accuracy"].to_numpy()[marked]
+    # More steps than this are finer than the line is wide, and would make files of megabytes.
+    inside = inside.iloc[np.unique(np.linspace(0, len(inside) - 1, _MOST_STEPS).round().astype(int))]
+    accuracy = 100 * inside["robust_accuracy"]
     panel.plot(inside["eps"], accuracy, drawstyle="steps-post", **(style | {"marker": "", "label": "_"}))
-    panel.plot(axis.points, accuracy[marked], clip_on=False, **(style | {"linestyle": "", "label": "_"}))
+    panel.plot(axis.points, at_ticks, clip_on=False, **(style | {"linestyle": "", "label": "_"}))
     panel.plot([], [], **style)  # line and marker together, for the legend
     _draw_band(panel, inside["eps"], inside["ci_low"], inside["ci_high"], style, step="post")
 
@@ -189,7 +261,7 @@ def _tick_label(eps: float, norm: str) -> str:
     return str(simple) if math.isclose(simple, eps * 255, rel_tol=1e-9) else f"{eps * 255:.3g}"
 
 
-def _run_labels(summary: pd.DataFrame) -> dict[str, str]:
+def label_runs(summary: pd.DataFrame) -> dict[str, str]:
     """Run -> what its line is called: as little as tells it from the others."""
     runs = summary.drop_duplicates("run").set_index("run")
     weights = runs["weights"].fillna("no weights").astype(str)
@@ -205,9 +277,11 @@ def _span(counts: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _rendered(figure: Figure, kind: str) -> bytes:
+def _rendered(figure: Figure, kind: str, is_transparent: bool) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+    # Dates would make the same figure differ each time.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, transparent=is_transparent)
     return buffer.getvalue()
 
 

@@ -14,9 +14,10 @@ import pandas as pd
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, write_file
 from lrrobust.stats import median_with_failures, wilson_interval
+from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as TerminalTable
 
 #: Name of the rows that count an image as broken when any attack of the norm breaks it.
 WORST_CASE = "worst_case"
@@ -88,7 +89,7 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
     """
-    return _stacked([_summary(run, name) for name, run in _named(runs).items()], SUMMARY_COLUMNS)
+    return _stacked([_summary(run, name) for name, run in name_runs(runs).items()], SUMMARY_COLUMNS)
 
 
 def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
         Columns `CURVE_COLUMNS`, eps ascending within each run and attack.
     """
     curves = []
-    for name, run in _named(runs).items():
+    for name, run in name_runs(runs).items():
         verdicts = _verdicts(run)
         unbounded = verdicts[np.isinf(verdicts["eps"])]
         for (attack, norm), group in unbounded.groupby(["attack", "norm"], sort=False):
@@ -138,7 +139,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
-        "median distance": _format_distance(row["median_distance"], row["norm"]),
+        "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "run": row["run"],
     }
@@ -155,11 +156,11 @@ def format_eps(eps: float, norm: str) -> str:
     return f"{eps * 255:.4g}/255" if norm == "linf" and eps > 0 else f"{eps:.4g}"
 
 
-def render_table(summary: pd.DataFrame) -> Table:
+def render_table(summary: pd.DataFrame) -> TerminalTable:
     """The summary for a terminal; unfinished runs are named below it."""
     from rich import box
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Table as TerminalTable
 
     rows = [format_row(row) for row in summary.to_dict("records")]
     # What all rows share goes above the table, which is wide enough without.
@@ -167,7 +168,7 @@ def render_table(summary: pd.DataFrame) -> Table:
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
     caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
-    table = Table(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
+    table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
     needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
     hidden = {*shared, *(() if needs_run else ("run",))}
@@ -181,11 +182,36 @@ def render_table(summary: pd.DataFrame) -> Table:
     return table
 
 
-def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
-    """Write `robust_accuracy.csv`, `robust_accuracy.md` and a figure for each dataset and norm.
+#: Heading -> the column that a table is sorted by; other columns sort by what they show.
+_SORT_COLUMNS = {
+    "eps": "eps",
+    "n": "n",
+    "clean %": "clean_accuracy",
+    "robust %": "robust_accuracy",
+    "95 % CI": "ci_low",
+    "median distance": "median_distance",
+    "time": "wall_s",
+}
 
-    The CSV holds a summary at full precision, the Markdown what people read, with the dataset,
-    fingerprints and versions above the numbers. Figures come as PNG and SVG.
+
+def summary_table(summary: pd.DataFrame) -> Table:
+    """The summary of one dataset as people read it, see `format_row`."""
+    rows = [(record, format_row(record)) for record in summary.to_dict("records")]
+    shown = [heading for heading in (rows[0][1] if rows else ()) if heading != "dataset"]
+    return Table(
+        [Column(heading, heading in _TEXT_HEADINGS) for heading in shown],
+        [
+            [Cell(texts[name], float(record[_SORT_COLUMNS[name]]) if name in _SORT_COLUMNS else texts[name]) for name in shown]
+            for record, texts in rows
+        ],
+    )
+
+
+def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
+    """Write `robust_accuracy.csv`, `.md` and `.tex`, and a figure for each dataset and norm.
+
+    The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
+    dataset, fingerprints and versions above the numbers. Figures come as PNG, SVG and PDF.
 
     Returns:
         The files written.
@@ -204,17 +230,19 @@ def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     figures: dict[str, list[Path]] = {}
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
         for norm in of_dataset["norm"].unique():
-            stem = f"robust_accuracy_{_slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
+            stem = f"robust_accuracy_{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
             paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
             figures.setdefault(sha256, []).extend(paths)
 
-    table, text = out_dir / "robust_accuracy.csv", out_dir / "robust_accuracy.md"
+    table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
     write_file(text, _markdown(runs, summary, figures).encode())
-    return [table, text, *(path for paths in figures.values() for path in paths)]
+    write_file(latex, _latex(summary).encode())
+    return [table, text, latex, *(path for paths in figures.values() for path in paths)]
 
 
-_HOW_TO_READ = (
+#: What the numbers of a summary mean.
+HOW_TO_READ = (
     "Accuracies in percent of all images; an image misclassified without attack counts as broken. "
     "Intervals are 95 % Wilson intervals. Distances are medians over the images correct when clean, "
     "a failed attack counting as infinite."
@@ -227,7 +255,7 @@ _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
 _TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "attack", "norm"}
 
 
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
+def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
     """Each run under the end of its path, as long as it takes for all to differ."""
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
@@ -351,21 +379,29 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
 
 def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, Sequence[Path]]) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
-    for name, run in _named(runs).items():
+    for name, run in name_runs(runs).items():
         by_dataset.setdefault(_required(run, "dataset", "sha256"), {})[name] = run
 
-    lines = ["# Robust accuracy", "", _HOW_TO_READ]
+    lines = ["# Robust accuracy", "", HOW_TO_READ]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = _required(any_run, "dataset", "name"), _required(any_run, "dataset", "n")
         lines += ["", f"## {name}, n = {n}", ""]
         lines += [f"Dataset sha256 `{sha256}`.", ""]
         lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
-        lines += ["", *_markdown_table(summary[summary["dataset_sha256"] == sha256])]
+        table = summary_table(summary[summary["dataset_sha256"] == sha256])
+        lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
         for path in figures.get(sha256, ()):
             if path.suffix == ".png":
                 lines += ["", f"![Robust accuracy against eps]({path.name})"]
     return "\n".join(lines) + "\n"
+
+
+def _latex(summary: pd.DataFrame) -> str:
+    return "\n".join(
+        to_latex(summary_table(of_dataset), f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {HOW_TO_READ}")
+        for _, of_dataset in summary.groupby("dataset_sha256", sort=False)
+    )
 
 
 def _describe(run: Run, name: str) -> str:
@@ -381,7 +417,7 @@ def _describe(run: Run, name: str) -> str:
         text += f", commit `{provenance['commit']}`"
     for warning in warnings_of(run):
         text += f"; **WARNING: {warning}**"
-    for key, values in sorted(_mixed_metadata(run).items()):
+    for key, values in sorted(mixed_metadata(run).items()):
         text += f"; **computed with mixed {key}:** {', '.join(values)}"
     if not run.is_complete:
         planned = len(manifest.get("plan", {}).get("parts", []))
@@ -396,28 +432,18 @@ def warnings_of(run: Run) -> list[str]:
     return [f"{key.replace('_', ' ')}: {text}" for key, text in sorted(noticed.items())]
 
 
-def _mixed_metadata(run: Run) -> dict[str, list[str]]:
+def mixed_metadata(run: Run) -> dict[str, list[str]]:
     """The metadata in which the parts of a run differ, such as devices, with their values."""
     keys = {key for metadata in run.part_metadata.values() for key in metadata} - set(_WARNING_KEYS)
     values = {key: sorted({part.get(key, "unknown") for part in run.part_metadata.values()}) for key in keys}
     return {key: found for key, found in values.items() if len(found) > 1}
 
 
-def _markdown_table(summary: pd.DataFrame) -> list[str]:
-    rows = [format_row(row) for row in summary.to_dict("records")]
-    if not rows:
-        return ["No part is finished yet."]
-    headings = [heading for heading in rows[0] if heading != "dataset"]
-    rule = [":--" if heading in _TEXT_HEADINGS else "--:" for heading in headings]
-    cells = [headings, rule, *([row[heading].replace("|", "\\|") for heading in headings] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in cells]
-
-
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _format_distance(distance: float, norm: str) -> str:
+def format_distance(distance: float, norm: str) -> str:
     if math.isnan(distance):
         return "-"
     if math.isinf(distance):
@@ -431,5 +457,6 @@ def _format_duration(wall_s: float) -> str:
     return f"{wall_s / 60:.1f} min" if wall_s < 6000 else f"{wall_s / 3600:.1f} h"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

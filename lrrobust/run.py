@@ -24,7 +24,7 @@ from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Task, evaluate, plan_tasks
-from lrrobust.models import Classifier, load_classifier
+from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import state_sha256
@@ -209,6 +209,8 @@ def _plan(
         "fingerprint": fingerprint,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
+        # In label order, so that reports can say what was predicted.
+        "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "provenance": describe_environment(device),
     }
     slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]

@@ -18,16 +18,19 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "report", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "report", "page", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
     "console": {"report", "results", "verdict"},
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     "bench": {"attacks", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
+    # Of the verdict its records alone: what is shown is given to it.
+    "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
+    "report": {"results", "stats", "plots", "tables", "errors"},
+    "tables": set(),
     # Of the report only how it names and formats things.
     "verdict": {"results", "report", "stats", "config_file", "eps", "errors"},
-    "report": {"results", "stats", "plots", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},

@@ -1,4 +1,5 @@
 import errno
+import io
 import math
 import os
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lrrobust import plots
 from lrrobust.errors import StoreError
-from lrrobust.plots import plot_robustness_curves
+from lrrobust.plots import plot_robustness_curves, render_differences, render_robustness_curves
 from lrrobust.stats import wilson_interval
 
 LADDER = [k / 255 for k in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
@@ -55,11 +56,21 @@ def lines(panel):
 
 def test_files_are_pictures(tmp_path):
     summary = pd.concat([curve("a", model="one"), curve("b", model="two")])
-    png, svg = plot_robustness_curves(summary, "linf", tmp_path / "deep" / "figure.v1")
-    assert (png.name, svg.name) == ("figure.v1.png", "figure.v1.svg")
+    png, svg, pdf = plot_robustness_curves(summary, "linf", tmp_path / "deep" / "figure.v1")
+    assert (png.name, svg.name, pdf.name) == ("figure.v1.png", "figure.v1.svg", "figure.v1.pdf")
     with Image.open(png) as image:
         assert image.width > 500 and image.height > 300 and len(image.convert("RGB").getcolors(1 << 20)) > 20
     assert svg.read_text().startswith("<?xml")
+    assert pdf.read_bytes().startswith(b"%PDF-")
+
+
+def test_transparent_pictures_leave_the_paper_away():
+    paper = [
+        render_robustness_curves(curve("a"), "linf", ["png"], is_transparent=is_transparent)["png"]
+        for is_transparent in (False, True)
+    ]
+    corners = [Image.open(io.BytesIO(content)).convert("RGBA").getpixel((0, 0)) for content in paper]
+    assert corners[0] == (255, 255, 255, 255) and corners[1][3] == 0
 
 
 def test_line_begins_at_clean_accuracy_and_follows_the_summary(tmp_path, drawn):
@@ -127,6 +138,17 @@ def test_minimal_norm_attacks_are_exact_steps(tmp_path, drawn):
     assert len(drawn[0].legends[0].texts) == 1
 
 
+def test_a_curve_of_many_steps_is_thinned_but_not_at_its_marks(tmp_path, drawn):
+    distances = np.linspace(0, 1, 10_001)
+    ladder = curve("a", "pgd", "l2", [0.1, 0.3333], [70, 50])
+    steps = curve("a", "cw", "l2", distances, [50] * 10_001, robust_accuracy=1 - distances)
+    plot_robustness_curves(pd.concat([ladder, curve("a", "cw", "l2", [math.inf], [0])]), "l2", tmp_path / "figure", steps)
+    line, markers = lines(drawn[0].axes[1])
+    assert len(line.get_xdata()) <= 400 and line.get_xdata()[0] == 0 and line.get_xdata()[-1] == 0.3333
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), 100 - 100 * np.asarray(line.get_xdata()), atol=0.011)
+    np.testing.assert_allclose(markers.get_ydata(), [100, 90, 66.67], atol=0.011)
+
+
 @pytest.mark.parametrize("steps", [[(0.0, 80), (0.2, 60), (0.9, 0)], [(0.0, 80)]])
 def test_minimal_norm_attack_without_any_ladder(tmp_path, drawn, steps):
     unbounded = curve("a", "cw", "l2", [math.inf], [0])
@@ -180,3 +202,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(StoreError, match="no room on disk"):
             plot_robustness_curves(curve("a"), "linf", tmp_path / "figure")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_stand_where_the_numbers_say(monkeypatch):
+    figures = []
+    rendered = plots._rendered
+    monkeypatch.setattr(plots, "_rendered", lambda figure, *rest: figures.append(figure) or rendered(figure, *rest))
+    rows = pd.DataFrame(
+        {"attack": "pgd", "norm": "linf", "eps": [2 / 255, 1 / 255], "difference": [0.1, -0.2], "low": [0.0, -0.5], "high": 0.3}
+    )
+    assert render_differences(rows, "a minus b", 0.02, ["svg"])["svg"].startswith(b"<?xml")
+    (panel,) = figures[0].axes
+    points = next(line for line in panel.get_lines() if line.get_marker() == "o")
+    np.testing.assert_allclose(points.get_xydata(), [(1 / 255, -20), (2 / 255, 10)])
+    (bars,) = panel.collections
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(-50, 30), (0, 30)])
+    band = panel.patches[0].get_bbox()
+    assert (band.y0, band.y1) == (-2, 2)
+    with pytest.raises(ValueError, match="one norm"):
+        render_differences(pd.concat([rows, rows.assign(norm="l2")]), "", 0.02, ["svg"])

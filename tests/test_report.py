@@ -299,13 +299,19 @@ class TestWriteReport:
     def test_files_and_text(self, tmp_path):
         paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)
         assert sorted(paths) == sorted(tmp_path.iterdir())
-        assert {path.suffix for path in paths} == {".csv", ".md", ".png", ".svg"} and len(paths) == 6
+        assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 9
         text = (tmp_path / "robust_accuracy.md").read_text()
         assert "## sample, n = 5" in text and "ab" * 32 in text and "torch 2.13.0" in text and "1234abc" in text
         assert "| tiny | V1 | pgd | linf | 1/255 | 5 | 80.0 | 40.0 | 11.8-76.9 | inf | 2.5 s | a |" in text
         assert "b\\|c" in text and "INCOMPLETE" not in text and "mixed" not in text
         for path in paths:
             assert path.suffix != ".png" or f"]({path.name})" in text
+
+    def test_latex(self, tmp_path):
+        write_report([make_run("a_1"), make_run("b", model="100 %")], tmp_path)
+        text = (tmp_path / "robust_accuracy.tex").read_text()
+        assert "tiny & V1 & pgd & linf & 1/255 & 5 & 80.0 & 40.0 & 11.8-76.9 & inf & 2.5 s & a\\_1 \\\\\n" in text
+        assert r"100 \% &" in text and text.count(r"\begin{longtable}") == 1
 
     def test_says_what_a_reader_must_know(self, tmp_path):
         write_report([make_run(planned=3, metadata=({"device": "cpu"}, {"device": "cuda"}))], tmp_path)
@@ -323,7 +329,7 @@ class TestWriteReport:
 
     def test_no_finished_part_yet(self, tmp_path):
         paths = write_report([make_run(distances={"pgd": ("linf", LADDER, [])}, planned=2)], tmp_path)
-        assert len(paths) == 2
+        assert len(paths) == 3
         assert "No part is finished yet." in paths[1].read_text()
 
     def test_no_runs(self, tmp_path):

@@ -109,6 +109,7 @@ def test_manifest_says_what_was_asked(request_for):
     (evaluation,) = prepare_evaluations(request_for("build", n=6, seed=3, balanced=True), ["lrrobust", "eval"])
     manifest = evaluation.manifest
     assert manifest["command"] == ["lrrobust", "eval"]
+    assert len(manifest["class_names"]) == manifest["model"]["num_classes"]
     assert manifest["dataset"]["n"] == 6
     assert manifest["dataset"]["subset"] == {"n": 6, "seed": 3, "balanced": True}
     assert manifest["attacks"][0]["eps"] == [x / 255 for x in (0.125, 0.25, 0.5, 1, 2, 4)]
@@ -143,7 +144,7 @@ def test_auto_device_is_one_that_works():
 def test_identity_has_these_parts_and_no_others(request_for):
     # A part added or dropped changes the fingerprint of every stored run: do it on purpose, with ROWS_VERSION.
     (evaluation,) = prepare_evaluations(request_for("build"), ["test"])
-    about_the_session = {"fingerprint", "created_at", "command", "provenance"}
+    about_the_session = {"fingerprint", "created_at", "command", "class_names", "provenance"}
     assert set(evaluation.manifest) - about_the_session == {
         "schema_version", "rows_version", "model", "dataset", "attacks", "plan", "seed", "precision",
     }

@@ -19,7 +19,7 @@ from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
 from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
 from lrrobust.frozen import frozen
-from lrrobust.results import RunStore, rows_to_table
+from lrrobust.results import Example, RunStore, example_count, rows_to_table
 from lrrobust.threat import ThreatModel
 
 _log = logging.getLogger(__name__)
@@ -147,7 +147,9 @@ def evaluate(
                 for task in group:
                     if task in stored:
                         continue
-                    rows, met = _attack_chunk(run, batch, clean, task)
+                    outcomes, rows, met = _attack_chunk(run, batch, clean, task)
+                    if examples := _examples(batch, outcomes, task):
+                        store.write_examples(*task.part, examples)
                     store.write_part(*task.part, rows_to_table(rows), {**metadata, **met})
                     if on_task is not None:
                         on_task(task, True)
@@ -284,12 +286,14 @@ class _Watched(nn.Module):
 class _Outcomes:
     """What is known of a chunk's N images under one attack with L budgets; all tensors on the device.
 
-    `prediction`, `margin` and the distances (N,) are those of the nearest verified adversarial image,
-    `found_at` the eps of its proposal, infinity where there is none. `last_...` and `is_rejected`
+    `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
+    `prediction`, `margin` and the distances (N,) are its own, `found_at` the eps of its proposal, infinity
+    where there is none. `last_...` and `is_rejected`
     (L, N) tell of the last proposal at each budget, of the clean image where there was none.
     """
 
-    def __init__(self, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
+    def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
+        self.nearest = images.clone()
         self.is_clean_correct = clean.label == labels
         self.is_broken = torch.zeros_like(self.is_clean_correct)
         self.prediction, self.margin = clean.label.clone(), clean.margin.clone()
@@ -299,12 +303,15 @@ class _Outcomes:
         self.last_prediction, self.last_margin = clean.label.repeat(levels, 1), clean.margin.repeat(levels, 1)
         self.is_rejected = torch.zeros_like(self.last_prediction, dtype=torch.bool)
 
-    def enter(self, rows: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> torch.Tensor:
+    def enter(
+        self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
+    ) -> torch.Tensor:
         """Keeps the nearest adversarial image of each row; which rows are broken by now, bool (M,)."""
         nearest = self.linf if threat.norm == "linf" else self.l2
         found = verdict.linf_distance if threat.norm == "linf" else verdict.l2_distance
         is_nearer = verdict.is_adversarial & (found < nearest[rows])
         better = rows[is_nearer]
+        self.nearest[better] = proposed[is_nearer].detach().to(self.nearest)
         self.is_broken[better] = True
         self.prediction[better] = verdict.prediction.label[is_nearer]
         self.margin[better] = verdict.prediction.margin[is_nearer]
@@ -335,11 +342,11 @@ class _AtEps:
 
 def _attack_chunk(
     run: _Run, batch: _ChunkImages, clean: Prediction, task: Task
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of one task, all eps ascending, and what the results must say of the attack."""
+) -> tuple[_Outcomes, list[dict[str, Any]], dict[str, str]]:
+    """What one task did to its images, their rows, all eps ascending, and what the results must say of the attack."""
     spec = task.spec
     attack = Attack(spec)
-    outcomes = _Outcomes(clean, batch.labels, len(attack.ladder))
+    outcomes = _Outcomes(batch.images, clean, batch.labels, len(attack.ladder))
     wall_s = torch.zeros(outcomes.is_rejected.shape, dtype=torch.float64)
     forwarded = torch.zeros(outcomes.is_rejected.shape, dtype=torch.int64)
     rows = outcomes.is_clean_correct.nonzero().squeeze(1)
@@ -368,7 +375,7 @@ def _attack_chunk(
         (unbounded,) = ladder
         free = replace(unbounded, wall_s=torch.zeros_like(wall_s[0]), forwarded=torch.zeros_like(forwarded[0]))
         ladder = [*(replace(free, eps=eps) for eps in spec.eps), unbounded]
-    return _rows(batch, clean, outcomes, task, ladder), met
+    return outcomes, _rows(batch, clean, outcomes, task, ladder), met
 
 
 def _run_attack(
@@ -385,7 +392,7 @@ def _run_attack(
         verdict = run.judge.judge(images[at], labels[at], proposed, threat, [keys[row] for row in claimed])
         levels = torch.tensor([attack.ladder.index(each) for each in eps], device=device)
         outcomes.enter_last(levels, rows[at], verdict, torch.tensor(is_last, device=device))
-        return outcomes.enter(rows[at], verdict, threat).tolist()
+        return outcomes.enter(rows[at], proposed, verdict, threat).tolist()
 
     def draw(row: int, eps: float, restart: int) -> torch.Generator:
         return torch.Generator().manual_seed(start_seed(run.fingerprint, spec.name, keys[row], eps, restart))
@@ -472,3 +479,20 @@ def _rows(
             )
         smaller_eps = step.eps
     return rows
+
+
+def _examples(batch: _ChunkImages, outcomes: _Outcomes, task: Task) -> list[Example]:
+    """The correct ones among the first images of the subset: the same images whatever the model and attack."""
+    kept = example_count(*batch.images.shape[-2:]) - task.chunk.start
+    examples = []
+    for row in outcomes.is_clean_correct[: max(kept, 0)].nonzero().flatten().tolist():
+        clean = batch.images[row].permute(1, 2, 0)
+        perturbation = (outcomes.nearest[row] - batch.images[row]).permute(1, 2, 0).half().cpu().numpy()
+        examples.append(
+            Example(
+                batch.indices[row],
+                (255 * clean).round().to(torch.uint8).cpu().numpy(),
+                perturbation if outcomes.is_broken[row] else None,
+            )
+        )
+    return examples

@@ -150,6 +150,19 @@ def _need(classes: Sequence[str] | None, what: str) -> Sequence[str]:
     return classes
 
 
+def name_classes(classes: Sequence[str], imagenet_classes: Sequence[str]) -> list[str]:
+    """What people call each class: torchvision's name of a WordNet id of ImageNet, else the class itself.
+
+    >>> name_classes(["n01443537", "ant"], imagenet_classes=["n01440764", "n01443537"])
+    ['goldfish', 'ant']
+    """
+    import_torchvision()
+    from torchvision import models
+
+    names = dict(zip(imagenet_classes, models.ResNet50_Weights.DEFAULT.meta["categories"]))
+    return [names.get(name, name) for name in classes]
+
+
 # --- other people's ----------------------------------------------------------------------------------
 
 

@@ -1,15 +1,19 @@
 """What a run leaves on disk: the columns of its rows, and the folder that holds them."""
 
+from lrrobust.results.examples import Example, example_count
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
-from lrrobust.results.store import Run, RunStore, find_runs, load_run, write_file
+from lrrobust.results.store import Run, RunStore, find_runs, load_examples, load_run, write_file
 
 __all__ = [
     "OUTCOMES",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "Example",
     "Run",
     "RunStore",
+    "example_count",
     "find_runs",
+    "load_examples",
     "load_run",
     "rows_to_table",
     "write_file",

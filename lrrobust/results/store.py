@@ -2,6 +2,7 @@
 
     <folder>/manifest.json                                what is evaluated, and its fingerprint
     <folder>/parts/<attack>-<start>-<stop>.parquet        the rows of images start to stop - 1
+    <folder>/examples/<attack>-<start>-<stop>.parquet     a few of their adversarial images, to look at
 
 A part appears under its name complete or not at all (temporary file, fsync, rename), so its
 existence is the commit, and resuming means computing the parts that are not there.
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrrobust.errors import StoreError
+from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, examples_to_table, table_to_examples
 from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION
 
 try:
@@ -39,6 +41,7 @@ except ImportError:  # Windows
 _log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_PARTS, _EXAMPLES = "parts", "examples"
 _PART_NAME = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})\.parquet")
 _ATTACK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -124,7 +127,7 @@ class RunStore:
                 manifest = _joined(folder, manifest)
                 if lock is not None:
                     _remove_stale_files(folder)
-            elif (folder / "parts").exists():
+            elif (folder / _PARTS).exists():
                 raise StoreError(
                     f"{folder} holds parts of a run but no {_MANIFEST}: restore it, or choose another folder"
                 )
@@ -132,7 +135,7 @@ class RunStore:
                 manifest["sessions"] = []
             write_file(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
             with _explaining("write", folder):
-                (folder / "parts").mkdir(exist_ok=True)
+                (folder / _PARTS).mkdir(exist_ok=True)
         except BaseException:
             if lock is not None:
                 os.close(lock)
@@ -168,6 +171,17 @@ class RunStore:
         part = PartId(attack, start, stop)
         _check_part(part, table)
         write_file(self._path(part), _sealed_parquet(table, {**metadata, **self._identity(part)}))
+
+    def write_examples(self, attack: str, start: int, stop: int, examples: Sequence[Example]) -> None:
+        """Keep what one attack did to some images of a chunk; call it before `write_part`, which commits.
+
+        Raises:
+            StoreError: the disk is full or does not let us write.
+            ValueError: images of one call differ in size.
+        """
+        part = PartId(attack, start, stop)
+        sealed = _sealed_parquet(examples_to_table(examples), _identity(self.manifest, part, _EXAMPLES))
+        write_file(_part_path(self.folder, part, _EXAMPLES), sealed)
 
     def has_part(self, attack: str, start: int, stop: int) -> bool:
         """Whether the part is there, whole, and of this run.
@@ -237,6 +251,26 @@ def load_run(folder: Path) -> Run:
         is_complete=bool(planned) and len(metadata) == len(planned),
         part_metadata=metadata,
     )
+
+
+def load_examples(run: Run) -> dict[str, list[Example]]:
+    """Attack -> the examples that the run kept of it, ordered by image; nothing for runs that kept none.
+
+    Damaged files are left out with a warning in the log.
+
+    Raises:
+        StoreError: a file is there and cannot be read.
+    """
+    examples: dict[str, list[Example]] = {}
+    for part in _listed_parts(run.folder, _EXAMPLES):
+        path = _part_path(run.folder, part, _EXAMPLES)
+        try:
+            table, _ = _read_part(path, _identity(run.manifest, part, _EXAMPLES), EXAMPLE_SCHEMA)
+        except _DamagedPart as damage:
+            _log.warning("%s %s; its images are left out", path, damage)
+            continue
+        examples.setdefault(part.attack, []).extend(table_to_examples(table))
+    return {attack: sorted(found, key=lambda example: example.index) for attack, found in sorted(examples.items())}
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -344,7 +378,7 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_stale_files(folder: Path) -> None:
     # Only called with the lock held, so their writers are dead.
-    for where in (folder, folder / "parts"):
+    for where in (folder, folder / _PARTS, folder / _EXAMPLES):
         for path in where.glob(".*.tmp"):
             with _explaining("write", path):
                 path.unlink(missing_ok=True)
@@ -396,21 +430,21 @@ def _joined(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return {**old, "sessions": [*old.get("sessions", []), session]}
 
 
-def _part_path(folder: Path, part: PartId) -> Path:
-    return folder / "parts" / f"{part.stem}.parquet"
+def _part_path(folder: Path, part: PartId, kind: str = _PARTS) -> Path:
+    return folder / kind / f"{part.stem}.parquet"
 
 
-def _listed_parts(folder: Path) -> list[PartId]:
-    names = [_PART_NAME.fullmatch(path.name) for path in (folder / "parts").glob("*.parquet")]
+def _listed_parts(folder: Path, kind: str = _PARTS) -> list[PartId]:
+    names = [_PART_NAME.fullmatch(path.name) for path in (folder / kind).glob("*.parquet")]
     return [PartId(name["attack"], int(name["start"]), int(name["stop"])) for name in names if name]
 
 
-def _identity(manifest: Mapping[str, Any], part: PartId) -> dict[str, str]:
+def _identity(manifest: Mapping[str, Any], part: PartId, kind: str = _PARTS) -> dict[str, str]:
     """The metadata that ties a file to its run and name."""
     return {
         "fingerprint": manifest["fingerprint"],
         "schema_version": str(manifest["schema_version"]),
-        "part": part.stem,
+        "part": part.stem if kind == _PARTS else f"{kind}/{part.stem}",
     }
 
 
@@ -447,7 +481,9 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
-def _read_part(path: Path, identity: Mapping[str, str]) -> tuple[pa.Table, dict[str, str]]:
+def _read_part(
+    path: Path, identity: Mapping[str, str], schema: pa.Schema = SCHEMA
+) -> tuple[pa.Table, dict[str, str]]:
     """Rows and metadata of a part.
 
     Raises:
@@ -469,6 +505,6 @@ def _read_part(path: Path, identity: Mapping[str, str]) -> tuple[pa.Table, dict[
         if metadata.pop(key, None) != expected:
             raise _DamagedPart(f"was written for another {key.replace('_', ' ')}")
     table = file.read()
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(schema):
         raise _DamagedPart("has other columns than this version of lrrobust")
     return table, metadata

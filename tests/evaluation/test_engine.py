@@ -12,7 +12,7 @@ from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation import engine
 from lrrobust.evaluation.engine import evaluate, plan_tasks
-from lrrobust.results import RunStore, load_run
+from lrrobust.results import RunStore, example_count, load_examples, load_run
 
 FINGERPRINT = "0123456789abcdef"
 # Around the distances of the linear problem below: some images break at each, some do not.
@@ -438,3 +438,48 @@ def test_the_model_is_given_back_as_it_was(problem, tmp_path):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[key], atol=0, rtol=0)
+
+
+class TestExamples:
+    def test_are_the_nearest_adversarial_images_of_what_was_correct(self, problem, tmp_path):
+        labels = problem.labels.clone()
+        labels[3] = (labels[3] + 1) % 3  # wrong when clean: nothing to show
+        images = (255 * problem.images).round() / 255
+        with torch.no_grad():
+            labels[labels == problem.labels] = problem.model(images).argmax(1)[labels == problem.labels]
+        rows = run(problem.model, 3, ImagesInMemory(images, labels), [PGD, CW], tmp_path / "run")
+        examples = load_examples(load_run(tmp_path / "run"))
+        assert set(examples) == {"pgd", "cw"}
+        for attack, distance in (("pgd", "linf_distance"), ("cw", "l2_distance")):
+            last = rows_of(rows, attack, PGD.eps[-1] if attack == "pgd" else math.inf).set_index("index")
+            assert [example.index for example in examples[attack]] == list(last.index[last.is_clean_correct])
+            for example in examples[attack]:
+                row, image = last.loc[example.index], images[example.index // 10]
+                assert torch.equal(torch.from_numpy(example.clean.copy()).permute(2, 0, 1) / 255, image)
+                assert (example.perturbation is not None) == row.is_broken
+                if row.is_broken:
+                    found = example.perturbation.astype(np.float64)
+                    norm = abs(found).max() if attack == "pgd" else np.sqrt((found**2).sum())
+                    assert norm == pytest.approx(row[distance], rel=1e-3)
+            assert any(example.perturbation is None for example in examples["pgd"])
+
+    def test_only_of_the_beginning_and_again_after_an_interruption(self, linear_problem, tmp_path, monkeypatch):
+        monkeypatch.setattr(engine, "example_count", lambda height, width: 7)
+        problem = linear_problem(12, 3)
+        images = ImagesInMemory(problem.images, problem.labels)
+
+        def stop(task, is_new):
+            if is_new and task.chunk.start == 0:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(problem.model, 3, images, [PGD], tmp_path / "run", on_task=stop)
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "examples").iterdir()}
+        run(problem.model, 3, images, [PGD], tmp_path / "run")
+        after = {path.name: path.read_bytes() for path in (tmp_path / "run" / "examples").iterdir()}
+        assert list(before) == ["pgd-000000-000005.parquet"] and before.items() < after.items()
+        assert [e.index for e in load_examples(load_run(tmp_path / "run"))["pgd"]] == [10 * i for i in range(7)]
+
+    def test_their_number_is_bounded_by_bytes(self):
+        for side in (8, 64, 224, 512):
+            assert example_count(side, side) * side * side * 3 * 2 <= 8e6 or example_count(side, side) == 8

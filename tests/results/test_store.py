@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lrrobust.errors import StoreError
-from lrrobust.results import RunStore, find_runs, load_run, rows_to_table, write_file
+from lrrobust.results import Example, RunStore, find_runs, load_examples, load_run, rows_to_table, write_file
 
 PARTS = [["pgd", 0, 3], ["pgd", 3, 6], ["fgsm", 0, 3], ["fgsm", 3, 6]]
 MANIFEST = {
@@ -417,3 +418,44 @@ def test_write_file_replaces_whole_files(tmp_path):
     write_file(tmp_path / "deep" / "x.txt", b"new")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.txt"]
     assert (tmp_path / "deep" / "x.txt").read_bytes() == b"new"
+
+
+class TestExamples:
+    CLEAN = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    PERTURBATION = np.linspace(-0.1, 0.1, 18).reshape(2, 3, 3).astype(np.float16)
+
+    def examples(self, start, stop):
+        return [Example(i, self.CLEAN + i, None if i % 2 else self.PERTURBATION) for i in range(start, stop)]
+
+    def test_come_back_as_they_were(self, store, folder):
+        store.write_examples("pgd", 3, 6, self.examples(3, 6))
+        store.write_examples("pgd", 0, 3, self.examples(0, 3))
+        found = load_examples(load_run(folder))
+        assert list(found) == ["pgd"] and [example.index for example in found["pgd"]] == list(range(6))
+        for example in found["pgd"]:
+            np.testing.assert_array_equal(example.clean, self.CLEAN + example.index)
+            if example.index % 2:
+                assert example.perturbation is None
+            else:
+                np.testing.assert_array_equal(example.perturbation, self.PERTURBATION)
+                assert example.perturbation.dtype == np.float16
+        assert load_run(folder).rows.empty
+
+    def test_none_in_a_run_that_kept_none(self, store, folder):
+        assert load_examples(load_run(folder)) == {}
+
+    def test_damaged_and_foreign_files_are_left_out_aloud(self, store, folder, caplog):
+        store.write_examples("pgd", 0, 3, self.examples(0, 3))
+        file = folder / "examples" / "pgd-000000-000003.parquet"
+        file.with_name("fgsm-000000-000003.parquet").write_bytes(file.read_bytes())
+        write(store, ("pgd", 3, 6))
+        file.with_name("pgd-000003-000006.parquet").write_bytes((folder / "parts" / "pgd-000003-000006.parquet").read_bytes())
+        assert list(load_examples(load_run(folder))) == ["pgd"]
+        assert "written for another part" in caplog.text
+        file.write_bytes(file.read_bytes()[:-9])
+        assert load_examples(load_run(folder)) == {}
+        assert "is truncated or damaged; its images are left out" in caplog.text
+
+    def test_sizes_must_agree(self, store):
+        with pytest.raises(ValueError, match="image 0 is"):
+            store.write_examples("pgd", 0, 1, [Example(0, self.CLEAN, self.PERTURBATION[:1])])

@@ -1,0 +1,314 @@
+"""From runs and verdicts to one HTML file; runs no model and reads nothing but run folders."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+import lrrobust
+from lrrobust.page.gallery import Gallery, build_gallery
+from lrrobust.page.per_class import compact, summarise_classes
+from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
+from lrrobust.plots import label_runs, render_differences, render_robustness_curves
+from lrrobust.report import (
+    HOW_TO_READ,
+    minimal_norm_curves,
+    mixed_metadata,
+    name_runs,
+    slug,
+    summarise,
+    summary_table,
+    warnings_of,
+)
+from lrrobust.results import Run, example_count, write_file
+from lrrobust.tables import Table, to_latex, to_markdown
+from lrrobust.verdict.records import ClaimResult, Verdicts
+
+PAGE_NAME = "report.html"
+
+_NORM_NAMES = {"linf": "l-infinity", "l2": "l2"}
+
+#: How a verdict looks: a word, a sign that needs no colour, and a name for the style sheet.
+_SIGNS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
+
+
+@dataclass(frozen=True)
+class _Figure:
+    source: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A claim's result with its figures and tables."""
+
+    result: ClaimResult
+    sign: str
+    figures: Sequence[_Figure]
+    decisive: Table
+    informative: Table
+    areas: Table
+    norms: Table
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Robust accuracy by class of one run and attack; drawn in the browser from `key`."""
+
+    key: str
+    run: str
+    attack: str
+    count: int
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """All that the page shows of the runs on one set of images."""
+
+    anchor: str
+    name: str
+    n: int
+    sha256: str
+    notices: Sequence[str]
+    figures: Sequence[_Figure]
+    summary: Table
+    gallery: Gallery
+    examples_from: int | None
+    classes: Sequence[_Classes]
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """Where the numbers of one run come from: term -> text, and what is to be repeated."""
+
+    run: str
+    facts: Mapping[str, str]
+    command: str | None
+
+
+def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdicts: Verdicts | None = None) -> list[Path]:
+    """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
+
+    `per_class.csv` holds the robust accuracies by class; `comparisons.csv`, `.md` and `.tex` the paired
+    differences of all verdicts, and `differences_*` their figures as PNG, SVG and PDF.
+
+    Args:
+        runs: at least one; runs on different images are never compared.
+        out_dir: created where missing.
+        command: of the report itself, as in `sys.argv`; the page ends with it.
+        verdicts: of the claims judged on these runs; None when none was.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or a file cannot be read or written.
+    """
+    named = name_runs(runs)
+    classes = summarise_classes(named)
+    page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
+    write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
+    write_file(page, render_page(named, classes, command, verdicts).encode())
+    return [page, table, *_write_comparisons(verdicts.results if verdicts is not None else (), Path(out_dir))]
+
+
+def _write_comparisons(results: Sequence[ClaimResult], out_dir: Path) -> list[Path]:
+    if not results:
+        return []
+    rows, text, latex = [], ["# Paired differences of robust accuracy"], []
+    paths = [out_dir / f"comparisons.{suffix}" for suffix in ("csv", "md", "tex")]
+    for result in results:
+        claim, pairing = result.claim, result.pairing
+        about = {"claim": claim.name, "dataset": pairing.dataset, "treatment": claim.treatment, "control": claim.control}
+        rows += [about | comparison.model_dump() for comparison in result.comparisons]
+        table = comparison_table(result.comparisons)
+        caption = f"{claim.treatment} minus {claim.control} in percentage points, {pairing.dataset}, claim {claim.name}"
+        text += ["", f"## {caption}: {result.verdict}", "", *to_markdown(table)]
+        latex.append(to_latex(table, f"{caption}."))
+        for norm, _, files in _difference_figures(result, ["png", "svg", "pdf"]):
+            subset = hashlib.sha256("".join(pairing.dataset_sha256).encode()).hexdigest()[:8]
+            for kind, content in files.items():
+                paths.append(out_dir / f"differences_{slug(claim.name)}_{slug(pairing.dataset)}_{subset}_{norm}.{kind}")
+                write_file(paths[-1], content)
+    write_file(paths[0], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
+    write_file(paths[1], ("\n".join(text) + "\n").encode())
+    write_file(paths[2], "\n".join(latex).encode())
+    return paths
+
+
+def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequence[str], verdicts: Verdicts | None) -> str:
+    """The page's text; the same input gives the same text.
+
+    Args:
+        runs: name, as in a summary, -> run.
+        classes: made by `summarise_classes` of the same runs.
+        command, verdicts: see `write_page`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = _read("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    per_class: dict[str, dict[str, Any]] = {}
+    return environment.get_template("report.html.j2").render(
+        version=lrrobust.__version__,
+        style=_read("report.css"),
+        script=script,
+        script_sha256=digest,
+        judged=[] if verdicts is None else [_judge(result) for result in verdicts.results],
+        not_judged=[] if verdicts is None else verdicts.not_judged,
+        datasets=list(_datasets(runs, classes, per_class)),
+        provenance=[_provenance(name, run) for name, run in runs.items()],
+        commands=_commands(runs, command),
+        commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
+        per_class=per_class,
+        how_to_read=HOW_TO_READ,
+        infinity=math.inf,
+    )
+
+
+def _read(name: str) -> str:
+    return (resources.files("lrrobust.page") / name).read_text(encoding="utf-8")
+
+
+def _judge(result: ClaimResult) -> _Judged:
+    return _Judged(
+        result,
+        _SIGNS[result.verdict],
+        [
+            _Figure(_data_uri(files["svg"]), f"{title}; the numbers are in the tables below.")
+            for _, title, files in _difference_figures(result, ["svg"], is_transparent=True)
+        ],
+        comparison_table([c for c in result.comparisons if c.is_decisive]),
+        comparison_table([c for c in result.comparisons if not c.is_decisive]),
+        area_table(result),
+        norm_table(result),
+    )
+
+
+def _datasets(
+    runs: Mapping[str, Run], classes: pd.DataFrame, per_class: dict[str, dict[str, Any]]
+) -> Iterator[_Dataset]:
+    summary, curves = summarise(list(runs.values())), minimal_norm_curves(list(runs.values()))
+    groups: dict[str, dict[str, Run]] = {}
+    for name, run in runs.items():
+        groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run
+    for place, (sha256, of_dataset) in enumerate(groups.items()):
+        dataset = next(iter(of_dataset.values())).manifest["dataset"]
+        rows = summary[summary["dataset_sha256"] == sha256]
+        # Runs without a finished part are in no summary.
+        labels = {name: name for name in of_dataset} | label_runs(rows)
+        tables = []
+        for (name, attack), group in classes[classes["run"].isin(list(of_dataset))].groupby(["run", "attack"], sort=False):
+            key = f"classes-{len(per_class)}"
+            per_class[key] = compact(group)
+            tables.append(_Classes(key, labels[name], attack, group["label"].nunique()))
+        yield _Dataset(
+            anchor=f"images-{place}",
+            name=dataset["name"],
+            n=dataset["n"],
+            sha256=sha256,
+            notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
+            figures=list(_figures(rows, curves)),
+            summary=summary_table(rows),
+            gallery=build_gallery(of_dataset, labels),
+            examples_from=_examples_from(of_dataset),
+            classes=tables,
+        )
+
+
+def _examples_from(runs: Mapping[str, Run]) -> int | None:
+    """Of how many images at the beginning of the subset every run keeps what is correct, where manifests say."""
+    sizes = [run.manifest["model"].get("input_size") for run in runs.values()]
+    return min(example_count(size, size) for size in sizes) if all(sizes) else None
+
+
+def _figures(summary: pd.DataFrame, curves: pd.DataFrame) -> Iterator[_Figure]:
+    for norm in summary["norm"].unique():
+        files = render_robustness_curves(summary, norm, ["svg"], curves, is_transparent=True)
+        if files:
+            models = ", ".join(dict.fromkeys(summary["model"]))
+            yield _Figure(_data_uri(files["svg"]), f"Robust accuracy against {_NORM_NAMES[norm]} eps: {models}. The numbers are in the table below.")
+
+
+def _difference_figures(
+    result: ClaimResult, kinds: Sequence[str], is_transparent: bool = False
+) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Norm, title and contents of a figure of the paired differences on all images, for each norm."""
+    claim = result.claim
+    shown = [c for c in result.comparisons if c.population == "all"]
+    for norm in dict.fromkeys(c.norm for c in shown):
+        rows = pd.DataFrame([c.model_dump() for c in shown if c.norm == norm])
+        title = f"{claim.treatment} minus {claim.control}, {result.pairing.dataset}, {_NORM_NAMES[norm]}, n = {result.pairing.n}"
+        yield norm, title, render_differences(rows, title, claim.smallest_difference, kinds, is_transparent)
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _notices(run: Run) -> list[str]:
+    """What a reader must know before the numbers."""
+    notices = [f"warning: {warning}" for warning in warnings_of(run)]
+    notices += [f"computed with mixed {key}: {', '.join(values)}" for key, values in sorted(mixed_metadata(run).items())]
+    if not run.is_complete:
+        planned = len(run.manifest.get("plan", {}).get("parts", []))
+        notices.append(
+            f"incomplete, {len(run.part_metadata)} of {planned} parts: its numbers, marked * at n, cover only the images "
+            "that each attack has finished"
+        )
+    return notices
+
+
+def _provenance(name: str, run: Run) -> _Provenance:
+    manifest = run.manifest
+    environment = manifest.get("provenance") or {}
+    model, dataset = manifest["model"], manifest["dataset"]
+    facts = {
+        "model": model["name"],
+        "weights": model["weights"],
+        "parameters (sha256)": model.get("state_sha256"),
+        "images": f"{dataset['name']}, {dataset['n']} images",
+        "images (sha256)": dataset["sha256"],
+        "fingerprint": manifest["fingerprint"],
+        "seed": manifest.get("seed"),
+        "created": manifest.get("created_at"),
+        "sessions": 1 + len(manifest.get("sessions", [])),
+        "commit": environment.get("commit"),
+        "device": environment.get("device"),
+        "processor": environment.get("processor"),
+        "threads": environment.get("threads"),
+        "python": environment.get("python"),
+    }
+    versions = environment.get("versions")
+    if isinstance(versions, Mapping):
+        facts["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    command = manifest.get("command")
+    return _Provenance(
+        name, {term: str(fact) for term, fact in facts.items() if fact is not None}, _shell(command) if command else None
+    )
+
+
+def _commands(runs: Mapping[str, Run], command: Sequence[str]) -> list[str]:
+    """Every command once, in the order of the runs, the report's last."""
+    evaluations = [_shell(run.manifest["command"]) for run in runs.values() if run.manifest.get("command")]
+    return [*dict.fromkeys(evaluations), _shell(command)]
+
+
+def _shell(command: Sequence[str]) -> str:
+    # Where the program lies is a matter of the machine.
+    return shlex.join(["lrrobust", *map(str, command[1:])])

@@ -1,0 +1,77 @@
+"""A few adversarial images of a run, kept for people to look at; nothing is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+#: Bytes of perturbations that one attack may keep, and the images it then keeps at most.
+_BUDGET_BYTES = 8_000_000
+_MOST, _FEWEST = 64, 8
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("clean", pa.binary(), nullable=False),
+        pa.field("perturbation", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An image classified correctly when clean, and what one attack did to it.
+
+    Args:
+        index: of the image, as in the rows.
+        clean: uint8 (H, W, 3); exact, as images are evaluated at multiples of 1/255.
+        perturbation: float16 (H, W, 3) in pixel units of [0, 1]: what the nearest verified adversarial
+            image adds; None when the attack found none. Rounded to 11 bits it serves for looking, not for
+            measuring: the distances are in the rows.
+    """
+
+    index: int
+    clean: np.ndarray
+    perturbation: np.ndarray | None
+
+
+def example_count(height: int, width: int) -> int:
+    """How many images at the beginning of a subset are kept, if correct when clean: 64, fewer when large.
+
+    >>> example_count(64, 64), example_count(224, 224), example_count(1024, 1024)
+    (64, 26, 8)
+    """
+    return min(_MOST, max(_FEWEST, _BUDGET_BYTES // (height * width * 3 * 2)))
+
+
+def examples_to_table(examples: Sequence[Example]) -> pa.Table:
+    columns: dict[str, list[object]] = {name: [] for name in EXAMPLE_SCHEMA.names}
+    for example in examples:
+        height, width, _ = example.clean.shape
+        if example.perturbation is not None and example.perturbation.shape != example.clean.shape:
+            raise ValueError(f"image {example.index} is {example.clean.shape}, not {example.perturbation.shape=}")
+        columns["index"].append(example.index)
+        columns["height"].append(height)
+        columns["width"].append(width)
+        columns["clean"].append(example.clean.astype(np.uint8, casting="safe").tobytes())
+        perturbation = example.perturbation
+        columns["perturbation"].append(
+            None if perturbation is None else perturbation.astype("<f2", casting="equiv").tobytes()
+        )
+    return pa.table(columns, schema=EXAMPLE_SCHEMA)
+
+
+def table_to_examples(table: pa.Table) -> list[Example]:
+    return [
+        Example(row["index"], _array(row["clean"], "u1", row), _array(row["perturbation"], "<f2", row))
+        for row in table.to_pylist()
+    ]
+
+
+def _array(content: bytes | None, kind: str, row: dict[str, int]) -> np.ndarray | None:
+    return None if content is None else np.frombuffer(content, kind).reshape(row["height"], row["width"], 3)

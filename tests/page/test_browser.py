@@ -1,0 +1,118 @@
+"""The page in a real browser; skipped where there is none (pip install 'lrrobust[browser]')."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrrobust.page import write_page
+
+BROWSER = Path(__file__).with_name("browser.py")
+
+
+def why_no_browser():
+    # The package alone says little: newer ones come without the engine, others lack libraries of the system.
+    if importlib.util.find_spec("PySide6") is None:
+        return "needs a browser: pip install 'lrrobust[browser]'"
+    code = "import PySide6.QtWebEngineWidgets"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return None if done.returncode == 0 else f"Qt's browser cannot be loaded: {done.stderr.strip().splitlines()[-1]}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def browser():
+    if reason := why_no_browser():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def visit(make_run, verdicts, tmp_path):
+    """Writes a page of two runs, opens it, and returns what the script found there."""
+    runs = [make_run("a"), make_run("b", model="other")]
+    page, *_ = write_page(runs, tmp_path / "out", ["lrrobust", "report"], verdicts)
+
+    def open_page(script="null", *options):
+        out = tmp_path / "found.json"
+        command = [sys.executable, str(BROWSER), str(page), str(out), "--script", script, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(out.read_text())
+        assert found["is_loaded"] and found["console"] == []
+        assert [address for address in found["requests"] if not address.startswith("data:")] == [page.as_uri()]
+        return found["result"]
+
+    return open_page
+
+
+def test_loads_in_silence_and_shows_the_verdict(visit):
+    script = """(() => {
+      const images = Array.from(document.images);
+      return [document.querySelector(".word").innerText, images.length, images.filter((image) => !image.naturalWidth).length,
+       document.documentElement.scrollWidth <= window.innerWidth, document.querySelectorAll("*").length];
+    })()"""
+    word, images, broken, fits, elements = visit(script)
+    assert word == "✗ refuted" and images > 10 and broken == 0 and fits
+    assert elements < 2000
+
+
+def in_pixels(text):
+    return float(text.removesuffix("/255")) / (255 if text.endswith("/255") else 1)
+
+
+def test_a_heading_sorts_its_table_and_says_so(visit):
+    script = """(() => {
+      const table = Array.from(document.querySelectorAll("table")).find((t) => t.tHead.innerText.includes("robust %"));
+      const heading = Array.from(table.tHead.rows[0].cells).find((cell) => cell.innerText.startsWith("median distance"));
+      const found = [];
+      for (let press = 0; press < 3; press += 1) {
+        const values = Array.from(table.tBodies[0].rows, (row) => row.cells[heading.cellIndex].innerText);
+        found.push([heading.ariaSort, values]);
+        heading.querySelector("button").focus();
+        document.activeElement.click();  // what the keys Enter and Space do to a button
+      }
+      return found;
+    })()"""
+    (before, first), (ascending, second), (descending, third) = visit(script)
+    assert (before, ascending, descending) == ("none", "ascending", "descending")
+    assert sorted(first) == sorted(second) == sorted(third) and first != second
+    # By value: 0.9/255 is nearer than 0.4, and infinity is last, or first when descending.
+    assert second == sorted(second, key=in_pixels) and third == sorted(third, key=in_pixels, reverse=True)
+    assert second != sorted(second) and "inf" in second
+
+
+def test_classes_are_drawn_when_opened_and_sort_too(visit, hostile):
+    script = """(async () => {
+      const details = document.querySelector("details[data-classes]");
+      const before = details.querySelectorAll("td").length;
+      details.open = true;
+      await new Promise((done) => setTimeout(done, 200));
+      const names = () => Array.from(details.querySelectorAll("tbody tr"), (row) => row.cells[0].innerText);
+      window.found = [before, names(), details.querySelector("tbody td:nth-child(4)").innerText];
+      details.querySelector("th button").click();
+      window.found.push(names(), document.scripts.length);
+    })()"""
+    # Qt does not wait for promises: the page keeps what was found.
+    before, drawn, robust, by_name, scripts = visit(script, "--then", "window.found")
+    assert before == 0 and drawn == ["bee", hostile, "ant"] and robust == "100.0 (34.2-100.0)"
+    assert by_name == [hostile, "ant", "bee"] and scripts == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_figures_stand_out_from_the_paper(visit, tmp_path, scheme):
+    picture = tmp_path / f"{scheme}.png"
+    options = ["--screenshot", str(picture), "--height", "700", *(["--dark"] if scheme == "dark" else [])]
+    visit("document.querySelector('figure.curves').scrollIntoView()", *options)
+    grey = np.asarray(Image.open(picture).convert("L"), dtype=float)
+    paper, ink = np.median(grey), np.percentile(abs(grey - np.median(grey)), 99.5)
+    assert paper > 240 if scheme == "light" else paper < 40
+    assert ink > 120
+
+
+def test_prints(visit, tmp_path):
+    visit("null", "--pdf", str(tmp_path / "page.pdf"))
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF-")
