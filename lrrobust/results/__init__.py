@@ -1,7 +1,7 @@
 """What a run leaves on disk: the columns of its rows, and the folder that holds them."""
 
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
-from lrrobust.results.store import Run, RunStore, find_runs, load_run, write_file
+from lrrobust.results.store import Run, RunStore, find_runs, fingerprint_of, load_run, write_file
 
 __all__ = [
     "OUTCOMES",
@@ -10,6 +10,7 @@ __all__ = [
     "Run",
     "RunStore",
     "find_runs",
+    "fingerprint_of",
     "load_run",
     "rows_to_table",
     "write_file",
