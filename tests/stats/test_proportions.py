@@ -1,15 +1,13 @@
 import doctest
-import math
 
 import pytest
 from scipy.stats import binomtest
 
-from lrrobust import stats
-from lrrobust.stats import median_with_failures, wilson_interval
+from lrrobust.stats import proportions, wilson_interval
 
 
 def test_doctests():
-    result = doctest.testmod(stats)
+    result = doctest.testmod(proportions)
     assert result.attempted > 0 and result.failed == 0
 
 
@@ -39,31 +37,3 @@ def test_wilson_ends_are_exact():
 def test_wilson_refuses_what_is_out_of_range(arguments):
     with pytest.raises(ValueError, match="expected 0 <"):
         wilson_interval(*arguments)
-
-
-@pytest.mark.parametrize(
-    "distances, n_attacked, median",
-    [
-        ([3.0, 1.0, 2.0], 3, 2.0),
-        ([1.0, 2.0], 2, 1.5),
-        ([1.0, 2.0], 3, 2.0),
-        ([1.0, 2.0], 4, math.inf),
-        ([1.0, 2.0, 3.0], 4, 2.5),
-        ([1.0], 4, math.inf),
-        ([], 1, math.inf),
-    ],
-)
-def test_median_counts_failures_as_infinite(distances, n_attacked, median):
-    assert median_with_failures(distances, n_attacked) == median
-
-
-def test_median_of_nothing_is_unknown():
-    assert math.isnan(median_with_failures([], 0))
-
-
-@pytest.mark.parametrize(
-    "distances, n_attacked", [([1.0, 2.0], 1), ([math.nan], 2), ([math.inf], 2), ([-1.0], 2), ([[1.0]], 2)]
-)
-def test_median_refuses_what_is_no_distance(distances, n_attacked):
-    with pytest.raises(ValueError, match="distances"):
-        median_with_failures(distances, n_attacked)

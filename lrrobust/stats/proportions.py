@@ -1,11 +1,9 @@
-"""Numbers that summarise verdicts: arrays in, numbers out."""
+"""One proportion and its interval."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
 
@@ -50,33 +48,3 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else (centre - spread) / scale
     high = 1.0 if successes == n else (centre + spread) / scale
     return low, high
-
-
-def median_with_failures(distances: ArrayLike, n_attacked: int) -> float:
-    """Median distance over all attacked images, a failed attack counting as an infinite distance.
-
-    Args:
-        distances: of the successes only, finite and zero or more.
-        n_attacked: successes and failures together.
-
-    Returns:
-        The median in the unit of `distances`; infinity when at least half of the attacks failed (for
-        an even number, the mean of the two in the middle, so infinite as soon as one of them is);
-        NaN when nothing was attacked.
-
-    Raises:
-        ValueError: a distance is negative or not finite, or there are more of them than images.
-
-    >>> median_with_failures([0.1, 0.3], n_attacked=3)
-    0.3
-    >>> median_with_failures([0.1, 0.3], n_attacked=4)
-    inf
-    """
-    distances = np.asarray(distances, dtype=np.float64)
-    if distances.ndim != 1 or not (np.isfinite(distances) & (distances >= 0)).all():
-        raise ValueError("distances must be a flat array of finite numbers, zero or more")
-    if len(distances) > n_attacked:
-        raise ValueError(f"got {len(distances)} distances but only {n_attacked=}")
-    if n_attacked == 0:
-        return math.nan
-    return float(np.median(np.append(distances, np.full(n_attacked - len(distances), np.inf))))

@@ -1,0 +1,33 @@
+"""Numbers that summarise verdicts: arrays in, numbers out.
+
+- `proportions`: one proportion and its interval.
+- `paired`: two models on the same images: interval, test, family of tests, power.
+- `curves`: area under a robustness curve.
+- `distances`: nearest adversarial images.
+"""
+
+from lrrobust.stats.curves import bootstrap_mean_interval, log_area_weights
+from lrrobust.stats.distances import PairedDistances, compare_distances, median_with_failures, survival
+from lrrobust.stats.paired import (
+    holm,
+    mcnemar_p_value,
+    mcnemar_power,
+    paired_difference_interval,
+    smallest_detectable_difference,
+)
+from lrrobust.stats.proportions import wilson_interval
+
+__all__ = [
+    "PairedDistances",
+    "bootstrap_mean_interval",
+    "compare_distances",
+    "holm",
+    "log_area_weights",
+    "mcnemar_p_value",
+    "mcnemar_power",
+    "median_with_failures",
+    "paired_difference_interval",
+    "smallest_detectable_difference",
+    "survival",
+    "wilson_interval",
+]

@@ -1,0 +1,1 @@
+"""Whether a robustness claim holds on the evidence of runs."""

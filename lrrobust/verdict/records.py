@@ -1,0 +1,266 @@
+"""What a judged claim is made of: frozen records, and their JSON.
+
+`claim.json` is the JSON of `Verdicts`. Accuracies and differences are fractions, distances and eps pixel units of
+[0, 1]. Differences are always treatment minus control, whatever the direction of the claim. JSON has no infinity:
+where a number may be infinite, None (null) stands for it, and the field says so.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Raised whenever a field is added, dropped or changes its meaning.
+VERDICT_SCHEMA_VERSION = 1
+
+Norm = Literal["linf", "l2"]
+
+#: The images that a number is over:
+#: all               every image both models were evaluated on; wrong when clean counts as broken;
+#: both_correct      those that both models classify correctly when clean;
+#: matched_accuracy  all, less as many of the images that only the more accurate model classifies correctly
+#:                   as make both equally accurate when clean; chosen by a hash of their names.
+Population = Literal["all", "both_correct", "matched_accuracy"]
+
+POPULATIONS: tuple[Population, ...] = ("all", "both_correct", "matched_accuracy")
+
+Outcome = Literal["supported", "refuted", "inconclusive"]
+
+
+class Record(BaseModel):
+    """Base of the records: frozen, no unknown fields, no infinities or NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Claim(Record):
+    """A claim that one model is more (or less) robust than another, and what would show it."""
+
+    name: str
+    """Stem of the claim's file."""
+    statement: str
+    """The claim in one sentence, as people read it."""
+    source: str
+    """Who claims it, and where."""
+    treatment: str
+    """Name of the model that the claim is about, as runs store it."""
+    control: str
+    """Name of the model it is compared with."""
+    direction: Literal["more_robust", "less_robust"]
+    """What the claim says of the treatment."""
+    attacks: tuple[str, ...] | None
+    """Attacks that judge the claim; None: all that both models were evaluated with."""
+    eps: dict[Norm, tuple[float, ...]] | None
+    """Budgets that judge the claim, for each norm that does, ascending; None: all that both have."""
+    dataset: str | None
+    """Name of the data set that judges the claim; None: any, each judged by itself."""
+    significance: float
+    """Bound on the probability of a wrong *supported*, and of a wrong *refuted*."""
+    power: float
+    """Probability with which the smallest detectable difference is found."""
+    smallest_difference: float
+    """Smallest difference of robust accuracy that matters."""
+    largest_clean_difference: float
+    """Largest difference of clean accuracy at which the two count as equally well trained."""
+
+
+class Comparison(Record):
+    """Robust accuracy of both models at one eps, on the same images."""
+
+    attack: str
+    """Name of the attack, or `worst_case`: broken by any attack of the norm."""
+    norm: Norm
+    eps: float
+    """Positive and finite."""
+    population: Population
+    is_decisive: bool
+    """The verdict rests on this row; the others are for information."""
+    n: int
+    """Images, one or more."""
+    treatment_accuracy: float
+    """Robust accuracy of the treatment."""
+    control_accuracy: float
+    """Robust accuracy of the control."""
+    difference: float
+    """Treatment minus control."""
+    low: float
+    """Lower limit of the difference's interval at confidence 1 - significance (Tango's score interval)."""
+    high: float
+    """Upper limit."""
+    treatment_only: int
+    """Discordant images: robust under the treatment, broken under the control."""
+    control_only: int
+    """Discordant images: robust under the control, broken under the treatment."""
+    p_value: float
+    """Exact McNemar test of no difference, two-sided."""
+    p_holm: float
+    """Adjusted by Holm over the family: the decisive rows of the population, or its other rows."""
+    smallest_detectable: float | None
+    """Smallest difference this row could have shown, given n and the discordance seen: were the true difference at
+    one eps of every norm at least this large in every population, then the tests that *supported* asks for would
+    all be passed with the claim's power. None: not even the largest possible difference would be shown."""
+
+
+class CurveComparison(Record):
+    """Area under the robustness curve: mean robust accuracy over the ladder of eps, uniform in log eps."""
+
+    attack: str
+    """Name of the attack, or `worst_case`."""
+    norm: Norm
+    population: Population
+    n: int
+    eps: tuple[float, ...]
+    """The ladder, at least two, ascending."""
+    treatment_robust: tuple[float, ...]
+    """Robust accuracy of the treatment at each eps."""
+    control_robust: tuple[float, ...]
+    treatment_area: float
+    """In [0, 1]: trapezoids over log eps, divided by the ladder's length."""
+    control_area: float
+    difference: float
+    """Treatment minus control."""
+    low: float
+    """Lower limit by bootstrap over images (percentile), confidence 1 - significance."""
+    high: float
+    resamples: int
+    """Bootstrap samples drawn."""
+
+
+class SurvivalPoint(Record):
+    """Share of images whose nearest adversarial image is farther away than `distance`."""
+
+    distance: float
+    treatment: float
+    control: float
+
+
+class NormComparison(Record):
+    """Distances of the nearest adversarial images found by a minimal-norm attack, image by image.
+
+    A failed attack counts as an infinite distance; an image that is wrong when clean has distance 0.
+    """
+
+    attack: str
+    norm: Norm
+    population: Population
+    n: int
+    treatment_median: float | None
+    """Median distance; None: infinite."""
+    control_median: float | None
+    treatment_failures: int
+    """Images of the treatment that the attack did not break."""
+    control_failures: int
+    treatment_farther: int
+    """Images whose adversarial image is farther away under the treatment."""
+    control_farther: int
+    """Farther away under the control; the rest are ties."""
+    sign_p_value: float
+    """Exact two-sided sign test; ties left out."""
+    wilcoxon_p_value: float
+    """Two-sided Wilcoxon signed-rank test, ties of a pair left out, infinite differences ranked last."""
+    rank_biserial: float
+    """Effect size, in [-1, 1]: (sum of positive ranks - sum of negative ranks) / sum of all; 0 without differences."""
+    survival: tuple[SurvivalPoint, ...]
+    """Both survival curves at the same distances, ascending from 0, thinned to a few hundred."""
+
+
+class Safeguard(Record):
+    """A condition that evidence must meet before it may support a claim."""
+
+    name: str
+    """Such as `same_images`, `monotone_curves`, `unbounded_attack`, `attack_diagnostics`, `clean_accuracy`."""
+    passed: bool | None
+    """None: could not be checked, and `detail` says why; only False withholds a verdict."""
+    withholds: tuple[Literal["supported", "refuted"], ...]
+    """The verdicts that become *inconclusive* when it has failed: both, or the one that would rest on the model
+    whose robustness is in doubt."""
+    detail: str
+    """One sentence with the numbers."""
+    attack: str | None = None
+    """The attack concerned, where it is one."""
+
+
+class Diagnostic(Record):
+    """One check of whether an attack on one model worked, computed by an evaluation and kept beside its rows."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Such as `zero_gradient`."""
+    passed: bool
+    detail: str
+    """One sentence with the numbers."""
+    attack: str | None = None
+    """The attack concerned; None: the model as a whole."""
+
+
+class RunReference(Record):
+    """A run that a verdict rests on."""
+
+    role: Literal["treatment", "control"]
+    folder: str
+    """Last part of the run's folder."""
+    fingerprint: str
+    model: str
+    weights: str | None
+    state_sha256: str | None
+    """Hash of the parameters."""
+    attacks: tuple[str, ...]
+    is_complete: bool
+    commit: str | None
+    """Commit of the code that computed it."""
+    diagnostics: tuple[Diagnostic, ...] | None
+    """None: the run carries none."""
+
+
+class Pairing(Record):
+    """The images that both models were evaluated on, and those lost on the way."""
+
+    dataset: str
+    dataset_sha256: tuple[str, ...]
+    """Of the subsets evaluated, sorted; one when both models saw the same."""
+    n: int
+    """Images paired."""
+    treatment_unpaired: int
+    """Images of the treatment only, left out of every comparison."""
+    control_unpaired: int
+    both_correct: int
+    """When clean."""
+    treatment_correct_only: int
+    control_correct_only: int
+    discarded: int
+    """Images that `matched_accuracy` leaves out."""
+    treatment_clean: float
+    """Clean accuracy of the treatment on the images paired."""
+    control_clean: float
+
+
+class ClaimResult(Record):
+    """A verdict with everything it rests on."""
+
+    claim: Claim
+    verdict: Outcome
+    reasons: tuple[str, ...]
+    """Whole sentences; the first says the decisive thing."""
+    pairing: Pairing
+    comparisons: tuple[Comparison, ...]
+    curves: tuple[CurveComparison, ...]
+    norms: tuple[NormComparison, ...]
+    safeguards: tuple[Safeguard, ...]
+    runs: tuple[RunReference, ...]
+
+
+class NotJudged(Record):
+    """A claim on which the runs given say nothing."""
+
+    claim: str
+    """Its name."""
+    reason: str
+    """One sentence."""
+
+
+class Verdicts(Record):
+    """Everything in `claim.json`: one result for each claim and set of images, in the order of the claims."""
+
+    schema_version: int = VERDICT_SCHEMA_VERSION
+    results: tuple[ClaimResult, ...]
+    not_judged: tuple[NotJudged, ...]
