@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -19,9 +22,12 @@ from lrrobust import __version__
 from lrrobust.errors import LrRobustError
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 
+if TYPE_CHECKING:
+    from lrrobust.run import Evaluation, EvaluationRequest
+
 
 class _Interrupted(Exception):
-    """Ctrl-C, under a name that typer does not handle in its own way."""
+    """Ctrl-C, under a name that typer does not handle in its own way; says what it leaves."""
 
 
 class _Commands(TyperGroup):
@@ -29,7 +35,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise _Interrupted from None
+            raise _Interrupted("what was finished is kept, the same command goes on from there") from None
 
 
 app = typer.Typer(
@@ -152,6 +158,19 @@ def _run_all(evaluations: list[Evaluation]) -> None:
             evaluation.run(progress.on_task, progress.on_forward)
 
 
+@contextmanager
+def _fresh_folder(out: Path | None) -> Iterator[Path]:
+    """`out`, or a private folder that is removed afterwards: nothing computed before can stand in for a fresh run."""
+    if out is not None:
+        yield out
+        return
+    with TemporaryDirectory(prefix="lrrobust-check-") as folder:
+        try:
+            yield Path(folder)
+        except KeyboardInterrupt:
+            raise _Interrupted("nothing was compared or kept; with --out FOLDER a check can be resumed") from None
+
+
 @app.command()
 def check(
     baseline: Annotated[Path, typer.Argument(help="The baseline, a JSON file.")],
@@ -201,17 +220,19 @@ def check(
     """
     from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
     from lrrobust.check.compare import another_comparison, compare, find_differences
-    from lrrobust.check.formats import choose_outputs, write_outputs
-    from lrrobust.console import print_baseline, working_folder
+    from lrrobust.check.formats import choose_outputs, printable, write_outputs
+    from lrrobust.console import print_baseline
+    from lrrobust.errors import BaselineError, ConfigError
     from lrrobust.results import load_run
 
     outputs = choose_outputs(formats or (), os.environ)
     before = None if update and run and not baseline.exists() else read_baseline(baseline)
-    rule = (before.rule if before else Rule()).replaced(significance, floor, weights_may_change)
+    rule = before.rule if before is not None else Rule()
+    rule = rule.replaced(significance, None if floor is None else floor / 100, weights_may_change)
     if before is not None:
         before = before.model_copy(update={"rule": rule})
     result = None
-    with working_folder(out) as folder:
+    with _fresh_folder(out) as folder:
         if run:
             if model or weights or dataset:
                 raise ConfigError("--run compares a run that is there: leave out --model, --weights and --dataset")
@@ -238,7 +259,7 @@ def check(
             result = compare(before, runs, str(baseline))
     write_outputs(result, outputs, os.environ, typer.echo)
     if result.verdict == "another_comparison":
-        raise BaselineError(printable(f"{baseline}: {result.reason}"))
+        raise BaselineError(printable(result.reason))
     raise typer.Exit(1 if result.verdict == "regressed" else 0)
 
 
@@ -319,8 +340,8 @@ def run(arguments: list[str]) -> int:
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except _Interrupted:
-        print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
+    except _Interrupted as interruption:
+        print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)

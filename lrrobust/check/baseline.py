@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from lrrobust.errors import BaselineError, StoreError
+from lrrobust.errors import BaselineError, ConfigError, StoreError
 from lrrobust.results import Run, fingerprint_of, write_file
 
 #: Raised whenever a field is added, dropped or changes its meaning.
@@ -50,6 +50,17 @@ class Rule(Record):
     weights_may_change: bool = False
     """The model is what is under test: other weights or code are compared, and said. Otherwise they make it
     another comparison, which is refused."""
+
+    def replaced(
+        self, significance: float | None = None, floor: float | None = None, weights_may_change: bool | None = None
+    ) -> Rule:
+        """The rule with the settings that are given; ConfigError where one is out of range."""
+        given = {"significance": significance, "floor": floor, "weights_may_change": weights_may_change}
+        try:
+            return Rule(**{**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
+        except ValidationError as error:
+            mistake = error.errors(include_url=False)[0]
+            raise ConfigError(f"--{mistake['loc'][0]}: {mistake['msg']}, found {mistake['input']}") from None
 
 
 class Measurement(Record):
@@ -157,6 +168,9 @@ def build_baseline(runs: Sequence[Run], rule: Rule) -> Baseline:
     runs = in_request_order(runs)
     manifest = runs[0].manifest
     protocol = protocol_of(manifest)
+    for run in runs[1:]:
+        if protocol_of(run.manifest) != protocol:
+            raise BaselineError(f"{runs[0].folder} and {run.folder} saw different images or attacks: evaluate both again")
     models = tuple(
         ModelBaseline(model=run.manifest["model"], measurements=tuple(m for m, _ in measure(run))) for run in runs
     )
@@ -236,7 +250,7 @@ def read_baseline(path: Path) -> Baseline:
         where = ".".join(str(part) for part in mistake["loc"])
         message = " ".join(mistake["msg"].split())
         raise BaselineError(
-            f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, or rewrite it with --update"
+            f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, or rewrite it with --update --run FOLDER"
         ) from None
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lrrobust.check.baseline import Baseline, Measurement, Record, Rule, in_request_order, measure, protocol_of
+from lrrobust.errors import BaselineError
 from lrrobust.report import warnings_of
 from lrrobust.results import Run
 from lrrobust.stats import holm, mcnemar_p_value
@@ -102,8 +103,10 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
     """
     if len(manifests) != len(baseline.models):
         return [f"models: {len(baseline.models)} in the baseline, {len(manifests)} now"], []
-    differences, notes = _named_differences(baseline.protocol, protocol_of(manifests[0])), []
+    differences: list[str] = []
+    notes: list[str] = []
     for of_model, manifest in zip(baseline.models, manifests, strict=True):
+        differences += _named_differences(baseline.protocol, protocol_of(manifest))
         before, now = of_model.model, manifest["model"]
         how_seen = [{k: v for k, v in m.items() if k not in _MODEL_HASHES.keys() | _MODEL_NAMES} for m in (before, now)]
         differences += _named_differences(*how_seen, prefix="model.")
@@ -114,7 +117,7 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
         if before["name"] != now["name"]:
             said += f" (now {now['name']})"
         (notes if baseline.rule.weights_may_change else differences).append(said)
-    return differences, notes
+    return list(dict.fromkeys(differences)), notes
 
 
 def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> CheckResult:
@@ -179,6 +182,11 @@ def _find_flips(
 ) -> Iterator[tuple[str, Measurement, tuple[Flip, ...], tuple[Flip, ...], Measurement]]:
     for of_model, run in zip(baseline.models, runs, strict=True):
         fresh = {measurement.key: (measurement, rows) for measurement, rows in measure(run)}
+        if fresh.keys() != {before.key for before in of_model.measurements}:
+            raise BaselineError(
+                f"the measurements of {of_model.name} in the baseline are not those of its attacks: restore the file, "
+                "or rewrite it with --update"
+            )
         for before in of_model.measurements:
             now, rows = fresh[before.key]
             was_robust, is_robust = before.is_robust(), now.is_robust()
@@ -219,7 +227,7 @@ def _reason(comparisons: Sequence[Comparison], rule: Rule) -> str:
 
 
 def _named_differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """`attacks.0.steps: 20 in the baseline, 10 now`, one for each difference; the hash of images says nothing more."""
+    """`attacks.0.steps: 20 in the baseline, 10 now`, one for each difference."""
     path = prefix.rstrip(".")
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = list(dict.fromkeys([*before, *now]))

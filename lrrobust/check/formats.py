@@ -148,7 +148,7 @@ def render_junit(result: CheckResult) -> str:
     output = ElementTree.SubElement(suite, "system-out")
     output.text = "\n".join(printable(line) for line in (*result.notes, result.reason))
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode()
 
 
 def render_markdown(result: CheckResult) -> str:
