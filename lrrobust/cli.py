@@ -191,7 +191,7 @@ def check(
         Optional[Path], typer.Option(help="Keep the fresh run in here, so that it can be resumed; default: not kept.")
     ] = None,
     significance: Annotated[
-        Optional[float], typer.Option(help="Probability of failing without a cause; default: the baseline's, at first 0.05.")
+        Optional[float], typer.Option(help="Probability of failing without a cause; default: the baseline's, at first 0.025.")
     ] = None,
     floor: Annotated[
         Optional[float], typer.Option(help="Smallest fall that fails, in points; default: the baseline's, at first 1.")

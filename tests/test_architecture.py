@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cli": {"lrrobust", "console", "run", "check", "report", "results", "errors", "evaluation.chunks"},
     "console": {"report", "results"},
     "check": {"report", "results", "stats", "errors"},
-    "testing": {"attacks", "evaluation", "results", "models", "threat", "frozen", "errors"},
+    "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "config_file", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},

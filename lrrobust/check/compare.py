@@ -168,9 +168,9 @@ def another_comparison(baseline: Baseline, differences: Sequence[str], baseline_
 def smallest_noticed_fall(rule: Rule, n: int, count: int) -> int | None:
     """Fewest images of n whose loss at one of `count` comparisons fails a check, none gained; None: not even all.
 
-    >>> smallest_noticed_fall(Rule(significance=0.05, floor=0.01), n=200, count=6)
-    7
-    >>> smallest_noticed_fall(Rule(significance=0.05, floor=0.01), n=4, count=6) is None
+    >>> smallest_noticed_fall(Rule(significance=0.025, floor=0.01), n=200, count=6)
+    8
+    >>> smallest_noticed_fall(Rule(significance=0.025, floor=0.01), n=4, count=6) is None
     True
     """
     images = max(math.ceil(math.log2(count / rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
