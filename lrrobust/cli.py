@@ -268,14 +268,21 @@ def report(
     runs: Annotated[
         Optional[list[Path]], typer.Argument(help="Run folders, or folders that hold some.", show_default="reports/runs")
     ] = None,
+    claim: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("reports/summary"),
 ) -> None:
-    """Write tables (CSV, Markdown) and robustness curves (PNG, SVG) of finished and unfinished runs."""
-    from lrrobust.console import print_report
+    """Judge claims, and write tables (CSV, Markdown) and robustness curves (PNG, SVG) of runs."""
+    from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
     from lrrobust.report import write_report
     from lrrobust.results import find_runs, load_run
+    from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
+    from lrrobust.verdict.judge import judge_claims, write_verdicts
 
+    claims = [load_claim(name) for name in dict.fromkeys(claim or [DEFAULT_CLAIM])]
     roots = runs or [Path("reports/runs")]
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:
@@ -288,7 +295,11 @@ def report(
             if len(folders) == 1:
                 raise
             logging.warning("left out: %s", error)
-    print_report(loaded, write_report(loaded, out))
+    verdicts = judge_claims(claims, loaded)
+    print_verdicts(verdicts)
+    written = write_report(loaded, out)
+    write_verdicts(verdicts, out / "claim.json")
+    print_report(loaded, [out / "claim.json", *written])
 
 
 @app.command()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from lrrobust.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 #: A configuration is a page of text; YAML parses about 1 MB in ten seconds.
 MAX_FILE_BYTES = 64 * 1024
@@ -75,6 +79,22 @@ def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:
         found = "an empty file" if data is None else brief(data)
         raise ConfigError(f"{source}: expected keys and values, such as '{example}', found {found}")
     return data
+
+
+def check_keys(data: dict[str, Any], model: type[Model], source: str) -> Model:
+    """The keys and values of a file as a model that forbids unknown keys.
+
+    Raises:
+        ConfigError: names the file, the key, what was expected and what was found.
+    """
+    try:
+        # Through JSON, because pydantic's strict mode takes lists for tuples there only. What JSON has not,
+        # such as dates, goes in as text.
+        return model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "(top level)"
+        raise ConfigError(f"{source}: {key}: {first['msg']}, found {brief(first['input'])}") from None
 
 
 def brief(value: Any) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrrobust.run import Evaluation
     from lrrobust.training.trainer import Progress as TrainingState
     from lrrobust.training.trainer import Training
+    from lrrobust.verdict.records import Verdicts
 
 #: Width of tables in files and logs, which wrap nothing.
 _LOG_WIDTH = 140
@@ -174,6 +175,22 @@ def print_results(folders: Sequence[Path]) -> None:
     _print_table(runs)
     for folder in folders:
         _notice(f"results: {folder}")
+
+
+def print_verdicts(verdicts: Verdicts) -> None:
+    """Each verdict with its reasons, and the claims that could not be judged."""
+    for result in verdicts.results:
+        pairing = result.pairing
+        _tables.print(f"{result.verdict.upper()}: {result.claim.statement}", markup=False, style="bold")
+        _tables.print(
+            f"({result.claim.name}, {pairing.dataset}, {pairing.n} images, {result.claim.treatment} against "
+            f"{result.claim.control})", markup=False, highlight=False,
+        )
+        for reason in result.reasons:
+            _tables.print(f"* {reason}", markup=False, highlight=False)
+        _tables.print()
+    for unjudged in verdicts.not_judged:
+        _notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")
 
 
 def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lrrobust.config_file import brief, read_mapping
-from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.config_file import check_keys, read_mapping
+from lrrobust.errors import UnknownNameError
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -80,12 +79,4 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise UnknownNameError("recipe", str(name_or_path), shipped)
-    content = read_mapping(path, str(path), example="batch_size: 128")
-    try:
-        # Through JSON, because pydantic's strict mode takes lists for tuples there only. What JSON has not,
-        # such as dates, goes in as text.
-        return Recipe.model_validate_json(json.dumps(content, default=str))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "(top level)"
-        raise ConfigError(f"{path}: {key}: {first['msg']}, found {brief(first['input'])}") from None
+    return check_keys(read_mapping(path, str(path), example="batch_size: 128"), Recipe, str(path))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from lrrobust.eps import Ladder
 
 #: Raised whenever a field is added, dropped or changes its meaning.
 VERDICT_SCHEMA_VERSION = 1
@@ -37,11 +40,14 @@ class Record(BaseModel):
 class Claim(Record):
     """A claim that one model is more (or less) robust than another, and what would show it."""
 
+    # As any configuration: `significance: "0.05"` is no number.
+    model_config = ConfigDict(strict=True)
+
     name: str
     """Stem of the claim's file."""
-    statement: str
+    statement: str = Field(min_length=1, max_length=400)
     """The claim in one sentence, as people read it."""
-    source: str
+    source: str = Field(min_length=1, max_length=400)
     """Who claims it, and where."""
     treatment: str
     """Name of the model that the claim is about, as runs store it."""
@@ -49,20 +55,28 @@ class Claim(Record):
     """Name of the model it is compared with."""
     direction: Literal["more_robust", "less_robust"]
     """What the claim says of the treatment."""
-    attacks: tuple[str, ...] | None
+    attacks: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Attacks that judge the claim; None: all that both models were evaluated with."""
-    eps: dict[Norm, tuple[float, ...]] | None
+    eps: dict[Norm, Ladder] | None = Field(default=None, min_length=1)
     """Budgets that judge the claim, for each norm that does, ascending; None: all that both have."""
-    dataset: str | None
+    dataset: str | None = None
     """Name of the data set that judges the claim; None: any, each judged by itself."""
-    significance: float
+    significance: float = Field(gt=0, le=0.2)
     """Bound on the probability of a wrong *supported*, and of a wrong *refuted*."""
-    power: float
+    power: float = Field(ge=0.5, lt=1)
     """Probability with which the smallest detectable difference is found."""
-    smallest_difference: float
+    smallest_difference: float = Field(gt=0, lt=1)
     """Smallest difference of robust accuracy that matters."""
-    largest_clean_difference: float
+    largest_clean_difference: float = Field(ge=0, lt=1)
     """Largest difference of clean accuracy at which the two count as equally well trained."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Claim:
+        if self.treatment == self.control:
+            raise PydanticCustomError("models", "control: expected another model than the treatment")
+        if any(ladder[0] == 0 for ladder in (self.eps or {}).values()):
+            raise PydanticCustomError("eps", "eps: expected budgets above 0, at which nothing is attacked")
+        return self
 
 
 class Comparison(Record):

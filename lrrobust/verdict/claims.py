@@ -1,0 +1,47 @@
+"""Claims as YAML files: what is said of two models, and what would show it.
+
+A file holds the fields of `Claim` but the name, which is the file's own:
+
+    statement: A is more robust than B.
+    source: who says so, and where
+    treatment: lr_resnet50
+    control: resnet50
+    direction: more_robust            # or less_robust, said of the treatment
+    attacks: [pgd, cw]                # without: all that both models were evaluated with
+    eps: {linf: [1/255, 2/255]}       # without: all that both have
+    dataset: photos                   # without: any
+    significance: 0.05
+    power: 0.8
+    smallest_difference: 0.02
+    largest_clean_difference: 0.02
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lrrobust.config_file import check_keys, read_mapping
+from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.verdict.records import Claim
+
+CLAIMS_FOLDER = Path(__file__).parent / "claims"
+
+#: The claim that is judged when none is named.
+DEFAULT_CLAIM = "lrnet_more_robust"
+
+
+def load_claim(name_or_path: str | Path) -> Claim:
+    """A shipped claim by name, or one in a YAML file.
+
+    Raises:
+        UnknownNameError: neither a shipped claim nor a file.
+        ConfigError: names the file, the key, and what was expected there.
+    """
+    shipped = {path.stem: path for path in CLAIMS_FOLDER.glob("*.yaml")}
+    path = shipped.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise UnknownNameError("claim", str(name_or_path), shipped)
+    data = read_mapping(path, str(path), example="treatment: lr_resnet50")
+    if "name" in data:
+        raise ConfigError(f"{path}: name: unexpected key, a claim is named after its file")
+    return check_keys({**data, "name": path.stem}, Claim, str(path))

@@ -1,0 +1,395 @@
+"""From runs to evidence: both models' outcomes on the same images, as arrays.
+
+Every image is reduced to its breaking eps under each attack: the smallest eps at which a row proves it broken,
+0 where it is wrong when clean, infinity where nothing broke it. It survives eps exactly when its breaking eps is
+larger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from lrrobust.errors import StoreError
+from lrrobust.report import WORST_CASE
+from lrrobust.results import Run
+from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
+
+#: File beside a run's manifest that holds its diagnostics, a JSON list of `Diagnostic`.
+DIAGNOSTICS_FILE = "diagnostics.json"
+
+_DIAGNOSTICS: TypeAdapter[tuple[Diagnostic, ...]] = TypeAdapter(tuple[Diagnostic, ...])
+
+
+@dataclass(frozen=True)
+class AttackOutcomes:
+    """What one attack did to N images of one model.
+
+    Attributes:
+        eps: the ladder, ascending, infinity last where the attack has such rows.
+        breaking_eps: (N,); NaN for images that the attack has not finished.
+        rises: for each neighbouring pair of eps, how many images were robust and then broken, and how many broken
+            and then robust, (len(eps) - 1, 2).
+        rejected: images for which only proposals outside the ball or the box were made, at some eps.
+    """
+
+    name: str
+    norm: Norm
+    eps: tuple[float, ...]
+    breaking_eps: NDArray[np.float64]
+    rises: NDArray[np.int64]
+    rejected: int
+
+
+@dataclass(frozen=True)
+class ModelOutcomes:
+    """What runs of one model say, image by image.
+
+    Attributes:
+        runs: on one set of images, or on several of one data set.
+        images: (N,) identities, class and key; sorted, each once.
+        is_clean_correct: (N,).
+        attacks: those of all runs; one that several runs made counts as one, broken by any of them.
+    """
+
+    runs: tuple[Run, ...]
+    images: NDArray[np.object_]
+    is_clean_correct: NDArray[np.bool_]
+    attacks: tuple[AttackOutcomes, ...]
+
+    @property
+    def model(self) -> str:
+        return model_of(self.runs[0])
+
+    @cached_property
+    def diagnostics(self) -> tuple[tuple[Diagnostic, ...] | None, ...]:
+        """Of each run; None where a run carries none."""
+        return tuple(load_diagnostics(run) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Both models' runs that judge a claim, and the images they share."""
+
+    claim: Claim
+    treatment: ModelOutcomes
+    control: ModelOutcomes
+    #: (n,) places of the shared images in `treatment.images` and `control.images`.
+    treatment_places: NDArray[np.int64]
+    control_places: NDArray[np.int64]
+
+    @cached_property
+    def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
+        """Which of the shared images belong to each population, (n,)."""
+        treatment = self.treatment.is_clean_correct[self.treatment_places]
+        control = self.control.is_clean_correct[self.control_places]
+        return {
+            "all": np.ones(len(treatment), dtype=bool),
+            "both_correct": treatment & control,
+            "matched_accuracy": match_accuracy(treatment, control, self.treatment.images[self.treatment_places]),
+        }
+
+    @cached_property
+    def attacks(self) -> tuple[PairedAttack, ...]:
+        """The attacks that judge the claim and that both models have, then the worst case of norms with several."""
+        theirs = {(attack.name, attack.norm): attack for attack in self.control.attacks}
+        single = [
+            PairedAttack(
+                attack.name,
+                attack.norm,
+                tuple(sorted(set(attack.eps) & set(other.eps))),
+                attack.breaking_eps[self.treatment_places],
+                other.breaking_eps[self.control_places],
+            )
+            for attack in self.treatment.attacks
+            if (other := theirs.get((attack.name, attack.norm))) is not None
+            and (self.claim.attacks is None or attack.name in self.claim.attacks)
+            and (self.claim.eps is None or attack.norm in self.claim.eps)
+        ]
+        worst = []
+        for norm in dict.fromkeys(attack.norm for attack in single):
+            of_norm = [attack for attack in single if attack.norm == norm]
+            if len(of_norm) > 1:
+                worst.append(
+                    PairedAttack(
+                        WORST_CASE,
+                        norm,
+                        tuple(sorted({eps for attack in of_norm for eps in attack.eps})),
+                        # NaN spreads: an image counts once every attack has finished it.
+                        np.minimum.reduce([attack.treatment for attack in of_norm]),
+                        np.minimum.reduce([attack.control for attack in of_norm]),
+                    )
+                )
+        return tuple(single + worst)
+
+    @property
+    def decisive(self) -> tuple[PairedAttack, ...]:
+        """For each norm the worst case, or its only attack."""
+        return tuple({attack.norm: attack for attack in self.attacks}.values())
+
+    def ladder(self, attack: PairedAttack) -> tuple[float, ...]:
+        """The eps at which an attack judges the claim: those asked for, else all that bound it."""
+        if self.claim.eps is not None:
+            return tuple(eps for eps in self.claim.eps[attack.norm] if eps in attack.eps)
+        return tuple(eps for eps in attack.eps if eps > 0 and not is_unbounded(eps, attack.norm))
+
+
+@dataclass(frozen=True)
+class PairedAttack:
+    """One attack, or the worst case, on the shared images: breaking eps (n,) of both models."""
+
+    name: str
+    norm: Norm
+    eps: tuple[float, ...]
+    treatment: NDArray[np.float64]
+    control: NDArray[np.float64]
+
+    @property
+    def is_finished(self) -> NDArray[np.bool_]:
+        """Images that the attack has finished on both models, (n,)."""
+        return ~(np.isnan(self.treatment) | np.isnan(self.control))
+
+
+def is_unbounded(eps: float, norm: str) -> bool:
+    """Whether a budget reaches an image without content from every image: linf 1/2 turns any to plain grey.
+
+    For l2 only infinity counts, as the size of the images is not known here.
+    """
+    return np.isinf(eps) or (norm == "linf" and eps >= 0.5)
+
+
+def match_accuracy(
+    treatment: NDArray[np.bool_], control: NDArray[np.bool_], images: NDArray[np.object_]
+) -> NDArray[np.bool_]:
+    """Images on which both models are equally accurate when clean; (N,) for (N,) correct or not, and (N,) names.
+
+    Of the images that only the more accurate model classifies correctly, as many are discarded as it has more than
+    the other: those whose names have the smallest SHA-256, so that nothing of the images or the attacks decides.
+
+    Its limits: it says how the two compare at one accuracy, not how the more accurate would have done had it been
+    trained to less; the images that only one model classifies correctly lie near decision boundaries, and discarding
+    some at random keeps the others; which are discarded is arbitrary, and with few images another hash would move the
+    numbers within their intervals.
+    """
+    treatment_only, control_only = np.flatnonzero(treatment & ~control), np.flatnonzero(control & ~treatment)
+    more = treatment_only if len(treatment_only) > len(control_only) else control_only
+    excess = abs(len(treatment_only) - len(control_only))
+    digests = np.array([hashlib.sha256(images[place].encode()).hexdigest() for place in more], dtype=object)
+    keep = np.ones(len(treatment), dtype=bool)
+    keep[more[np.argsort(digests)[:excess]]] = False
+    return keep
+
+
+def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence], list[NotJudged]]:
+    """Pairs the runs of the claim's models, data set by data set and subset by subset.
+
+    Runs on the same images belong together; where the two models share no subset of a data set, all their runs on
+    it do, and the images in common judge. Weights are paired by name, and a single one with a single other.
+
+    Returns:
+        Evidence, those with most images first, and for what there is none, why.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or diagnostics are damaged.
+    """
+    treatment = [run for run in runs if model_of(run) == claim.treatment]
+    control = [run for run in runs if model_of(run) == claim.control]
+    missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
+    if missing:
+        return [], [NotJudged(claim=claim.name, reason=f"No run of {' or '.join(missing)} is among those given.")]
+    datasets = {dataset_of(run) for run in treatment} & {dataset_of(run) for run in control}
+    if claim.dataset is not None:
+        datasets &= {claim.dataset}
+    if not datasets:
+        where = f"on {claim.dataset}" if claim.dataset else "on a common data set"
+        reason = f"The runs of {claim.treatment} and {claim.control} are not {where}."
+        return [], [NotJudged(claim=claim.name, reason=reason)]
+
+    found: list[Evidence] = []
+    refused: list[NotJudged] = []
+    idle = [run for run in treatment + control if claim.dataset in (None, dataset_of(run))]
+    for dataset in sorted(datasets):
+        on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
+        for subset in _subsets(*on_dataset):
+            for ours, theirs in _same_weights(*subset):
+                evidence = _join(claim, ours, theirs)
+                problem = _lacks(evidence)
+                if problem is None:
+                    found.append(evidence)
+                else:
+                    refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
+                idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
+    if idle:
+        names = ", ".join(run.folder.name for run in idle)
+        reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."
+        refused.append(NotJudged(claim=claim.name, reason=reason))
+    return sorted(found, key=lambda evidence: -len(evidence.treatment_places)), refused
+
+
+def gather(runs: Sequence[Run]) -> ModelOutcomes:
+    """The outcomes of the runs of one model; at least one run."""
+    rows = pd.concat([_plain_rows(run, place) for place, run in enumerate(runs)], ignore_index=True)
+    codes, images = pd.factorize(rows["image"], sort=True)
+    correct = np.ones(len(images), dtype=bool)
+    correct[codes[~rows["is_clean_correct"].to_numpy()]] = False
+    attacks = []
+    for (name, norm), places in rows.groupby(["attack", "norm"], sort=False).indices.items():
+        of_attack, image = rows.iloc[places], codes[places]
+        breaking = np.full(len(images), np.nan)
+        breaking[image] = np.inf
+        np.minimum.at(breaking, image, of_attack["breaking_eps"].to_numpy())
+        attacks.append(
+            AttackOutcomes(
+                name,
+                norm,
+                tuple(np.unique(of_attack["eps"]).tolist()),
+                breaking,
+                _rises(of_attack, image),
+                len(np.unique(image[of_attack["is_rejected"].to_numpy()])),
+            )
+        )
+    return ModelOutcomes(tuple(runs), np.asarray(images, dtype=object), correct, tuple(attacks))
+
+
+def load_diagnostics(run: Run) -> tuple[Diagnostic, ...] | None:
+    """What is known of whether the attacks of a run worked; None where nothing was looked for.
+
+    Raises:
+        StoreError: the file of diagnostics is damaged.
+    """
+    path = run.folder / DIAGNOSTICS_FILE
+    try:
+        return _DIAGNOSTICS.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it to go without") from None
+
+
+def model_of(run: Run) -> str:
+    return manifest_value(run, "model", "name")
+
+
+def dataset_of(run: Run) -> str:
+    return manifest_value(run, "dataset", "name")
+
+
+def manifest_value(run: Run, *keys: str) -> Any:
+    """What the manifest says under nested keys.
+
+    Raises:
+        StoreError: it does not.
+    """
+    value: Any = run.manifest
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise StoreError(
+                f"{run.folder}/manifest.json must hold {'.'.join(keys)}, found none: "
+                "restore it, or evaluate anew in another folder"
+            )
+        value = value[key]
+    return value
+
+
+def _plain_rows(run: Run, place: int) -> pd.DataFrame:
+    """The columns that count, in plain dtypes."""
+    rows = run.rows
+    distance = np.where(
+        rows["norm"] == "linf",
+        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
+        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
+    )
+    is_correct, is_broken = rows["is_clean_correct"].to_numpy(bool), rows["is_broken"].to_numpy(bool)
+    eps = rows["eps"].to_numpy(np.float64)
+    # A distance may exceed the eps it was accepted at by the tolerance of the ball.
+    breaking = np.where(is_correct, np.where(is_broken, np.minimum(eps, distance), np.inf), 0.0)
+    return pd.DataFrame(
+        {
+            "run": place,
+            # The class tells apart images of equal names; labels depend on the model's list of classes.
+            "image": (rows["wnid"] + "\n" + rows["key"]).to_numpy(object),
+            "attack": rows["attack"].to_numpy(object),
+            "norm": rows["norm"].to_numpy(object),
+            "eps": eps,
+            "is_clean_correct": is_correct,
+            "is_broken": is_broken,
+            "is_rejected": (rows["outcome"] == "rejected").to_numpy(bool),
+            "breaking_eps": breaking,
+        }
+    )
+
+
+def _rises(rows: pd.DataFrame, image: NDArray[np.int64]) -> NDArray[np.int64]:
+    run, eps, is_broken = rows["run"].to_numpy(), rows["eps"].to_numpy(), rows["is_broken"].to_numpy()
+    order = np.lexsort((eps, image, run))
+    run, image, eps, is_broken = run[order], image[order], eps[order], is_broken[order]
+    is_step = (image[1:] == image[:-1]) & (run[1:] == run[:-1])
+    ladder = np.unique(eps)
+    step = np.searchsorted(ladder, eps[:-1])
+    counts = np.zeros((len(ladder), 2), dtype=np.int64)
+    np.add.at(counts[:, 0], step[is_step & ~is_broken[:-1] & is_broken[1:]], 1)
+    np.add.at(counts[:, 1], step[is_step & is_broken[:-1] & ~is_broken[1:]], 1)
+    return counts[:-1]
+
+
+def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
+    """Runs of both on one data set, grouped by the images they cover."""
+
+    def by_images(runs: list[Run]) -> dict[str, list[Run]]:
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(manifest_value(run, "dataset", "sha256"), []).append(run)
+        return groups
+
+    ours, theirs = by_images(treatment), by_images(control)
+    return [(ours[sha256], theirs[sha256]) for sha256 in ours if sha256 in theirs] or [(treatment, control)]
+
+
+def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
+    """Runs of both, grouped by the name of the weights; a single one goes with a single other."""
+
+    def by_weights(runs: list[Run]) -> dict[Any, list[Run]]:
+        groups: dict[Any, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(manifest_value(run, "model", "weights"), []).append(run)
+        return groups
+
+    ours, theirs = by_weights(treatment), by_weights(control)
+    if len(ours) == len(theirs) == 1:
+        return [(treatment, control)]
+    return [(ours[name], theirs[name]) for name in ours if name in theirs]
+
+
+def _join(claim: Claim, treatment: list[Run], control: list[Run]) -> Evidence:
+    ours, theirs = gather(treatment), gather(control)
+    _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
+    return Evidence(claim, ours, theirs, our_places, their_places)
+
+
+def _lacks(evidence: Evidence) -> str | None:
+    """Why evidence cannot judge its claim at all, as a sentence."""
+    claim = evidence.claim
+    if not len(evidence.treatment_places):
+        return "no image was evaluated with both models."
+    absent = sorted(set(claim.attacks or ()) - {attack.name for attack in evidence.attacks})
+    if absent:
+        return f"the claim asks for the attacks {', '.join(absent)}, which not both models were evaluated with."
+    if not evidence.attacks:
+        return "the models share no attack that judges the claim."
+    for norm, ladder in (claim.eps or {}).items():
+        attack = next((attack for attack in evidence.decisive if attack.norm == norm), None)
+        if attack is None or set(ladder) - set(attack.eps):
+            return f"the claim asks for {norm} budgets that not both models were evaluated at."
+    idle = [attack for attack in evidence.decisive if not evidence.ladder(attack) or not attack.is_finished.any()]
+    if idle:
+        return f"the models share no image and budget of the norm {idle[0].norm}."
+    return None

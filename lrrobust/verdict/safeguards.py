@@ -1,0 +1,175 @@
+"""What evidence must pass before it may decide: were the two models treated alike, and did the attacks work?
+
+A failed attack makes a model look robust. Doubts about one model's attacks therefore withhold the verdict that would
+rest on its robustness, and no other: *supported* for the model the claim calls more robust, *refuted* for the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from scipy.special import bdtrc
+
+from lrrobust.report import WORST_CASE, format_eps, warnings_of
+from lrrobust.results import Run
+from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded, manifest_value
+from lrrobust.verdict.records import Diagnostic, Safeguard
+
+Withheld = tuple[Literal["supported", "refuted"], ...]
+
+_BOTH: Withheld = ("supported", "refuted")
+
+#: Share of images for which only forbidden proposals may be made before an attack counts as failed.
+REJECTED_SHARE = 0.01
+
+#: What of a model's manifest decides which images it sees, beside the data set.
+_INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
+
+
+def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
+    """All safeguards, in the order of reading."""
+    is_more = evidence.claim.direction == "more_robust"
+    return (
+        _same_images(evidence),
+        _same_configuration(evidence),
+        _complete_runs(evidence),
+        _clean_accuracy(evidence),
+        *_of_model(evidence, evidence.treatment, is_claimed=is_more),
+        *_of_model(evidence, evidence.control, is_claimed=not is_more),
+    )
+
+
+def _same_images(evidence: Evidence) -> Safeguard:
+    n = len(evidence.treatment_places)
+    lost = {side.model: len(side.images) - n for side in (evidence.treatment, evidence.control)}
+    if not any(lost.values()):
+        detail = f"Both models were evaluated on the same {n} images."
+    else:
+        detail = f"{n} images were evaluated with both models; left out: "
+        detail += ", ".join(f"{count} of {model} only" for model, count in lost.items() if count) + "."
+    return Safeguard(name="same_images", passed=not any(lost.values()), detail=detail, withholds=_BOTH)
+
+
+def _same_configuration(evidence: Evidence) -> Safeguard:
+    ours, theirs = (_configuration(side, evidence.claim.attacks) for side in (evidence.treatment, evidence.control))
+    differing = sorted({key for key, _ in (ours - theirs) + (theirs - ours)})
+    if not differing:
+        detail = "Both models were given images of one size and attacked with the same settings."
+    else:
+        detail = f"The evaluations of the two models differ in {', '.join(differing)}."
+    return Safeguard(name="same_configuration", passed=not differing, detail=detail, withholds=_BOTH)
+
+
+def _configuration(side: ModelOutcomes, attacks: tuple[str, ...] | None) -> Counter[tuple[str, str]]:
+    """What must be alike; of attacks also how often each was made, as a repeated one is stronger."""
+    found: Counter[tuple[str, str]] = Counter()
+    for run in side.runs:
+        for spec in manifest_value(run, "attacks"):
+            if attacks is None or spec["name"] in attacks:
+                found[f"attack {spec['name']}", json.dumps(spec, sort_keys=True)] += 1
+        for key in _INPUT_KEYS:
+            found[key, repr(manifest_value(run, "model").get(key))] = 1
+        settings: Mapping[str, Any] = run.manifest | {"chunk_size": run.manifest.get("plan", {}).get("chunk_size")}
+        for key in ("seed", "chunk_size", "precision", "rows_version", "torchattacks"):
+            found[key, repr(settings.get(key))] = 1
+    return found
+
+
+def _complete_runs(evidence: Evidence) -> Safeguard:
+    runs = (*evidence.treatment.runs, *evidence.control.runs)
+    unfinished = [run.folder.name for run in runs if not run.is_complete]
+    detail = "All runs are complete."
+    if unfinished:
+        detail = f"Not complete: {', '.join(unfinished)}; the images finished so far are no random draw."
+    return Safeguard(name="complete_runs", passed=not unfinished, detail=detail, withholds=_BOTH)
+
+
+def _clean_accuracy(evidence: Evidence) -> Safeguard:
+    treatment = evidence.treatment.is_clean_correct[evidence.treatment_places].mean()
+    control = evidence.control.is_clean_correct[evidence.control_places].mean()
+    limit = evidence.claim.largest_clean_difference
+    passed = bool(abs(treatment - control) <= limit + 1e-12)
+    detail = (
+        f"Clean accuracy is {100 * treatment:.1f} % for {evidence.claim.treatment} and {100 * control:.1f} % for "
+        f"{evidence.claim.control}: {'within' if passed else 'more than'} the {100 * limit:g} points at which they "
+        "count as equally well trained" + ("." if passed else " apart.")
+    )
+    return Safeguard(name="clean_accuracy", passed=passed, detail=detail, withholds=_BOTH)
+
+
+def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iterator[Safeguard]:
+    withholds: Withheld = ("supported",) if is_claimed else ("refuted",)
+    judging = {(attack.name, attack.norm) for attack in evidence.attacks}
+    attacks = [attack for attack in side.attacks if (attack.name, attack.norm) in judging]
+    for attack in attacks:
+        yield _monotone_curve(side.model, attack, evidence.claim.significance, withholds)
+        yield _valid_proposals(side, attack, withholds)
+    for norm in dict.fromkeys(attack.norm for attack in attacks):
+        yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
+    for run, diagnostics in zip(side.runs, side.diagnostics):
+        yield from _attack_diagnostics(side.model, run, diagnostics, withholds)
+
+
+def _monotone_curve(model: str, attack: AttackOutcomes, significance: float, withholds: Withheld) -> Safeguard:
+    """Robust accuracy may not rise with eps by more than chance would make it.
+
+    Each step of the ladder is a one-sided exact McNemar test, at the significance shared out between the steps.
+    """
+    broken, risen = attack.rises.T
+    passed, detail = True, f"No image of {model} that {attack.name} broke at one eps withstood it at a larger one."
+    if risen.any():
+        p_values = np.where(risen > 0, bdtrc(np.maximum(risen - 1, 0), broken + risen, 0.5), 1.0)
+        worst = int(np.argmin(p_values))
+        passed = bool(p_values[worst] > significance / len(p_values))
+        low, high = (format_eps(eps, attack.norm) for eps in attack.eps[worst : worst + 2])
+        detail = (
+            f"From eps {low} to {high}, {risen[worst]} images of {model} that {attack.name} had broken withstood it, and "
+            f"{broken[worst]} were newly broken: " + ("no more than chance." if passed else "the curve rises.")
+        )
+    return Safeguard(name="monotone_curves", passed=passed, detail=detail, withholds=withholds, attack=attack.name)
+
+
+def _valid_proposals(side: ModelOutcomes, attack: AttackOutcomes, withholds: Withheld) -> Safeguard:
+    detail = (
+        f"For {attack.rejected} of {len(side.images)} images of {side.model}, {attack.name} proposed nothing inside ball "
+        "and box at some eps."
+    )
+    passed = attack.rejected <= REJECTED_SHARE * len(side.images)
+    return Safeguard(name="valid_proposals", passed=passed, detail=detail, withholds=withholds, attack=attack.name)
+
+
+def _unbounded_attack(
+    side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes], withholds: Withheld
+) -> Safeguard:
+    """Without a budget any image can be turned into any other: what survives then shows that the attack failed."""
+    free = [attack for attack in attacks if is_unbounded(attack.eps[-1], norm)]
+    if not free:
+        name, passed = WORST_CASE if len(attacks) > 1 else attacks[0].name, None
+        detail = f"No {norm} attack on {side.model} was run without a budget: whether it then breaks all is not known."
+    else:
+        name = WORST_CASE if len(free) > 1 else free[0].name
+        breaking = np.minimum.reduce([attack.breaking_eps for attack in free])
+        finished, survivors = int((~np.isnan(breaking)).sum()), int(np.isinf(breaking).sum())
+        passed = survivors == 0
+        detail = f"Without a budget, {survivors} of {finished} images of {side.model} withstand {name} in {norm}"
+        detail += ": every image is broken, as it must be." if passed else ": the attack fails on them, as none can."
+    return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
+
+
+def _attack_diagnostics(
+    model: str, run: Run, diagnostics: tuple[Diagnostic, ...] | None, withholds: Withheld
+) -> Iterator[Safeguard]:
+    """What the engine noticed while it attacked, and what was computed about the attacks."""
+    name = "attack_diagnostics"
+    for warning in warnings_of(run):
+        yield Safeguard(name=name, passed=False, detail=f"{run.folder.name}: {warning}.", withholds=withholds)
+    if diagnostics is None:
+        detail = f"{run.folder.name} carries no diagnostics: whether its attacks worked on {model} was not looked into."
+        yield Safeguard(name=name, passed=None, detail=detail, withholds=withholds)
+    for found in diagnostics or ():
+        detail = f"{run.folder.name}, {found.name}: {found.detail}"
+        yield Safeguard(name=name, passed=found.passed, detail=detail, withholds=withholds, attack=found.attack)
