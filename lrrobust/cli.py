@@ -1,6 +1,6 @@
 """The command line: parse, call, say what came of it, choose the exit code.
 
-Exit codes: 0 done, 2 wrong input or a failure the message explains, 130 interrupted.
+Exit codes: 0 done, 1 `check` found a regression, 2 wrong input or a failure the message explains, 130 interrupted.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -19,9 +22,12 @@ from lrrobust.errors import LrRobustError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.process_settings import settle_process
 
+if TYPE_CHECKING:
+    from lrrobust.run import Evaluation, EvaluationRequest
+
 
 class _Interrupted(Exception):
-    """Ctrl-C, under a name that typer does not handle in its own way."""
+    """Ctrl-C, under a name that typer does not handle in its own way; says what it leaves."""
 
 
 class _Commands(TyperGroup):
@@ -29,7 +35,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise _Interrupted from None
+            raise _Interrupted("what was finished is kept, the same command goes on from there") from None
 
 
 app = typer.Typer(
@@ -113,8 +119,8 @@ def evaluate(
 
     Calling the same command again goes on where the last one stopped.
     """
-    from lrrobust.console import EvaluationProgress, print_results, report_subset, scanning
-    from lrrobust.run import EvaluationRequest, prepare_evaluations
+    from lrrobust.console import print_results
+    from lrrobust.run import EvaluationRequest
 
     request = EvaluationRequest(
         models=tuple(model),
@@ -137,13 +143,132 @@ def evaluate(
         device=device,
         out=out,
     )
+    evaluations = _prepare(request)
+    _run_all(evaluations)
+    print_results([evaluation.folder for evaluation in evaluations])
+
+
+def _prepare(request: EvaluationRequest) -> list[Evaluation]:
+    from lrrobust.console import report_subset, scanning
+    from lrrobust.run import prepare_evaluations
+
     with scanning("reading images") as on_scan:
         evaluations = prepare_evaluations(request, sys.argv, on_scan)
     report_subset(evaluations[0].images)
+    return evaluations
+
+
+def _run_all(evaluations: list[Evaluation]) -> None:
+    from lrrobust.console import EvaluationProgress
+
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
             evaluation.run(progress.on_task, progress.on_forward)
-    print_results([evaluation.folder for evaluation in evaluations])
+
+
+@contextmanager
+def _fresh_folder(out: Path | None) -> Iterator[Path]:
+    """`out`, or a private folder that is removed afterwards: nothing computed before can stand in for a fresh run."""
+    if out is not None:
+        yield out
+        return
+    with TemporaryDirectory(prefix="lrrobust-check-") as folder:
+        try:
+            yield Path(folder)
+        except KeyboardInterrupt:
+            raise _Interrupted("nothing was compared or kept; with --out FOLDER a check can be resumed") from None
+
+
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Argument(help="The baseline, a JSON file.")],
+    run: Annotated[
+        Optional[list[Path]],
+        typer.Option("--run", help="Compare this run, instead of evaluating anew; once for each model of the evaluation."),
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the baseline instead of comparing with it.")] = False,
+    model: Annotated[
+        Optional[list[str]], typer.Option("--model", "-m", help="Where the models are now; once for each of the baseline's.")
+    ] = None,
+    weights: Annotated[
+        Optional[list[str]], typer.Option(help="Where the weights are now; once for each of the baseline's models.")
+    ] = None,
+    dataset: Annotated[Optional[str], typer.Option("--dataset", "-d", help="Where the data set is now.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[
+        Optional[Path], typer.Option(help="Keep the fresh run in here, so that it can be resumed; default: not kept.")
+    ] = None,
+    significance: Annotated[
+        Optional[float], typer.Option(help="Probability of failing without a cause; default: the baseline's, at first 0.025.")
+    ] = None,
+    floor: Annotated[
+        Optional[float], typer.Option(help="Smallest fall that fails, in points; default: the baseline's, at first 1.")
+    ] = None,
+    weights_may_change: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--weights-may-change/--weights-must-match",
+            help="Whether other weights or code of a model are compared, or refused; default: the baseline's, at first refused.",
+        ),
+    ] = None,
+    formats: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--format", help="text, json, junit, markdown or github, or FORMAT=FILE; repeatable. "
+            "Default: text, and on GitHub Actions github (annotations and step summary)."
+        ),
+    ] = None,
+) -> None:
+    """Compare a fresh evaluation with a baseline: exit code 1 when robust accuracy fell by more than chance allows.
+
+    A baseline is made from a run, `lrrobust check baseline.json --update --run reports/runs/...`, and records how to do the
+    evaluation again: `lrrobust check baseline.json` does so and compares. Another attack, setting, data set, subset or
+    preprocessing is another comparison, and so are other weights unless --weights-may-change: exit code 2.
+    With --update, options that say when a check fails are kept in the baseline.
+    """
+    from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
+    from lrrobust.check.compare import another_comparison, compare, find_differences
+    from lrrobust.check.formats import choose_outputs, printable, write_outputs
+    from lrrobust.console import print_baseline
+    from lrrobust.errors import BaselineError, ConfigError
+    from lrrobust.results import load_run
+
+    outputs = choose_outputs(formats or (), os.environ)
+    before = None if update and run and not baseline.exists() else read_baseline(baseline)
+    rule = before.rule if before is not None else Rule()
+    rule = rule.replaced(significance, None if floor is None else floor / 100, weights_may_change)
+    if before is not None:
+        before = before.model_copy(update={"rule": rule})
+    result = None
+    with _fresh_folder(out) as folder:
+        if run:
+            if model or weights or dataset:
+                raise ConfigError("--run compares a run that is there: leave out --model, --weights and --dataset")
+            runs = [load_run(path) for path in run]
+        else:
+            from lrrobust.run import EvaluationRequest
+
+            given = {"models": tuple(model or ()), "weights": tuple(weights or ()), "dataset": dataset}
+            changes = {key: value for key, value in given.items() if value}
+            evaluations = _prepare(EvaluationRequest.from_record(before.request, device=device, out=folder, **changes))
+            # Before the long work, where that is known already.
+            differences, _ = find_differences(before, [evaluation.manifest for evaluation in evaluations])
+            if differences and not update:
+                result = another_comparison(before, differences, str(baseline))
+            else:
+                _run_all(evaluations)
+                runs = [load_run(evaluation.folder) for evaluation in evaluations]
+        if update:
+            now = build_baseline(runs, rule)
+            write_baseline(baseline, now)
+            print_baseline(baseline, before, now)
+            return
+        if result is None:
+            result = compare(before, runs, str(baseline))
+    write_outputs(result, outputs, os.environ, typer.echo)
+    if result.verdict == "another_comparison":
+        raise BaselineError(printable(result.reason))
+    raise typer.Exit(1 if result.verdict == "regressed" else 0)
 
 
 @app.command()
@@ -238,8 +363,8 @@ def run(arguments: list[str]) -> int:
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except _Interrupted:
-        print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
+    except _Interrupted as interruption:
+        print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)

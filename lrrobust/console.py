@@ -17,6 +17,7 @@ from lrrobust.report import render_table, summarise, warnings_of
 from lrrobust.results import load_run
 
 if TYPE_CHECKING:
+    from lrrobust.check.baseline import Baseline
     from lrrobust.data.evaluation_set import EvaluationSet
     from lrrobust.evaluation.engine import Task
     from lrrobust.results import Run
@@ -197,6 +198,24 @@ def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:
     _print_table(runs)
     for path in written:
         _notice(f"wrote {path}")
+
+
+def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
+    """What a baseline now holds, and what it no longer says of the evaluation."""
+    from lrrobust.check.compare import find_differences
+
+    if before is not None:
+        manifests = [{**now.protocol, "model": of_model.model} for of_model in now.models]
+        for changes in find_differences(before, manifests):
+            for change in changes:
+                _notice(f"new in the baseline: {change}")
+    for of_model in now.models:
+        accuracies = [measurement.robust_accuracy for measurement in of_model.measurements]
+        _notice(
+            f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
+            f"{100 * max(accuracies):.1f} % on {of_model.measurements[0].n} images"
+        )
+    _notice(f"wrote {path}: commit it; `lrrobust check {path}` does the evaluation again and compares")
 
 
 def print_weights(path: Path) -> None:

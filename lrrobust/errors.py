@@ -43,6 +43,10 @@ class StoreError(LrRobustError):
     """Results cannot be written or read, or belong to another run."""
 
 
+class BaselineError(LrRobustError):
+    """A baseline is damaged, or is of another comparison than the one asked for."""
+
+
 class UnknownNameError(LrRobustError):
     """A name is not among the known ones; the message offers the nearest.
 

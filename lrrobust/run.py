@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
+from lrrobust.config_file import brief
 from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
@@ -29,7 +32,7 @@ from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
-from lrrobust.results import SCHEMA_VERSION, RunStore
+from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of
 from lrrobust.training.recipe import Recipe, load_recipe
 from lrrobust.training.trainer import Training, TrainingSet
 
@@ -74,6 +77,31 @@ class EvaluationRequest:
     batch_size: int = DEFAULT_BATCH_SIZE
     device: str = "auto"
     out: Path = Path("reports/runs")
+
+    def record(self) -> dict[str, Any]:
+        """The request, JSON-ready, without where it is computed and where results go."""
+        record = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("device", "out")}
+        return json.loads(json.dumps(record, default=str))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], **changes: Any) -> EvaluationRequest:
+        """The request that `record` kept, with some settings replaced.
+
+        Raises:
+            ConfigError: a setting is unknown or of the wrong type.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"device", "out"}
+        unknown = sorted(set(record) - known)
+        if unknown:
+            raise ConfigError(f"request: expected {', '.join(sorted(known))}, found {unknown[0]!r}")
+        try:
+            # As strict as a configuration file: "20" is no number of steps.
+            request = TypeAdapter(cls).validate_json(json.dumps(record), strict=True)
+        except ValidationError as error:
+            mistake = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in mistake["loc"])
+            raise ConfigError(f"request: {where}: {mistake['msg']}, found {brief(mistake['input'])}") from None
+        return dataclasses.replace(request, **changes)
 
 
 @dataclass(frozen=True)
@@ -150,7 +178,7 @@ def prepare_evaluations(
     shared = set(classifiers[0].classes).intersection(*(c.classes for c in classifiers))
     source = open_dataset(request.dataset)
     evaluations = []
-    for name, classifier in zip(request.models, classifiers, strict=True):
+    for position, classifier in enumerate(classifiers):
         images = build_evaluation_set(
             source,
             classifier.classes,
@@ -163,12 +191,12 @@ def prepare_evaluations(
             skip_corrupt=request.skip_corrupt,
             on_progress=on_scan,
         )
-        evaluations.append(_plan(name, classifier, images, specs, request, device, command))
+        evaluations.append(_plan(position, classifier, images, specs, request, device, command))
     return evaluations
 
 
 def _plan(
-    name: str,
+    position: int,
     classifier: Classifier,
     images: EvaluationSet,
     specs: Sequence[AttackSpec],
@@ -176,6 +204,7 @@ def _plan(
     device: torch.device,
     command: Sequence[str],
 ) -> Evaluation:
+    name = request.models[position]
     tasks = tuple(plan_tasks(specs, len(images), request.chunk_size))
     # What decides the rows; not the device, not the folder.
     identity = {
@@ -211,6 +240,9 @@ def _plan(
         "command": list(command),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
+        "request": request.record(),
+        # Which of the request's models this is.
+        "position": position,
         "provenance": describe_environment(device),
     }
     slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]
@@ -229,12 +261,6 @@ def _model_code(name: str, classifier: Classifier) -> bytes:
     # Without addresses of objects, which differ from process to process.
     structure = re.sub(r"0x[0-9a-f]+", "", repr(classifier.module))
     return structure.encode() + (path.read_bytes() if path is not None else b"")
-
-
-def fingerprint_of(identity: dict[str, Any]) -> str:
-    """sha256 of a JSON-ready identity, independent of the order of its keys."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def choose_device(name: str) -> torch.device:

@@ -18,9 +18,11 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "report", "page", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "check", "report", "page", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
     "console": {"report", "results", "verdict"},
-    "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "errors"},
+    "check": {"report", "results", "stats", "errors"},
+    "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
+    "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "config_file", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     "bench": {"attacks", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
@@ -51,7 +53,7 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"console": {"models", "attacks"}}
+MAY_IMPORT_LATE = {"console": {"check", "models", "attacks"}}
 #: Packages that one file alone may import.
 ONLY_IN = {"torchattacks": "bench/attack_loop.py", "numba": "ops/_cpu.py", "llvmlite": "ops/_cpu.py", "timm": "models/registry.py"}
 

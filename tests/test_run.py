@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_auto_device_is_one_that_works():
 def test_identity_has_these_parts_and_no_others(request_for):
     # A part added or dropped changes the fingerprint of every stored run: do it on purpose, with ROWS_VERSION.
     (evaluation,) = prepare_evaluations(request_for("build"), ["test"])
-    about_the_session = {"fingerprint", "created_at", "command", "class_names", "provenance"}
+    about_the_session = {"fingerprint", "created_at", "command", "class_names", "provenance", "request", "position"}
     assert set(evaluation.manifest) - about_the_session == {
         "schema_version", "rows_version", "model", "dataset", "attacks", "plan", "seed", "precision",
     }
@@ -161,3 +162,33 @@ def test_fingerprint_follows_the_code_of_the_model(request_for, tmp_path):
     # The same parameters, another function of them.
     (tmp_path / "model.py").write_text(MODEL + "\n# changed\n")
     assert fingerprint(request) != base
+
+
+def test_request_survives_its_record(request_for, tmp_path):
+    request = request_for(
+        "build", "build_scaled", n=5, seed=3, eps=("1/255",), indices=tmp_path / "indices.txt", weights=("a", "b"), device="cpu"
+    )
+    record = json.loads(json.dumps(request.record()))
+    assert not {"device", "out"} & record.keys()
+    # Where it is computed and where results go are no part of what is asked.
+    again = EvaluationRequest.from_record(record, device="cpu", out=request.out)
+    assert again == request
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "20"}, "steps.*'20'"),
+        ({"steps": True}, "steps.*True"),
+        ({"models": "build"}, "models.*'build'"),
+        ({"models": [3]}, "models.0"),
+        ({"out": "/etc"}, "'out'"),
+        ({"shell": "rm"}, "'shell'"),
+    ],
+)
+def test_a_record_is_read_strictly(request_for, change, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        EvaluationRequest.from_record({**request_for("build").record(), **change})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="models"):
+        EvaluationRequest.from_record({"attacks": ["pgd"]})

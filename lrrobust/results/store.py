@@ -286,6 +286,12 @@ def find_runs(root: Path) -> list[Path]:
         return sorted(path.parent for path in root.rglob(_MANIFEST))
 
 
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of a JSON-ready identity, independent of the order of its keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Put `content` at `path`, whole or not at all, also across a crash; creates the folder.
 

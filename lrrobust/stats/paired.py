@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,11 +21,14 @@ _HALVINGS = 41
 _RESOLUTION = 1e-4
 
 
-def mcnemar_p_value(treatment_only: ArrayLike, control_only: ArrayLike) -> NDArray[np.float64]:
-    """Exact two-sided test that discordant images fall to either side with probability 1/2.
+def mcnemar_p_value(
+    treatment_only: ArrayLike, control_only: ArrayLike, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> NDArray[np.float64]:
+    """Exact test that discordant images fall to either side with probability 1/2.
 
-    Twice the smaller tail of the binomial distribution, at most 1; 1 without discordant images. Exact whatever the
-    number of images, and conservative: its size never exceeds the level.
+    Two-sided: twice the smaller tail of the binomial distribution, at most 1. "greater", against more of
+    `treatment_only`: the probability of at least as many. 1 without discordant images. Exact whatever the number of
+    images, and conservative: its size never exceeds the level.
 
     Source: McNemar, Note on the sampling error of the difference between correlated proportions or percentages,
     Psychometrika 12, 1947; exact form in Agresti, Categorical Data Analysis, 3rd edition, section 11.1.
@@ -35,7 +39,10 @@ def mcnemar_p_value(treatment_only: ArrayLike, control_only: ArrayLike) -> NDArr
     [1. 1.]
     """
     b, c = _counts(treatment_only, control_only)
-    return np.minimum(1.0, 2.0 * bdtr(np.minimum(b, c), (b + c).astype(np.int64), 0.5))
+    n = (b + c).astype(np.int64)
+    if alternative == "greater":
+        return bdtr(c, n, 0.5)
+    return np.minimum(1.0, 2.0 * bdtr(np.minimum(b, c), n, 0.5))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -30,6 +30,12 @@ def test_mcnemar_is_the_binomial_test(b, c):
     assert mcnemar_p_value([[c, b]], [[b, c]]) == pytest.approx(np.full((1, 2), expected), rel=1e-9)
 
 
+@pytest.mark.parametrize("b, c", [(0, 0), (10, 0), (0, 10), (14, 4), (3, 3), (400, 350)])
+def test_one_sided_mcnemar_is_the_upper_tail(b, c):
+    expected = binomtest(b, b + c, alternative="greater").pvalue if b + c else 1.0
+    assert mcnemar_p_value(b, c, alternative="greater") == pytest.approx(expected, rel=1e-9)
+
+
 class TestHolm:
     def test_is_the_closed_test_of_bonferroni(self):
         # Its definition, not its algorithm: H is rejected when Bonferroni rejects every set that holds H.

@@ -1,0 +1,164 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lrrobust.check.baseline import Measurement, Rule, build_baseline, read_baseline, write_baseline
+from lrrobust.errors import BaselineError, ConfigError, LrRobustError, StoreError
+
+ONE = 1 / 255
+
+
+@pytest.fixture
+def outcomes():
+    generator = np.random.default_rng(0)
+    return {
+        ("pgd", "linf", ONE): generator.random(53) < 0.5,
+        ("pgd", "linf", 2 * ONE): generator.random(53) < 0.3,
+        ("cw", "l2", math.inf): np.zeros(53, bool),
+    }
+
+
+def test_survives_the_file_bit_by_bit(baseline_of, outcomes, tmp_path):
+    baseline = baseline_of(outcomes)
+    write_baseline(tmp_path / "b.json", baseline)
+    again = read_baseline(tmp_path / "b.json")
+    assert again == baseline
+    (model,) = again.models
+    assert {m.key for m in model.measurements} == {(attack, eps) for attack, _, eps in outcomes}
+    for (attack, _, eps), is_robust in outcomes.items():
+        (found,) = [m for m in model.measurements if m.key == (attack, eps)]
+        assert found.is_robust().tolist() == is_robust.tolist()
+        assert found.robust_accuracy == is_robust.mean()
+        assert len(found.robust) == 2 * 7  # 53 bits
+
+
+def test_a_changed_image_changes_two_lines(baseline_of, outcomes, tmp_path):
+    for name in ("before", "after"):
+        write_baseline(tmp_path / name, baseline_of(outcomes))
+        is_robust = outcomes["pgd", "linf", ONE]
+        is_robust[7] = not is_robust[7]
+    before, after = ((tmp_path / name).read_text().splitlines() for name in ("before", "after"))
+    changed = [(b, a) for b, a in zip(before, after, strict=True) if b != a]
+    assert [line.split('"')[1] for line, _ in changed] == ["robust_accuracy", "robust"]
+    assert len("\n".join(before)) < 4000
+
+
+def test_bits_stand_in_the_order_of_the_data_set():
+    is_robust = np.array([True, False, False, False, False, False, False, True, True])
+    assert Measurement.of("pgd", "linf", ONE, is_robust).robust == "8180"
+
+
+def edit(document, *path):
+    """The mapping that holds the last key of a path."""
+    for part in path:
+        document = document[part]
+    return document
+
+
+CORRUPTIONS = {
+    "future version": lambda d: d.update(schema_version=2, news=1),
+    "version as a text": lambda d: d.update(schema_version="1"),
+    "unknown key": lambda d: d.update(extra=1),
+    "missing rule": lambda d: d.pop("rule"),
+    "significance of 0": lambda d: d["rule"].update(significance=0),
+    "significance as a text": lambda d: d["rule"].update(significance="0.05"),
+    "floor in points": lambda d: d["rule"].update(floor=5),
+    "truth as a number": lambda d: d["rule"].update(weights_may_change=1),
+    "edited settings": lambda d: d["protocol"]["attacks"][0].update(steps=1),
+    "no data set": lambda d: d["protocol"].pop("dataset"),
+    "another hash": lambda d: d.update(config_sha256="0" * 64),
+    "no hash": lambda d: d.update(config_sha256="abc"),
+    "no models": lambda d: d.update(models=[]),
+    "no measurements": lambda d: d["models"][0].update(measurements=[]),
+    "no weights hash": lambda d: d["models"][0]["model"].pop("state_sha256"),
+    "short bitmap": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="ff"),
+    "odd bitmap": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="f"),
+    "foreign letters": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="zz" * 7),
+    "bits beyond the last image": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="ff" * 7, robust_accuracy=1.0),
+    "edited accuracy": lambda d: edit(d, "models", 0, "measurements", 0).update(robust_accuracy=0.99),
+    "other number of images": lambda d: edit(d, "models", 0, "measurements", 0).update(n=49),
+    "huge n": lambda d: edit(d, "models", 0, "measurements", 0).update(n=10**15),
+    "negative eps": lambda d: edit(d, "models", 0, "measurements", 0).update(eps=-1),
+    "twice the same": lambda d: d["models"][0]["measurements"].append(d["models"][0]["measurements"][0]),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS.values(), ids=CORRUPTIONS)
+def test_what_was_tampered_with_is_refused_in_one_line(baseline_of, outcomes, tmp_path, corruption):
+    path = tmp_path / "b.json"
+    write_baseline(path, baseline_of(outcomes))
+    document = json.loads(path.read_text())
+    corruption(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(BaselineError) as caught:
+        read_baseline(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"null", b"[]", b"{", b"\xff\xfe", b"<<<<<<< HEAD\n{}\n=======\n", b"[" * 100_000, b'{"schema_version": NaN}',
+        b'{"schema_version": 1' + b"0" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_what_is_no_baseline_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "b.json"
+    path.write_bytes(content)
+    with pytest.raises(BaselineError) as caught:
+        read_baseline(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_truncation_is_refused(baseline_of, outcomes, tmp_path):
+    path = tmp_path / "b.json"
+    write_baseline(path, baseline_of(outcomes))
+    content = path.read_bytes().rstrip()
+    for length in range(0, len(content), 37):
+        path.write_bytes(content[:length])
+        with pytest.raises(BaselineError):
+            read_baseline(path)
+
+
+def test_missing_folder_and_huge_files_are_said(tmp_path, monkeypatch):
+    with pytest.raises(BaselineError, match="no baseline.*--update --run"):
+        read_baseline(tmp_path / "none.json")
+    with pytest.raises(BaselineError, match="cannot be read"):
+        read_baseline(tmp_path)
+    monkeypatch.setattr("lrrobust.check.baseline.MAX_FILE_BYTES", 10)
+    (tmp_path / "large").write_text(" " * 11)
+    with pytest.raises(BaselineError, match="at most 10 bytes"):
+        read_baseline(tmp_path / "large")
+
+
+def test_rule_takes_what_is_given():
+    rule = Rule(floor=0.02).replaced(significance=0.01)
+    assert rule == Rule(significance=0.01, floor=0.02, weights_may_change=False)
+    assert rule.replaced(weights_may_change=True).weights_may_change
+    for wrong in ({"significance": 1.0}, {"significance": -0.1}, {"floor": 1.5}, {"floor": float("nan")}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
+            rule.replaced(**wrong)
+
+
+def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
+    models = ("a.py:build", "b.py:build")
+    first, second = (run_of(outcomes, models=models, position=position) for position in (0, 1))
+    baseline = build_baseline([second, first], Rule())
+    assert [model.name for model in baseline.models] == list(models)
+    old = run_of(outcomes)
+    del old.manifest["request"]
+    other_seed = run_of(outcomes, models=models, position=1, seed=9)
+    for runs, error, message in (
+        ([first], BaselineError, "evaluated 2 models"),
+        ([first, first], BaselineError, "evaluated 2 models"),
+        ([first, run_of(outcomes)], BaselineError, "different `lrrobust eval` commands"),
+        ([first, other_seed], BaselineError, "different images or attacks"),
+        ([run_of(outcomes, is_complete=False)], StoreError, "not complete"),
+        ([old], StoreError, "older lrrobust"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            build_baseline(runs, Rule())
+        assert isinstance(caught.value, LrRobustError)
