@@ -151,7 +151,8 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv")
     assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "worst_case"}
     assert ((table.robust_accuracy >= 0) & (table.robust_accuracy <= table.clean_accuracy)).all()
-    assert {path.suffix for path in (tmp_path / "summary").iterdir()} == {".csv", ".md", ".png", ".svg"}
+    suffixes = {path.suffix for path in (tmp_path / "summary").iterdir()}
+    assert suffixes == {".html", ".csv", ".md", ".tex", ".png", ".svg", ".pdf", ".json"}
 
 
 def timeless(folder):
