@@ -1,3 +1,4 @@
+import re
 import sys
 import types
 from pathlib import Path
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lrrobust.data.class_lists import IMAGENET_1K
+from lrrobust.data.class_lists import IMAGENET_1K, TINY_IMAGENET_200
 from lrrobust.errors import ModelError, UnknownNameError, WeightsError
-from lrrobust.models import Classifier, build_network, load_classifier, registry
+from lrrobust.models import Classifier, build_network, load_classifier, name_classes, registry
 from lrrobust.models.residual import IMAGENET_MEAN, IMAGENET_STD
 from lrrobust.models.weights import ShippedWeights, WeightsMetadata, file_sha256, quantise, save_weights
 from lrrobust.torchvision_import import import_torchvision
@@ -397,3 +398,11 @@ def test_user_file_that_does_not_load(user_file, text, message):
 def test_missing_user_file():
     with pytest.raises(ModelError, match=r"no file models/mine.py: --model expects path/to/file.py:factory"):
         load(f"{Path('models/mine.py')}:build")
+
+
+def test_classes_have_the_names_people_use():
+    names = name_classes(TINY_IMAGENET_200, IMAGENET_1K)
+    assert len(set(names)) == 200 and not any(re.fullmatch(r"n\d{8}", name) for name in names)
+    assert names[TINY_IMAGENET_200.index("n01443537")] == "goldfish"
+    assert names[TINY_IMAGENET_200.index("n04146614")] == "school bus"
+    assert name_classes(["ant", "n01443537"], IMAGENET_1K) == ["ant", "goldfish"]
