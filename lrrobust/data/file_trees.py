@@ -167,7 +167,8 @@ class ZipTree(FileTree):
             raise _damaged_archive(path, error) from error
         weakref.finalize(self, self._zip.close)
         for info in self._zip.infolist():
-            if info.is_dir():
+            # Not `is_dir`, which fails on an empty name.
+            if info.filename.endswith("/"):
                 continue
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG):  # 0: the zip was written where files have no such bits

@@ -56,6 +56,14 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
     assert (tree.names, tree.ignored_count, tree.read("a/1.jpg")) == (["a/1.jpg"], 1, b"good")
 
 
+def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack_zip):
+    path = pack_zip(tmp_path / "x.zip", {"#.jpg": b"nameless", "a/1.jpg": b"good"})
+    # zipfile writes no such name; it cuts one at its first zero byte when it reads.
+    path.write_bytes(path.read_bytes().replace(b"#.jpg", b"\0.jpg"))
+    tree = _open(path)
+    assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
+
+
 def test_links_in_a_zip_are_passed_over(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         link = zipfile.ZipInfo("a/link.jpg")
