@@ -55,7 +55,13 @@ MAY_IMPORT = {
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {"console": {"check", "models", "attacks"}}
 #: Packages that one file alone may import.
-ONLY_IN = {"torchattacks": "bench/attack_loop.py", "numba": "ops/_cpu.py", "llvmlite": "ops/_cpu.py", "timm": "models/registry.py"}
+ONLY_IN = {
+    "torchattacks": "bench/attack_loop.py",
+    "numba": "ops/_cpu.py",
+    "llvmlite": "ops/_cpu.py",
+    "triton": "ops/_triton.py",
+    "timm": "models/registry.py",
+}
 
 
 class Import(NamedTuple):
@@ -151,8 +157,7 @@ def test_heavy_packages_have_one_way_in(package, file):
         for found in imports
         if found.module.split(".")[0] == package
     }
-    # The op asks whether numba can be imported before it lets its file do so.
-    assert users - {"ops/local_relation.py"} == {file}
+    assert users == {file}
 
 
 def test_torchvision_is_imported_after_its_workaround():

@@ -45,6 +45,14 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
     assert requirement.specifier.contains(pin.version)
 
 
+def test_triton_is_the_one_that_torch_works_with():
+    pin = pins().get("triton")
+    asked = [r for r in map(Requirement, metadata.requires("torch")) if r.name == "triton"]
+    if pin is None or not asked:
+        pytest.skip("torch is a build without CUDA, or this is not Linux on x86_64")
+    assert asked[0].specifier == pin.specifier
+
+
 def test_version_is_one():
     from lrrobust import __version__
 

@@ -6,9 +6,10 @@ What must move is every input once and the output once; the 49-fold reuse has to
   Positions run row by row through vertical strips of the image (`_strip_width`), then through the
   images: a block of a large map is about square, so that its halo is small and stays in the first-level
   cache, and a block of a small map (7x7, 4x4, 2x2) takes several images.
-* Taps are a plain loop over registers: nothing in the forward pass and in the gradients of query, key
-  and value is shared between threads, so there is no synchronisation and no atomic addition. All
-  results are the same from run to run.
+* Taps are a plain loop over registers. In half precision a thread holds all channels of its groups, and
+  nothing in the forward pass and in the gradients of query, key and value passes between threads. In
+  float32 a group's 8 channels are two 16-byte loads in two threads, which exchange one weight a tap.
+  There are no atomic additions: all results are the same from run to run.
 * The forward pass finds the largest score first, from the keys alone (an eighth of the bytes), then sums
   in one pass, and saves the log-sum-exp. The backward pass recomputes the weights from it.
 * Backward is two launches, because the first finds a number per output position that all input positions
@@ -40,7 +41,7 @@ SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multipli
 #: Numbers a program holds per accumulator.
 BLOCK_NUMBERS = 1024
 #: (BLOCK_G, warps): the first is the rule, all are tried under `cudnn.benchmark`.
-CONFIGS = ((4, 4), (2, 4), (1, 4), (8, 4), (4, 8), (2, 2))
+CONFIGS = ((4, 4), (2, 4), (1, 4), (8, 4), (4, 8), (4, 2), (4, 1))
 
 
 @triton.jit

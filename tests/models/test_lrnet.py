@@ -71,6 +71,7 @@ def test_network_agrees_with_its_reference_in_double_precision(size, seeded, mon
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore::lrrobust.errors.BackendWarning")
 def test_input_gradient_agrees_with_the_reference_in_double_precision(seeded):
     network = lr_resnet26(5).eval()
     _shake(network)
