@@ -341,6 +341,33 @@ def train(
 
 
 @app.command()
+def bench(
+    what: Annotated[Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop; all if none.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
+    model: Annotated[Optional[list[str]], typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50")] = None,
+    attack: Annotated[str, typer.Option("--attack", "-a", help="With which attack of the PGD family.")] = "pgd",
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="With which images.")] = "photos",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.", show_default="as torch")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
+) -> None:
+    """Time the operation, gradient steps and attack loops beside what they compare with."""
+    import torch
+
+    from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench
+    from lrrobust.console import print_bench
+    from lrrobust.run import choose_device
+
+    chosen = {name: find_bench(name) for name in what or BENCHES}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    request = BenchRequest(repeats, n, tuple(model or ["resnet50"]), attack, dataset, choose_device(device))
+    for name, measure in chosen.items():
+        print_bench(name, measure(request), request, out)
+
+
+@app.command()
 def models() -> None:
     """List the networks and the trained weights that come with the package."""
     from lrrobust.console import print_models

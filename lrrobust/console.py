@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lrrobust.report import render_table, summarise, warnings_of
-from lrrobust.results import load_run
+from lrrobust.results import load_run, write_file
 
 if TYPE_CHECKING:
+    from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
     from lrrobust.data.evaluation_set import EvaluationSet
     from lrrobust.evaluation.engine import Task
@@ -216,6 +217,24 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
             f"{100 * max(accuracies):.1f} % on {of_model.measurements[0].n} images"
         )
     _notice(f"wrote {path}: commit it; `lrrobust check {path}` does the evaluation again and compares")
+
+
+def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path) -> None:
+    """The medians of a benchmark as a table; all its times, with the hardware, as CSV files in `out`."""
+    from lrrobust.bench.suites import format_cell
+    from lrrobust.provenance import describe_environment
+
+    environment = describe_environment(request.device)
+    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds")
+    for column in result.summary.columns:
+        table.add_column(column)
+    for row in result.summary.itertuples(index=False):
+        table.add_row(*(format_cell(column, value) for column, value in zip(result.summary.columns, row, strict=True)))
+    _tables.print(table)
+    for kind, frame in (("times", result.times), ("summary", result.summary)):
+        path = out / f"{name}-{kind}.csv"
+        write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
+        _notice(f"wrote {path}")
 
 
 def print_weights(path: Path) -> None:

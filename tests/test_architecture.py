@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "config_file", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
-    "bench": {"attacks", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
+    "bench": {"attacks", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"console": {"check", "models", "attacks"}}
+MAY_IMPORT_LATE = {"cli": {"bench"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
 #: Packages that one file alone may import.
 ONLY_IN = {
     "torchattacks": "bench/attack_loop.py",
