@@ -47,7 +47,8 @@ class TestVerdicts:
     def test_supported(self, supported):
         assert supported.verdict == "supported"
         assert [reason.partition(" in every population")[0] for reason in supported.reasons[:2]] == [
-            "At eps 0.2 in l2 (worst_case), A is more robust than B", "At eps 2/255 in linf (worst_case), A is more robust than B"
+            "At eps 0.2 in l2 (worst_case), A is more robust than B",
+            "At eps 2/255 in linf (worst_case), A is more robust than B",
         ]
         assert "all intervals lie above" in supported.reasons[2]
         assert "with probability 80 %" in supported.reasons[-1]
@@ -143,7 +144,8 @@ class TestNumbers:
 
     def test_counts_by_hand(self, result):
         found = {
-            (row.population, round(row.eps * 255, 1)): (row.n, row.treatment_only, row.control_only) for row in result.comparisons
+            (row.population, round(row.eps * 255, 1)): (row.n, row.treatment_only, row.control_only)
+            for row in result.comparisons
         }
         assert found == {
             ("all", 0.5): (6, 3, 1), ("all", 1.0): (6, 3, 1), ("all", 2.0): (6, 1, 0),
@@ -165,7 +167,18 @@ class TestNumbers:
         assert curve.treatment_robust == pytest.approx((4 / 6, 4 / 6, 2 / 6))
         assert curve.treatment_area == pytest.approx((4 + 2 * 4 + 2) / 4 / 6)
         assert curve.control_area == pytest.approx((2 + 2 * 2 + 1) / 4 / 6)
-        assert curve.low <= curve.difference <= curve.high
+
+    def test_areas_have_the_interval_of_paired_differences(self, supported):
+        ours, theirs = attacks_of(1500, 1, gain=1.5, rate=0.97), attacks_of(1500, 2, rate=0.97)
+        ours, theirs = (
+            (attacks["pgd"]["distances"][:, None] > np.array([0.5, 1, 2]) * PIXEL) @ [0.25, 0.5, 0.25]
+            for attacks in (ours, theirs)
+        )
+        (curve,) = [curve for curve in supported.curves if (curve.attack, curve.population) == ("pgd", "all")]
+        assert curve.difference == pytest.approx((ours - theirs).mean())
+        standard_error = (ours - theirs).std() / np.sqrt(1500)
+        expected = curve.difference - 1.96 * standard_error, curve.difference + 1.96 * standard_error
+        assert (curve.low, curve.high) == pytest.approx(expected, abs=0.1 * standard_error)
 
     def test_every_comparison_of_two_norms(self, supported):
         decisive = [row for row in supported.comparisons if row.is_decisive]

@@ -46,6 +46,10 @@ class TestByHand:
     def test_possibly_worse_elsewhere_withholds(self):
         assert one([60, 100], [20, 100]) == "inconclusive"
 
+    def test_significantly_worse_elsewhere_withholds_however_little(self):
+        assert one([300, 5], [100, 5], n=5000) == "supported"
+        assert one([300, 5], [100, 35], n=5000) == "inconclusive"
+
     def test_no_advantage_that_matters_is_refuted(self):
         assert one([10, 3], [11, 2]) == "refuted"
         assert one([10, 3], [40, 2]) == "refuted"
@@ -160,7 +164,8 @@ class TestPower:
         # Independent populations and norms are the hardest: what one misses the others do not miss with it.
         n, discordance = 1500, 0.12
         promised = smallest_detectable(
-            n, round(n * discordance), rows=4, norms=2, populations=3, significance=ALPHA, power=power, smallest_difference=DELTA
+            n, round(n * discordance), rows=4, norms=2, populations=3, significance=ALPHA, power=power,
+            smallest_difference=DELTA,
         )
         shares = [(discordance + promised) / 2, (discordance - promised) / 2, 1 - discordance]
         counts = np.random.default_rng(5).multinomial(n, shares, (4000, 3, 2))
