@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from lrrobust.bench.gradient_step import CONTROL, NETWORK, build_step, compare_gradient_steps
+from lrrobust.models.lrnet import LocalRelationLayer
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def test_a_fixed_backend_is_the_one_that_runs(monkeypatch):
+    used = set()
+    forward = LocalRelationLayer.forward
+    monkeypatch.setattr(LocalRelationLayer, "forward", lambda layer, x: used.add(layer.backend) or forward(layer, x))
+    gradient = build_step(f"{NETWORK}, reference", 16, 1, torch.device("cpu"))()
+    assert used == {"reference"} and gradient.shape == (1, 3, 16, 16) and gradient.abs().max() > 0
+    build_step(NETWORK, 16, 1, torch.device("cpu"))()
+    assert used == {"reference", "auto"}
+
+
+def test_networks_side_by_side():
+    frame = compare_gradient_steps(((16, 1),), repeats=1, with_memory=False)
+    assert list(frame.name) == [CONTROL, NETWORK, f"{NETWORK}, reference"]
+    assert set(frame["size"]) == {16} and set(frame.batch_size) == {1} and (frame.wall_s > 0).all()
