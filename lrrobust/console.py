@@ -187,7 +187,7 @@ def print_verdicts(verdicts: Verdicts) -> None:
             f"{result.claim.control})", markup=False, highlight=False,
         )
         for reason in result.reasons:
-            _tables.print(f"* {reason}", markup=False, highlight=False)
+            _tables.print(f"* {reason}", markup=False, highlight=False, soft_wrap=not _tables.is_terminal)
         _tables.print()
     for unjudged in verdicts.not_judged:
         _notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")

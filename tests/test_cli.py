@@ -151,7 +151,44 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv")
     assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "worst_case"}
     assert ((table.robust_accuracy >= 0) & (table.robust_accuracy <= table.clean_accuracy)).all()
-    assert {path.suffix for path in (tmp_path / "summary").iterdir()} == {".csv", ".md", ".png", ".svg"}
+    assert {path.suffix for path in (tmp_path / "summary").iterdir()} == {".csv", ".md", ".png", ".svg", ".json"}
+    # The shipped claim is about other models: one line says so.
+    assert "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50" in err
+    assert json.loads((tmp_path / "summary" / "claim.json").read_text())["results"] == []
+
+
+CLAIM = """
+statement: This network is more robust than the other.
+source: nobody
+treatment: model.py:build
+control: model.py:build_other
+direction: more_robust
+significance: 0.05
+power: 0.8
+smallest_difference: 0.02
+largest_clean_difference: 0.02
+"""
+
+
+def test_report_judges_claims_and_says_the_verdict_first(run, workplace, tmp_path):
+    (tmp_path / "mine.yaml").write_text(CLAIM)
+    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--attack", "fgsm", "--out", tmp_path / "runs", cwd=workplace)
+    assert code == 0, err
+    arguments = ("report", tmp_path / "runs", "--claim", tmp_path / "mine.yaml", "--out", tmp_path / "summary")
+    code, out, err = run(*arguments, cwd=workplace)
+    assert code == 0, err
+    # 24 images cannot decide anything.
+    assert out.splitlines()[0] == "INCONCLUSIVE: This network is more robust than the other."
+    assert out.index("Smallest difference that would be shown") < out.index("median")
+    assert f"wrote {tmp_path / 'summary' / 'claim.json'}" in err.replace("\n", "")
+    (result,) = json.loads((tmp_path / "summary" / "claim.json").read_text())["results"]
+    assert result["verdict"] == "inconclusive" and result["claim"]["name"] == "mine"
+    assert all(f"* {reason}" in out for reason in result["reasons"])
+    table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv").set_index(["model", "eps"])["robust_accuracy"]
+    for row in result["comparisons"]:
+        if row["population"] == "all":
+            assert row["treatment_accuracy"] == table["model.py:build", row["eps"]]
+            assert row["control_accuracy"] == table["model.py:build_other", row["eps"]]
 
 
 def timeless(folder):
@@ -220,6 +257,7 @@ def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
         ((*EVAL, "--weights", "model.py"), "model.py is neither a safetensors"),
         ((*EVAL, "--indices", "indices.txt"), "indices.txt"),
         (("report", "empty"), "no runs in empty"),
+        (("report", "empty", "--claim", "no_such"), "unknown claim 'no_such': known: lrnet_more_robust"),
         (("train", "--model", "resnet26", "--data", "images", "--recipe", "no_such"), "unknown recipe 'no_such'"),
     ],
 )

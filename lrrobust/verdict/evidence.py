@@ -380,7 +380,8 @@ def _lacks(evidence: Evidence) -> str | None:
     claim = evidence.claim
     if not len(evidence.treatment_places):
         return "no image was evaluated with both models."
-    absent = sorted(set(claim.attacks or ()) - {attack.name for attack in evidence.attacks})
+    shared = set.intersection(*({attack.name for attack in side.attacks} for side in (evidence.treatment, evidence.control)))
+    absent = sorted(set(claim.attacks or ()) - shared)
     if absent:
         return f"the claim asks for the attacks {', '.join(absent)}, which not both models were evaluated with."
     if not evidence.attacks:

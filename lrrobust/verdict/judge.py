@@ -91,7 +91,11 @@ def judge(evidence: Evidence) -> ClaimResult:
         by_numbers = "supported"
     elif findings.is_refuted:
         by_numbers = "refuted"
-    failed = [guard for guard in safeguards if guard.passed is False and by_numbers in guard.withholds]
+    # What fails only hinders the verdict that rests on it; where there is none, every failure is worth a word.
+    failed = [
+        guard for guard in safeguards
+        if guard.passed is False and (by_numbers == "inconclusive" or by_numbers in guard.withholds)
+    ]
     return ClaimResult(
         claim=claim,
         verdict="inconclusive" if failed else by_numbers,
@@ -319,13 +323,14 @@ def _reasons(
     columns = list(by_row.values())
     weakest = [min(column, key=lambda row: sign * row.difference) for column in columns]
     reasons = []
-    if failed:
+    if by_numbers != "inconclusive" and failed:
         reasons.append(f"By the numbers alone the claim would be {by_numbers}; that is withheld because a safeguard failed.")
         reasons += [guard.detail for guard in failed]
 
     shown = [weakest[column] for column in np.flatnonzero(findings.is_better)]
     harmful = [max(columns[c], key=lambda row: sign * row.difference) for c in np.flatnonzero(findings.is_worse)]
-    best, worst = max(decisive, key=lambda row: sign * row.difference), min(decisive, key=lambda row: sign * row.difference)
+    best = max(decisive, key=lambda row: sign * row.difference)
+    lowest = min(decisive, key=lambda row: row.low if sign > 0 else -row.high)
     if by_numbers == "supported":
         reasons += [_in_every_population(more, less, row, sign) for row in _one_per_norm(shown, sign)]
         reasons.append(f"Nowhere can {more} be less robust by the {matters} that matter: all intervals lie above.")
@@ -346,6 +351,7 @@ def _reasons(
                 reasons.append(f"There are no {_IN_WORDS[population]}.")
         if findings.is_anywhere_better and findings.is_anywhere_worse:
             reasons.append("The curves cross: either model is significantly more robust somewhere.")
+        reasons += [_in_every_population(more, less, row, sign) for row in _one_per_norm(shown, sign)]
         missing = {row.norm for row in weakest} - {row.norm for row in shown}
         if missing:
             where = " and ".join(sorted(missing))
@@ -354,9 +360,10 @@ def _reasons(
                 f"its largest lead anywhere is {_seen(best, sign)}."
             )
         if findings.may_matter_against.any():
-            reasons.append(f"That {more} be less robust by {matters} or more is not ruled out; worst is {_seen(worst, sign)}.")
+            reasons.append(f"It is not ruled out that {more} is less robust by {matters} or more: {_seen(lowest, sign)}.")
         if findings.may_matter_for.any():
-            reasons.append(f"Nor is it ruled out that {more} be more robust by {matters} or more.")
+            reasons.append(f"It is not ruled out that {more} is more robust by {matters} or more.")
+        reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
     reasons += _power(claim, decisive)
     return tuple(reasons)
 

@@ -34,10 +34,12 @@ alpha / rows, one-sided half of that, summed over rows alpha / 2. Together at mo
 
 **Inconclusive** is everything else: too few images, curves that cross, or populations that disagree.
 
-Intervals are of asymptotic score tests; their one-sided errors can exceed alpha / 2 by a few tenths of a point in
-small samples, which the factor of two between alpha / 2 and alpha absorbs. McNemar's test is exact. In the population of
-matched accuracy the number of images only one model classifies correctly is fixed by construction, which lowers the
-variance of the counts below the binomial: the test there is conservative.
+Intervals are of asymptotic score tests, whose one-sided errors can exceed alpha / 2 by a few tenths of a point in
+small samples; for *supported* alpha / 2 leaves room for that, for *refuted* the bound is a sum that simulations
+stay well below. McNemar's test is exact. In the population of matched accuracy the number of images that only one
+model classifies correctly is fixed by construction, which lowers the variance of the counts below the binomial: the
+test there is conservative. Verdicts are about the images' distribution and these two networks: another training
+seed is another network.
 
 What the rule does not know: whether the attacks worked. Safeguards (`lrrobust.verdict.safeguards`) see to that.
 """

@@ -1,0 +1,121 @@
+"""Runs made of nothing but distances: what an attack needs to break each image."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lrrobust.results import Run, rows_to_table
+from lrrobust.verdict.records import Claim
+
+LADDER = (0.5 / 255, 1 / 255, 2 / 255)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack and the distance it needs for each image: 0 wrong when clean, infinity never broken."""
+
+    distances: Sequence[float]
+    norm: str = "linf"
+    eps: Sequence[float] = LADDER
+    steps: int = 20
+
+
+def columns(name: str, attack: Attack, images: Sequence[int]) -> dict[str, Any]:
+    """The rows of one attack as columns, image by image within each eps."""
+    distance = np.asarray(attack.distances, dtype=np.float64)
+    n, m = len(distance), len(attack.eps)
+    eps, distance, index = np.repeat(attack.eps, n), np.tile(distance, m), np.tile(images, m)
+    is_correct = distance > 0
+    is_found = is_correct & (distance <= eps) & np.isfinite(distance)
+    length = [value if found else None for value, found in zip(distance.tolist(), is_found)]
+    other = [9.0 if found else None for found in is_found]
+    return {
+        "index": index,
+        "key": [f"ant/{i}.png" for i in index.tolist()],
+        "label": np.zeros(n * m, np.int32),
+        "wnid": ["ant"] * (n * m),
+        "attack": [name] * (n * m),
+        "norm": [attack.norm] * (n * m),
+        "eps": eps,
+        "clean_prediction": np.zeros(n * m, np.int32),
+        "is_clean_correct": is_correct,
+        "adversarial_prediction": np.zeros(n * m, np.int32),
+        "is_broken": is_found | ~is_correct,
+        "outcome": np.where(is_correct, np.where(is_found, "broken", "robust"), "wrong_when_clean").tolist(),
+        "linf_distance": length if attack.norm == "linf" else other,
+        "l2_distance": length if attack.norm == "l2" else other,
+        "clean_margin": np.ones(n * m),
+        "adversarial_margin": np.ones(n * m),
+        "wall_s": np.zeros(n * m),
+        "forward_passes": np.ones(n * m, np.int64),
+    }
+
+
+def build_run(
+    model: str,
+    attacks: Mapping[str, Mapping[str, Any]],
+    *,
+    images: Sequence[int] | None = None,
+    folder: Path | None = None,
+    dataset: str = "sample",
+    weights: str | None = "V1",
+    input_size: int = 64,
+    seed: int = 0,
+    is_complete: bool = True,
+    part_metadata: Mapping[str, dict[str, str]] | None = None,
+) -> Run:
+    """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images."""
+    specs = {name: Attack(**attack) for name, attack in attacks.items()}
+    n = max(len(attack.distances) for attack in specs.values())
+    images = range(n) if images is None else images
+    tables = [
+        rows_to_table(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()
+    ]
+    rows = pd.concat([table.to_pandas(types_mapper=pd.ArrowDtype) for table in tables], ignore_index=True)
+    return Run(
+        folder=folder or Path("/results") / f"{model}-{dataset}-{weights}-{n}-{'-'.join(attacks)}",
+        manifest={
+            "schema_version": 1,
+            "fingerprint": "ab" * 32,
+            "model": {"name": model, "weights": weights, "state_sha256": "ef" * 32, "input_size": input_size},
+            "dataset": {"name": dataset, "sha256": hashlib.sha256(repr(list(images)).encode()).hexdigest(), "n": n},
+            "attacks": [
+                {"name": name, "norm": attack.norm, "kind": name, "eps": [e for e in attack.eps if math.isfinite(e)],
+                 "steps": attack.steps}
+                for name, attack in specs.items()
+            ],
+            "plan": {"chunk_size": 50},
+            "seed": seed,
+            "provenance": {"commit": "1234abc"},
+        },
+        rows=rows,
+        is_complete=is_complete,
+        part_metadata=dict(part_metadata or {}),
+    )
+
+
+@pytest.fixture
+def make_run():
+    return build_run
+
+
+@pytest.fixture
+def make_claim():
+    def make(**changes: Any) -> Claim:
+        settings = {
+            "name": "tested", "statement": "A is more robust than B.", "source": "a test", "treatment": "A", "control": "B",
+            "direction": "more_robust", "significance": 0.05, "power": 0.8, "smallest_difference": 0.02,
+            "largest_clean_difference": 0.02,
+        }
+        return Claim(**settings | changes)
+
+    return make

@@ -1,0 +1,62 @@
+import pytest
+import yaml
+
+from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.verdict.claims import CLAIMS_FOLDER, DEFAULT_CLAIM, load_claim
+from lrrobust.verdict.records import Claim
+
+CONTENT = yaml.safe_load((CLAIMS_FOLDER / f"{DEFAULT_CLAIM}.yaml").read_text(encoding="utf-8"))
+
+
+def write(folder, **changes):
+    path = folder / "mine.yaml"
+    content = {key: value for key, value in (CONTENT | changes).items() if value != "absent"}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CLAIMS_FOLDER.iterdir()), ids=lambda path: path.stem)
+def test_shipped_claims_are_read(path):
+    claim = load_claim(path.stem)
+    assert claim.name == path.stem and claim == load_claim(path)
+    assert Claim.model_validate_json(claim.model_dump_json()) == claim
+
+
+def test_the_default_is_about_the_shipped_pair():
+    claim = load_claim(DEFAULT_CLAIM)
+    assert (claim.treatment, claim.control, claim.direction) == ("lr_resnet50", "resnet50", "more_robust")
+    assert claim.attacks is claim.eps is claim.dataset is None
+
+
+def test_a_file_may_narrow_the_evidence(tmp_path):
+    claim = load_claim(write(tmp_path, attacks=["pgd"], eps={"linf": ["1/255", 0.5]}, dataset="photos"))
+    assert claim.name == "mine" and claim.attacks == ("pgd",) and claim.dataset == "photos"
+    assert claim.eps == {"linf": (1 / 255, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tretment": "x"}, "mine.yaml: tretment: Extra inputs"),
+        ({"source": "absent"}, "mine.yaml: source: Field required"),
+        ({"name": "other"}, "mine.yaml: name: unexpected key"),
+        ({"direction": "better"}, "direction: .*more_robust"),
+        ({"significance": "0.05"}, "significance: .*valid number"),
+        ({"significance": 0}, "significance: .*greater than 0"),
+        ({"power": 1.0}, "power: .*less than 1"),
+        ({"smallest_difference": -0.1}, "smallest_difference: .*greater than 0"),
+        ({"attacks": []}, "attacks: .*at least 1"),
+        ({"eps": {"l7": [0.1]}}, "eps.l7.*'linf' or 'l2'"),
+        ({"eps": {"linf": [0.2, 0.1]}}, "eps.linf: .*ascending"),
+        ({"eps": {"l2": [0, 0.1]}}, "budgets above 0"),
+        ({"control": "lr_resnet50"}, "another model than the treatment"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_claim(write(tmp_path, **changes))
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(UnknownNameError, match="unknown claim 'lrnet_more_robst': did you mean lrnet_more_robust?"):
+        load_claim("lrnet_more_robst")

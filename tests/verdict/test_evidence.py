@@ -1,0 +1,188 @@
+import math
+
+import numpy as np
+import pytest
+
+from lrrobust.errors import StoreError
+from lrrobust.verdict.evidence import (
+    DIAGNOSTICS_FILE,
+    collect_evidence,
+    gather,
+    is_unbounded,
+    load_diagnostics,
+    match_accuracy,
+)
+
+INF = math.inf
+PIXEL = 1 / 255
+LADDER = (0.5 / 255, 1 / 255, 2 / 255)
+
+
+def outcomes(*runs):
+    return {(attack.name, attack.norm): attack for attack in gather(runs).attacks}
+
+
+class TestGather:
+    def test_breaking_eps_by_hand(self, make_run):
+        found = outcomes(make_run("A", {"pgd": dict(distances=[0, 0.3 * PIXEL, 1.7 * PIXEL, INF])}))["pgd", "linf"]
+        assert found.breaking_eps == pytest.approx([0, 0.3 * PIXEL, 1.7 * PIXEL, INF])
+        assert found.eps == LADDER
+
+    def test_images_are_ordered_by_name_whatever_the_rows_are(self, make_run):
+        run = make_run("A", {"pgd": dict(distances=[0, 1 * PIXEL, INF])}, images=[7, 3, 5])
+        side = gather([run])
+        assert list(side.images) == ["ant\nant/3.png", "ant\nant/5.png", "ant\nant/7.png"]
+        assert list(side.is_clean_correct) == [True, True, False]
+        assert list(side.attacks[0].breaking_eps) == pytest.approx([PIXEL, INF, 0])
+
+    def test_a_tolerated_overshoot_is_broken_at_its_eps(self, make_run):
+        run = make_run("A", {"pgd": dict(distances=[PIXEL], eps=(PIXEL, 2 * PIXEL))})
+        run.rows["linf_distance"] = run.rows["linf_distance"] + 1e-7
+        assert list(outcomes(run)["pgd", "linf"].breaking_eps) == [PIXEL]
+
+    def test_images_not_finished_are_unknown(self, make_run):
+        run = make_run("A", {"pgd": dict(distances=[INF, INF, INF]), "cw": dict(distances=[0.2], norm="l2", eps=(0.5, INF))})
+        assert np.isnan(outcomes(run)["cw", "l2"].breaking_eps).tolist() == [False, True, True]
+
+    def test_an_attack_of_two_runs_breaks_what_either_broke(self, make_run):
+        runs = [
+            make_run("A", {"pgd": dict(distances=distances)}, seed=seed)
+            for seed, distances in enumerate(([INF, PIXEL, INF], [PIXEL, INF, INF]))
+        ]
+        assert outcomes(*runs)["pgd", "linf"].breaking_eps == pytest.approx([PIXEL, PIXEL, INF])
+
+    def test_curves_that_rise_are_counted(self, make_run):
+        run = make_run("A", {"pgd": dict(distances=[INF, 0.3 * PIXEL, 0.3 * PIXEL, 1.5 * PIXEL])})
+        assert outcomes(run)["pgd", "linf"].rises.tolist() == [[0, 0], [1, 0]]
+        # Image 1 recovers at the largest eps.
+        run.rows.loc[(run.rows["index"] == 1) & (run.rows["eps"] == LADDER[2]), "is_broken"] = False
+        assert outcomes(run)["pgd", "linf"].rises.tolist() == [[0, 0], [1, 1]]
+
+
+class TestMatchAccuracy:
+    def test_discards_from_the_more_accurate_until_both_agree(self):
+        generator = np.random.default_rng(0)
+        ours, theirs = generator.random(400) < 0.7, generator.random(400) < 0.5
+        names = np.array([f"image {i}" for i in range(400)], dtype=object)
+        keep = match_accuracy(ours, theirs, names)
+        assert ours[keep].sum() == theirs[keep].sum()
+        assert (ours & ~theirs)[~keep].all()
+        assert (~keep).sum() == ours.sum() - theirs.sum()
+        assert (match_accuracy(theirs, ours, names) == keep).all()
+
+    def test_names_decide_not_places(self):
+        ours, theirs = np.array([True] * 20 + [False] * 6), np.array([False] * 20 + [True] * 6)
+        names = np.array([f"image {i}" for i in range(26)], dtype=object)
+        kept = set(names[match_accuracy(ours, theirs, names)])
+        order = np.random.default_rng(0).permutation(26)
+        assert set(names[order][match_accuracy(ours[order], theirs[order], names[order])]) == kept
+        assert len(kept) == 12
+
+    def test_equal_accuracies_keep_all(self):
+        ours, theirs = np.array([True, False, True]), np.array([False, True, True])
+        assert match_accuracy(ours, theirs, np.array(list("abc"), dtype=object)).all()
+
+
+class TestCollect:
+    def pair(self, make_run, **options):
+        return [make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}, **options) for model in "AB"]
+
+    def test_runs_of_the_claims_models_are_paired(self, make_claim, make_run):
+        found, refused = collect_evidence(make_claim(), [*self.pair(make_run), make_run("C", {"pgd": dict(distances=[0])})])
+        assert [side.model for side in (found[0].treatment, found[0].control)] == ["A", "B"]
+        assert len(found) == 1 and not refused
+        assert {name: members.sum() for name, members in found[0].populations.items()} == {
+            "all": 3, "both_correct": 2, "matched_accuracy": 3
+        }
+
+    def test_rows_meet_by_image_not_by_place(self, make_claim, make_run):
+        runs = [
+            make_run("A", {"pgd": dict(distances=[0, PIXEL, INF])}, images=[0, 1, 2]),
+            make_run("B", {"pgd": dict(distances=[INF, PIXEL, 0.4 * PIXEL])}, images=[2, 1, 5]),
+        ]
+        (evidence,), refused = collect_evidence(make_claim(), runs)
+        (attack,) = evidence.attacks
+        assert attack.treatment == pytest.approx([PIXEL, INF]) and attack.control == pytest.approx([PIXEL, INF])
+        assert not refused
+
+    def test_each_subset_is_judged_by_itself_the_largest_first(self, make_claim, make_run):
+        small = [make_run(model, {"pgd": dict(distances=[INF])}, images=[4]) for model in "AB"]
+        found, _ = collect_evidence(make_claim(), small + self.pair(make_run))
+        assert [len(evidence.treatment_places) for evidence in found] == [3, 1]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"treatment": "X"}, "No run of X is among"),
+            ({"treatment": "X", "control": "Y"}, "No run of X or Y is among"),
+            ({"dataset": "val"}, "not on val"),
+            ({"attacks": ("pgd", "cw")}, "asks for the attacks cw"),
+            ({"eps": {"linf": (0.3,)}}, "linf budgets"),
+            ({"eps": {"l2": (0.3,)}}, "share no attack"),
+            ({"eps": {"linf": (PIXEL,), "l2": (0.3,)}}, "l2 budgets"),
+        ],
+    )
+    def test_says_why_a_claim_cannot_be_judged(self, make_claim, changes, message, make_run):
+        found, (refused,) = collect_evidence(make_claim(**changes), self.pair(make_run))
+        assert not found and refused.claim == "tested"
+        assert message in refused.reason
+
+    def test_nothing_in_common(self, make_claim, make_run):
+        ours, theirs = self.pair(make_run)[0], make_run("B", {"pgd": dict(distances=[INF])}, images=[9])
+        assert "no image was evaluated with both" in collect_evidence(make_claim(), [ours, theirs])[1][0].reason
+        theirs = make_run("B", {"pgd": dict(distances=[INF])}, dataset="other")
+        assert "not on a common data set" in collect_evidence(make_claim(), [ours, theirs])[1][0].reason
+
+    def test_weights_go_with_weights_of_the_same_name(self, make_claim, make_run):
+        runs = [run for weights in ("V0", "V1", "V2") for run in self.pair(make_run, weights=weights)][:-1]
+        found, (refused,) = collect_evidence(make_claim(), runs)
+        weights = [[run.manifest["model"]["weights"] for side in (e.treatment, e.control) for run in side.runs] for e in found]
+        assert weights == [["V0", "V0"], ["V1", "V1"]]
+        assert "A-sample-V2" in refused.reason and "left out" in refused.reason
+
+    def test_the_only_weights_go_together_whatever_their_names(self, make_claim, make_run):
+        runs = [self.pair(make_run, weights="mine")[0], self.pair(make_run, weights=None)[1]]
+        assert len(collect_evidence(make_claim(), runs)[0]) == 1
+
+    def test_worst_case_and_ladders(self, make_claim, make_run):
+        attacks = {
+            "fgsm": dict(distances=[INF, PIXEL, INF]),
+            "pgd": dict(distances=[PIXEL, INF, INF], eps=(*LADDER, 0.5)),
+            "cw": dict(distances=[0.1, 0.2, 0.3], norm="l2", eps=(0.0, 0.25, 0.5, INF)),
+        }
+        (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
+        assert [attack.name for attack in evidence.attacks] == ["fgsm", "pgd", "cw", "worst_case"]
+        worst, cw = evidence.decisive
+        assert (worst.name, cw.name) == ("worst_case", "cw")
+        assert worst.treatment == pytest.approx([PIXEL, PIXEL, INF])
+        # No budget of 0, and none without bound.
+        assert evidence.ladder(worst) == LADDER and evidence.ladder(cw) == (0.25, 0.5)
+
+
+def test_grey_is_within_half_the_pixel_range():
+    assert is_unbounded(0.5, "linf") and is_unbounded(INF, "l2")
+    assert not is_unbounded(0.49, "linf") and not is_unbounded(2.0, "l2")
+
+
+class TestDiagnostics:
+    def test_absent_is_not_passed(self, tmp_path, make_run):
+        assert load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path)) is None
+
+    def test_are_read_from_the_file_beside_the_manifest(self, tmp_path, make_run):
+        text = '[{"name": "zero_gradient", "passed": false, "detail": "40 % of images.", "attack": "pgd"}]'
+        (tmp_path / DIAGNOSTICS_FILE).write_text(text)
+        (found,) = load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path))
+        assert (found.name, found.passed, found.attack) == ("zero_gradient", False, "pgd")
+
+    @pytest.mark.parametrize("text", ["{", '[{"name": "x"}]', '[{"name": "x", "passed": true, "detail": "", "extra": 1}]'])
+    def test_damaged_ones_are_refused(self, tmp_path, text, make_run):
+        (tmp_path / DIAGNOSTICS_FILE).write_text(text)
+        with pytest.raises(StoreError, match="diagnostics.json cannot be read"):
+            load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path))
+
+
+def test_a_manifest_that_says_too_little(make_claim, make_run):
+    run = make_run("A", {"pgd": dict(distances=[INF])})
+    del run.manifest["dataset"]["name"]
+    with pytest.raises(StoreError, match="must hold dataset.name"):
+        collect_evidence(make_claim(), [run, make_run("B", {"pgd": dict(distances=[INF])})])

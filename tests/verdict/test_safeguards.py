@@ -1,0 +1,165 @@
+import json
+import math
+
+import pytest
+
+from lrrobust.verdict.evidence import DIAGNOSTICS_FILE, collect_evidence
+from lrrobust.verdict.safeguards import check_evidence
+
+INF = math.inf
+PIXEL = 1 / 255
+LADDER = (0.5 / 255, 1 / 255, 2 / 255)
+GOOD = {
+    "pgd": dict(distances=[INF, PIXEL, PIXEL, 0]),
+    "cw": dict(distances=[0.5, 0.1, 0.1, 0], norm="l2", eps=(0.2, INF)),
+}
+
+
+@pytest.fixture
+def check(make_claim, make_run):
+    def check(treatment=None, control=None, change=lambda runs: None, **claim):
+        runs = [make_run("A", GOOD, **treatment or {}), make_run("B", GOOD, **control or {})]
+        change(runs)
+        (evidence,), _ = collect_evidence(make_claim(**claim), runs)
+        return check_evidence(evidence)
+
+    return check
+
+
+def named(safeguards, name):
+    return [safeguard for safeguard in safeguards if safeguard.name == name]
+
+
+def failed(safeguards):
+    return [(guard.name, guard.attack, guard.withholds) for guard in safeguards if guard.passed is False]
+
+
+def test_sound_evidence_passes_and_says_what_was_not_looked_into(check):
+    safeguards = check()
+    assert not failed(safeguards)
+    assert {guard.name for guard in safeguards if guard.passed is None} == {"unbounded_attack", "attack_diagnostics"}
+    assert "carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
+    assert [guard.passed for guard in named(safeguards, "unbounded_attack")] == [None, True] * 2
+    assert all(guard.detail.endswith(".") for guard in safeguards)
+
+
+BOTH = ("supported", "refuted")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "text"),
+    [
+        ({"treatment": {"images": [0, 1, 2, 9]}}, "same_images", "3 images were evaluated with both models; left out: 1 of A"),
+        ({"treatment": {"input_size": 32}}, "same_configuration", "differ in input_size"),
+        ({"control": {"seed": 3}}, "same_configuration", "differ in seed"),
+        ({"treatment": {"is_complete": False}}, "complete_runs", "Not complete: A-sample"),
+    ],
+)
+def test_models_treated_differently_withhold_both_verdicts(check, options, name, text):
+    safeguards = check(**options)
+    assert failed(safeguards) == [(name, None, BOTH)]
+    assert text in named(safeguards, name)[0].detail
+
+
+def test_attacks_must_have_the_same_settings(check, make_claim):
+    def weaken(runs):
+        runs[0].manifest["attacks"][0]["steps"] = 2
+
+    assert failed(check(change=weaken)) == [("same_configuration", None, BOTH)]
+    assert "attack pgd" in named(check(change=weaken), "same_configuration")[0].detail
+    # What the claim does not ask for may differ.
+    assert not failed(check(change=weaken, attacks=("cw",)))
+
+
+def test_an_attack_that_only_one_model_met_is_a_difference(make_claim, make_run):
+    runs = [make_run("A", GOOD), make_run("B", GOOD | {"extra": dict(distances=[INF] * 4)})]
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
+
+
+def test_attacks_may_be_spread_over_runs(make_claim, make_run):
+    runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert not failed(check_evidence(evidence))
+
+
+def test_different_clean_accuracy(make_claim, make_run):
+    runs = [make_run("A", {"pgd": dict(distances=[INF] * 97 + [0] * 3)}), make_run("B", {"pgd": dict(distances=[INF] * 100)})]
+    for limit, passed in ((0.02, False), (0.03, True)):
+        (evidence,), _ = collect_evidence(make_claim(largest_clean_difference=limit), runs)
+        (found,) = named(check_evidence(evidence), "clean_accuracy")
+        assert found.passed is passed and "97.0 % for A and 100.0 % for B" in found.detail
+
+
+def rise(model, count):
+    """The first images recover at the largest eps."""
+
+    def change(runs):
+        rows = runs["AB".index(model)].rows
+        recovered = (rows["attack"] == "pgd") & (rows["eps"] == LADDER[2]) & (rows["index"] < count)
+        rows.loc[recovered, "is_broken"] = False
+
+    return change
+
+
+@pytest.mark.parametrize(("count", "passed"), [(0, True), (5, True), (6, False)])
+def test_curves_may_not_rise_beyond_noise(make_claim, count, passed, make_run):
+    # Two steps at 5 %: p <= 2.5 % takes six rises without a fall.
+    runs = [make_run(model, {"pgd": dict(distances=[0.4 * PIXEL] * 20)}) for model in "AB"]
+    rise("A", count)(runs)
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    ours, theirs = named(check_evidence(evidence), "monotone_curves")
+    assert (ours.passed, theirs.passed) == (passed, True)
+    assert (f"{count} images of A" in ours.detail) == (count > 0)
+
+
+@pytest.mark.parametrize(
+    ("direction", "withheld"), [("more_robust", ["supported", "refuted"]), ("less_robust", ["refuted", "supported"])]
+)
+def test_doubts_about_a_model_withhold_what_rests_on_its_robustness(make_claim, direction, withheld, make_run):
+    survivor = GOOD | {"cw": dict(distances=[0.5, INF, 0.1, 0], norm="l2", eps=(0.2, INF))}
+    for place, verdict in enumerate(withheld):
+        attacks = [GOOD, GOOD]
+        attacks[place] = survivor
+        runs = [make_run(model, these) for model, these in zip("AB", attacks)]
+        (evidence,), _ = collect_evidence(make_claim(direction=direction), runs)
+        safeguards = check_evidence(evidence)
+        assert failed(safeguards) == [("unbounded_attack", "cw", (verdict,))]
+        (found,) = [guard for guard in safeguards if guard.passed is False]
+        assert f"1 of 4 images of {'AB'[place]} withstand cw" in found.detail
+
+
+def test_one_attack_without_budget_is_enough_to_end_robustness(make_claim, make_run):
+    attacks = {
+        "fgsm": dict(distances=[INF, 0.1, 0.2], eps=(*LADDER, 0.5)),
+        "pgd": dict(distances=[0.3, 0.1, 0.2], eps=(*LADDER, 0.5)),
+        "square": dict(distances=[INF, INF, 0.001]),
+    }
+    (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
+    found = named(check_evidence(evidence), "unbounded_attack")
+    assert [(guard.passed, guard.attack) for guard in found] == [(True, "worst_case")] * 2
+
+
+def test_attacks_that_only_break_the_rules_have_failed(make_claim, make_run):
+    runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
+    for count, passed in ((1, True), (2, False)):
+        runs[0].rows.loc[runs[0].rows["index"] < count, "outcome"] = "rejected"
+        (evidence,), _ = collect_evidence(make_claim(), runs)
+        ours, theirs = named(check_evidence(evidence), "valid_proposals")
+        assert (ours.passed, theirs.passed) == (passed, True) and f"For {count} of 100 images of A" in ours.detail
+
+
+def test_what_the_engine_noticed_counts(check):
+    noticed = {"pgd-000000-000004": {"nonfinite_gradients": "yes: the attack was not at full strength"}}
+    safeguards = check(treatment={"part_metadata": noticed})
+    assert failed(safeguards) == [("attack_diagnostics", None, ("supported",))]
+    assert any("nonfinite gradients: yes: the attack was not at full strength" in guard.detail for guard in safeguards)
+
+
+def test_diagnostics_of_runs_count(check, tmp_path):
+    for passed in (True, False):
+        content = [{"name": "zero_gradient", "passed": passed, "detail": "40 % of images have none.", "attack": "pgd"}]
+        (tmp_path / DIAGNOSTICS_FILE).write_text(json.dumps(content))
+        safeguards = check(treatment={"folder": tmp_path})
+        assert failed(safeguards) == ([] if passed else [("attack_diagnostics", "pgd", ("supported",))])
+        assert any("zero_gradient: 40 % of images have none." in guard.detail for guard in safeguards)
