@@ -1,0 +1,243 @@
+"""What days of computing bring, really done to real processes and files: nothing computed is lost or counted twice."""
+
+import io
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrrobust import cli
+from lrrobust.results import find_runs, load_run
+
+MODEL = """
+import time
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+class Small(nn.Module):
+    def __init__(self, pause_s):
+        super().__init__()
+        self.weight = nn.Parameter(0.05 * torch.randn(3, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)))
+        self.pause_s = pause_s
+
+    def forward(self, images):
+        time.sleep(self.pause_s)
+        return (images - 0.5).flatten(1) @ self.weight.t()
+
+def build():
+    return Classifier(Small(0.0), ("ant", "bee", "cat"), input_size=8)
+
+def build_slow():
+    return Classifier(Small(0.003), ("ant", "bee", "cat"), input_size=8)
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "model.py").write_text(MODEL)
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "images" / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def evaluation(workplace, out, factory="build", dataset="images"):
+    model = f"{workplace / 'model.py'}:{factory}"
+    return ("eval", "--model", model, "--dataset", workplace / dataset, "--attack", "fgsm", "--attack", "pgd", "--chunk-size", 1, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Processes that start at once, forked from one that has everything imported."""
+    folder = tmp_path_factory.mktemp("warm")
+    (folder / "lrrobust_warm.py").write_text(
+        "import lrrobust.console, lrrobust.run\nfrom lrrobust.attacks.build import _torchattacks\n_torchattacks()\n"
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lrrobust_warm"])
+
+    def start(*arguments):
+        process = context.Process(target=cli.run, args=([str(argument) for argument in arguments],))
+        process.start()
+        return process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path(cli.__file__).parents[1])]))
+        # The first process starts the server, which imports.
+        start("--version").join(120)
+        yield start
+
+
+def timeless(folder):
+    loaded = load_run(folder)
+    assert loaded.is_complete
+    return loaded.rows.drop(columns="wall_s").reset_index(drop=True)
+
+
+def parts_in(folder):
+    return list(Path(folder).glob("*/parts/*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def whole(workplace, tmp_path_factory):
+    """The rows of an evaluation that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    for factory in ("build", "build_slow"):
+        assert cli.run([str(a) for a in evaluation(workplace, out / factory, factory)]) == 0
+    return {factory: timeless(find_runs(out / factory)[0]) for factory in ("build", "build_slow")}
+
+
+def test_killed_20_times_at_random_moments(run, workplace, whole, processes, tmp_path):
+    rng = random.Random(0)
+    kills, grew, round_ = 0, 0, 0
+    while kills < 20:
+        out = tmp_path / f"{round_}"
+        before = len(parts_in(out))
+        process = processes(*evaluation(workplace, out, "build_slow"))
+        # While it starts, or while it computes and writes.
+        wanted = before + rng.choice([0, 1])
+        while process.is_alive() and len(parts_in(out)) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3 if wanted == before else 0.05))
+        process.kill()
+        process.join(60)
+        if process.exitcode == 0:  # it was faster: the next kills are for another run
+            round_ += 1
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        grew += len(parts_in(out)) > before
+    assert grew >= 5
+    for number in range(round_ + 1):
+        out = tmp_path / f"{number}"
+        code, _, err = run(*evaluation(workplace, out, "build_slow"))
+        assert code == 0, err
+        (folder,) = find_runs(out)
+        assert timeless(folder).equals(whole["build_slow"])
+        assert len(parts_in(out)) == 48
+        # What the dead left half written is gone.
+        assert not list(folder.rglob("*.tmp"))
+
+
+def test_two_processes_on_one_folder(run, workplace, whole, processes, tmp_path):
+    arguments = evaluation(workplace, tmp_path, "build_slow")
+    first = processes(*arguments)
+    deadline = time.monotonic() + 60
+    while first.is_alive() and not parts_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert f"another lrrobust process (pid {first.pid}) is writing" in err
+    first.join(120)
+    assert first.exitcode == 0
+    assert timeless(find_runs(tmp_path)[0]).equals(whole["build_slow"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "another part"])
+def test_a_damaged_part_is_said_and_done_again(run, workplace, whole, tmp_path, caplog, damage):
+    arguments = evaluation(workplace, tmp_path)
+    assert run(*arguments)[0] == 0
+    parts = sorted(parts_in(tmp_path))
+    victim, content = parts[7], bytearray(parts[7].read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+    elif damage == "another part":
+        content = parts[8].read_bytes()
+    else:
+        content = content[: len(content) // 2 if damage == "truncated" else 0]
+    victim.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        code, _, err = run(*arguments)
+    assert code == 0, err
+    assert any(victim.name in message and "computed again" in message for message in caplog.messages)
+    assert timeless(find_runs(tmp_path)[0]).equals(whole["build"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_damaged_manifest_is_said(run, workplace, tmp_path, content):
+    arguments = evaluation(workplace, tmp_path)
+    assert run(*arguments)[0] == 0
+    (folder,) = find_runs(tmp_path)
+    (folder / "manifest.json").write_bytes(content)
+    code, _, err = run(*arguments)
+    assert code == 2 and "manifest.json is damaged" in err and "Traceback" not in err
+    assert len(parts_in(tmp_path)) == 48
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_folder_that_becomes_read_only(run, workplace, whole, processes, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        arguments = evaluation(workplace, disk)
+        assert run(*evaluation(workplace, disk, "build"), "--n", 5)[0] == 0
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        code, _, err = run(*arguments)
+        assert code == 2 and "not allowed to write" in err and "Read-only" in err
+        assert len(parts_in(disk)) == 10
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert run(*arguments)[0] == 0
+        assert any(timeless(folder).equals(whole["build"]) for folder in find_runs(disk))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_corrupt_image_in_the_middle_of_a_tar(run, workplace, tmp_path):
+    with tarfile.open(workplace / "images.tar", "w") as archive:
+        for path in sorted((workplace / "images").rglob("*.png")):
+            content = path.read_bytes()
+            member = tarfile.TarInfo(path.relative_to(workplace).as_posix())
+            content = content[: len(content) // 2] if member.name.endswith("bee/4.png") else content
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    arguments = evaluation(workplace, tmp_path, dataset="images.tar")
+    code, _, err = run(*arguments)
+    assert code == 2 and "bee/4.png" in err and "--skip-corrupt" in err
+    code, _, err = run(*arguments, "--skip-corrupt")
+    assert code == 0, err
+    assert "skipped: 1 images that cannot be decoded: bee/4.png" in err
+    (folder,) = find_runs(tmp_path)
+    rows = load_run(folder).rows
+    assert rows["key"].nunique() == 23 and "bee/4.png" not in set(rows["key"])
+
+
+def test_clocks_may_jump(run, workplace, whole, tmp_path, monkeypatch):
+    """The computer's clock runs backwards and leaps by years; no row follows it."""
+    rng = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: rng.uniform(0, 4e9))
+    monkeypatch.setattr(time, "time_ns", lambda: int(rng.uniform(0, 4e18)))
+    assert run(*evaluation(workplace, tmp_path), "--device", "cpu")[0] == 0
+    (folder,) = find_runs(tmp_path)
+    # Dates of files say nothing either.
+    for path in folder.rglob("*"):
+        os.utime(path, (rng.uniform(0, 4e9),) * 2)
+    code, _, err = run(*evaluation(workplace, tmp_path))
+    assert code == 0 and "going on with" in err
+    assert timeless(folder).equals(whole["build"])
+    assert (load_run(folder).rows["wall_s"].to_numpy(float) >= 0).all()
