@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +11,14 @@ import torch
 from torch import nn
 
 from lrrobust.threat import Norm
+
+# Without a GPU the Triton kernels are interpreted, which triton decides once, when it is first imported; torch's
+# compiler imports it too, and other packages through it, so here, before any test module is collected.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "something imported triton before it could be told to interpret its kernels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import lrrobust.ops._triton  # noqa: F401
 
 SIZE = 8
 
