@@ -19,8 +19,9 @@ What must move is every input once and the output once; the 49-fold reuse has to
 * Tensors are read through their strides, so no input is ever copied; results are channels-last, which is
   also the fast layout for inputs (8 channels of a group are one 16-byte load in half precision).
 
-Scores, weights and sums are float32 whatever the inputs; exact arithmetic per output element is 49
-exponentials and 49 * 9 multiply-adds a group, which in half precision outweighs the bytes on an H200.
+Scores, weights and sums are float32 whatever the inputs. A 7x7 window costs a position 49 exponentials and
+49 * 9 multiply-adds a group, for 4 * 8 bytes moved in half precision: counted against the H200's data
+sheet that arithmetic, not memory, is the bound there. Not yet measured on a GPU.
 
 Block sizes are fixed by rule, so that results do not depend on timing; with
 `torch.backends.cudnn.benchmark = True` the fastest of a few is measured at the first call of each shape.
