@@ -7,6 +7,7 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
