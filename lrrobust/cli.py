@@ -209,7 +209,8 @@ def check(
         Optional[bool],
         typer.Option(
             "--weights-may-change/--weights-must-match",
-            help="Whether other weights or code of a model are compared, or refused; default: the baseline's, at first refused.",
+            help="Whether other weights or code of a model are compared, or refused; "
+            "default: the baseline's, at first refused.",
         ),
     ] = None,
     formats: Annotated[
@@ -235,7 +236,15 @@ def check(
     from lrrobust.results import load_run
 
     outputs = choose_outputs(formats or (), os.environ)
-    before = None if update and run and not baseline.exists() else read_baseline(baseline)
+    try:
+        before = read_baseline(baseline)
+    except BaselineError as error:
+        # A run at hand makes the file anew, be it missing or damaged.
+        if not (update and run):
+            raise
+        before = None
+        if baseline.exists():
+            logging.warning("%s: made anew, with the rule that a new one has", error)
     rule = before.rule if before is not None else Rule()
     rule = rule.replaced(significance, None if floor is None else floor / 100, weights_may_change)
     if before is not None:

@@ -81,7 +81,8 @@ def assert_robust(
     with frozen(module), torch.no_grad():
         logits = call_model(module, images[:1].to(device))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise ModelError(f"expected logits (N, classes) of the model, got {tuple(getattr(logits, 'shape', ())) or type(logits)}")
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits (N, classes) of the model, got {found}")
     # Seeds of chunks derive from it.
     fingerprint = hashlib.sha256(f"assert_robust {seed}".encode()).hexdigest()
     manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
@@ -101,8 +102,8 @@ def assert_robust(
         named = ", ".join(map(str, places[:_NAMED])) + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
         names = ", ".join(f"{spec.name} ({spec.norm})" for spec in specs)
         raise AssertionError(
-            f"robust accuracy {robust_accuracy:.4g} is below {at_least:.4g}: {len(images) - len(places)} of {len(images)} images "
-            f"withstand {names} at eps {eps} (clean accuracy {clean_accuracy:.4g}); broken: {named}"
+            f"robust accuracy {robust_accuracy:.4g} is below {at_least:.4g}: {len(images) - len(places)} of {len(images)} "
+            f"images withstand {names} at eps {eps} (clean accuracy {clean_accuracy:.4g}); broken: {named}"
         )
     return robust_accuracy
 

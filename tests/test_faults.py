@@ -67,7 +67,8 @@ def run(capfd):
 
 def evaluation(workplace, out, factory="build", dataset="images"):
     model = f"{workplace / 'model.py'}:{factory}"
-    return ("eval", "--model", model, "--dataset", workplace / dataset, "--attack", "fgsm", "--attack", "pgd", "--chunk-size", 1, "--out", out)
+    attacks = ("--attack", "fgsm", "--attack", "pgd")
+    return ("eval", "--model", model, "--dataset", workplace / dataset, *attacks, "--chunk-size", 1, "--out", out)
 
 
 @pytest.fixture(scope="module")

@@ -97,14 +97,15 @@ class Measurement(Record):
 
     @model_validator(mode="after")
     def _check_bitmap(self) -> Measurement:
-        if len(self.robust) != 2 * math.ceil(self.n / 8):
-            raise _mistake(f"the bitmap must have {math.ceil(self.n / 8)} bytes for {self.n} images, has {len(self.robust) // 2}")
+        size_bytes, expected = len(self.robust) // 2, math.ceil(self.n / 8)
+        if size_bytes != expected:
+            raise _mistake(f"the bitmap must have {expected} bytes for {self.n} images, has {size_bytes}")
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.robust), dtype=np.uint8))
         if bits[self.n :].any():
             raise _mistake(f"the bitmap has bits beyond its {self.n} images")
         count = int(bits.sum())
         if not math.isclose(self.robust_accuracy, count / self.n, abs_tol=1e-9):
-            raise _mistake(f"robust_accuracy is {self.robust_accuracy}, but {count} of {self.n} images are robust in the bitmap")
+            raise _mistake(f"robust_accuracy is {self.robust_accuracy}, the bitmap says {count} of {self.n} images")
         return self
 
 
@@ -150,12 +151,13 @@ class Baseline(Record):
         if self.config_sha256 != fingerprint_of(self.protocol):
             raise _mistake("protocol does not have the hash config_sha256: one was edited without the other")
         dataset = self.protocol.get("dataset")
-        if not isinstance(dataset, dict) or not isinstance(dataset.get("n"), int):
+        n = dataset.get("n") if isinstance(dataset, dict) else None
+        if not isinstance(n, int):
             raise _mistake("protocol must hold dataset.n")
         for place, of_model in enumerate(self.models):
             for measurement in of_model.measurements:
-                if measurement.n != dataset["n"]:
-                    raise _mistake(f"models.{place} has a measurement of {measurement.n} images, the data set has {dataset['n']}")
+                if measurement.n != n:
+                    raise _mistake(f"models.{place} has a measurement of {measurement.n} images, the data set has {n}")
         return self
 
 
@@ -251,7 +253,8 @@ def read_baseline(path: Path) -> Baseline:
         where = ".".join(str(part) for part in mistake["loc"])
         message = " ".join(mistake["msg"].split())
         raise BaselineError(
-            f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, or rewrite it with --update --run FOLDER"
+            f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
+            "or rewrite it with --update --run FOLDER"
         ) from None
 
 

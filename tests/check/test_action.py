@@ -73,7 +73,8 @@ def test_script_annotates_and_writes_files(step, tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(document))
     sys_path = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
     draw = "import test_command, pathlib; test_command.make_workplace(pathlib.Path('.'), 50)"
-    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env={**os.environ, "PYTHONPATH": sys_path}, check=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": sys_path}
+    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True, timeout=60)
     done = run_script(step, tmp_path, ARGUMENTS="--device\ncpu\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("::notice title=Robustness::no fall beyond chance")

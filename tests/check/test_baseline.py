@@ -76,7 +76,9 @@ CORRUPTIONS = {
     "short bitmap": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="ff"),
     "odd bitmap": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="f"),
     "foreign letters": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="zz" * 7),
-    "bits beyond the last image": lambda d: edit(d, "models", 0, "measurements", 0).update(robust="80" + "00" * 5 + "01", robust_accuracy=2 / 53),
+    "bits beyond the last image": lambda d: edit(d, "models", 0, "measurements", 0).update(
+        robust="80" + "00" * 5 + "01", robust_accuracy=2 / 53
+    ),
     "edited accuracy": lambda d: edit(d, "models", 0, "measurements", 0).update(robust_accuracy=0.99),
     "other number of images": lambda d: edit(d, "models", 0, "measurements", 0).update(n=49),
     "huge n": lambda d: edit(d, "models", 0, "measurements", 0).update(n=10**15),

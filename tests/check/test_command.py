@@ -57,7 +57,9 @@ def make_workplace(folder, n):
     draw_images(folder / "images", n)
 
 
-EVAL = ("eval", "--model", "model.py:build", "--dataset", "images", "--attack", "pgd", "--eps", "1/255,4/255,12/255", "--steps", 5)
+EVAL = (
+    "eval", "--model", "model.py:build", "--dataset", "images", "--attack", "pgd", "--eps", "1/255,4/255,12/255", "--steps", 5,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,16 @@ def test_update_rewrites_on_purpose(run, own):
     assert run("check", "b.json", cwd=own)[0] == 0
 
 
+def test_a_damaged_baseline_is_made_anew_from_a_run_alone(run, own, caplog):
+    good = (own / "b.json").read_bytes()
+    (own / "b.json").write_bytes(good[:100])
+    assert run("check", "b.json", "--update", cwd=own)[0] == 2
+    code, _, err = run("check", "b.json", "--update", "--run", find_runs(own / "runs")[0], cwd=own)
+    assert code == 0, err
+    assert "made anew" in caplog.text
+    assert (own / "b.json").read_bytes() == good
+
+
 def test_moved_models_and_images_are_found_again(run, workplace, tmp_path):
     shutil.copytree(workplace / "images", tmp_path / "images")
     (tmp_path / "src").mkdir()
@@ -222,7 +234,8 @@ def test_moved_models_and_images_are_found_again(run, workplace, tmp_path):
 
 def test_every_format_at_once(run, own):
     summary = own / "summary.md"
-    asked = ("--format", "text", "--format", "github", "--format", "json=r.json", "--format", "junit=r.xml", "--format", "markdown=r.md")
+    formats = ("text", "github", "json=r.json", "junit=r.xml", "markdown=r.md")
+    asked = [word for each in formats for word in ("--format", each)]
     os.environ["GITHUB_STEP_SUMMARY"] = str(summary)
     try:
         code, out, err = run("check", "b.json", "--run", find_runs(own / "runs")[0], *asked, cwd=own)
@@ -281,7 +294,10 @@ def test_ctrl_c(workplace, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "lrrobust", "check", workplace / "b.json", "--weights-may-change"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
+        env={
+            **os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(tmp_path / "tmp"),
+        },  # fmt: skip
     )
     while process.poll() is None and not list((tmp_path / "tmp").glob("lrrobust-check-*/*/parts/*.parquet")):
         time.sleep(0.02)
