@@ -33,7 +33,7 @@ class Effort:
 
 
 class Attack:
-    """The attack that a checked spec describes: proposes adversarial images; whether one is adversarial is for the caller to judge.
+    """The attack that a checked spec describes: it proposes images; whether they are adversarial the caller judges.
 
     Calling it takes the model, images (N, 3, H, W) in [0, 1], float32 or float64, their labels (N,),
     int64, on the model's device, how many images may pass through the model at once, and two

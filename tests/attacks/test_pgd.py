@@ -96,7 +96,7 @@ def start_at(patch, delta, eps):
 
 @NORMS
 def test_without_a_random_start_iterates_are_those_of_torchattacks(norm, trained, attack_with):
-    model, images, labels = (part.double() if isinstance(part, nn.Module) or part.is_floating_point() else part for part in trained)
+    model, images, labels = trained[0].double(), trained[1][:80].double(), trained[2][:80]
     try:
         attacked = attack_with(pgd(norm, random_start=False), model, images, labels)
         stood_all = 0
@@ -105,14 +105,14 @@ def test_without_a_random_start_iterates_are_those_of_torchattacks(norm, trained
             torch.testing.assert_close(proposals[~is_broken], theirs[~is_broken], atol=1e-6, rtol=0)
             assert (model(theirs[is_broken]).argmax(1) != labels[is_broken]).float().mean() > 0.9
             stood_all += (~is_broken).sum()
-        assert stood_all > 100
+        assert stood_all > 50
     finally:
         model.float()
 
 
 @NORMS
 def test_confident_models_are_attacked_as_well_as_others(norm, trained, attack_with):
-    model, images, labels = trained
+    model, images, labels = trained[0], trained[1][:80], trained[2][:80]
 
     class Confident(nn.Module):
         def forward(self, images):
@@ -154,7 +154,8 @@ def test_random_starts_follow_the_image_alone(norm, grey, attack_with):
     assert torch.equal(whole.proposals, small.proposals)
     assert torch.equal(whole.proposals, reverse.proposals.flip(1))
     assert torch.equal(whole.proposals[:, [7, 30, 2]], few.proposals)
-    others = [attack_with(spec, Flat(1), images, labels, seed="other"), attack_with(pgd(norm, 0.1, 0.2, steps=2), Flat(1), images, labels)]
+    once = pgd(norm, 0.1, 0.2, steps=2)
+    others = [attack_with(spec, Flat(1), images, labels, seed="other"), attack_with(once, Flat(1), images, labels)]
     starts = torch.cat([run.proposals.flatten(0, 1) for run in [whole, *others]]).flatten(1)
     assert len(starts.unique(dim=0)) == 3 * 64
 
@@ -200,7 +201,7 @@ def test_batches_change_nothing_but_rounding(norm, batch_size, trained, attack_w
 
 @NORMS
 def test_a_broken_image_costs_no_further_step(norm, trained, attack_with):
-    model, images, labels = trained
+    model, images, labels = trained[0], trained[1][:80], trained[2][:80]
     attacked = attack_with(pgd(norm), model, images, labels)
     passes, is_broken = attacked.effort.forward_passes, attacked.is_broken
     assert (passes[~is_broken] == 20).all()
