@@ -28,7 +28,7 @@ BASELINE_SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
 #: What a manifest says about a session; all else decides rows, and is part of the comparison.
-_SESSION_KEYS = {"fingerprint", "created_at", "command", "provenance", "sessions", "request", "position"}
+_SESSION_KEYS = {"fingerprint", "created_at", "command", "class_names", "provenance", "sessions", "request", "position"}
 
 Text = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
