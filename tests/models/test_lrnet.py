@@ -59,7 +59,7 @@ def test_network_agrees_with_its_reference_in_double_precision(size, seeded, mon
 
     def spy(*tensors, **options):
         used.append(tensors[0].dtype)
-        return op(*tensors, **options, backend="cpu" if tensors[0].dtype == torch.float32 else "reference")
+        return op(*tensors, **{**options, "backend": "cpu" if tensors[0].dtype == torch.float32 else "reference"})
 
     monkeypatch.setattr(lrnet, "local_relation", spy)
     with torch.inference_mode():
