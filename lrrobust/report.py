@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lrrobust.errors import StoreError
-from lrrobust.results import SCHEMA_VERSION, Run, write_file
+from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
 from lrrobust.stats import median_with_failures, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
@@ -319,7 +319,7 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
 
 
 def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    attacks = {spec["name"] for spec in _required(run, "attacks") if spec["norm"] == norm}
+    attacks = {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}
     if len(attacks) < 2:
         return
     finished = verdicts.groupby("index")["attack"].nunique() == len(attacks)
@@ -348,27 +348,15 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
 
 
 def _identity(run: Run, name: str) -> dict[str, Any]:
-    weights = _required(run, "model", "weights")
+    weights = manifest_value(run, "model", "weights")
     return {
-        "model": _required(run, "model", "name"),
+        "model": manifest_value(run, "model", "name"),
         "weights": None if weights is None else str(weights),
-        "dataset": _required(run, "dataset", "name"),
+        "dataset": manifest_value(run, "dataset", "name"),
         "is_complete": run.is_complete,
         "run": name,
-        "dataset_sha256": _required(run, "dataset", "sha256"),
+        "dataset_sha256": manifest_value(run, "dataset", "sha256"),
     }
-
-
-def _required(run: Run, *keys: str) -> Any:
-    value: Any = run.manifest
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            raise StoreError(
-                f"{run.folder}/manifest.json must hold {'.'.join(keys)}, found none: "
-                "restore it, or evaluate anew in another folder"
-            )
-        value = value[key]
-    return value
 
 
 def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
@@ -380,12 +368,12 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
 def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, Sequence[Path]]) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
-        by_dataset.setdefault(_required(run, "dataset", "sha256"), {})[name] = run
+        by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
     lines = ["# Robust accuracy", "", HOW_TO_READ]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
-        name, n = _required(any_run, "dataset", "name"), _required(any_run, "dataset", "n")
+        name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
         lines += ["", f"## {name}, n = {n}", ""]
         lines += [f"Dataset sha256 `{sha256}`.", ""]
         lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]

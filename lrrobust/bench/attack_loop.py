@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import PgdSpec
+from lrrobust.bench.interleaved import wait_for
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import evaluate, plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore
@@ -94,10 +95,10 @@ def compare_attack_loops(
     rows = []
     for repeat in range(repeats):
         for name, way in ways.items():
-            _wait(images.device)
+            wait_for(images.device)
             started = time.perf_counter()
             accuracies = way()
-            _wait(images.device)
+            wait_for(images.device)
             wall_s = time.perf_counter() - started
             rows.append({"name": name, "repeat": repeat, "wall_s": wall_s, "images_per_s": len(images) / wall_s})
             if accuracies is not None:
@@ -267,8 +268,3 @@ def _seeded(run: Callable[[], list[float]], device: torch.device, seed: int) -> 
 @torch.no_grad()
 def _is_correct(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return model(images).argmax(1) == labels
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

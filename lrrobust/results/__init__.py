@@ -2,7 +2,7 @@
 
 from lrrobust.results.examples import Example, example_count
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
-from lrrobust.results.store import Run, RunStore, find_runs, fingerprint_of, load_examples, load_run, write_file
+from lrrobust.results.store import Run, RunStore, find_runs, fingerprint_of, load_examples, load_run, manifest_value, write_file
 
 __all__ = [
     "OUTCOMES",
@@ -16,6 +16,7 @@ __all__ = [
     "fingerprint_of",
     "load_examples",
     "load_run",
+    "manifest_value",
     "rows_to_table",
     "write_file",
 ]

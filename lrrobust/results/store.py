@@ -514,3 +514,20 @@ def _read_part(
     if not table.schema.equals(schema):
         raise _DamagedPart("has other columns than this version of lrrobust")
     return table, metadata
+
+
+def manifest_value(run: Run, *keys: str) -> Any:
+    """What the manifest says under nested keys.
+
+    Raises:
+        StoreError: it does not.
+    """
+    value: Any = run.manifest
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise StoreError(
+                f"{run.folder}/manifest.json must hold {'.'.join(keys)}, found none: "
+                "restore it, or evaluate anew in another folder"
+            )
+        value = value[key]
+    return value

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.errors import StoreError
 from lrrobust.report import WORST_CASE
-from lrrobust.results import Run
+from lrrobust.results import Run, manifest_value
 from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
 
 #: File beside a run's manifest that holds its diagnostics, a JSON list of `Diagnostic`.
@@ -281,23 +281,6 @@ def model_of(run: Run) -> str:
 
 def dataset_of(run: Run) -> str:
     return manifest_value(run, "dataset", "name")
-
-
-def manifest_value(run: Run, *keys: str) -> Any:
-    """What the manifest says under nested keys.
-
-    Raises:
-        StoreError: it does not.
-    """
-    value: Any = run.manifest
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            raise StoreError(
-                f"{run.folder}/manifest.json must hold {'.'.join(keys)}, found none: "
-                "restore it, or evaluate anew in another folder"
-            )
-        value = value[key]
-    return value
 
 
 def _plain_rows(run: Run, place: int) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrrobust.report import format_eps
-from lrrobust.results import Run, write_file
+from lrrobust.results import Run, manifest_value, write_file
 from lrrobust.stats import (
     bootstrap_mean_interval,
     compare_distances,
@@ -18,7 +18,7 @@ from lrrobust.stats import (
     median_with_failures,
     survival,
 )
-from lrrobust.verdict.evidence import Evidence, ModelOutcomes, PairedAttack, collect_evidence, manifest_value
+from lrrobust.verdict.evidence import Evidence, ModelOutcomes, PairedAttack, collect_evidence
 from lrrobust.verdict.records import (
     POPULATIONS,
     Claim,

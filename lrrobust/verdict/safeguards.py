@@ -15,8 +15,8 @@ import numpy as np
 from scipy.special import bdtrc
 
 from lrrobust.report import WORST_CASE, format_eps, warnings_of
-from lrrobust.results import Run
-from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded, manifest_value
+from lrrobust.results import Run, manifest_value
+from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
 from lrrobust.verdict.records import Diagnostic, Safeguard
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
