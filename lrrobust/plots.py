@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -17,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lrrobust.results import write_file
 from lrrobust.stats import wilson_interval
 
 #: Okabe and Ito's palette without its yellow, which is too pale for lines on white.
@@ -44,6 +42,8 @@ _STYLE = {
     "svg.hashsalt": "lrrobust",
     # Type 42 fonts: journals refuse matplotlib's own choice.
     "pdf.fonttype": 42,
+    # One font for all: a PDF spends most of its time on cutting fonts to size.
+    "mathtext.default": "regular",
 }
 
 
@@ -54,9 +54,12 @@ class _Axis(NamedTuple):
     is_ladder: bool
 
 
-def plot_robustness_curves(
-    summary: pd.DataFrame, norm: str, out_stem: Path, curves: pd.DataFrame | None = None
-) -> list[Path]:
+def render_robustness_curves(
+    summary: pd.DataFrame,
+    norm: str,
+    kinds: Sequence[str],
+    curves: pd.DataFrame | None = None,
+) -> dict[str, bytes]:
     """Draw robust accuracy (%) against eps with 95 % Wilson bands; eps = 0 is the clean accuracy.
 
     Each attack has a panel, each run a line told apart by colour, marker and dash. The eps axis is
@@ -65,36 +68,16 @@ def plot_robustness_curves(
 
     Args:
         summary: as made by `report.summarise`, of one dataset.
-        norm: "linf" or "l2"; rows of another norm are left out.
-        out_stem: path without suffix; ".png", ".svg" and ".pdf" are added, missing folders created.
+        norm: rows of another norm are left out.
+        kinds: of "png", "svg", "pdf".
         curves: as made by `report.minimal_norm_curves`; those attacks are then drawn as exact steps
             instead of at the eps of the ladder. Curves of runs not in `summary` are left out.
 
     Returns:
-        The PNG, the SVG and the PDF; nothing when no attack of this norm has anything to draw.
+        Kind -> content of a file; nothing when no attack of this norm has anything to draw.
 
     Raises:
         ValueError: the summary mixes datasets, which must never share a figure.
-        StoreError: the files cannot be written.
-    """
-    contents = render_robustness_curves(summary, norm, ("png", "svg", "pdf"), curves)
-    # Not with_suffix, which would cut a name at its last dot.
-    paths = {kind: Path(f"{out_stem}.{kind}") for kind in contents}
-    for kind, content in contents.items():
-        write_file(paths[kind], content)
-    return list(paths.values())
-
-
-def render_robustness_curves(
-    summary: pd.DataFrame,
-    norm: str,
-    kinds: Sequence[str],
-    curves: pd.DataFrame | None = None,
-    is_transparent: bool = False,
-) -> dict[str, bytes]:
-    """The figure of `plot_robustness_curves` as files in memory: kind ("png", "svg", "pdf") -> content.
-
-    Nothing when no attack of this norm has anything to draw. `is_transparent` leaves the paper away.
     """
     summary = summary[summary["norm"] == norm]
     if summary["dataset_sha256"].nunique() > 1:
@@ -108,12 +91,11 @@ def render_robustness_curves(
         return {}
 
     with _isolated_style():
-        figure = _draw(summary, steps, attacks, norm)
-        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
+        return _rendered(_draw(summary, steps, attacks, norm), kinds)
 
 
 def render_differences(
-    differences: pd.DataFrame, title: str, smallest: float, kinds: Sequence[str], is_transparent: bool = False
+    differences: pd.DataFrame, title: str, smallest: float, kinds: Sequence[str]
 ) -> dict[str, bytes]:
     """Draw paired differences of robust accuracy against eps, with their intervals; kind -> content.
 
@@ -124,7 +106,6 @@ def render_differences(
         title: of the figure.
         smallest: difference that matters, a fraction.
         kinds: of "png", "svg", "pdf".
-        is_transparent: leave the paper away.
 
     Raises:
         ValueError: several norms, or nothing to draw.
@@ -153,7 +134,7 @@ def render_differences(
         _finish_panels(panels, len(attacks), columns, norm)
         figure.suptitle(title, fontsize=10)
         figure.supylabel("difference (percentage points)", fontsize=9)
-        return {kind: _rendered(figure, kind, is_transparent) for kind in kinds}
+        return _rendered(figure, kinds)
 
 
 def _finish_panels(panels: Sequence[Axes], count: int, columns: int, norm: str) -> None:
@@ -277,12 +258,20 @@ def _span(counts: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _rendered(figure: Figure, kind: str, is_transparent: bool) -> bytes:
-    buffer = io.BytesIO()
-    # Dates would make the same figure differ each time.
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, transparent=is_transparent)
-    return buffer.getvalue()
+def _rendered(figure: Figure, kinds: Sequence[str]) -> dict[str, bytes]:
+    """Kind -> the figure as a file of it."""
+    # Laid out once for all kinds: the layout takes as long as the drawing. Without an engine, as None says under
+    # matplotlib's defaults, it stays.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
+    contents = {}
+    for kind in kinds:
+        buffer = io.BytesIO()
+        # Dates would make the same figure differ each time.
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+        contents[kind] = buffer.getvalue()
+    return contents
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -207,11 +207,46 @@ def summary_table(summary: pd.DataFrame) -> Table:
     )
 
 
-def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
-    """Write `robust_accuracy.csv`, `.md` and `.tex`, and a figure for each dataset and norm.
+class Drawing(NamedTuple):
+    """A figure of the runs on one set of images: what it shows in words, and kind ("png", "svg", "pdf") -> content."""
+
+    dataset_sha256: str
+    stem: str
+    description: str
+    files: Mapping[str, bytes]
+
+
+def draw_runs(runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf")) -> list[Drawing]:
+    """The figures of runs: for each set of images and norm, robust accuracy against eps.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or a folder is given twice.
+    """
+    # Matplotlib takes most of a second to load; tables do without.
+    from lrrobust.plots import render_robustness_curves
+
+    summary, curves = summarise(runs), minimal_norm_curves(runs)
+    drawings = []
+    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
+        models = ", ".join(dict.fromkeys(of_dataset["model"]))
+        for norm in of_dataset["norm"].unique():
+            stem = f"{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
+            if files := render_robustness_curves(of_dataset, norm, kinds, curves):
+                description = f"Robust accuracy against {norm} eps: {models}"
+                drawings.append(Drawing(sha256, f"robust_accuracy_{stem}", description, files))
+    return drawings
+
+
+def write_report(runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None) -> list[Path]:
+    """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
     The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
     dataset, fingerprints and versions above the numbers. Figures come as PNG, SVG and PDF.
+
+    Args:
+        runs: at least one.
+        out_dir: created where missing.
+        drawings: made by `draw_runs` of the same runs; None draws them.
 
     Returns:
         The files written.
@@ -220,25 +255,22 @@ def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
         StoreError: there are no runs, a manifest does not say what was evaluated, or `out_dir` cannot
             be written.
     """
-    # Matplotlib takes most of a second to load; tables do without.
-    from lrrobust.plots import plot_robustness_curves
-
     if not runs:
         raise StoreError("expected at least one run to report, found none: give the folder of a run")
     out_dir = Path(out_dir)
-    summary, curves = summarise(runs), minimal_norm_curves(runs)
-    figures: dict[str, list[Path]] = {}
-    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
-        for norm in of_dataset["norm"].unique():
-            stem = f"robust_accuracy_{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
-            paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
-            figures.setdefault(sha256, []).extend(paths)
+    summary = summarise(runs)
+    figures = []
+    drawings = draw_runs(runs) if drawings is None else drawings
+    for drawing in drawings:
+        for kind, content in drawing.files.items():
+            figures.append(out_dir / f"{drawing.stem}.{kind}")
+            write_file(figures[-1], content)
 
     table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
-    write_file(text, _markdown(runs, summary, figures).encode())
+    write_file(text, _markdown(runs, summary, drawings).encode())
     write_file(latex, _latex(summary).encode())
-    return [table, text, latex, *(path for paths in figures.values() for path in paths)]
+    return [table, text, latex, *figures]
 
 
 #: What the numbers of a summary mean.
@@ -365,7 +397,7 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, Sequence[Path]]) -> str:
+def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing]) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
@@ -379,9 +411,7 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, 
         lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
         table = summary_table(summary[summary["dataset_sha256"] == sha256])
         lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
-        for path in figures.get(sha256, ()):
-            if path.suffix == ".png":
-                lines += ["", f"![Robust accuracy against eps]({path.name})"]
+        lines += [f"\n![{drawing.description}]({drawing.stem}.png)" for drawing in drawings if drawing.dataset_sha256 == sha256]
     return "\n".join(lines) + "\n"
 
 
