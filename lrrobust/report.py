@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lrrobust.errors import StoreError
-from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
+from lrrobust.results import SCHEMA_VERSION, Run, distances, manifest_value, write_file
 from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
@@ -393,11 +393,6 @@ def _verdicts(run: Run) -> pd.DataFrame:
     Passes are those up to the row's eps, see `stats.passes_up_to`.
     """
     rows = run.rows
-    distance = np.where(
-        rows["norm"] == "linf",
-        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
-        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
-    )
     verdicts = pd.DataFrame(
         {
             "index": rows["index"].to_numpy(np.int64),
@@ -406,12 +401,12 @@ def _verdicts(run: Run) -> pd.DataFrame:
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
-            "distance": distance,
+            "distance": distances(rows),
             "wall_s": rows["wall_s"].to_numpy(np.float64),
         }
     )
     for name in ("forward_passes", "backward_passes"):
-        spent = rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)
+        spent = rows[name].to_numpy(np.float64, na_value=np.nan)
         for places in verdicts.groupby("attack", sort=False).indices.values():
             spent[places] = passes_up_to(verdicts["index"].to_numpy()[places], verdicts["eps"].to_numpy()[places], spent[places])
         verdicts[name] = spent
