@@ -111,14 +111,18 @@ def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
     curves = []
     for name, run in name_runs(runs).items():
         verdicts = _verdicts(run)
-        unbounded = verdicts[np.isinf(verdicts["eps"])]
-        for (attack, norm), group in unbounded.groupby(["attack", "norm"], sort=False):
-            broken_at = np.where(group["is_clean_correct"], group["distance"], 0.0)
-            steps = np.unique(np.append(broken_at[np.isfinite(broken_at)], 0.0))
-            robust = len(group) - np.searchsorted(np.sort(broken_at), steps, side="right")
-            low, high = np.transpose([wilson_interval(count, len(group)) for count in robust.tolist()])
-            curve = {"attack": attack, "norm": norm, "eps": steps, "n": len(group)}
-            curve |= {"robust_accuracy": robust / len(group), "ci_low": low, "ci_high": high}
+        for (attack, norm), group in verdicts.groupby(["attack", "norm"], sort=False):
+            if not np.isinf(group["eps"]).any():
+                continue
+            # Over all rows of an image: what an earlier attack of the suite broke has no distance of this one's.
+            images, image = np.unique(group["index"], return_inverse=True)
+            broken_at = np.full(len(images), np.inf)
+            np.minimum.at(broken_at, image, group["breaking_eps"].to_numpy())
+            n, steps = len(images), np.unique(np.append(broken_at[np.isfinite(broken_at)], 0.0))
+            robust = n - np.searchsorted(np.sort(broken_at), steps, side="right")
+            low, high = np.transpose([wilson_interval(count, n) for count in robust.tolist()])
+            curve = {"attack": attack, "norm": norm, "eps": steps, "n": n}
+            curve |= {"robust_accuracy": robust / n, "ci_low": low, "ci_high": high}
             curves.append(pd.DataFrame(_identity(run, name) | curve)[list(CURVE_COLUMNS)])
     return _stacked(curves, CURVE_COLUMNS)
 
@@ -387,10 +391,21 @@ def _summary(run: Run, name: str) -> pd.DataFrame:
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
 
+def breaking_eps(rows: pd.DataFrame) -> np.ndarray:
+    """The smallest eps at which each row of a run proves its image broken, in the row's norm.
+
+    0 where the image is wrong when clean, infinity where the row proves nothing. A distance may exceed the eps it was
+    accepted at by the tolerance of the ball, hence the minimum of both.
+    """
+    proved = np.minimum(rows["eps"].to_numpy(np.float64), distances(rows))
+    proved = np.where(rows["is_broken"].to_numpy(bool), proved, np.inf)
+    return np.where(rows["is_clean_correct"].to_numpy(bool), proved, 0.0)
+
+
 def _verdicts(run: Run) -> pd.DataFrame:
     """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known.
 
-    Passes are those up to the row's eps, see `stats.passes_up_to`.
+    Passes are those up to the row's eps, see `stats.passes_up_to`; `breaking_eps` as `breaking_eps` says.
     """
     rows = run.rows
     verdicts = pd.DataFrame(
@@ -402,6 +417,7 @@ def _verdicts(run: Run) -> pd.DataFrame:
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
             "distance": distances(rows),
+            "breaking_eps": breaking_eps(rows),
             "wall_s": rows["wall_s"].to_numpy(np.float64),
         }
     )
@@ -441,17 +457,15 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     is_finished = made.sum(axis=1) == len(attacks)
     if not is_finished.any():
         return
-    eps, distance = verdicts["eps"].to_numpy(), verdicts["distance"].to_numpy()
+    eps = verdicts["eps"].to_numpy()
+    worst, nearest = np.full((2, len(images)), np.inf)
+    np.minimum.at(worst, image, verdicts["breaking_eps"].to_numpy())
+    np.minimum.at(nearest, image, verdicts["distance"].to_numpy())
     is_clean_correct = np.ones(len(images), dtype=bool)
     is_clean_correct[image[~verdicts["is_clean_correct"].to_numpy()]] = False
-    # The smallest eps at which a row proves its image broken. A distance may exceed the eps it was accepted at by the
-    # tolerance of the ball, hence the minimum of both.
-    breaking_eps, nearest = np.where(is_clean_correct, np.inf, 0.0), np.full(len(images), np.inf)
-    np.minimum.at(breaking_eps, image, np.where(verdicts["is_broken"], np.minimum(eps, distance), np.inf))
-    np.minimum.at(nearest, image, distance)
     for at in np.unique(eps[is_finished[image]]):
-        # At eps = infinity `breaking_eps <= at` would hold for the unbroken too.
-        is_broken = (breaking_eps <= at) & np.isfinite(breaking_eps)
+        # At eps = infinity `worst <= at` would hold for the unbroken too.
+        is_broken = (worst <= at) & np.isfinite(worst)
         rows = eps == at
         spent = {
             name: np.bincount(image[rows], verdicts[name].to_numpy()[rows], len(images))
@@ -558,7 +572,9 @@ def _format_duration(wall_s: float) -> str:
 
 
 def _format_passes(forward: float, backward: float) -> str:
-    """Forward and backward passes; those that were not counted are a question mark."""
+    """Forward and backward passes; where only some were counted, a question mark stands for the others."""
+    if pd.isna(forward) and pd.isna(backward):
+        return "-"
     return "+".join("?" if pd.isna(passes) else f"{passes:.3g}" for passes in (forward, backward))
 
 
