@@ -296,7 +296,7 @@ def report(
     from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
-    from lrrobust.report import write_report
+    from lrrobust.report import draw_runs, write_report
     from lrrobust.results import find_runs, load_run
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
     from lrrobust.verdict.judge import judge_claims, write_verdicts
@@ -317,7 +317,8 @@ def report(
     verdicts = judge_claims(claims, loaded)
     print_verdicts(verdicts)
     write_verdicts(verdicts, out / "claim.json")
-    written = [*write_page(loaded, out, sys.argv, verdicts), *write_report(loaded, out)]
+    drawings = draw_runs(loaded)
+    written = [*write_page(loaded, out, sys.argv, verdicts, drawings), *write_report(loaded, out, drawings)]
     print_report(loaded, [out / "claim.json", *written])
 
 

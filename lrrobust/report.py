@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, distances, manifest_value, write_file
-from lrrobust.stats import median_with_failures, wilson_interval
+from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 WORST_CASE = "worst_case"
 
 #: Columns of a summary. Accuracies and interval are fractions, eps and median_distance pixel units of
-#: [0, 1], wall_s seconds; dataset_sha256 tells apart datasets and subsets of one name.
+#: [0, 1], wall_s seconds, passes images through the network, the mean over images of what was spent on one up to
+#: that eps (`stats.passes_up_to`), NaN where not counted; dataset_sha256 tells apart datasets and subsets of one name.
 SUMMARY_COLUMNS = (
     "model",
     "weights",
@@ -38,10 +39,15 @@ SUMMARY_COLUMNS = (
     "ci_high",
     "median_distance",
     "wall_s",
+    "forward_passes",
+    "backward_passes",
     "is_complete",
     "run",
     "dataset_sha256",
 )
+
+#: Columns of the curves over passes; units as in a summary, `passes` of one image.
+PASS_COLUMNS = ("run", "attack", "norm", "eps", "passes", "robust_accuracy")
 
 #: Columns of the curves of minimal-norm attacks; units as in a summary.
 CURVE_COLUMNS = (
@@ -105,16 +111,46 @@ def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
     curves = []
     for name, run in name_runs(runs).items():
         verdicts = _verdicts(run)
-        unbounded = verdicts[np.isinf(verdicts["eps"])]
-        for (attack, norm), group in unbounded.groupby(["attack", "norm"], sort=False):
-            broken_at = np.where(group["is_clean_correct"], group["distance"], 0.0)
-            steps = np.unique(np.append(broken_at[np.isfinite(broken_at)], 0.0))
-            robust = len(group) - np.searchsorted(np.sort(broken_at), steps, side="right")
-            low, high = np.transpose([wilson_interval(count, len(group)) for count in robust.tolist()])
-            curve = {"attack": attack, "norm": norm, "eps": steps, "n": len(group)}
-            curve |= {"robust_accuracy": robust / len(group), "ci_low": low, "ci_high": high}
+        for (attack, norm), group in verdicts.groupby(["attack", "norm"], sort=False):
+            if not np.isinf(group["eps"]).any():
+                continue
+            # Over all rows of an image: what an earlier attack of the suite broke has no distance of this one's.
+            images, image = np.unique(group["index"], return_inverse=True)
+            broken_at = np.full(len(images), np.inf)
+            np.minimum.at(broken_at, image, group["breaking_eps"].to_numpy())
+            n, steps = len(images), np.unique(np.append(broken_at[np.isfinite(broken_at)], 0.0))
+            robust = n - np.searchsorted(np.sort(broken_at), steps, side="right")
+            low, high = np.transpose([wilson_interval(count, n) for count in robust.tolist()])
+            curve = {"attack": attack, "norm": norm, "eps": steps, "n": n}
+            curve |= {"robust_accuracy": robust / n, "ci_low": low, "ci_high": high}
             curves.append(pd.DataFrame(_identity(run, name) | curve)[list(CURVE_COLUMNS)])
     return _stacked(curves, CURVE_COLUMNS)
+
+
+def pass_curves(runs: Mapping[str, Run], eps: Mapping[str, float]) -> tuple[pd.DataFrame, bool]:
+    """Robust accuracy against the passes that each attack spent on an image.
+
+    Args:
+        runs: name, as in a summary, -> run.
+        eps: norm -> the budget shown; attacks without it are left out, and those whose passes were not counted.
+
+    Returns:
+        Columns `PASS_COLUMNS`, passes ascending from 0 within each run and attack; and whether they include backward
+        passes, which older runs did not count: then no run's are, so that they compare.
+    """
+    verdicts = {name: _verdicts(run) for name, run in runs.items()}
+    shown = {name: found[found["eps"] == found["norm"].map(eps)] for name, found in verdicts.items()}
+    with_backward = all(found["backward_passes"].notna().all() for found in shown.values())
+    curves = []
+    for name, found in shown.items():
+        for (attack, norm), group in found.groupby(["attack", "norm"], sort=False):
+            spent = group["forward_passes"] + (group["backward_passes"] if with_backward else 0)
+            if spent.isna().any():
+                continue
+            passes, accuracy = curve_over_passes(spent, group["is_clean_correct"], group["is_broken"])
+            curve = {"run": name, "attack": attack, "norm": norm, "eps": eps[norm], "passes": passes, "robust_accuracy": accuracy}
+            curves.append(pd.DataFrame(curve))
+    return _stacked(curves, PASS_COLUMNS), with_backward
 
 
 def format_row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -124,8 +160,8 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True,
-    ...     "run": "first"})["eps"]
+    ...     "ci_high": 0.531, "median_distance": float("inf"), "wall_s": 75.0, "forward_passes": 20.0,
+    ...     "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
     '0.5/255'
     """
     return {
@@ -141,6 +177,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
         "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
+        "passes": _format_passes(row["forward_passes"], row["backward_passes"]),
         "run": row["run"],
     }
 
@@ -171,7 +208,8 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
     needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
-    hidden = {*shared, *(() if needs_run else ("run",))}
+    # Passes would make it wider than a terminal; files and the page have them.
+    hidden = {*shared, "passes", *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
         # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
@@ -191,6 +229,7 @@ _SORT_COLUMNS = {
     "95 % CI": "ci_low",
     "median distance": "median_distance",
     "time": "wall_s",
+    "passes": "forward_passes",
 }
 
 
@@ -207,11 +246,85 @@ def summary_table(summary: pd.DataFrame) -> Table:
     )
 
 
-def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
-    """Write `robust_accuracy.csv`, `.md` and `.tex`, and a figure for each dataset and norm.
+class Drawing(NamedTuple):
+    """A figure of the runs on one set of images: what it shows in words, and kind ("png", "svg", "pdf") -> content."""
+
+    dataset_sha256: str
+    stem: str
+    description: str
+    files: Mapping[str, bytes]
+
+
+def draw_runs(runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf")) -> list[Drawing]:
+    """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or a folder is given twice.
+    """
+    # Matplotlib takes most of a second to load; tables do without.
+    from lrrobust.plots import render_robustness_curves
+
+    named = name_runs(runs)
+    summary, curves = summarise(runs), minimal_norm_curves(runs)
+    drawings = []
+    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
+        models = ", ".join(dict.fromkeys(of_dataset["model"]))
+        stem = f"{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}"
+        for norm in of_dataset["norm"].unique():
+            if files := render_robustness_curves(of_dataset, norm, kinds, curves):
+                description = f"Robust accuracy against {norm} eps: {models}"
+                drawings.append(Drawing(sha256, f"robust_accuracy_{stem}_{norm}", description, files))
+        if files := _draw_passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset, kinds):
+            drawings.append(Drawing(sha256, f"passes_{stem}", f"Robust accuracy against passes: {models}", files))
+    return drawings
+
+
+def _draw_passes(runs: Mapping[str, Run], summary: pd.DataFrame, kinds: Sequence[str]) -> dict[str, bytes]:
+    """A panel for each norm and run of a dataset, at one eps of each norm; nothing where no passes were counted."""
+    from lrrobust.plots import label_runs, render_passes
+
+    eps = {norm: found for norm, rows in summary.groupby("norm", sort=False) if (found := telling_eps(rows)) is not None}
+    curves, with_backward = pass_curves(runs, eps)
+    if curves.empty:
+        return {}
+    labels = label_runs(summary)
+    panel = curves["run"].map(labels) + ", " + curves["norm"] + " " + curves["norm"].map({n: format_eps(e, n) for n, e in eps.items()})
+    # All runs of a norm side by side.
+    curves = curves.assign(panel=panel).sort_values("norm", key=lambda norms: norms.map(list(eps).index), kind="stable")
+    what = "forward and backward passes" if with_backward else "forward passes"
+    title = f"{summary['dataset'].iloc[0]}: robust accuracy against {what}"
+    return render_passes(curves, title, f"{what}, an image", min(3, len(runs)), kinds)
+
+
+def telling_eps(rows: pd.DataFrame) -> float | None:
+    """The eps of a norm that tells attacks apart best: where about half of the accuracy is left in the worst case.
+
+    Args:
+        rows: of a summary, of one norm and dataset.
+
+    Returns:
+        Of the finite eps above 0, that at which the mean robust accuracy of all runs is nearest to half of their
+        clean accuracy, the smallest of several; None where there is none.
+    """
+    worst = rows[rows["attack"] == WORST_CASE]
+    found = rows if worst.empty else worst
+    found = found[np.isfinite(found["eps"]) & (found["eps"] > 0)]
+    if found.empty:
+        return None
+    means = found.groupby("eps")[["robust_accuracy", "clean_accuracy"]].mean()
+    return float((means["robust_accuracy"] - means["clean_accuracy"] / 2).abs().idxmin())
+
+
+def write_report(runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None) -> list[Path]:
+    """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
     The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
     dataset, fingerprints and versions above the numbers. Figures come as PNG, SVG and PDF.
+
+    Args:
+        runs: at least one.
+        out_dir: created where missing.
+        drawings: made by `draw_runs` of the same runs; None draws them.
 
     Returns:
         The files written.
@@ -220,32 +333,30 @@ def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
         StoreError: there are no runs, a manifest does not say what was evaluated, or `out_dir` cannot
             be written.
     """
-    # Matplotlib takes most of a second to load; tables do without.
-    from lrrobust.plots import plot_robustness_curves
-
     if not runs:
         raise StoreError("expected at least one run to report, found none: give the folder of a run")
     out_dir = Path(out_dir)
-    summary, curves = summarise(runs), minimal_norm_curves(runs)
-    figures: dict[str, list[Path]] = {}
-    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
-        for norm in of_dataset["norm"].unique():
-            stem = f"robust_accuracy_{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
-            paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
-            figures.setdefault(sha256, []).extend(paths)
+    summary = summarise(runs)
+    figures = []
+    drawings = draw_runs(runs) if drawings is None else drawings
+    for drawing in drawings:
+        for kind, content in drawing.files.items():
+            figures.append(out_dir / f"{drawing.stem}.{kind}")
+            write_file(figures[-1], content)
 
     table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
-    write_file(text, _markdown(runs, summary, figures).encode())
+    write_file(text, _markdown(runs, summary, drawings).encode())
     write_file(latex, _latex(summary).encode())
-    return [table, text, latex, *(path for paths in figures.values() for path in paths)]
+    return [table, text, latex, *figures]
 
 
 #: What the numbers of a summary mean.
 HOW_TO_READ = (
     "Accuracies in percent of all images; an image misclassified without attack counts as broken. "
     "Intervals are 95 % Wilson intervals. Distances are medians over the images correct when clean, "
-    "a failed attack counting as infinite."
+    "a failed attack counting as infinite. Passes are forward + backward passes through the network, the mean of what "
+    "was spent on an image up to that eps."
 )
 
 #: Part metadata that the engine writes only where something is wrong.
@@ -280,11 +391,24 @@ def _summary(run: Run, name: str) -> pd.DataFrame:
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
 
+def breaking_eps(rows: pd.DataFrame) -> np.ndarray:
+    """The smallest eps at which each row of a run proves its image broken, in the row's norm.
+
+    0 where the image is wrong when clean, infinity where the row proves nothing. A distance may exceed the eps it was
+    accepted at by the tolerance of the ball, hence the minimum of both.
+    """
+    proved = np.minimum(rows["eps"].to_numpy(np.float64), distances(rows))
+    proved = np.where(rows["is_broken"].to_numpy(bool), proved, np.inf)
+    return np.where(rows["is_clean_correct"].to_numpy(bool), proved, 0.0)
+
+
 def _verdicts(run: Run) -> pd.DataFrame:
-    """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known."""
+    """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known.
+
+    Passes are those up to the row's eps, see `stats.passes_up_to`; `breaking_eps` as `breaking_eps` says.
+    """
     rows = run.rows
-    distance = distances(rows)
-    return pd.DataFrame(
+    verdicts = pd.DataFrame(
         {
             "index": rows["index"].to_numpy(np.int64),
             "attack": rows["attack"].to_numpy(object),
@@ -292,10 +416,17 @@ def _verdicts(run: Run) -> pd.DataFrame:
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
-            "distance": distance,
+            "distance": distances(rows),
+            "breaking_eps": breaking_eps(rows),
             "wall_s": rows["wall_s"].to_numpy(np.float64),
         }
     )
+    for name in ("forward_passes", "backward_passes"):
+        spent = rows[name].to_numpy(np.float64, na_value=np.nan)
+        for places in verdicts.groupby("attack", sort=False).indices.values():
+            spent[places] = passes_up_to(verdicts["index"].to_numpy()[places], verdicts["eps"].to_numpy()[places], spent[places])
+        verdicts[name] = spent
+    return verdicts
 
 
 def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
@@ -311,6 +442,8 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
         "ci_high": high,
         "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
         "wall_s": float(verdicts["wall_s"].sum()),
+        "forward_passes": float(verdicts["forward_passes"].mean(skipna=False)),
+        "backward_passes": float(verdicts["backward_passes"].mean(skipna=False)),
     }
 
 
@@ -318,29 +451,28 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     attacks = {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}
     if len(attacks) < 2:
         return
-    finished = verdicts.groupby("index")["attack"].nunique() == len(attacks)
-    verdicts = verdicts[verdicts["index"].map(finished)]
-    if verdicts.empty:
+    images, image = np.unique(verdicts["index"], return_inverse=True)
+    made = np.zeros((len(images), verdicts["attack"].nunique()), dtype=bool)
+    made[image, pd.factorize(verdicts["attack"])[0]] = True
+    is_finished = made.sum(axis=1) == len(attacks)
+    if not is_finished.any():
         return
-    # The smallest eps at which each row proves its image broken. A distance may exceed the eps it was
-    # accepted at by the tolerance of the ball, hence the minimum of both.
-    breaking_eps = np.minimum(verdicts["eps"], verdicts["distance"]).where(verdicts["is_broken"], np.inf)
-    verdicts = verdicts.assign(breaking_eps=breaking_eps.where(verdicts["is_clean_correct"], 0.0))
-    images = verdicts.groupby("index").agg(
-        is_clean_correct=("is_clean_correct", "first"),
-        breaking_eps=("breaking_eps", "min"),
-        distance=("distance", "min"),
-    )
-    for eps, at_eps in verdicts.groupby("eps"):
-        # At eps = infinity `breaking_eps <= eps` would hold for the unbroken too.
-        is_broken = (images["breaking_eps"] <= eps) & np.isfinite(images["breaking_eps"])
-        yield {"eps": eps} | _accuracies(
-            images.assign(
-                is_broken=is_broken,
-                distance=images["distance"].where(is_broken, np.inf),
-                wall_s=at_eps.groupby("index")["wall_s"].sum(),
-            )
-        )
+    eps = verdicts["eps"].to_numpy()
+    worst, nearest = np.full((2, len(images)), np.inf)
+    np.minimum.at(worst, image, verdicts["breaking_eps"].to_numpy())
+    np.minimum.at(nearest, image, verdicts["distance"].to_numpy())
+    is_clean_correct = np.ones(len(images), dtype=bool)
+    is_clean_correct[image[~verdicts["is_clean_correct"].to_numpy()]] = False
+    for at in np.unique(eps[is_finished[image]]):
+        # At eps = infinity `worst <= at` would hold for the unbroken too.
+        is_broken = (worst <= at) & np.isfinite(worst)
+        rows = eps == at
+        spent = {
+            name: np.bincount(image[rows], verdicts[name].to_numpy()[rows], len(images))
+            for name in ("wall_s", "forward_passes", "backward_passes")
+        }
+        columns = {"is_clean_correct": is_clean_correct, "is_broken": is_broken, "distance": np.where(is_broken, nearest, np.inf)}
+        yield {"eps": float(at)} | _accuracies(pd.DataFrame(columns | spent)[is_finished])
 
 
 def _identity(run: Run, name: str) -> dict[str, Any]:
@@ -361,7 +493,7 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, Sequence[Path]]) -> str:
+def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing]) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
@@ -375,9 +507,7 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, 
         lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
         table = summary_table(summary[summary["dataset_sha256"] == sha256])
         lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
-        for path in figures.get(sha256, ()):
-            if path.suffix == ".png":
-                lines += ["", f"![Robust accuracy against eps]({path.name})"]
+        lines += [f"\n![{drawing.description}]({drawing.stem}.png)" for drawing in drawings if drawing.dataset_sha256 == sha256]
     return "\n".join(lines) + "\n"
 
 
@@ -439,6 +569,13 @@ def _format_duration(wall_s: float) -> str:
     if wall_s < 100:
         return f"{wall_s:.3g} s"
     return f"{wall_s / 60:.1f} min" if wall_s < 6000 else f"{wall_s / 3600:.1f} h"
+
+
+def _format_passes(forward: float, backward: float) -> str:
+    """Forward and backward passes; where only some were counted, a question mark stands for the others."""
+    if pd.isna(forward) and pd.isna(backward):
+        return "-"
+    return "+".join("?" if pd.isna(passes) else f"{passes:.3g}" for passes in (forward, backward))
 
 
 def slug(name: str) -> str:

@@ -226,10 +226,15 @@ def test_doctests():
         ({"wall_s": 600.0}, "time", "10.0 min"),
         ({"wall_s": 9000.0}, "time", "2.5 h"),
         ({"weights": None}, "weights", "-"),
+        ({}, "passes", "61.2+60"),
+        ({"backward_passes": math.nan}, "passes", "61.2+?"),
+        ({"forward_passes": math.nan, "backward_passes": math.nan}, "passes", "-"),
     ],
 )
 def test_format_row(changes, heading, text):
     record = {
+        "forward_passes": 61.234,
+        "backward_passes": 60.0,
         "model": "tiny",
         "weights": "V1",
         "dataset": "sample",
@@ -296,7 +301,10 @@ class TestWriteReport:
         expected = summarise(runs).to_dict("records")
         for column in ("eps", "robust_accuracy", "ci_low", "ci_high", "median_distance", "wall_s"):
             assert [float(record[column]) for record in found] == [record[column] for record in expected], column
-        for column in set(SUMMARY_COLUMNS) - {"eps", "robust_accuracy", "ci_low", "ci_high", "median_distance"}:
+        # Passes that were not counted are empty.
+        uncounted = {"forward_passes", "backward_passes"}
+        assert {record[column] for record in found for column in uncounted} == {""}
+        for column in set(SUMMARY_COLUMNS) - {"eps", "robust_accuracy", "ci_low", "ci_high", "median_distance", *uncounted}:
             assert [record[column] for record in found] == [str(record[column]) for record in expected], column
 
     def test_files_and_text(self, tmp_path):
@@ -305,7 +313,7 @@ class TestWriteReport:
         assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 9
         text = (tmp_path / "robust_accuracy.md").read_text()
         assert "## sample, n = 5" in text and "ab" * 32 in text and "torch 2.13.0" in text and "1234abc" in text
-        assert "| tiny | V1 | pgd | linf | 1/255 | 5 | 80.0 | 40.0 | 11.8-76.9 | inf | 2.5 s | a |" in text
+        assert "| tiny | V1 | pgd | linf | 1/255 | 5 | 80.0 | 40.0 | 11.8-76.9 | inf | 2.5 s | - | a |" in text
         assert "b\\|c" in text and "INCOMPLETE" not in text and "mixed" not in text
         for path in paths:
             assert path.suffix != ".png" or f"]({path.name})" in text
@@ -313,7 +321,7 @@ class TestWriteReport:
     def test_latex(self, tmp_path):
         write_report([make_run("a_1"), make_run("b", model="100 %")], tmp_path)
         text = (tmp_path / "robust_accuracy.tex").read_text()
-        assert "tiny & V1 & pgd & linf & 1/255 & 5 & 80.0 & 40.0 & 11.8-76.9 & inf & 2.5 s & a\\_1 \\\\\n" in text
+        assert "tiny & V1 & pgd & linf & 1/255 & 5 & 80.0 & 40.0 & 11.8-76.9 & inf & 2.5 s & - & a\\_1 \\\\\n" in text
         assert r"100 \% &" in text and text.count(r"\begin{longtable}") == 1
 
     def test_says_what_a_reader_must_know(self, tmp_path):

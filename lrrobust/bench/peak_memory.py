@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from lrrobust.bench.resident_memory import resident_bytes
 
 #: Called in a process of its own with the arguments given; returns a small run that loads everything there is
 #: to load, and the run that is measured.
@@ -45,17 +46,6 @@ def _measure(sender: Connection, threads: int, prepare: Preparation, arguments: 
     torch.set_num_threads(threads)
     warm_up, run = prepare(*arguments)
     warm_up()
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     run()
-    sender.send(_resident_bytes("VmHWM") - before)
-
-
-def _resident_bytes(field: str) -> float:
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith(f"{field}:"):
-                    return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return math.nan
+    sender.send(resident_bytes("VmHWM") - before)

@@ -1,5 +1,5 @@
 """The report as one page: everything in a single HTML file that needs neither network nor server."""
 
-from lrrobust.page.build import PAGE_NAME, render_page, write_page
+from lrrobust.page.build import PAGE_NAME, write_page
 
-__all__ = ["PAGE_NAME", "render_page", "write_page"]
+__all__ = ["PAGE_NAME", "write_page"]

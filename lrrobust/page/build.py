@@ -16,27 +16,26 @@ import jinja2
 import pandas as pd
 
 import lrrobust
+from lrrobust.page.claim_figures import draw_claim
 from lrrobust.page.gallery import Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
-from lrrobust.plots import label_runs, render_differences, render_robustness_curves
+from lrrobust.plots import label_runs
 from lrrobust.report import (
     HOW_TO_READ,
-    minimal_norm_curves,
+    Drawing,
+    draw_runs,
     mixed_metadata,
     name_runs,
-    slug,
     summarise,
     summary_table,
     warnings_of,
 )
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
-from lrrobust.verdict.records import ClaimResult, Verdicts
+from lrrobust.verdict.records import ClaimResult, NotJudged, Verdicts
 
 PAGE_NAME = "report.html"
-
-_NORM_NAMES = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}
 
 #: How a verdict looks: a word, a sign that needs no colour, and a name for the style sheet.
 _SIGNS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
@@ -96,7 +95,13 @@ class _Provenance:
     command: str | None
 
 
-def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdicts: Verdicts | None = None) -> list[Path]:
+def write_page(
+    runs: Sequence[Run],
+    out_dir: Path,
+    command: Sequence[str],
+    verdicts: Verdicts | None = None,
+    drawings: Sequence[Drawing] | None = None,
+) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
 
     `per_class.csv` holds the robust accuracies by class; `comparisons.csv`, `.md` and `.tex` the paired
@@ -107,6 +112,7 @@ def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdi
         out_dir: created where missing.
         command: of the report itself, as in `sys.argv`; the page ends with it.
         verdicts: of the claims judged on these runs; None when none was.
+        drawings: made by `draw_runs` of the same runs; None draws them.
 
     Returns:
         The files written.
@@ -118,16 +124,20 @@ def write_page(runs: Sequence[Run], out_dir: Path, command: Sequence[str], verdi
     classes = summarise_classes(named)
     page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
-    write_file(page, render_page(named, classes, command, verdicts).encode())
-    return [page, table, *_write_comparisons(verdicts.results if verdicts is not None else (), Path(out_dir))]
+    if drawings is None:
+        drawings = draw_runs(runs, ["svg"])
+    judged = [] if verdicts is None else [(result, draw_claim(result)) for result in verdicts.results]
+    not_judged = () if verdicts is None else verdicts.not_judged
+    write_file(page, _render(named, classes, command, judged, not_judged, drawings).encode())
+    return [page, table, *_write_comparisons(judged, Path(out_dir))]
 
 
-def _write_comparisons(results: Sequence[ClaimResult], out_dir: Path) -> list[Path]:
-    if not results:
+def _write_comparisons(judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]], out_dir: Path) -> list[Path]:
+    if not judged:
         return []
     rows, text, latex = [], ["# Paired differences of robust accuracy"], []
     paths = [out_dir / f"comparisons.{suffix}" for suffix in ("csv", "md", "tex")]
-    for result in results:
+    for result, drawings in judged:
         claim, pairing = result.claim, result.pairing
         about = {"claim": claim.name, "dataset": pairing.dataset, "treatment": claim.treatment, "control": claim.control}
         rows += [about | comparison.model_dump() for comparison in result.comparisons]
@@ -135,10 +145,9 @@ def _write_comparisons(results: Sequence[ClaimResult], out_dir: Path) -> list[Pa
         caption = f"{claim.treatment} minus {claim.control} in percentage points, {pairing.dataset}, claim {claim.name}"
         text += ["", f"## {caption}: {result.verdict}", "", *to_markdown(table)]
         latex.append(to_latex(table, f"{caption}."))
-        for norm, _, files in _difference_figures(result, ["png", "svg", "pdf"]):
-            subset = hashlib.sha256("".join(pairing.dataset_sha256).encode()).hexdigest()[:8]
-            for kind, content in files.items():
-                paths.append(out_dir / f"differences_{slug(claim.name)}_{slug(pairing.dataset)}_{subset}_{norm}.{kind}")
+        for drawing in drawings:
+            for kind, content in drawing.files.items():
+                paths.append(out_dir / f"{drawing.stem}.{kind}")
                 write_file(paths[-1], content)
     write_file(paths[0], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
     write_file(paths[1], ("\n".join(text) + "\n").encode())
@@ -146,14 +155,15 @@ def _write_comparisons(results: Sequence[ClaimResult], out_dir: Path) -> list[Pa
     return paths
 
 
-def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequence[str], verdicts: Verdicts | None) -> str:
-    """The page's text; the same input gives the same text.
-
-    Args:
-        runs: name, as in a summary, -> run.
-        classes: made by `summarise_classes` of the same runs.
-        command, verdicts: see `write_page`.
-    """
+def _render(
+    runs: Mapping[str, Run],
+    classes: pd.DataFrame,
+    command: Sequence[str],
+    judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]],
+    not_judged: Sequence[NotJudged],
+    drawings: Sequence[Drawing],
+) -> str:
+    """The page's text; the same input gives the same text."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
         autoescape=True,
@@ -169,9 +179,9 @@ def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequenc
         style=_read("report.css"),
         script=script,
         script_sha256=digest,
-        judged=[] if verdicts is None else [_judge(result) for result in verdicts.results],
-        not_judged=[] if verdicts is None else verdicts.not_judged,
-        datasets=list(_datasets(runs, classes, per_class)),
+        judged=[_judge(result, of_claim) for result, of_claim in judged],
+        not_judged=not_judged,
+        datasets=list(_datasets(runs, classes, drawings, per_class)),
         provenance=[_provenance(name, run) for name, run in runs.items()],
         commands=_commands(runs, command),
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
@@ -185,14 +195,11 @@ def _read(name: str) -> str:
     return (resources.files("lrrobust.page") / name).read_text(encoding="utf-8")
 
 
-def _judge(result: ClaimResult) -> _Judged:
+def _judge(result: ClaimResult, drawings: Sequence[Drawing]) -> _Judged:
     return _Judged(
         result,
         _SIGNS[result.verdict],
-        [
-            _Figure(_data_uri(files["svg"]), f"{title}; the numbers are in the tables below.")
-            for _, title, files in _difference_figures(result, ["svg"], is_transparent=True)
-        ],
+        [_figure(drawing) for drawing in drawings],
         comparison_table([c for c in result.comparisons if c.is_decisive]),
         comparison_table([c for c in result.comparisons if not c.is_decisive]),
         area_table(result),
@@ -200,10 +207,14 @@ def _judge(result: ClaimResult) -> _Judged:
     )
 
 
+def _figure(drawing: Drawing) -> _Figure:
+    return _Figure(_data_uri(drawing.files["svg"]), f"{drawing.description}. The numbers are in the tables below.")
+
+
 def _datasets(
-    runs: Mapping[str, Run], classes: pd.DataFrame, per_class: dict[str, dict[str, Any]]
+    runs: Mapping[str, Run], classes: pd.DataFrame, drawings: Sequence[Drawing], per_class: dict[str, dict[str, Any]]
 ) -> Iterator[_Dataset]:
-    summary, curves = summarise(list(runs.values())), minimal_norm_curves(list(runs.values()))
+    summary = summarise(list(runs.values()))
     groups: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
         groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run
@@ -223,7 +234,7 @@ def _datasets(
             n=dataset["n"],
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
-            figures=list(_figures(rows, curves)),
+            figures=[_figure(drawing) for drawing in drawings if drawing.dataset_sha256 == sha256],
             summary=summary_table(rows),
             gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
@@ -235,26 +246,6 @@ def _examples_from(runs: Mapping[str, Run]) -> int | None:
     """Of how many images at the beginning of the subset every run keeps what is correct, where manifests say."""
     sizes = [run.manifest["model"].get("input_size") for run in runs.values()]
     return min(example_count(size, size) for size in sizes) if all(sizes) else None
-
-
-def _figures(summary: pd.DataFrame, curves: pd.DataFrame) -> Iterator[_Figure]:
-    for norm in summary["norm"].unique():
-        files = render_robustness_curves(summary, norm, ["svg"], curves, is_transparent=True)
-        if files:
-            models = ", ".join(dict.fromkeys(summary["model"]))
-            yield _Figure(_data_uri(files["svg"]), f"Robust accuracy against {_NORM_NAMES[norm]} eps: {models}. The numbers are in the table below.")
-
-
-def _difference_figures(
-    result: ClaimResult, kinds: Sequence[str], is_transparent: bool = False
-) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """Norm, title and contents of a figure of the paired differences on all images, for each norm."""
-    claim = result.claim
-    shown = [c for c in result.comparisons if c.population == "all"]
-    for norm in dict.fromkeys(c.norm for c in shown):
-        rows = pd.DataFrame([c.model_dump() for c in shown if c.norm == norm])
-        title = f"{claim.treatment} minus {claim.control}, {result.pairing.dataset}, {_NORM_NAMES[norm]}, n = {result.pairing.n}"
-        yield norm, title, render_differences(rows, title, claim.smallest_difference, kinds, is_transparent)
 
 
 def _data_uri(svg: bytes) -> str:

@@ -4,6 +4,7 @@
 - `paired`: two models on the same images: interval, test, family of tests, power.
 - `curves`: area under a robustness curve.
 - `distances`: nearest adversarial images.
+- `passes`: what attacks spent on each image.
 """
 
 from lrrobust.stats.curves import bootstrap_mean_interval, log_area_weights
@@ -15,18 +16,21 @@ from lrrobust.stats.paired import (
     paired_difference_interval,
     smallest_detectable_difference,
 )
+from lrrobust.stats.passes import curve_over_passes, passes_up_to
 from lrrobust.stats.proportions import wilson_interval
 
 __all__ = [
     "PairedDistances",
     "bootstrap_mean_interval",
     "compare_distances",
+    "curve_over_passes",
     "holm",
     "log_area_weights",
     "mcnemar_p_value",
     "mcnemar_power",
     "median_with_failures",
     "paired_difference_interval",
+    "passes_up_to",
     "smallest_detectable_difference",
     "survival",
     "wilson_interval",

@@ -1,0 +1,139 @@
+"""What all figures share: colours, signs, the grid of panels, and how figures become files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+#: Okabe and Ito's palette without its yellow, which is too pale for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+
+NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    # A constant, or the identifiers inside an SVG change each time it is written.
+    "svg.hashsalt": "lrrobust",
+    # Type 42 fonts: journals refuse matplotlib's own choice.
+    "pdf.fonttype": 42,
+    # One font for all: a PDF spends most of its time on cutting fonts to size.
+    "mathtext.default": "regular",
+}
+
+#: Inches: width and height of a panel, and what lies around panels.
+_PANEL = (2.2, 1.55)
+_LEFT, _RIGHT, _TOP, _BOTTOM, _WIDE_GAP, _HIGH_GAP, _LEGEND_LINE = 0.62, 0.15, 0.62, 0.5, 0.22, 0.52, 0.19
+
+
+def line_style(place: int) -> dict[str, str]:
+    """Colour, marker and dash of the line in that place: told apart in black and white, and by colour-blind people."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": LINES[place % len(LINES)],
+    }
+
+
+def build_panels(
+    titles: Sequence[str],
+    columns: int,
+    *,
+    title: str,
+    ylabel: str,
+    xlabels: Mapping[int, str],
+    labels: Sequence[str] = (),
+    size: tuple[float, float] | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """A grid of panels that share their vertical axis, with room for a legend below.
+
+    Laid out by fixed margins: matplotlib's constrained layout takes as long as all the drawing.
+
+    Args:
+        titles: one for each panel.
+        columns: panels side by side.
+        title, ylabel: of the whole figure.
+        xlabels: panel -> label of its horizontal axis, where it has one.
+        labels: what the legend will hold.
+        size: of a panel in inches, width and height; None: as usual.
+    """
+    rows = math.ceil(len(titles) / columns)
+    is_wide = columns > 1
+    legend_rows = math.ceil(len(labels) / (2 if is_wide or size else 1))
+    panel_width, panel_height = size or (_PANEL[0] if is_wide else 3.4, _PANEL[1])
+    # Panels that label their axis although others are below them need room for it.
+    high_gap = _HIGH_GAP + (0.2 if any(place + columns < len(titles) for place in xlabels) else 0.0)
+    width = _LEFT + columns * panel_width + (columns - 1) * _WIDE_GAP + _RIGHT
+    bottom = _BOTTOM + _LEGEND_LINE * legend_rows
+    height = _TOP + rows * panel_height + (rows - 1) * high_gap + bottom
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=_LEFT / width, right=1 - _RIGHT / width, top=1 - _TOP / height, bottom=bottom / height,
+        wspace=_WIDE_GAP / panel_width, hspace=high_gap / panel_height,
+    )  # fmt: skip
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for panel, name in zip(panels, titles):
+        panel.set_title(name)
+    for place, label in xlabels.items():
+        panels[place].set_xlabel(label)
+    for panel in panels[len(titles) :]:
+        panel.remove()
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
+    figure.supylabel(ylabel, fontsize=9, x=0.08 / width, y=(1 - _TOP / height + bottom / height) / 2)
+    return figure, panels[: len(titles)]
+
+
+def lowest_panels(count: int, columns: int) -> range:
+    """The lowest panel of each column."""
+    return range(max(0, count - columns), count)
+
+
+def add_legend(figure: Figure, handles: Mapping[str, Line2D], is_wide: bool) -> None:
+    """Label -> a line that shows it, below the panels."""
+    figure.legend(
+        list(handles.values()), list(handles), loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=2 if is_wide else 1,
+        frameon=False, handlelength=3.5, borderaxespad=0.1, labelspacing=0.25,
+    )  # fmt: skip
+
+
+def render(figure: Figure, kinds: Sequence[str]) -> dict[str, bytes]:
+    """Kind ("png", "svg", "pdf") -> the figure as a file of it."""
+    contents = {}
+    for kind in kinds:
+        buffer = io.BytesIO()
+        # Dates would make the same figure differ each time.
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+        contents[kind] = buffer.getvalue()
+    return contents
+
+
+def span(counts) -> str:
+    """The numbers of images of several lines as people read them."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+@contextmanager
+def isolated_style() -> Iterator[None]:
+    """Matplotlib's own defaults and ours inside, the user's settings again outside."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
