@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 WORST_CASE = "worst_case"
 
 #: Columns of a summary. Accuracies and interval are fractions, eps and median_distance pixel units of
-#: [0, 1], wall_s seconds; dataset_sha256 tells apart datasets and subsets of one name.
+#: [0, 1], wall_s seconds; dataset_sha256 tells apart datasets and subsets of one name. surrogate names the model that the
+#: images were made on, where it is not the model itself; robust_accuracy_quantized is NaN where it was not asked for.
 SUMMARY_COLUMNS = (
     "model",
     "weights",
+    "surrogate",
     "dataset",
     "attack",
     "norm",
@@ -36,6 +38,7 @@ SUMMARY_COLUMNS = (
     "robust_accuracy",
     "ci_low",
     "ci_high",
+    "robust_accuracy_quantized",
     "median_distance",
     "wall_s",
     "is_complete",
@@ -124,13 +127,14 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True,
+    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True,
     ...     "run": "first"})["eps"]
     '0.5/255'
     """
     return {
         "model": row["model"],
         "weights": "-" if pd.isna(row["weights"]) or not row["weights"] else row["weights"],
+        "images made on": "-" if pd.isna(row["surrogate"]) else row["surrogate"],
         "dataset": row["dataset"],
         "attack": row["attack"],
         "norm": row["norm"],
@@ -139,6 +143,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
+        "8-bit robust %": "-" if pd.isna(row["robust_accuracy_quantized"]) else _percent(row["robust_accuracy_quantized"]),
         "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "run": row["run"],
@@ -170,8 +175,9 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
     table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
-    needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
-    hidden = {*shared, *(() if needs_run else ("run",))}
+    identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
+    needs_run = len({row["run"] for row in rows}) > len(identities)
+    hidden = {*shared, *_unused(rows), *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
         # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
@@ -189,6 +195,7 @@ _SORT_COLUMNS = {
     "clean %": "clean_accuracy",
     "robust %": "robust_accuracy",
     "95 % CI": "ci_low",
+    "8-bit robust %": "robust_accuracy_quantized",
     "median distance": "median_distance",
     "time": "wall_s",
 }
@@ -197,7 +204,8 @@ _SORT_COLUMNS = {
 def summary_table(summary: pd.DataFrame) -> Table:
     """The summary of one dataset as people read it, see `format_row`."""
     rows = [(record, format_row(record)) for record in summary.to_dict("records")]
-    shown = [heading for heading in (rows[0][1] if rows else ()) if heading != "dataset"]
+    hidden = {"dataset", *_unused([texts for _, texts in rows])}
+    shown = [heading for heading in (rows[0][1] if rows else ()) if heading not in hidden]
     return Table(
         [Column(heading, heading in _TEXT_HEADINGS) for heading in shown],
         [
@@ -231,7 +239,8 @@ def write_report(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
         for norm in of_dataset["norm"].unique():
             stem = f"robust_accuracy_{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}_{norm}"
-            paths = plot_robustness_curves(of_dataset, norm, out_dir / stem, curves)
+            # Attacks on the model itself alone: transfer has its own tables.
+            paths = plot_robustness_curves(of_dataset[of_dataset["surrogate"].isna()], norm, out_dir / stem, curves)
             figures.setdefault(sha256, []).extend(paths)
 
     table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
@@ -248,11 +257,25 @@ HOW_TO_READ = (
     "a failed attack counting as infinite."
 )
 
+#: What the column of rounded images means, where there is one.
+HOW_TO_READ_QUANTIZED = (
+    "8-bit: an image counts as broken once its adversarial image still fools the model when rounded to 8 bits inside ball "
+    "and box, at the size that the model takes. The attacks do not know of the rounding: an upper bound."
+)
+
+#: Headings that are left out where no row has anything to say under them.
+_OPTIONAL_HEADINGS = ("images made on", "8-bit robust %")
+
+
+def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    return [heading for heading in _OPTIONAL_HEADINGS if all(row[heading] == "-" for row in rows)]
+
+
 #: Part metadata that the engine writes only where something is wrong.
 _WARNING_KEYS = ("randomised", "nonfinite_gradients")
 
 _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
-_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "attack", "norm"}
+_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "images made on", "attack", "norm"}
 
 
 def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
@@ -296,10 +319,22 @@ def _verdicts(run: Run) -> pd.DataFrame:
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
+            "is_broken_quantized": _is_broken_quantized(run),
             "distance": distance,
             "wall_s": rows["wall_s"].to_numpy(np.float64),
         }
     )
+
+
+def _is_broken_quantized(run: Run) -> np.ndarray:
+    """By row 1.0 or 0.0: broken also when adversarial images are held in 8 bits; NaN where that was not asked for."""
+    rows = run.rows
+    if run.manifest.get("real_pixels") is None:
+        return np.full(len(rows), np.nan)
+    is_broken = rows["is_broken_quantized"].fillna(False).to_numpy(bool)
+    # Attacks that leave broken images out leave out those that are broken in 8 bits.
+    is_broken |= (rows["outcome"] == "broken_by_earlier_attack").to_numpy(bool)
+    return (is_broken | ~rows["is_clean_correct"].to_numpy(bool)).astype(np.float64)
 
 
 def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
@@ -313,6 +348,7 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
         "robust_accuracy": robust / n,
         "ci_low": low,
         "ci_high": high,
+        "robust_accuracy_quantized": float(1 - verdicts["is_broken_quantized"].mean()),
         "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
         "wall_s": float(verdicts["wall_s"].sum()),
     }
@@ -330,17 +366,25 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     # accepted at by the tolerance of the ball, hence the minimum of both.
     breaking_eps = np.minimum(verdicts["eps"], verdicts["distance"]).where(verdicts["is_broken"], np.inf)
     verdicts = verdicts.assign(breaking_eps=breaking_eps.where(verdicts["is_clean_correct"], 0.0))
+    # The distance of a rounded image is not in the rows: it counts from the eps of its row, at any distance at the latest.
+    row_eps = verdicts["eps"].clip(upper=np.finfo(np.float64).max)
+    quantized_eps = row_eps.where(verdicts["is_broken_quantized"] == 1, np.inf)
+    verdicts = verdicts.assign(quantized_eps=quantized_eps.where(verdicts["is_clean_correct"], 0.0))
+    is_asked = verdicts["is_broken_quantized"].notna().all()
     images = verdicts.groupby("index").agg(
         is_clean_correct=("is_clean_correct", "first"),
         breaking_eps=("breaking_eps", "min"),
+        quantized_eps=("quantized_eps", "min"),
         distance=("distance", "min"),
     )
     for eps, at_eps in verdicts.groupby("eps"):
         # At eps = infinity `breaking_eps <= eps` would hold for the unbroken too.
         is_broken = (images["breaking_eps"] <= eps) & np.isfinite(images["breaking_eps"])
+        is_quantized = (images["quantized_eps"] <= eps) & np.isfinite(images["quantized_eps"])
         yield {"eps": eps} | _accuracies(
             images.assign(
                 is_broken=is_broken,
+                is_broken_quantized=is_quantized.astype(float) if is_asked else np.nan,
                 distance=images["distance"].where(is_broken, np.inf),
                 wall_s=at_eps.groupby("index")["wall_s"].sum(),
             )
@@ -349,9 +393,11 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
 
 def _identity(run: Run, name: str) -> dict[str, Any]:
     weights = manifest_value(run, "model", "weights")
+    surrogate = run.manifest.get("surrogate")
     return {
         "model": manifest_value(run, "model", "name"),
         "weights": None if weights is None else str(weights),
+        "surrogate": None if surrogate is None else str(surrogate["name"]),
         "dataset": manifest_value(run, "dataset", "name"),
         "is_complete": run.is_complete,
         "run": name,
@@ -371,6 +417,8 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, 
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
     lines = ["# Robust accuracy", "", HOW_TO_READ]
+    if summary["robust_accuracy_quantized"].notna().any():
+        lines += ["", HOW_TO_READ_QUANTIZED]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
@@ -396,6 +444,8 @@ def _describe(run: Run, name: str) -> str:
     """One line on a run: identity, versions, and all that a reader must know to trust its numbers."""
     manifest = run.manifest
     text = f"`{name}`: {manifest['model']['name']}, weights {manifest['model']['weights'] or '-'}"
+    if manifest.get("surrogate"):
+        text += f", judging images made on {manifest['surrogate']['name']}"
     text += f", fingerprint `{manifest['fingerprint']}`, schema {SCHEMA_VERSION}"
     provenance = manifest.get("provenance") or {}
     versions = provenance.get("versions")

@@ -22,6 +22,7 @@ from lrrobust.page.verdict_tables import area_table, comparison_table, norm_tabl
 from lrrobust.plots import label_runs, render_differences, render_robustness_curves
 from lrrobust.report import (
     HOW_TO_READ,
+    HOW_TO_READ_QUANTIZED,
     minimal_norm_curves,
     mixed_metadata,
     name_runs,
@@ -32,6 +33,8 @@ from lrrobust.report import (
 )
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
+from lrrobust.transfer import transfer_matrix
+from lrrobust.transfer_report import HOW_TO_READ_TRANSFER, find_transfer, transfer_table
 from lrrobust.verdict.records import ClaimResult, Verdicts
 
 PAGE_NAME = "report.html"
@@ -82,6 +85,9 @@ class _Dataset:
     notices: Sequence[str]
     figures: Sequence[_Figure]
     summary: Table
+    is_quantized: bool
+    transfer: Table
+    transfer_findings: Sequence[str]
     gallery: Gallery
     examples_from: int | None
     classes: Sequence[_Classes]
@@ -177,6 +183,8 @@ def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequenc
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
         per_class=per_class,
         how_to_read=HOW_TO_READ,
+        how_to_read_quantized=HOW_TO_READ_QUANTIZED,
+        how_to_read_transfer=HOW_TO_READ_TRANSFER,
         infinity=math.inf,
     )
 
@@ -223,8 +231,12 @@ def _datasets(
             n=dataset["n"],
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
-            figures=list(_figures(rows, curves)),
+            # Attacks on the model itself alone: transfer has its own table.
+            figures=list(_figures(rows[rows["surrogate"].isna()], curves)),
             summary=summary_table(rows),
+            is_quantized=bool(rows["robust_accuracy_quantized"].notna().any()),
+            transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
+            transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],
             gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
             classes=tables,
@@ -282,6 +294,7 @@ def _provenance(name: str, run: Run) -> _Provenance:
         "model": model["name"],
         "weights": model["weights"],
         "parameters (sha256)": model.get("state_sha256"),
+        "images made on": (manifest.get("surrogate") or {}).get("name"),
         "images": f"{dataset['name']}, {dataset['n']} images",
         "images (sha256)": dataset["sha256"],
         "fingerprint": manifest["fingerprint"],
