@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.errors import StoreError
 from lrrobust.report import WORST_CASE
-from lrrobust.results import Run, manifest_value
+from lrrobust.results import Run, breaking_eps, manifest_value
 from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
 
@@ -292,15 +292,6 @@ def dataset_of(run: Run) -> str:
 def _plain_rows(run: Run, place: int) -> pd.DataFrame:
     """The columns that count, in plain dtypes."""
     rows = run.rows
-    distance = np.where(
-        rows["norm"] == "linf",
-        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
-        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
-    )
-    is_correct, is_broken = rows["is_clean_correct"].to_numpy(bool), rows["is_broken"].to_numpy(bool)
-    eps = rows["eps"].to_numpy(np.float64)
-    # A distance may exceed the eps it was accepted at by the tolerance of the ball.
-    breaking = np.where(is_correct, np.where(is_broken, np.minimum(eps, distance), np.inf), 0.0)
     return pd.DataFrame(
         {
             "run": place,
@@ -308,11 +299,11 @@ def _plain_rows(run: Run, place: int) -> pd.DataFrame:
             "image": (rows["wnid"] + "\n" + rows["key"]).to_numpy(object),
             "attack": rows["attack"].to_numpy(object),
             "norm": rows["norm"].to_numpy(object),
-            "eps": eps,
-            "is_clean_correct": is_correct,
-            "is_broken": is_broken,
+            "eps": rows["eps"].to_numpy(np.float64),
+            "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
+            "is_broken": rows["is_broken"].to_numpy(bool),
             "is_rejected": (rows["outcome"] == "rejected").to_numpy(bool),
-            "breaking_eps": breaking,
+            "breaking_eps": breaking_eps(rows),
         }
     )
 
