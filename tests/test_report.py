@@ -226,12 +226,18 @@ def test_doctests():
         ({"wall_s": 600.0}, "time", "10.0 min"),
         ({"wall_s": 9000.0}, "time", "2.5 h"),
         ({"weights": None}, "weights", "-"),
+        ({}, "images made on", "-"),
+        ({"surrogate": "other"}, "images made on", "other"),
+        ({}, "8-bit robust %", "-"),
+        ({"robust_accuracy_quantized": 0.4}, "8-bit robust %", "40.0"),
     ],
 )
 def test_format_row(changes, heading, text):
     record = {
         "model": "tiny",
         "weights": "V1",
+        "surrogate": None,
+        "robust_accuracy_quantized": math.nan,
         "dataset": "sample",
         "attack": "pgd",
         "norm": "linf",
@@ -297,7 +303,8 @@ class TestWriteReport:
         for column in ("eps", "robust_accuracy", "ci_low", "ci_high", "median_distance", "wall_s"):
             assert [float(record[column]) for record in found] == [record[column] for record in expected], column
         for column in set(SUMMARY_COLUMNS) - {"eps", "robust_accuracy", "ci_low", "ci_high", "median_distance"}:
-            assert [record[column] for record in found] == [str(record[column]) for record in expected], column
+            told = ["" if pd.isna(record[column]) else str(record[column]) for record in expected]
+            assert [record[column] for record in found] == told, column
 
     def test_files_and_text(self, tmp_path):
         paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)
