@@ -580,6 +580,10 @@ def _rows(
             wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
             was_broken_before = broken_earlier_at <= step.eps and not is_broken
+            is_broken_quantized = None
+            if in_8_bits and is_broken:
+                in_8_bits_at = min(quantized_at, broken_earlier_at)
+                is_broken_quantized = math.isfinite(in_8_bits_at) and in_8_bits_at <= step.eps
             # A minimal-norm attack's image beyond eps is no proposal at eps.
             is_beyond = task.spec.minimises and ever_broken and not is_broken
             has_proposal = is_clean_correct and not is_beyond and not was_broken_before
@@ -608,7 +612,7 @@ def _rows(
                     "linf_distance": linf if is_broken else None,
                     "l2_distance": l2 if is_broken else None,
                     "l1_distance": l1 if is_broken else None,
-                    "is_broken_quantized": quantized_at <= step.eps if is_broken and in_8_bits else None,
+                    "is_broken_quantized": is_broken_quantized,
                     "clean_margin": clean_margin,
                     "adversarial_margin": (margin if is_broken else last_margin) if has_proposal else None,
                     "wall_s": wall_s,

@@ -93,8 +93,9 @@ SCHEMA = pa.schema(
             "is_broken_quantized",
             pa.bool_(),
             "yes or no",
-            "the verified adversarial image, rounded to 8 bits inside ball and box, is still misclassified; "
-            "null without one, or when this was not asked for",
+            "a verified adversarial image rounded to 8 bits inside ball and box is still misclassified, one of this "
+            "attack or of an earlier one whose survivors it attacks; null without an adversarial image of this attack, "
+            "or when this was not asked for",
             nullable=True,
         ),
         _column(
