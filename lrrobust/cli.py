@@ -1,6 +1,6 @@
 """The command line: parse, call, say what came of it, choose the exit code.
 
-Exit codes: 0 done, 1 `check` found a regression, 2 wrong input or a failure the message explains, 130 interrupted.
+Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the message explains, 130 interrupted.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 
@@ -94,6 +94,17 @@ def evaluate(
         Optional[list[str]],
         typer.Option(help="Weights file (.safetensors, .pt), torchvision weights name, or none; once for each --model."),
     ] = None,
+    surrogate: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--surrogate",
+            help="Attack this model instead, and judge on each --model the images made on it (transfer); repeatable. "
+            "A model that is its own surrogate is attacked itself.",
+        ),
+    ] = None,
+    surrogate_weights: Annotated[
+        Optional[list[str]], typer.Option(help="As --weights; once for each --surrogate.")
+    ] = None,
     classes: Annotated[
         Optional[str],
         typer.Option(help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, or a text file."),
@@ -109,6 +120,14 @@ def evaluate(
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,
+    quantize: Annotated[
+        bool,
+        typer.Option("--quantize", help="Judge adversarial images rounded to 8 bits as well; attacks go on until those break."),
+    ] = False,
+    save_adversarial: Annotated[
+        bool,
+        typer.Option("--save-adversarial", help="Keep the rounded images that are still adversarial, for `lrrobust export`."),
+    ] = False,
     chunk_size: Annotated[int, typer.Option(min=1, help="Images stored together; part of a run's identity.")] = DEFAULT_CHUNK_SIZE,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images passed through the model at once; part of a run's identity.")
@@ -127,6 +146,8 @@ def evaluate(
         models=tuple(model),
         attacks=tuple([*(attack or []), *(suite or [])]) or ("standard",),
         weights=tuple(weights or ()),
+        surrogates=tuple(surrogate or ()),
+        surrogate_weights=tuple(surrogate_weights or ()),
         dataset=dataset,
         classes=classes,
         input_size=input_size,
@@ -139,6 +160,8 @@ def evaluate(
         steps=steps,
         restarts=restarts,
         precision=precision,
+        quantize=quantize,
+        save_adversarial=save_adversarial,
         chunk_size=chunk_size,
         batch_size=batch_size,
         device=device,
@@ -298,6 +321,7 @@ def report(
     from lrrobust.page import write_page
     from lrrobust.report import draw_runs, write_report
     from lrrobust.results import find_runs, load_run
+    from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
@@ -318,8 +342,47 @@ def report(
     print_verdicts(verdicts)
     write_verdicts(verdicts, out / "claim.json")
     drawings = draw_runs(loaded)
-    written = [*write_page(loaded, out, sys.argv, verdicts, drawings), *write_report(loaded, out, drawings)]
+    written = [
+        *write_page(loaded, out, sys.argv, verdicts, drawings),
+        *write_report(loaded, out, drawings),
+        *write_transfer(loaded, out),
+    ]
     print_report(loaded, [out / "claim.json", *written])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run made with --save-adversarial.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder of the images and their index.", show_default="reports/adversarial/RUN")
+    ] = None,
+) -> None:
+    """Write the 8-bit adversarial images of a run as PNG files, with an index (Parquet)."""
+    from lrrobust.console import print_export
+    from lrrobust.export import export_adversarial
+    from lrrobust.results import load_run
+
+    loaded = load_run(run)
+    print_export(export_adversarial(loaded, out if out is not None else Path("reports/adversarial") / run.resolve().name))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Images written by `lrrobust export`.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="As for eval: the model of the run, or any other.")],
+    weights: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
+    input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Read exported images back and judge them again: exit code 1 when one no longer fools the model it was made for."""
+    from lrrobust.console import print_verification
+    from lrrobust.run import choose_device, load_named
+    from lrrobust.verify import verify_export
+
+    found, is_same_model = verify_export(folder, load_named(model, weights, input_size=input_size), choose_device(device))
+    print_verification(found, is_same_model)
+    is_failed = is_same_model and any(each.adversarial < each.n for each in found)
+    raise typer.Exit(1 if is_failed else 0)
 
 
 @app.command()

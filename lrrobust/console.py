@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from lrrobust.check.baseline import Baseline
     from lrrobust.data.evaluation_set import EvaluationSet
     from lrrobust.evaluation.engine import Task
+    from lrrobust.export import Exported
     from lrrobust.results import Run
     from lrrobust.run import Evaluation
     from lrrobust.training.trainer import Progress as TrainingState
     from lrrobust.training.trainer import Training
     from lrrobust.verdict.records import Verdicts
+    from lrrobust.verify import Verification
 
 #: Width of tables in files and logs, which wrap nothing.
 _LOG_WIDTH = 140
@@ -79,7 +81,8 @@ class EvaluationProgress:
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
         self._bar = _build_bar()
-        self._name = evaluation.manifest["model"]["name"]
+        surrogate = evaluation.manifest.get("surrogate")
+        self._name = evaluation.manifest["model"]["name"] + (f" (attacking {surrogate['name']})" if surrogate else "")
         self._parts_done = 0
         self._is_resumed = False
         #: Forward passes that the parts still to do need at most, and those that finished parts would
@@ -199,6 +202,24 @@ def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:
     _print_table(runs)
     for path in written:
         _notice(f"wrote {path}")
+
+
+def print_export(export: Exported) -> None:
+    """How many images were written, and where."""
+    _notice(f"wrote {len(export.rows)} adversarial images of {export.about['model']['name']} to {export.folder}")
+    _notice(f"`lrrobust verify {export.folder} --model ...` reads them back and judges them again")
+
+
+def print_verification(found: Sequence[Verification], is_same_model: bool) -> None:
+    """What a model makes of exported images, attack by attack."""
+    columns = ("attack", "images", "within eps", "correct when clean", "adversarial", "predicted as recorded")
+    table = Table(*columns, title="exported images, read back and judged again")
+    for each in found:
+        counts = (each.n, each.in_ball, each.clean_correct, each.adversarial, each.as_recorded)
+        table.add_row(each.attack, *map(str, counts))
+    _tables.print(table)
+    if not is_same_model:
+        _notice("this is not the model that the images were verified with: they need not be adversarial for it")
 
 
 def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:

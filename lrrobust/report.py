@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lrrobust.errors import StoreError
-from lrrobust.results import SCHEMA_VERSION, Run, distances, manifest_value, write_file
+from lrrobust.results import SCHEMA_VERSION, Run, breaking_eps, distances, manifest_value, write_file
 from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
@@ -25,9 +25,12 @@ WORST_CASE = "worst_case"
 #: Columns of a summary. Accuracies and interval are fractions, eps and median_distance pixel units of
 #: [0, 1], wall_s seconds, passes images through the network, the mean over images of what was spent on one up to
 #: that eps (`stats.passes_up_to`), NaN where not counted; dataset_sha256 tells apart datasets and subsets of one name.
+#: surrogate names the model that the images were made on, where it is not the model itself; robust_accuracy_quantized is
+#: NaN where it was not asked for.
 SUMMARY_COLUMNS = (
     "model",
     "weights",
+    "surrogate",
     "dataset",
     "attack",
     "norm",
@@ -37,6 +40,7 @@ SUMMARY_COLUMNS = (
     "robust_accuracy",
     "ci_low",
     "ci_high",
+    "robust_accuracy_quantized",
     "median_distance",
     "wall_s",
     "forward_passes",
@@ -160,13 +164,14 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "median_distance": float("inf"), "wall_s": 75.0, "forward_passes": 20.0,
-    ...     "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
+    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"),
+    ...     "wall_s": 75.0, "forward_passes": 20.0, "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
     '0.5/255'
     """
     return {
         "model": row["model"],
         "weights": "-" if pd.isna(row["weights"]) or not row["weights"] else row["weights"],
+        "images made on": "-" if pd.isna(row["surrogate"]) else row["surrogate"],
         "dataset": row["dataset"],
         "attack": row["attack"],
         "norm": row["norm"],
@@ -175,6 +180,7 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
+        "8-bit robust %": "-" if pd.isna(row["robust_accuracy_quantized"]) else _percent(row["robust_accuracy_quantized"]),
         "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "passes": _format_passes(row["forward_passes"], row["backward_passes"]),
@@ -207,9 +213,10 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
     table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
-    needs_run = len({row["run"] for row in rows}) > len({(row["dataset"], row["model"], row["weights"]) for row in rows})
+    identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
+    needs_run = len({row["run"] for row in rows}) > len(identities)
     # Passes would make it wider than a terminal; files and the page have them.
-    hidden = {*shared, "passes", *(() if needs_run else ("run",))}
+    hidden = {*shared, "passes", *_unused(rows), *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
         # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
@@ -227,6 +234,7 @@ _SORT_COLUMNS = {
     "clean %": "clean_accuracy",
     "robust %": "robust_accuracy",
     "95 % CI": "ci_low",
+    "8-bit robust %": "robust_accuracy_quantized",
     "median distance": "median_distance",
     "time": "wall_s",
     "passes": "forward_passes",
@@ -236,7 +244,8 @@ _SORT_COLUMNS = {
 def summary_table(summary: pd.DataFrame) -> Table:
     """The summary of one dataset as people read it, see `format_row`."""
     rows = [(record, format_row(record)) for record in summary.to_dict("records")]
-    shown = [heading for heading in (rows[0][1] if rows else ()) if heading != "dataset"]
+    hidden = {"dataset", *_unused([texts for _, texts in rows])}
+    shown = [heading for heading in (rows[0][1] if rows else ()) if heading not in hidden]
     return Table(
         [Column(heading, heading in _TEXT_HEADINGS) for heading in shown],
         [
@@ -267,6 +276,8 @@ def draw_runs(runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"))
     named = name_runs(runs)
     summary, curves = summarise(runs), minimal_norm_curves(runs)
     drawings = []
+    # Attacks on the model itself alone: transfer has its own tables.
+    summary = summary[summary["surrogate"].isna()]
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
         models = ", ".join(dict.fromkeys(of_dataset["model"]))
         stem = f"{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}"
@@ -359,11 +370,25 @@ HOW_TO_READ = (
     "was spent on an image up to that eps."
 )
 
+#: What the column of rounded images means, where there is one.
+HOW_TO_READ_QUANTIZED = (
+    "8-bit: an image counts as broken once its adversarial image still fools the model when rounded to 8 bits inside ball "
+    "and box, at the size that the model takes. The attacks do not know of the rounding: an upper bound."
+)
+
+#: Headings that are left out where no row has anything to say under them.
+_OPTIONAL_HEADINGS = ("images made on", "8-bit robust %")
+
+
+def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    return [heading for heading in _OPTIONAL_HEADINGS if all(row[heading] == "-" for row in rows)]
+
+
 #: Part metadata that the engine writes only where something is wrong.
 _WARNING_KEYS = ("randomised", "nonfinite_gradients")
 
 _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
-_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "attack", "norm"}
+_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "images made on", "attack", "norm"}
 
 
 def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
@@ -391,17 +416,6 @@ def _summary(run: Run, name: str) -> pd.DataFrame:
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
 
-def breaking_eps(rows: pd.DataFrame) -> np.ndarray:
-    """The smallest eps at which each row of a run proves its image broken, in the row's norm.
-
-    0 where the image is wrong when clean, infinity where the row proves nothing. A distance may exceed the eps it was
-    accepted at by the tolerance of the ball, hence the minimum of both.
-    """
-    proved = np.minimum(rows["eps"].to_numpy(np.float64), distances(rows))
-    proved = np.where(rows["is_broken"].to_numpy(bool), proved, np.inf)
-    return np.where(rows["is_clean_correct"].to_numpy(bool), proved, 0.0)
-
-
 def _verdicts(run: Run) -> pd.DataFrame:
     """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known.
 
@@ -416,6 +430,7 @@ def _verdicts(run: Run) -> pd.DataFrame:
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
+            "is_broken_quantized": _is_broken_quantized(run),
             "distance": distances(rows),
             "breaking_eps": breaking_eps(rows),
             "wall_s": rows["wall_s"].to_numpy(np.float64),
@@ -429,6 +444,17 @@ def _verdicts(run: Run) -> pd.DataFrame:
     return verdicts
 
 
+def _is_broken_quantized(run: Run) -> np.ndarray:
+    """By row 1.0 or 0.0: broken also when adversarial images are held in 8 bits; NaN where that was not asked for."""
+    rows = run.rows
+    if run.manifest.get("real_pixels") is None:
+        return np.full(len(rows), np.nan)
+    is_broken = rows["is_broken_quantized"].fillna(False).to_numpy(bool)
+    # Attacks that leave broken images out leave out those that are broken in 8 bits.
+    is_broken |= (rows["outcome"] == "broken_by_earlier_attack").to_numpy(bool)
+    return (is_broken | ~rows["is_clean_correct"].to_numpy(bool)).astype(np.float64)
+
+
 def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
     """Numbers of one attack at one eps; `verdicts` has one row for each image, at least one."""
     n, robust = len(verdicts), int((~verdicts["is_broken"]).sum())
@@ -440,6 +466,7 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
         "robust_accuracy": robust / n,
         "ci_low": low,
         "ci_high": high,
+        "robust_accuracy_quantized": float(1 - verdicts["is_broken_quantized"].mean()),
         "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
         "wall_s": float(verdicts["wall_s"].sum()),
         "forward_passes": float(verdicts["forward_passes"].mean(skipna=False)),
@@ -458,28 +485,42 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     if not is_finished.any():
         return
     eps = verdicts["eps"].to_numpy()
-    worst, nearest = np.full((2, len(images)), np.inf)
+    worst, nearest, worst_quantized = np.full((3, len(images)), np.inf)
     np.minimum.at(worst, image, verdicts["breaking_eps"].to_numpy())
     np.minimum.at(nearest, image, verdicts["distance"].to_numpy())
     is_clean_correct = np.ones(len(images), dtype=bool)
     is_clean_correct[image[~verdicts["is_clean_correct"].to_numpy()]] = False
+    # The distance of a rounded image is not in the rows: it counts from the eps of its row, at any distance at the latest.
+    quantized = verdicts["is_broken_quantized"].to_numpy()
+    row_eps = np.minimum(eps, np.finfo(np.float64).max)
+    np.minimum.at(worst_quantized, image, np.where(quantized == 1, row_eps, np.inf))
+    worst_quantized[~is_clean_correct] = 0.0
+    is_asked = not np.isnan(quantized).any()
     for at in np.unique(eps[is_finished[image]]):
         # At eps = infinity `worst <= at` would hold for the unbroken too.
         is_broken = (worst <= at) & np.isfinite(worst)
+        is_quantized = (worst_quantized <= at) & np.isfinite(worst_quantized)
         rows = eps == at
         spent = {
             name: np.bincount(image[rows], verdicts[name].to_numpy()[rows], len(images))
             for name in ("wall_s", "forward_passes", "backward_passes")
         }
-        columns = {"is_clean_correct": is_clean_correct, "is_broken": is_broken, "distance": np.where(is_broken, nearest, np.inf)}
+        columns = {
+            "is_clean_correct": is_clean_correct,
+            "is_broken": is_broken,
+            "is_broken_quantized": is_quantized.astype(float) if is_asked else np.full(len(images), np.nan),
+            "distance": np.where(is_broken, nearest, np.inf),
+        }
         yield {"eps": float(at)} | _accuracies(pd.DataFrame(columns | spent)[is_finished])
 
 
 def _identity(run: Run, name: str) -> dict[str, Any]:
     weights = manifest_value(run, "model", "weights")
+    surrogate = run.manifest.get("surrogate")
     return {
         "model": manifest_value(run, "model", "name"),
         "weights": None if weights is None else str(weights),
+        "surrogate": None if surrogate is None else str(surrogate["name"]),
         "dataset": manifest_value(run, "dataset", "name"),
         "is_complete": run.is_complete,
         "run": name,
@@ -499,6 +540,8 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
     lines = ["# Robust accuracy", "", HOW_TO_READ]
+    if summary["robust_accuracy_quantized"].notna().any():
+        lines += ["", HOW_TO_READ_QUANTIZED]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
@@ -522,6 +565,8 @@ def _describe(run: Run, name: str) -> str:
     """One line on a run: identity, versions, and all that a reader must know to trust its numbers."""
     manifest = run.manifest
     text = f"`{name}`: {manifest['model']['name']}, weights {manifest['model']['weights'] or '-'}"
+    if manifest.get("surrogate"):
+        text += f", judging images made on {manifest['surrogate']['name']}"
     text += f", fingerprint `{manifest['fingerprint']}`, schema {SCHEMA_VERSION}"
     provenance = manifest.get("provenance") or {}
     versions = provenance.get("versions")

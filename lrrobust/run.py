@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import ROWS_VERSION, Task, evaluate, plan_tasks
+from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
 from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
@@ -46,12 +47,17 @@ class EvaluationRequest:
     Args:
         models: names as `load_classifier` takes them.
         weights: one for each model, or none at all.
+        surrogates: models that are attacked in the stead of `models`, which judge the images made on them; without any,
+            each model is attacked itself.
+        surrogate_weights: one for each surrogate, or none at all.
         attacks: names or paths of attacks and suites.
         dataset: as `open_dataset` takes it.
         classes: name or path of a class list, for weights without one.
         input_size: side of the images in pixels, instead of what the weights state.
         n, seed, balanced, indices, skip_corrupt: see `build_evaluation_set`; indices is a file.
         eps, steps, restarts, precision: replace these settings of the attacks.
+        quantize: judge every adversarial image a second time, rounded to 8 bits.
+        save_adversarial: keep the adversarial images that outlast the rounding, which is done in any case then.
         chunk_size, batch_size: images stored together, and passed through the model at once; part of
             a run's identity.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -61,6 +67,8 @@ class EvaluationRequest:
     models: tuple[str, ...]
     attacks: tuple[str, ...]
     weights: tuple[str, ...] = ()
+    surrogates: tuple[str, ...] = ()
+    surrogate_weights: tuple[str, ...] = ()
     dataset: str = "photos"
     classes: str | None = None
     input_size: int | None = None
@@ -73,6 +81,8 @@ class EvaluationRequest:
     steps: int | None = None
     restarts: int | None = None
     precision: Precision | None = None
+    quantize: bool = False
+    save_adversarial: bool = False
     chunk_size: int = DEFAULT_CHUNK_SIZE
     batch_size: int = DEFAULT_BATCH_SIZE
     device: str = "auto"
@@ -106,7 +116,10 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one set of images under some attacks, ready to run; `manifest` says all of it."""
+    """One model on one set of images under some attacks, ready to run; `manifest` says all of it.
+
+    With a `surrogate` the attacks see that model, and `classifier` judges what they propose.
+    """
 
     classifier: Classifier
     images: EvaluationSet
@@ -114,6 +127,7 @@ class Evaluation:
     manifest: dict[str, Any]
     folder: Path
     device: torch.device
+    surrogate: Classifier | None = None
 
     def run(
         self,
@@ -136,9 +150,18 @@ class Evaluation:
                 device=self.device,
                 part_metadata=part_metadata,
                 batch_size=self.manifest["plan"]["batch_size"],
+                surrogate=self._surrogate(),
+                real_pixels=self.manifest.get("real_pixels"),
                 on_task=on_task,
                 on_forward=on_forward,
             )
+
+    def _surrogate(self) -> Surrogate | None:
+        if self.surrogate is None:
+            return None
+        label_of = {wnid: label for label, wnid in enumerate(self.surrogate.classes)}
+        labels = [label_of[wnid] for wnid in self.images.wnids]
+        return Surrogate(self.surrogate.module.to(self.device), len(self.surrogate.classes), labels)
 
 
 def prepare_evaluations(
@@ -146,7 +169,8 @@ def prepare_evaluations(
 ) -> list[Evaluation]:
     """Resolves every name and checks every input of a request, before anything long starts.
 
-    With several models all are evaluated on the same images: those whose class every model knows.
+    With several models all are evaluated on the same images: those whose class every model knows, surrogates included.
+    With surrogates there is one evaluation for each model and surrogate; where both are the same, a white-box one.
 
     Raises:
         LrRobustError: something named does not exist or does not fit; one line says what.
@@ -155,30 +179,25 @@ def prepare_evaluations(
     for option, value in (("--chunk-size", request.chunk_size), ("--batch-size", request.batch_size)):
         if value < 1:
             raise ConfigError(f"{option} must be at least 1, got {value}")
-    if request.weights and len(request.weights) != len(request.models):
-        raise ConfigError(
-            f"--weights must be given once for each --model or not at all, "
-            f"got {len(request.weights)} for {len(request.models)} models"
-        )
-    if len(set(zip(request.models, request.weights or [""] * len(request.models), strict=True))) < len(request.models):
-        raise ConfigError("--model names the same model twice: name each once")
+    models = _named_models("--model", request.models, "--weights", request.weights)
+    surrogates = _named_models("--surrogate", request.surrogates, "--surrogate-weights", request.surrogate_weights)
     specs = load_suite(
         request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts, precision=request.precision
     )
     classes = None if request.classes is None else load_class_list(request.classes)
     indices = None if request.indices is None else read_indices(request.indices)
-    classifiers = []
-    for position, name in enumerate(request.models):
-        weights = request.weights[position] if request.weights else None
-        classifiers.append(
-            load_classifier(
-                name, weights=weights, classes=classes, input_size=request.input_size, imagenet_classes=IMAGENET_1K
-            )
-        )
-    shared = set(classifiers[0].classes).intersection(*(c.classes for c in classifiers))
+    loaded = {
+        (name, weights): load_named(name, weights, classes, request.input_size)
+        for name, weights in dict.fromkeys([*models, *surrogates])
+    }
+    shared = set.intersection(*(set(named.classifier.classes) for named in loaded.values()))
+    for model in models:
+        for surrogate in surrogates:
+            _check_sizes(loaded[model], loaded[surrogate])
     source = open_dataset(request.dataset)
     evaluations = []
-    for position, classifier in enumerate(classifiers):
+    for model in models:
+        classifier = loaded[model].classifier
         images = build_evaluation_set(
             source,
             classifier.classes,
@@ -191,37 +210,91 @@ def prepare_evaluations(
             skip_corrupt=request.skip_corrupt,
             on_progress=on_scan,
         )
-        evaluations.append(_plan(position, classifier, images, specs, request, device, command))
+        for surrogate in surrogates or [model]:
+            # However it was asked for: a model attacked itself is no transfer.
+            attacked = None if loaded[surrogate].record == loaded[model].record else loaded[surrogate]
+            evaluations.append(_plan(len(evaluations), loaded[model], attacked, images, specs, request, device, command))
     return evaluations
+
+
+def _named_models(
+    option: str, names: Sequence[str], weights_option: str, weights: Sequence[str]
+) -> list[tuple[str, str | None]]:
+    """Names of models with the weights asked for."""
+    if weights and len(weights) != len(names):
+        raise ConfigError(
+            f"{weights_option} must be given once for each {option} or not at all, got {len(weights)} for {len(names)} models"
+        )
+    named = list(zip(names, weights or [None] * len(names), strict=True))
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{option} names the same model twice: name each once")
+    return named
+
+
+@dataclass(frozen=True)
+class NamedClassifier:
+    """A classifier, and the name it was asked for by."""
+
+    name: str
+    classifier: Classifier
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What decides its logits, JSON-ready."""
+        classifier = self.classifier
+        return {
+            # The file a model comes from, not the way it was spelled; `code_sha256` tells files apart.
+            "name": Path(self.name).name if ".py:" in self.name else self.name,
+            "weights": classifier.weights,
+            "state_sha256": state_sha256(classifier.module),
+            "code_sha256": hashlib.sha256(_model_code(self.name, classifier)).hexdigest(),
+            "classes_sha256": hashlib.sha256("\n".join(classifier.classes).encode()).hexdigest(),
+            "num_classes": len(classifier.classes),
+            "input_size": classifier.input_size,
+            "resize_size": classifier.resize_size,
+            "interpolation": classifier.interpolation,
+        }
+
+    @cached_property
+    def folded(self) -> Classifier:
+        """The same for running; what identifies the model is taken from the network as it was given."""
+        return replace(self.classifier, module=fold_constants(self.classifier.module))
+
+
+def load_named(
+    name: str, weights: str | None = None, classes: Sequence[str] | None = None, input_size: int | None = None
+) -> NamedClassifier:
+    """The model of that name, see `load_classifier` for the arguments and the errors."""
+    found = load_classifier(name, weights=weights, classes=classes, input_size=input_size, imagenet_classes=IMAGENET_1K)
+    return NamedClassifier(name, found)
+
+
+def _check_sizes(model: NamedClassifier, surrogate: NamedClassifier) -> None:
+    ours, theirs = model.classifier.input_size, surrogate.classifier.input_size
+    if ours != theirs:
+        raise ConfigError(
+            f"--surrogate {surrogate.name} takes images of {theirs} pixels, {model.name} of {ours}: what is made on one is "
+            "judged on the other pixel by pixel, so give both one size with --input-size"
+        )
 
 
 def _plan(
     position: int,
-    classifier: Classifier,
+    model: NamedClassifier,
+    surrogate: NamedClassifier | None,
     images: EvaluationSet,
     specs: Sequence[AttackSpec],
     request: EvaluationRequest,
     device: torch.device,
     command: Sequence[str],
 ) -> Evaluation:
-    name = request.models[position]
+    classifier = model.classifier
     tasks = tuple(plan_tasks(specs, len(images), request.chunk_size))
     # What decides the rows; not the device, not the folder.
     identity = {
         "schema_version": SCHEMA_VERSION,
         "rows_version": ROWS_VERSION,
-        "model": {
-            # The file a model comes from, not the way it was spelled; `code_sha256` tells files apart.
-            "name": Path(name).name if ".py:" in name else name,
-            "weights": classifier.weights,
-            "state_sha256": state_sha256(classifier.module),
-            "code_sha256": hashlib.sha256(_model_code(name, classifier)).hexdigest(),
-            "classes_sha256": hashlib.sha256("\n".join(classifier.classes).encode()).hexdigest(),
-            "num_classes": len(classifier.classes),
-            "input_size": classifier.input_size,
-            "resize_size": classifier.resize_size,
-            "interpolation": classifier.interpolation,
-        },
+        "model": model.record,
         "dataset": images.record(),
         "attacks": [spec.model_dump(mode="json", exclude={"description"}) for spec in specs],
         "plan": {
@@ -232,6 +305,11 @@ def _plan(
         "seed": request.seed,
         "precision": "float32",
     }
+    # Keys of their own, so that other runs keep their fingerprints.
+    if surrogate is not None:
+        identity["surrogate"] = surrogate.record
+    if request.quantize or request.save_adversarial:
+        identity["real_pixels"] = "saved" if request.save_adversarial else "judged"
     fingerprint = fingerprint_of(identity)
     manifest = {
         **identity,
@@ -241,15 +319,15 @@ def _plan(
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "request": request.record(),
-        # Which of the request's models this is.
+        # Which of the request's evaluations this is: model by model, and surrogate by surrogate.
         "position": position,
         "provenance": describe_environment(device),
     }
-    slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(name).name}-{images.name}").strip("-.")[:80]
+    who = model.name if surrogate is None else f"{model.name}-from-{Path(surrogate.name).name}"
+    slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(who).name}-{images.name}").strip("-.")[:80]
     folder = request.out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
-    # What identifies the model is taken above from the network as it was given.
-    folded = replace(classifier, module=fold_constants(classifier.module))
-    return Evaluation(folded, images, tasks, manifest, folder, device)
+    attacked = None if surrogate is None else surrogate.folded
+    return Evaluation(model.folded, images, tasks, manifest, folder, device, attacked)
 
 
 def _model_code(name: str, classifier: Classifier) -> bytes:

@@ -18,21 +18,25 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "check", "report", "page", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "process_settings"},
     "console": {"report", "results", "verdict"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "config_file", "errors"},
+    "verify": {"run", "evaluation", "export", "threat", "frozen", "errors"},
+    "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     "bench": {"attacks", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
+    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
     "report": {"results", "stats", "plots", "tables", "errors"},
+    "transfer": {"results", "stats"},
+    "transfer_report": {"transfer", "report", "tables", "results"},
     "tables": set(),
     # Of the report only how it names and formats things.
-    "verdict": {"results", "report", "stats", "config_file", "eps", "errors"},
+    "verdict": {"results", "report", "transfer", "transfer_report", "stats", "config_file", "eps", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},

@@ -229,6 +229,10 @@ def test_doctests():
         ({}, "passes", "61.2+60"),
         ({"backward_passes": math.nan}, "passes", "61.2+?"),
         ({"forward_passes": math.nan, "backward_passes": math.nan}, "passes", "-"),
+        ({}, "images made on", "-"),
+        ({"surrogate": "other"}, "images made on", "other"),
+        ({}, "8-bit robust %", "-"),
+        ({"robust_accuracy_quantized": 0.4}, "8-bit robust %", "40.0"),
     ],
 )
 def test_format_row(changes, heading, text):
@@ -237,6 +241,8 @@ def test_format_row(changes, heading, text):
         "backward_passes": 60.0,
         "model": "tiny",
         "weights": "V1",
+        "surrogate": None,
+        "robust_accuracy_quantized": math.nan,
         "dataset": "sample",
         "attack": "pgd",
         "norm": "linf",
@@ -305,7 +311,8 @@ class TestWriteReport:
         uncounted = {"forward_passes", "backward_passes"}
         assert {record[column] for record in found for column in uncounted} == {""}
         for column in set(SUMMARY_COLUMNS) - {"eps", "robust_accuracy", "ci_low", "ci_high", "median_distance", *uncounted}:
-            assert [record[column] for record in found] == [str(record[column]) for record in expected], column
+            told = ["" if pd.isna(record[column]) else str(record[column]) for record in expected]
+            assert [record[column] for record in found] == told, column
 
     def test_files_and_text(self, tmp_path):
         paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)

@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -18,10 +18,11 @@ from lrrobust.attacks.build import Attack, Effort
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
+from lrrobust.evaluation.quantization import quantize
 from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
 from lrrobust.frozen import frozen
-from lrrobust.results import Example, RunStore, example_count, rows_to_table
-from lrrobust.threat import NORMS, Norm, ThreatModel
+from lrrobust.results import AdversarialImage, Example, RunStore, example_count, rows_to_table
+from lrrobust.threat import NORMS, Norm, ThreatModel, distance
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,21 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The model that the attacks see in the stead of the one that judges.
+
+    Args:
+        model: images (N, 3, H, W) in [0, 1], as the judging model takes them -> logits (N, num_classes), on its device.
+        num_classes: width of the logits.
+        labels: true class of each evaluated image among the surrogate's classes, by position.
+    """
+
+    model: nn.Module
+    num_classes: int
+    labels: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -87,10 +103,20 @@ def evaluate(
     device: torch.device,
     part_metadata: Mapping[str, str],
     batch_size: int = DEFAULT_BATCH_SIZE,
+    surrogate: Surrogate | None = None,
+    real_pixels: Literal["judged", "saved"] | None = None,
     on_task: Callable[[Task, bool], None] | None = None,
     on_forward: Callable[[int], None] | None = None,
 ) -> None:
     """Does the tasks that the store does not hold yet.
+
+    With a surrogate the attacks know that model alone, its gradient and its predictions: nothing they propose depends
+    on the judging model, but that they end once it is broken. Whether the surrogate withstands ends nothing: every
+    start goes on to its last iterate, and every proposal, on the way or last, is judged in the ball around the clean
+    image. Attacked are the images that the judging model classifies correctly, as ever.
+
+    With `real_pixels` every verified adversarial image is rounded to 8 bits inside ball and box and judged again, and an
+    attack goes on until an image so rounded breaks the model.
 
     Args:
         model: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes), on `device`.
@@ -103,6 +129,8 @@ def evaluate(
         part_metadata: stored with every part.
         batch_size: images passed through the model at once. Decides the last bits of logits, and with
             them now and then a row.
+        surrogate: is attacked in the model's stead.
+        real_pixels: "judged": fill the column is_broken_quantized; "saved": keep the rounded images as well.
         on_task: called after every task with whether it was done now (False: the store had it).
         on_forward: called after every forward pass of an attack with how many images it took.
 
@@ -114,8 +142,9 @@ def evaluate(
     chunks: dict[Chunk, list[Task]] = {}
     for task in tasks:
         chunks.setdefault(task.chunk, []).append(task)
-    with frozen(model), _deterministic_float32():
-        run = _Run(Judge(model, num_classes, batch_size), fingerprint, on_forward)
+    attacked = nullcontext() if surrogate is None else frozen(surrogate.model)
+    with frozen(model), attacked, _deterministic_float32():
+        run = _Run(Judge(model, num_classes, batch_size), fingerprint, on_forward, surrogate, real_pixels)
         metadata: dict[str, str] | None = None
         is_resumed = False
         for chunk, group in chunks.items():
@@ -130,7 +159,10 @@ def evaluate(
             try:
                 batch = _ChunkImages.load(images, chunk, device)
                 if metadata is None:
-                    metadata = {**part_metadata, **check_model(model, num_classes, batch.images)}
+                    has_surrogate = surrogate is not None
+                    metadata = {**part_metadata, **check_model(model, num_classes, batch.images, not has_surrogate)}
+                    if has_surrogate:
+                        check_model(surrogate.model, surrogate.num_classes, batch.images)
                 with _seeded(batch.images.device, chunk_seed(fingerprint, "clean", chunk.start)):
                     clean = run.judge.predict(batch.images, batch.labels, batch.keys)
                 if is_to_compare:
@@ -140,14 +172,16 @@ def evaluate(
                 for task in group:
                     if task in stored:
                         if any(later.spec.survivors_only for later in group):
-                            broken_at.enter(task, store.read_part(*task.part))
+                            broken_at.enter(task, store.read_part(*task.part), real_pixels is not None)
                         continue
                     outcomes, rows, met = _attack_chunk(run, batch, clean, task, broken_at)
                     if examples := _examples(batch, outcomes, task):
                         store.write_examples(*task.part, examples)
+                    if real_pixels == "saved" and (images_kept := _adversarial_images(batch, outcomes, task)):
+                        store.write_adversarial(*task.part, images_kept)
                     table = rows_to_table(rows)
                     store.write_part(*task.part, table, {**metadata, **met})
-                    broken_at.enter(task, table)
+                    broken_at.enter(task, table, real_pixels is not None)
                     if on_task is not None:
                         on_task(task, True)
             except torch.OutOfMemoryError as error:
@@ -177,8 +211,13 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def check_model(model: nn.Module, num_classes: int, images: torch.Tensor) -> dict[str, str]:
+def check_model(
+    model: nn.Module, num_classes: int, images: torch.Tensor, needs_gradient: bool = True
+) -> dict[str, str]:
     """Tries the model on a few images before the long work starts.
+
+    Args:
+        needs_gradient: the model is attacked itself; without, its logits need carry no gradient.
 
     Returns:
         What the results must say of the model: {"randomised": ...} where two forwards differ.
@@ -191,12 +230,13 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor) -> dic
     with torch.enable_grad():
         first = call_model(model, few)
         check_logits(first, len(few), num_classes)
-        if not first.requires_grad:
+        if needs_gradient and not first.requires_grad:
             raise ModelError(
                 "the model's logits carry no gradient (a detach, no_grad or rounding inside?): "
                 "gradient attacks cannot judge it"
             )
-        torch.autograd.grad(first.sum(), few, allow_unused=True)
+        if first.requires_grad:
+            torch.autograd.grad(first.sum(), few, allow_unused=True)
     with torch.no_grad():
         second = call_model(model, images[:4])
         half = call_model(model, images[: -(-len(few) // 2)])
@@ -242,6 +282,8 @@ class _Run:
     judge: Judge
     fingerprint: str
     on_forward: Callable[[int], None] | None
+    surrogate: Surrogate | None
+    real_pixels: Literal["judged", "saved"] | None
 
 
 @dataclass(frozen=True)
@@ -270,7 +312,7 @@ class _Watched(nn.Module):
 
     def __init__(self, run: _Run) -> None:
         super().__init__()
-        self.model = run.judge.model
+        self.model = run.judge.model if run.surrogate is None else run.surrogate.model
         self._on_forward = run.on_forward
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -286,7 +328,9 @@ class _Outcomes:
     `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
     `prediction`, `margin` and the distances (N,) are its own, `found_at` the eps of its proposal, infinity
     where there is none. `last_...` and `is_rejected`
-    (L, N) tell of the last proposal at each budget, of the clean image where there was none.
+    (L, N) tell of the last proposal at each budget, of the clean image where there was none. Of adversarial images
+    rounded to 8 bits, `quantized` is the nearest verified one, float64 `quantized_at` the budget from which on it counts,
+    infinity where there is none, and `quantized_prediction` its own.
     """
 
     def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
@@ -300,6 +344,9 @@ class _Outcomes:
         self.l1 = torch.full_like(clean.margin, math.inf)
         self.last_prediction, self.last_margin = clean.label.repeat(levels, 1), clean.margin.repeat(levels, 1)
         self.is_rejected = torch.zeros_like(self.last_prediction, dtype=torch.bool)
+        self.quantized: torch.Tensor | None = None
+        self.quantized_prediction = clean.label.clone()
+        self.quantized_at = torch.full_like(clean.margin, math.inf)
 
     def enter(
         self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
@@ -317,6 +364,19 @@ class _Outcomes:
         self.l2[better] = verdict.l2_distance[is_nearer]
         self.l1[better] = verdict.l1_distance[is_nearer]
         return self.is_broken[rows]
+
+    def enter_quantized(
+        self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel
+    ) -> None:
+        """Keeps the nearest adversarial image of 8 bits of each row."""
+        reached = verdict.distance(threat.norm).minimum(torch.as_tensor(threat.eps).to(self.quantized_at))
+        is_nearer = verdict.is_adversarial & (reached < self.quantized_at[rows])
+        better = rows[is_nearer]
+        if self.quantized is None:
+            self.quantized = self.nearest.clone()
+        self.quantized[better] = rounded[is_nearer].to(self.quantized)
+        self.quantized_at[better] = reached[is_nearer]
+        self.quantized_prediction[better] = verdict.prediction.label[is_nearer]
 
     def distance(self, norm: Norm) -> torch.Tensor:
         """Of the nearest adversarial images, in one norm."""
@@ -349,13 +409,21 @@ class _BrokenAt:
     def __init__(self, n: int) -> None:
         self._distances = {norm: torch.full((n,), math.inf, dtype=torch.float64) for norm in NORMS}
 
-    def enter(self, task: Task, rows: pa.Table) -> None:
-        """Takes in the rows of a task of this chunk; they hold all images at one eps, then at the next."""
+    def enter(self, task: Task, rows: pa.Table, in_8_bits: bool) -> None:
+        """Takes in the rows of a task of this chunk; they hold all images at one eps, then at the next.
+
+        Where 8 bits are asked for, an image is broken when it is broken so.
+        """
         known = self._distances[task.spec.norm]
         distance = torch.tensor(rows[f"{task.spec.norm}_distance"].fill_null(math.inf).to_numpy())
         # A distance may exceed the eps it was accepted at by the tolerance of the ball.
         reached = torch.minimum(distance, torch.tensor(rows["eps"].to_numpy()))
-        nearest = reached.where(distance.isfinite(), math.inf).view(-1, len(known)).amin(0)
+        is_known = distance.isfinite()
+        if in_8_bits:
+            # Of the rounded image the rows do not have the distance, but from which eps on it counts.
+            is_known = torch.tensor(rows["is_broken_quantized"].fill_null(False).to_pylist())
+            reached = torch.tensor(rows["eps"].to_numpy())
+        nearest = reached.where(is_known, math.inf).view(-1, len(known)).amin(0)
         torch.minimum(known, nearest, out=known)
 
     def of(self, spec: AttackSpec) -> torch.Tensor:
@@ -383,7 +451,7 @@ def _attack_chunk(
     if len(rows):
         started = time.perf_counter()
         with _seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
-            effort = _run_attack(run, attack, spec, batch, outcomes, rows, levels[rows.cpu()])
+            effort = _run_attack(run, attack, spec, batch, outcomes, rows, levels[rows.cpu()], task.chunk)
         passes = effort.forward_passes
         forwarded[:, rows.cpu()], backwarded[:, rows.cpu()] = passes, effort.backward_passes
         # An image's share of the time is its share of the passes.
@@ -405,15 +473,18 @@ def _attack_chunk(
         nothing = torch.zeros_like(forwarded[0])
         free = replace(unbounded, wall_s=nothing.double(), forwarded=nothing, backwarded=nothing)
         ladder = [*(replace(free, eps=eps) for eps in spec.eps), unbounded]
-    return outcomes, _rows(batch, clean, outcomes, task, ladder, earlier), met
+    return outcomes, _rows(batch, clean, outcomes, task, ladder, earlier, run.real_pixels is not None), met
 
 
 def _run_attack(
     run: _Run, attack: Attack, spec: AttackSpec, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor,
-    levels: torch.Tensor,
+    levels: torch.Tensor, chunk: Chunk,
 ) -> Effort:
     """Attacks some rows of a chunk, each at `levels` budgets; what the attack claims is judged and entered."""
     images, labels = batch.images[rows], batch.labels[rows]
+    attacked_labels = labels
+    if run.surrogate is not None:
+        attacked_labels = torch.tensor(run.surrogate.labels[chunk.start : chunk.stop], device=labels.device)[rows]
     keys = [batch.keys[row] for row in rows.tolist()]
     device = images.device
 
@@ -423,19 +494,42 @@ def _run_attack(
         verdict = run.judge.judge(images[at], labels[at], proposed, threat, [keys[row] for row in claimed])
         levels = torch.tensor([attack.ladder.index(each) for each in eps], device=device)
         outcomes.enter_last(levels, rows[at], verdict, torch.tensor(is_last, device=device))
-        return outcomes.enter(rows[at], proposed, verdict, threat).tolist()
+        is_broken = outcomes.enter(rows[at], proposed, verdict, threat)
+        if run.real_pixels is not None:
+            is_broken = _round_and_judge(run, batch, outcomes, rows[at], proposed, verdict, threat)
+        return is_broken.tolist()
 
     def draw(row: int, eps: float, restart: int) -> torch.Generator:
         return torch.Generator().manual_seed(start_seed(run.fingerprint, spec.name, keys[row], eps, restart))
 
     return attack(
-        _Watched(run), images, labels, batch_size=run.judge.batch_size, claim=claim, draw=draw, levels=levels
+        _Watched(run), images, attacked_labels, batch_size=run.judge.batch_size, claim=claim, draw=draw, levels=levels
     )
+
+
+def _round_and_judge(
+    run: _Run, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement,
+    threat: ThreatModel,
+) -> torch.Tensor:
+    """Judges what was found adversarial once more in 8 bits; which of `rows` are broken so by now, bool (M,)."""
+    found = verdict.is_adversarial.nonzero().squeeze(1)
+    images, budgets = batch.images[rows[found]], ThreatModel(threat.norm, threat.eps[found])
+    rounded = quantize(images, proposed[found], budgets)
+    # Most small perturbations round to nothing: the clean image needs no second look.
+    is_moved = (rounded != images).flatten(1).any(1)
+    if is_moved.any():
+        rounded, at = rounded[is_moved], rows[found[is_moved]]
+        budgets = ThreatModel(threat.norm, budgets.eps[is_moved])
+        judged = run.judge.judge(batch.images[at], batch.labels[at], rounded, budgets, [batch.keys[row] for row in at.tolist()])
+        # Held in 8 bits it is an adversarial image like any other.
+        outcomes.enter(at, rounded, judged, budgets)
+        outcomes.enter_quantized(at, rounded, judged, budgets)
+    return outcomes.quantized_at[rows].isfinite()
 
 
 def _rows(
     batch: _ChunkImages, clean: Prediction, outcomes: _Outcomes, task: Task, ladder: Sequence[_AtEps],
-    earlier: torch.Tensor,
+    earlier: torch.Tensor, in_8_bits: bool,
 ) -> list[dict[str, Any]]:
     """One row per eps and image.
 
@@ -451,6 +545,7 @@ def _rows(
         outcomes.linf.tolist(),
         outcomes.l2.tolist(),
         outcomes.l1.tolist(),
+        outcomes.quantized_at.tolist(),
         earlier.tolist(),
         strict=True,
     )
@@ -481,10 +576,14 @@ def _rows(
         )
         for image, proposal in zip(images, at_eps, strict=True):
             index, key, wnid, label, clean_prediction, clean_margin, is_clean_correct, found = image
-            ever_broken, breaks_at, prediction, margin, linf, l2, l1, broken_earlier_at = found
+            ever_broken, breaks_at, prediction, margin, linf, l2, l1, quantized_at, broken_earlier_at = found
             wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
             was_broken_before = broken_earlier_at <= step.eps and not is_broken
+            is_broken_quantized = None
+            if in_8_bits and is_broken:
+                in_8_bits_at = min(quantized_at, broken_earlier_at)
+                is_broken_quantized = math.isfinite(in_8_bits_at) and in_8_bits_at <= step.eps
             # A minimal-norm attack's image beyond eps is no proposal at eps.
             is_beyond = task.spec.minimises and ever_broken and not is_broken
             has_proposal = is_clean_correct and not is_beyond and not was_broken_before
@@ -513,7 +612,7 @@ def _rows(
                     "linf_distance": linf if is_broken else None,
                     "l2_distance": l2 if is_broken else None,
                     "l1_distance": l1 if is_broken else None,
-                    "is_broken_quantized": None,
+                    "is_broken_quantized": is_broken_quantized,
                     "clean_margin": clean_margin,
                     "adversarial_margin": (margin if is_broken else last_margin) if has_proposal else None,
                     "wall_s": wall_s,
@@ -540,3 +639,22 @@ def _examples(batch: _ChunkImages, outcomes: _Outcomes, task: Task) -> list[Exam
             )
         )
     return examples
+
+
+def _adversarial_images(batch: _ChunkImages, outcomes: _Outcomes, task: Task) -> list[AdversarialImage]:
+    """The verified adversarial images of 8 bits, one at most for each image."""
+    if outcomes.quantized is None:
+        return []
+    rows = outcomes.quantized_at.isfinite().nonzero().squeeze(1)
+    clean, found = batch.images[rows], outcomes.quantized[rows]
+    lengths = {f"{norm}_distance": distance(clean, found, norm).tolist() for norm in NORMS}
+    pixels = [(255 * images).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy() for images in (clean, found)]
+    reached, predictions = outcomes.quantized_at[rows].tolist(), outcomes.quantized_prediction[rows].tolist()
+    return [
+        AdversarialImage(
+            batch.indices[row], batch.keys[row], batch.wnids[row], int(batch.labels[row]), predictions[place], task.spec.norm,
+            next((eps for eps in task.spec.eps if reached[place] <= eps), math.inf),
+            **{name: values[place] for name, values in lengths.items()}, clean=pixels[0][place], adversarial=pixels[1][place],
+        )
+        for place, row in enumerate(rows.tolist())
+    ]

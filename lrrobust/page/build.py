@@ -24,6 +24,7 @@ from lrrobust.plots import label_runs
 from lrrobust.report import (
     HOW_TO_READ,
     Drawing,
+    HOW_TO_READ_QUANTIZED,
     draw_runs,
     mixed_metadata,
     name_runs,
@@ -33,6 +34,8 @@ from lrrobust.report import (
 )
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
+from lrrobust.transfer import transfer_matrix
+from lrrobust.transfer_report import HOW_TO_READ_TRANSFER, find_transfer, transfer_table
 from lrrobust.verdict.records import ClaimResult, NotJudged, Verdicts
 
 PAGE_NAME = "report.html"
@@ -81,6 +84,9 @@ class _Dataset:
     notices: Sequence[str]
     figures: Sequence[_Figure]
     summary: Table
+    is_quantized: bool
+    transfer: Table
+    transfer_findings: Sequence[str]
     gallery: Gallery
     examples_from: int | None
     classes: Sequence[_Classes]
@@ -187,6 +193,8 @@ def _render(
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
         per_class=per_class,
         how_to_read=HOW_TO_READ,
+        how_to_read_quantized=HOW_TO_READ_QUANTIZED,
+        how_to_read_transfer=HOW_TO_READ_TRANSFER,
         infinity=math.inf,
     )
 
@@ -236,6 +244,9 @@ def _datasets(
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             figures=[_figure(drawing) for drawing in drawings if drawing.dataset_sha256 == sha256],
             summary=summary_table(rows),
+            is_quantized=bool(rows["robust_accuracy_quantized"].notna().any()),
+            transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
+            transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],
             gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
             classes=tables,
@@ -273,6 +284,7 @@ def _provenance(name: str, run: Run) -> _Provenance:
         "model": model["name"],
         "weights": model["weights"],
         "parameters (sha256)": model.get("state_sha256"),
+        "images made on": (manifest.get("surrogate") or {}).get("name"),
         "images": f"{dataset['name']}, {dataset['n']} images",
         "images (sha256)": dataset["sha256"],
         "fingerprint": manifest["fingerprint"],

@@ -124,8 +124,12 @@ def label_runs(summary: pd.DataFrame) -> dict[str, str]:
     """Run -> what its line is called: as little as tells it from the others."""
     runs = summary.drop_duplicates("run").set_index("run")
     weights = runs["weights"].fillna("no weights").astype(str)
-    longer = runs["model"] + " (" + weights
-    names = [runs["model"], longer + ")", longer + ", " + runs.index + ")"]
+    models = runs["model"]
+    if "surrogate" in runs:
+        sources = runs["surrogate"].fillna("").astype(str)
+        models = models.where(sources == "", models + ", images made on " + sources)
+    longer = models + " (" + weights
+    names = [models, longer + ")", longer + ", " + runs.index + ")"]
     chosen = next((name for name in names if name.is_unique), names[-1])
     is_complete = runs["is_complete"].astype(bool)
     return (chosen + np.where(is_complete, "", ", incomplete")).to_dict()

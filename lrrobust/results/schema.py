@@ -93,8 +93,9 @@ SCHEMA = pa.schema(
             "is_broken_quantized",
             pa.bool_(),
             "yes or no",
-            "the verified adversarial image, rounded to 8 bits inside ball and box, is still misclassified; "
-            "null without one, or when this was not asked for",
+            "a verified adversarial image rounded to 8 bits inside ball and box is still misclassified, one of this "
+            "attack or of an earlier one whose survivors it attacks; null without an adversarial image of this attack, "
+            "or when this was not asked for",
             nullable=True,
         ),
         _column(
@@ -137,6 +138,14 @@ def distances(rows: pd.DataFrame) -> np.ndarray:
         if is_norm.any():
             found[is_norm] = rows.loc[is_norm, f"{norm}_distance"].to_numpy(np.float64, na_value=np.inf)
     return found
+
+
+def breaking_eps(rows: pd.DataFrame) -> np.ndarray:
+    """The smallest eps at which each row proves its image broken, float64: 0 where it is wrong when clean, else infinity."""
+    eps, is_broken = rows["eps"].to_numpy(np.float64), rows["is_broken"].to_numpy(bool)
+    # A distance may exceed the eps it was accepted at by the tolerance of the ball.
+    found = np.where(is_broken, np.minimum(eps, distances(rows)), np.inf)
+    return np.where(rows["is_clean_correct"].to_numpy(bool), found, 0.0)
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> pa.Table:

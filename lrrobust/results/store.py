@@ -3,6 +3,7 @@
     <folder>/manifest.json                                what is evaluated, and its fingerprint
     <folder>/parts/<attack>-<start>-<stop>.parquet        the rows of images start to stop - 1
     <folder>/examples/<attack>-<start>-<stop>.parquet     a few of their adversarial images, to look at
+    <folder>/adversarial/<attack>-<start>-<stop>.parquet  all that outlast 8 bits, where that was asked for
 
 A part appears under its name complete or not at all (temporary file, fsync, rename), so its
 existence is the commit, and resuming means computing the parts that are not there.
@@ -30,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrrobust.errors import StoreError
+from lrrobust.results.adversarial import ADVERSARIAL_SCHEMA, AdversarialImage, adversarial_to_table, table_to_adversarial
 from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, examples_to_table, table_to_examples
 from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION
 
@@ -41,7 +43,7 @@ except ImportError:  # Windows
 _log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
-_PARTS, _EXAMPLES = "parts", "examples"
+_PARTS, _EXAMPLES, _ADVERSARIAL = "parts", "examples", "adversarial"
 _PART_NAME = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})\.parquet")
 _ATTACK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -179,9 +181,19 @@ class RunStore:
             StoreError: the disk is full or does not let us write.
             ValueError: images of one call differ in size.
         """
-        part = PartId(attack, start, stop)
-        sealed = _sealed_parquet(examples_to_table(examples), _identity(self.manifest, part, _EXAMPLES))
-        write_file(_part_path(self.folder, part, _EXAMPLES), sealed)
+        self._write_images(PartId(attack, start, stop), _EXAMPLES, examples_to_table(examples))
+
+    def write_adversarial(self, attack: str, start: int, stop: int, images: Sequence[AdversarialImage]) -> None:
+        """Keep the 8-bit adversarial images of a chunk; call it before `write_part`, which commits.
+
+        Raises:
+            StoreError: the disk is full or does not let us write.
+            ValueError: an image and its clean one differ in size.
+        """
+        self._write_images(PartId(attack, start, stop), _ADVERSARIAL, adversarial_to_table(images))
+
+    def _write_images(self, part: PartId, kind: str, table: pa.Table) -> None:
+        write_file(_part_path(self.folder, part, kind), _sealed_parquet(table, _identity(self.manifest, part, kind)))
 
     def has_part(self, attack: str, start: int, stop: int) -> bool:
         """Whether the part is there, whole, and of this run.
@@ -274,15 +286,32 @@ def load_examples(run: Run) -> dict[str, list[Example]]:
         StoreError: a file is there and cannot be read.
     """
     examples: dict[str, list[Example]] = {}
-    for part in _listed_parts(run.folder, _EXAMPLES):
-        path = _part_path(run.folder, part, _EXAMPLES)
+    for part, table in _load_images(run, _EXAMPLES, EXAMPLE_SCHEMA):
+        examples.setdefault(part.attack, []).extend(table_to_examples(table))
+    return {attack: sorted(found, key=lambda example: example.index) for attack, found in examples.items()}
+
+
+def load_adversarial(run: Run) -> Iterator[tuple[str, list[AdversarialImage]]]:
+    """The 8-bit adversarial images that the run kept: attack and images, chunk by chunk; nothing where it kept none.
+
+    Damaged files are left out with a warning in the log.
+
+    Raises:
+        StoreError: a file is there and cannot be read.
+    """
+    for part, table in _load_images(run, _ADVERSARIAL, ADVERSARIAL_SCHEMA):
+        yield part.attack, table_to_adversarial(table)
+
+
+def _load_images(run: Run, kind: str, schema: pa.Schema) -> Iterator[tuple[PartId, pa.Table]]:
+    for part in sorted(_listed_parts(run.folder, kind)):
+        path = _part_path(run.folder, part, kind)
         try:
-            table, _ = _read_part(path, _identity(run.manifest, part, _EXAMPLES), EXAMPLE_SCHEMA)
+            table, _ = _read_part(path, _identity(run.manifest, part, kind), schema)
         except _DamagedPart as damage:
             _log.warning("%s %s; its images are left out", path, damage)
             continue
-        examples.setdefault(part.attack, []).extend(table_to_examples(table))
-    return {attack: sorted(found, key=lambda example: example.index) for attack, found in sorted(examples.items())}
+        yield part, table
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -396,7 +425,7 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_stale_files(folder: Path) -> None:
     # Only called with the lock held, so their writers are dead.
-    for where in (folder, folder / _PARTS, folder / _EXAMPLES):
+    for where in (folder, folder / _PARTS, folder / _EXAMPLES, folder / _ADVERSARIAL):
         for path in where.glob(".*.tmp"):
             with _explaining("write", path):
                 path.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.errors import StoreError
-from lrrobust.report import WORST_CASE, breaking_eps
-from lrrobust.results import Run, manifest_value
+from lrrobust.report import WORST_CASE
+from lrrobust.results import Run, breaking_eps, manifest_value
+from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
 
 #: File beside a run's manifest that holds its diagnostics, a JSON list of `Diagnostic`.
@@ -85,6 +86,8 @@ class Evidence:
     #: (n,) places of the shared images in `treatment.images` and `control.images`.
     treatment_places: NDArray[np.int64]
     control_places: NDArray[np.int64]
+    #: Runs that judge images made on other models; no comparison rests on them.
+    transfer: tuple[Run, ...] = ()
 
     @cached_property
     def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
@@ -192,7 +195,8 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     """Pairs the runs of the claim's models, data set by data set and subset by subset.
 
     Runs on the same images belong together; where the two models share no subset of a data set, all their runs on
-    it do, and the images in common judge. Weights are paired by name, and a single one with a single other.
+    it do, and the images in common judge. Weights are paired by name, and a single one with a single other. Runs on images
+    made on another model are left to the safeguards: an attack made on one side alone would be no fair comparison.
 
     Returns:
         Evidence, those with most images first, and for what there is none, why.
@@ -200,6 +204,8 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     Raises:
         StoreError: a manifest does not say what was evaluated, or diagnostics are damaged.
     """
+    transfer = tuple(run for run in runs if surrogate_of(run) is not None)
+    runs = [run for run in runs if surrogate_of(run) is None]
     treatment = [run for run in runs if model_of(run) == claim.treatment]
     control = [run for run in runs if model_of(run) == claim.control]
     missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
@@ -220,7 +226,7 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
         on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
         for subset in _subsets(*on_dataset):
             for ours, theirs in _same_weights(*subset):
-                evidence = _join(claim, ours, theirs)
+                evidence = _join(claim, ours, theirs, transfer)
                 problem = _lacks(evidence)
                 if problem is None:
                     found.append(evidence)
@@ -343,10 +349,10 @@ def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[R
     return [(ours[name], theirs[name]) for name in ours if name in theirs]
 
 
-def _join(claim: Claim, treatment: list[Run], control: list[Run]) -> Evidence:
+def _join(claim: Claim, treatment: list[Run], control: list[Run], transfer: tuple[Run, ...]) -> Evidence:
     ours, theirs = gather(treatment), gather(control)
     _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
-    return Evidence(claim, ours, theirs, our_places, their_places)
+    return Evidence(claim, ours, theirs, our_places, their_places, transfer)
 
 
 def _lacks(evidence: Evidence) -> str | None:

@@ -183,7 +183,7 @@ class Safeguard(Record):
     """A condition that evidence must meet before it may support a claim."""
 
     name: str
-    """Such as `same_images`, `monotone_curves`, `unbounded_attack`, `attack_diagnostics`, `clean_accuracy`."""
+    """Such as `same_images`, `monotone_curves`, `unbounded_attack`, `transfer`, `attack_diagnostics`, `clean_accuracy`."""
     passed: bool | None
     """None: could not be checked, and `detail` says why; only False withholds a verdict."""
     withholds: tuple[Literal["supported", "refuted"], ...]

@@ -16,6 +16,7 @@ from scipy.special import bdtrc
 
 from lrrobust.report import WORST_CASE, format_eps, warnings_of
 from lrrobust.results import Run, manifest_value
+from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
 from lrrobust.verdict.records import Diagnostic, Safeguard
 
@@ -110,6 +111,7 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
         yield _valid_proposals(side, attack, withholds)
     for norm in dict.fromkeys(attack.norm for attack in attacks):
         yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
+    yield from _transfer(side, evidence.transfer, withholds)
     for run, diagnostics in zip(side.runs, side.diagnostics):
         yield from _attack_diagnostics(side.model, run, diagnostics, withholds)
 
@@ -158,6 +160,17 @@ def _unbounded_attack(
         detail = f"Without a budget, {survivors} of {finished} images of {side.model} withstand {name} in {norm}"
         detail += ": every image is broken, as it must be." if passed else ": the attack fails on them, as none can."
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
+
+
+def _transfer(side: ModelOutcomes, transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:
+    """Images made on another model may not break more than attacks that see the model's own gradient."""
+    models = [manifest_value(run, "model") for run in side.runs]
+    findings = find_transfer([*side.runs, *(run for run in transfer if manifest_value(run, "model") in models)])
+    for finding in findings:
+        yield Safeguard(name="transfer", passed=finding.passed, detail=finding.detail, withholds=withholds)
+    if not findings:
+        detail = f"No images made on another model were judged on {side.model}: whether they break more than its own is not known."
+        yield Safeguard(name="transfer", passed=None, detail=detail, withholds=withholds)
 
 
 def _attack_diagnostics(

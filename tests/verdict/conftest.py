@@ -75,6 +75,7 @@ def build_run(
     seed: int = 0,
     is_complete: bool = True,
     part_metadata: Mapping[str, dict[str, str]] | None = None,
+    surrogate: str | None = None,
 ) -> Run:
     """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images."""
     specs = {name: Attack(**attack) for name, attack in attacks.items()}
@@ -98,6 +99,7 @@ def build_run(
             ],
             "plan": {"chunk_size": 50},
             "seed": seed,
+            **({} if surrogate is None else {"surrogate": {"name": surrogate, "weights": weights}}),
             "provenance": {"commit": "1234abc"},
         },
         rows=rows,

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from lrrobust.verdict.evidence import DIAGNOSTICS_FILE, collect_evidence
+from lrrobust.verdict.judge import judge
 from lrrobust.verdict.safeguards import check_evidence
 
 INF = math.inf
@@ -37,7 +38,8 @@ def failed(safeguards):
 def test_sound_evidence_passes_and_says_what_was_not_looked_into(check):
     safeguards = check()
     assert not failed(safeguards)
-    assert {guard.name for guard in safeguards if guard.passed is None} == {"unbounded_attack", "attack_diagnostics"}
+    unknown = {"unbounded_attack", "transfer", "attack_diagnostics"}
+    assert {guard.name for guard in safeguards if guard.passed is None} == unknown
     assert "carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
     assert [guard.passed for guard in named(safeguards, "unbounded_attack")] == [None, True] * 2
     assert all(guard.detail.endswith(".") for guard in safeguards)
@@ -163,3 +165,40 @@ def test_diagnostics_of_runs_count(check, tmp_path):
         safeguards = check(treatment={"folder": tmp_path})
         assert failed(safeguards) == ([] if passed else [("attack_diagnostics", "pgd", ("supported",))])
         assert any("zero_gradient: 40 % of images have none." in guard.detail for guard in safeguards)
+
+
+class TestTransfer:
+    N = 40
+
+    def runs(self, make_run, treatment, transferred):
+        """White-box runs of A and B, and what images made on B do to A."""
+        attacks = [{"pgd": dict(distances=distances)} for distances in (treatment, [0.4 * PIXEL] * self.N, transferred)]
+        yield make_run("A", attacks[0])
+        yield make_run("B", attacks[1])
+        yield make_run("A", attacks[2], surrogate="B")
+
+    def check(self, make_claim, runs):
+        (evidence,), refused = collect_evidence(make_claim(), list(runs))
+        assert not refused
+        return evidence, named(check_evidence(evidence), "transfer")
+
+    def test_a_model_that_falls_to_images_of_another_only_is_not_called_robust(self, make_claim, make_run):
+        runs = self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10)
+        evidence, (treatment, control) = self.check(make_claim, runs)
+        assert treatment.passed is False and treatment.withholds == ("supported",)
+        assert "Transfer beats the white-box attacks" in treatment.detail and "break 30 of 40 images" in treatment.detail
+        assert control.passed is None
+        assert judge(evidence).verdict == "inconclusive"
+
+    def test_without_transfer_the_same_runs_support_the_claim(self, make_claim, make_run):
+        runs = list(self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10))[:2]
+        evidence, _ = self.check(make_claim, runs)
+        assert judge(evidence).verdict == "supported"
+
+    def test_a_sound_model_passes_and_no_number_changes(self, make_claim, make_run):
+        runs = list(self.runs(make_run, [PIXEL] * 30 + [INF] * 10, [PIXEL] * 15 + [INF] * 25))
+        evidence, (treatment, _) = self.check(make_claim, runs)
+        assert treatment.passed is True
+        alone, _ = self.check(make_claim, runs[:2])
+        assert judge(evidence).comparisons == judge(alone).comparisons
+        assert len(judge(evidence).runs) == 2

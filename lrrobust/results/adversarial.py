@@ -1,0 +1,76 @@
+"""Adversarial images of a run in 8 bits, as they would be saved: exact, verified after the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+ADVERSARIAL_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("wnid", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("prediction", pa.int32(), nullable=False),
+        pa.field("norm", pa.string(), nullable=False),
+        pa.field("eps", pa.float64(), nullable=False),
+        pa.field("linf_distance", pa.float64(), nullable=False),
+        pa.field("l2_distance", pa.float64(), nullable=False),
+        pa.field("l1_distance", pa.float64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("clean", pa.binary(), nullable=False),
+        pa.field("adversarial", pa.binary(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AdversarialImage:
+    """An 8-bit image that a model misclassifies, and the clean one that it classifies correctly.
+
+    Args:
+        index, key, wnid, label: of the image, as in the rows.
+        prediction: class number for the adversarial image.
+        norm: of the attack.
+        eps: smallest budget of the attack's ladder at which the image counts; infinity for one of a minimal-norm attack
+            that lies beyond all of them.
+        linf_distance, l2_distance, l1_distance: of both images, pixel units of [0, 1].
+        clean, adversarial: uint8 (H, W, 3), as the model takes them; k stands for the value k / 255.
+    """
+
+    index: int
+    key: str
+    wnid: str
+    label: int
+    prediction: int
+    norm: str
+    eps: float
+    linf_distance: float
+    l2_distance: float
+    l1_distance: float
+    clean: np.ndarray
+    adversarial: np.ndarray
+
+
+def adversarial_to_table(images: Sequence[AdversarialImage]) -> pa.Table:
+    rows = []
+    for image in images:
+        if image.clean.shape != image.adversarial.shape:
+            raise ValueError(f"image {image.index}: {image.clean.shape=} is not {image.adversarial.shape=}")
+        height, width, _ = image.clean.shape
+        pixels = {name: getattr(image, name).astype(np.uint8, casting="safe").tobytes() for name in ("clean", "adversarial")}
+        rows.append({**asdict(image), "height": height, "width": width, **pixels})
+    return pa.Table.from_pylist(rows, schema=ADVERSARIAL_SCHEMA)
+
+
+def table_to_adversarial(table: pa.Table) -> list[AdversarialImage]:
+    images = []
+    for row in table.to_pylist():
+        shape = row.pop("height"), row.pop("width"), 3
+        pixels = {name: np.frombuffer(row[name], np.uint8).reshape(shape) for name in ("clean", "adversarial")}
+        images.append(AdversarialImage(**{**row, **pixels}))
+    return images
