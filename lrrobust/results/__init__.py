@@ -2,13 +2,15 @@
 
 from lrrobust.results.examples import Example, example_count
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
-from lrrobust.results.store import Run, RunStore, find_runs, fingerprint_of, load_examples, load_run, manifest_value, write_file
+from lrrobust.results.files import write_file
+from lrrobust.results.store import PartId, Run, RunStore, find_runs, fingerprint_of, load_examples, load_run, manifest_value
 
 __all__ = [
     "OUTCOMES",
     "SCHEMA",
     "SCHEMA_VERSION",
     "Example",
+    "PartId",
     "Run",
     "RunStore",
     "example_count",
