@@ -10,7 +10,8 @@ from torch import nn
 
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
-from lrrobust.threat import ThreatModel, distance, is_in_box
+from lrrobust.evaluation.memory import is_out_of_memory
+from lrrobust.threat import Norm, ThreatModel, distance, is_in_box
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Judgement:
         prediction: of the proposed images.
         is_adversarial: misclassified, in the box and in the ball; bool (N,).
         is_rejected: misclassified, but outside the box or the ball, or not even numbers; bool (N,).
-        linf_distance, l2_distance: from the clean images, pixel units, float64 (N,).
+        linf_distance, l2_distance, l1_distance: from the clean images, pixel units, float64 (N,).
     """
 
     prediction: Prediction
@@ -40,6 +41,11 @@ class Judgement:
     is_rejected: torch.Tensor
     linf_distance: torch.Tensor
     l2_distance: torch.Tensor
+    l1_distance: torch.Tensor
+
+    def distance(self, norm: Norm) -> torch.Tensor:
+        """The distances in one norm."""
+        return getattr(self, f"{norm}_distance")
 
 
 class Judge:
@@ -104,8 +110,7 @@ class Judge:
             prediction,
             is_misclassified & is_allowed,
             (is_misclassified | ~is_number) & ~is_allowed,
-            distance(images, shown, "linf"),
-            distance(images, shown, "l2"),
+            *(distance(images, shown, norm) for norm in ("linf", "l2", "l1")),
         )
 
 
@@ -114,13 +119,13 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ModelError: the model fails on these images. Running out of memory is not its failure and stays
-            a torch.OutOfMemoryError.
+            what it is.
     """
     try:
         return model(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: {reason}"

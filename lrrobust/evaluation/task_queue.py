@@ -61,10 +61,11 @@ class TaskQueue:
         self._on_stored = on_stored
         self._sleep = sleep
         self._leases = None if sharing is None else store.leases(sharing.lease_s)
-        #: Every chunk's place in the order of this process, and what is not done, in that order.
+        #: Every chunk's place in the order of this process, and what is not done, by the name of its part, in that order.
         self._place = _places(tasks, sharing)
         # The sort is stable: the attacks on a chunk stay in their order.
-        self._open = {task.part: task for task in sorted(tasks, key=lambda task: self._place[task.chunk])}
+        self._open = {_name(task): task for task in sorted(tasks, key=lambda task: self._place[task.chunk])}
+        self._needed = _needed(tasks)
         #: Names of parts that other processes were at, when last looked.
         self._taken: set[str] = set()
         #: What others stored, and nobody has looked through yet.
@@ -80,11 +81,11 @@ class TaskQueue:
     def __iter__(self) -> Iterator[Task]:
         pause_s = _FIRST_PAUSE_S
         while True:
-            if (task := self._take()) is not None:
-                yield task
-                del self._open[task.part]
+            if (name := self._take()) is not None:
+                yield self._open[name]
+                del self._open[name]
                 if self._leases is not None:
-                    self._leases.release(_name(task))
+                    self._leases.release(name)
                 pause_s = _FIRST_PAUSE_S
             elif self._open:
                 self._sleep(min(pause_s, self._sharing.lease_s / 4))
@@ -97,19 +98,24 @@ class TaskQueue:
         present = self._store.present_parts()
         is_checking = self._is_checking()
         stored = []
-        for task in [task for task in self._open.values() if task.part in present]:
+        for name in [name for name in self._open if name in present]:
+            task = self._open[name]
             if not is_checking or self._store.has_part(*task.part):
-                del self._open[task.part]
+                del self._open[name]
                 self._on_stored(task)
                 stored.append(task)
         return stored
 
     def chunk_after(self, chunk: Chunk) -> Chunk | None:
         """The chunk that this process will probably need next."""
-        for task in self._open.values():
-            if self._place[task.chunk] > self._place[chunk] and _name(task) not in self._taken:
+        for name, task in self._open.items():
+            if self._place[task.chunk] > self._place[chunk] and name not in self._taken:
                 return task.chunk
         return None
+
+    def earlier(self, task: Task) -> Sequence[Task]:
+        """Those on the same images whose results a task builds upon; they are stored when it is asked for."""
+        return self._needed[_name(task)]
 
     def renew(self) -> None:
         """Tells the others that this process gets on."""
@@ -119,33 +125,34 @@ class TaskQueue:
     def _is_checking(self) -> bool:
         return self._sharing is None or self._sharing.rank == 0
 
-    def _take(self) -> Task | None:
-        """The next task, held by a lease where the run is shared; None where there is nothing to do, for now or for good."""
+    def _take(self) -> str | None:
+        """The next task's name, held by a lease where the run is shared; None where there is nothing to do, now or at all."""
         if self._leases is None:
-            return next(iter(self._open.values()), None)
+            return next(iter(self._open), None)
         self._drop_done_elsewhere()
         self._taken = self._leases.taken()
-        for task in list(self._open.values()):
-            if _name(task) not in self._taken and self._is_mine(task, self._leases.acquire):
-                return task
-        for task in list(self._open.values()):
-            if _name(task) in self._taken and self._is_mine(task, self._leases.take_over):
-                return task
+        ready = [name for name in self._open if not any(_name(other) in self._open for other in self._needed[name])]
+        for name in ready:
+            if name not in self._taken and self._is_mine(name, self._leases.acquire):
+                return name
+        for name in ready:
+            if name in self._taken and self._is_mine(name, self._leases.take_over):
+                return name
         return None
 
-    def _is_mine(self, task: Task, take: Callable[[str], bool]) -> bool:
-        if not take(_name(task)):
+    def _is_mine(self, name: str, take: Callable[[str], bool]) -> bool:
+        if not take(name):
             return False
         # Whoever had it may have finished it since the last look.
-        if task.part not in self._store.present_parts():
+        if name not in self._store.present_parts():
             return True
-        self._leases.release(_name(task))
+        self._leases.release(name)
         return False
 
     def _drop_done_elsewhere(self) -> None:
         present = self._store.present_parts()
-        for task in [task for task in self._open.values() if task.part in present]:
-            del self._open[task.part]
+        for name in [name for name in self._open if name in present]:
+            task = self._open.pop(name)
             self._unchecked.append(task)
             self._on_stored(task)
 
@@ -153,7 +160,7 @@ class TaskQueue:
         """At the end, rank 0 looks through what others stored; whether something has to be done again."""
         if self._is_checking():
             damaged = [task for task in self._unchecked if not self._store.has_part(*task.part)]
-            self._open = {task.part: task for task in damaged}
+            self._open = {_name(task): task for task in damaged}
         self._unchecked = []
         return bool(self._open)
 
@@ -162,6 +169,17 @@ def _places(tasks: Sequence[Task], sharing: Sharing | None) -> dict[Chunk, int]:
     chunks = list(dict.fromkeys(task.chunk for task in tasks))
     first = 0 if sharing is None else len(chunks) * (sharing.rank % sharing.world_size) // sharing.world_size
     return {chunk: (place - first) % len(chunks) for place, chunk in enumerate(chunks)}
+
+
+def _needed(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    """By name: the tasks before it on the same chunk, for those that leave alone what earlier attacks broke."""
+    before: dict[Chunk, list[Task]] = {}
+    needed = {}
+    for task in tasks:
+        on_chunk = before.setdefault(task.chunk, [])
+        needed[_name(task)] = list(on_chunk) if task.spec.survivors_only else []
+        on_chunk.append(task)
+    return needed
 
 
 def _name(task: Task) -> str:

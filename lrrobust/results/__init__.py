@@ -1,8 +1,8 @@
 """What a run leaves on disk: the columns of its rows, and the folder that holds them."""
 
 from lrrobust.results.examples import Example, example_count
-from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, rows_to_table
 from lrrobust.results.files import write_file
+from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, distances, rows_to_table
 from lrrobust.results.store import PartId, Run, RunStore, find_runs, fingerprint_of, load_examples, load_run, manifest_value
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PartId",
     "Run",
     "RunStore",
+    "distances",
     "example_count",
     "find_runs",
     "fingerprint_of",

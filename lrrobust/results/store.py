@@ -203,14 +203,26 @@ class RunStore:
             return False
         return True
 
-    def present_parts(self) -> set[PartId]:
-        """The parts that are there by name; `has_part` looks whether one is whole."""
+    def present_parts(self) -> set[str]:
+        """Stems of the files in the folder of parts; `has_part` looks whether one is a whole part."""
         with explaining("read", self.folder / _PARTS):
-            return set(_listed_parts(self.folder))
+            return {entry.name.removesuffix(".parquet") for entry in os.scandir(self.folder / _PARTS)}
 
     def leases(self, lease_s: float) -> Leases:
         """What tells the processes that share this run which parts the others are at."""
         return Leases(self.folder / LEASES, lease_s)
+
+    def read_part(self, attack: str, start: int, stop: int) -> pa.Table:
+        """The rows of a part that `has_part` has just found.
+
+        Raises:
+            StoreError: it cannot be read any more.
+        """
+        part = PartId(attack, start, stop)
+        try:
+            return _read_part(self._path(part), self._identity(part))[0]
+        except (FileNotFoundError, _DamagedPart) as damage:
+            raise StoreError(f"{self._path(part)} {damage}: it was whole a moment ago; run the same command again") from None
 
     def read_rows(self) -> pd.DataFrame:
         """All valid rows so far, as in `Run.rows`."""

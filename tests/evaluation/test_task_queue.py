@@ -5,6 +5,8 @@ import pytest
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.evaluation.engine import plan_tasks
 from lrrobust.evaluation.task_queue import Sharing, TaskQueue
+from lrrobust.results import PartId
+from lrrobust.results.leases import Leases
 
 SPECS = [
     FgsmSpec(kind="fgsm", name="fgsm", eps=(1 / 255,)),
@@ -24,6 +26,10 @@ class Clock:
     now = 0.0
 
 
+def stems(parts):
+    return {PartId(*part).stem for part in parts}
+
+
 class Store:
     """Parts by name, some of them damaged; leases that run on a clock of ours."""
 
@@ -32,7 +38,7 @@ class Store:
         self.parts, self.damaged, self.looked = [], set(), []
 
     def present_parts(self):
-        return set(self.parts)
+        return stems(self.parts)
 
     def has_part(self, *part):
         self.looked.append(part)
@@ -42,8 +48,6 @@ class Store:
         return part in self.parts
 
     def leases(self, lease_s):
-        from lrrobust.results.leases import Leases
-
         return Leases(self.folder / "leases", lease_s, lambda: self.clock.now)
 
 
@@ -155,7 +159,7 @@ def test_a_part_stored_between_look_and_lease_is_not_done_again(store):
         # The first look sees nothing, and then somebody has done everything.
         if next(looks):
             store.parts = all_parts()
-        return set(store.parts)
+        return stems(store.parts)
 
     store.present_parts = present_parts
     with pytest.raises(Idle):
@@ -195,3 +199,22 @@ def test_guesses_the_next_chunk(store):
     assert next(turn).chunk == (6, 8) and second.chunk_after((6, 8)) == (0, 2)
     store.parts = [part for part in all_parts() if part[1] in (0, 6)]
     assert next(turn).chunk == (2, 4) and second.chunk_after((2, 4)) == (4, 6)
+
+
+def test_what_builds_upon_earlier_attacks_waits_for_them(store):
+    specs = [SPECS[0], SPECS[1].model_copy(update={"survivors_only": True})]
+    first, second = (iter(each) for each in (queue(store, Sharing(0, 1), 4, specs=specs), queue(store, Sharing(0, 1), 4, specs=specs)))
+    assert next(first).part == ("fgsm", 0, 2)
+    # The other attack on these images has to wait, those on others have not.
+    assert next(second).part == ("fgsm", 2, 4)
+    store.parts.append(("fgsm", 2, 4))
+    assert next(second).part == ("pgd", 2, 4)
+    store.parts.append(("pgd", 2, 4))
+    with pytest.raises(Idle):
+        next(second)
+    store.parts.append(("fgsm", 0, 2))
+    task = next(first)
+    assert task.part == ("pgd", 0, 2)
+    whole = queue(store, None, 4, specs=specs)
+    assert [earlier.part for earlier in whole.earlier(task)] == [("fgsm", 0, 2)]
+    assert queue(store, None, 4).earlier(task) == []
