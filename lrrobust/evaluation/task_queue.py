@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class TaskQueue:
 
     def earlier(self, task: Task) -> Sequence[Task]:
         """Those on the same images whose results a task builds upon; they are stored when it is asked for."""
-        return self._needed[_name(task)]
+        return self._needed.get(_name(task), ())
 
     def renew(self) -> None:
         """Tells the others that this process gets on."""
@@ -131,14 +132,16 @@ class TaskQueue:
             return next(iter(self._open), None)
         self._drop_done_elsewhere()
         self._taken = self._leases.taken()
-        ready = [name for name in self._open if not any(_name(other) in self._open for other in self._needed[name])]
-        for name in ready:
-            if name not in self._taken and self._is_mine(name, self._leases.acquire):
+        for name in self._open:
+            if name not in self._taken and self._is_ready(name) and self._is_mine(name, self._leases.acquire):
                 return name
-        for name in ready:
-            if name in self._taken and self._is_mine(name, self._leases.take_over):
+        for name in self._open:
+            if name in self._taken and self._is_ready(name) and self._is_mine(name, self._leases.take_over):
                 return name
         return None
+
+    def _is_ready(self, name: str) -> bool:
+        return not any(_name(earlier) in self._open for earlier in self._needed.get(name, ()))
 
     def _is_mine(self, name: str, take: Callable[[str], bool]) -> bool:
         if not take(name):
@@ -177,10 +180,11 @@ def _needed(tasks: Sequence[Task]) -> dict[str, list[Task]]:
     needed = {}
     for task in tasks:
         on_chunk = before.setdefault(task.chunk, [])
-        needed[_name(task)] = list(on_chunk) if task.spec.survivors_only else []
+        if task.spec.survivors_only:
+            needed[_name(task)] = list(on_chunk)
         on_chunk.append(task)
     return needed
 
 
 def _name(task: Task) -> str:
-    return PartId(*task.part).stem
+    return sys.intern(PartId(*task.part).stem)

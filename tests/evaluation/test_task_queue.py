@@ -217,4 +217,4 @@ def test_what_builds_upon_earlier_attacks_waits_for_them(store):
     assert task.part == ("pgd", 0, 2)
     whole = queue(store, None, 4, specs=specs)
     assert [earlier.part for earlier in whole.earlier(task)] == [("fgsm", 0, 2)]
-    assert queue(store, None, 4).earlier(task) == []
+    assert list(queue(store, None, 4).earlier(task)) == []
