@@ -24,6 +24,7 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.process_settings import settle_process
 
 if TYPE_CHECKING:
+    from lrrobust.evaluation.task_queue import Sharing
     from lrrobust.run import Evaluation, EvaluationRequest
 
 
@@ -134,14 +135,21 @@ def evaluate(
     ] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
+    share: Annotated[
+        bool, typer.Option("--share", help="Share the work with other processes given the same command; those of torchrun do so anyway.")
+    ] = False,
 ) -> None:
     """Attack models and tell how many images stay correct.
 
     Calling the same command again goes on where the last one stopped.
     """
-    from lrrobust.console import print_results
-    from lrrobust.run import EvaluationRequest
+    from lrrobust.console import be_quiet, print_results
+    from lrrobust.run import EvaluationRequest, choose_sharing
 
+    sharing = choose_sharing(share, os.environ)
+    is_first = sharing is None or sharing.rank == 0
+    if not is_first:
+        be_quiet()
     request = EvaluationRequest(
         models=tuple(model),
         attacks=tuple([*(attack or []), *(suite or [])]) or ("standard",),
@@ -168,8 +176,9 @@ def evaluate(
         out=out,
     )
     evaluations = _prepare(request)
-    _run_all(evaluations)
-    print_results([evaluation.folder for evaluation in evaluations])
+    _run_all(evaluations, sharing)
+    if is_first:
+        print_results([evaluation.folder for evaluation in evaluations])
 
 
 def _prepare(request: EvaluationRequest) -> list[Evaluation]:
@@ -182,12 +191,12 @@ def _prepare(request: EvaluationRequest) -> list[Evaluation]:
     return evaluations
 
 
-def _run_all(evaluations: list[Evaluation]) -> None:
+def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> None:
     from lrrobust.console import EvaluationProgress
 
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
-            evaluation.run(progress.on_task, progress.on_forward)
+            evaluation.run(progress.on_task, progress.on_forward, sharing)
 
 
 @contextmanager

@@ -40,6 +40,11 @@ _notices = Console(stderr=True)
 _LINE_INTERVAL_S = 30.0
 
 
+def be_quiet() -> None:
+    """From now on nothing is shown: another process shows it for all."""
+    _tables.quiet = _notices.quiet = True
+
+
 def _notice(text: str) -> None:
     _notices.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -85,10 +90,10 @@ class EvaluationProgress:
         self._name = evaluation.manifest["model"]["name"] + (f" (attacking {surrogate['name']})" if surrogate else "")
         self._parts_done = 0
         self._is_resumed = False
-        #: Forward passes that the parts still to do need at most, and those that finished parts would
-        #: have needed at most.
+        #: Forward passes that the parts still to do need at most, and those that parts finished since the start, here
+        #: and anywhere, would have needed at most.
         self._left = sum(task.cost for task in evaluation.tasks)
-        self._finished = 0
+        self._finished_here = self._finished = 0
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
         self._made = self._present = 0
         self._started = self._last_line = time.monotonic()
@@ -109,18 +114,20 @@ class EvaluationProgress:
         self._parts_done += 1
         self._left -= task.cost
         if is_new:
-            self._finished += task.cost
+            self._finished_here += task.cost
             self._made += self._present
             self._present = 0
-        else:
-            if not self._is_resumed:
-                _notice(f"going on with {self._evaluation.folder}")
+        elif not self._is_resumed and not self._made + self._present:
+            _notice(f"going on with {self._evaluation.folder}")
             self._is_resumed = True
+        # What is stored once the work has begun, others have done that share it.
+        if is_new or self._made + self._present:
+            self._finished += task.cost
         self._show()
 
     def _show(self) -> None:
         # What is left is known only as an upper bound; finished parts say how far above the truth it is.
-        share = self._made / self._finished if self._finished else 1.0
+        share = self._made / self._finished_here if self._finished_here else 1.0
         done, total = self._made + self._present, self._made + share * self._left
         self._bar.update(self._task, completed=min(done, total), total=total, state=self._parts())
         now = time.monotonic()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -28,6 +30,7 @@ from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
+from lrrobust.evaluation.task_queue import Sharing
 from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
@@ -133,13 +136,16 @@ class Evaluation:
         self,
         on_task: Callable[[Task, bool], None] | None = None,
         on_forward: Callable[[int], None] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
-        """Does what is missing in the folder; see `evaluate` for the errors."""
+        """Does what is missing in the folder, alone or with others; see `evaluate` for the errors."""
         environment = self.manifest["provenance"]
         part_metadata = {key: str(environment[key]) for key in ("lrrobust", "commit", "device", "processor", "threads")}
         # Not the bare name: "pandas" is a key of Parquet's own.
         part_metadata |= {f"{name}_version": str(version) for name, version in environment["versions"].items()}
-        with RunStore.create_or_resume(self.folder, self.manifest) as store:
+        # Kernels that ask for no device start on the present one.
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, RunStore.create_or_resume(self.folder, self.manifest, is_shared=sharing is not None) as store:
             evaluate(
                 self.classifier.module.to(self.device),
                 len(self.classifier.classes),
@@ -154,6 +160,7 @@ class Evaluation:
                 real_pixels=self.manifest.get("real_pixels"),
                 on_task=on_task,
                 on_forward=on_forward,
+                sharing=sharing,
             )
 
     def _surrogate(self) -> Surrogate | None:
@@ -342,9 +349,14 @@ def _model_code(name: str, classifier: Classifier) -> bytes:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU."""
+    """The device of that name; "auto" is CUDA where there is some, else the CPU.
+
+    Without a number, "cuda" is the first device, or the one of this process's turn where torchrun started several.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", _number(os.environ, "LOCAL_RANK", 0) % torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -354,6 +366,28 @@ def choose_device(name: str) -> torch.device:
         reason = " ".join(str(error).split())[:150]
         raise ConfigError(f"--device {name!r} cannot be used here ({reason}): try cpu, cuda or auto") from None
     return device
+
+
+def choose_sharing(is_asked: bool, environ: Mapping[str, str]) -> Sharing | None:
+    """How this process shares its runs with others: as torchrun has numbered them, or because it is asked to; else not.
+
+    `LRROBUST_LEASE_S` in the environment replaces the seconds after which a silent process is taken for dead.
+
+    Raises:
+        ConfigError: the environment holds no numbers where it should.
+    """
+    world_size = _number(environ, "WORLD_SIZE", 1)
+    if world_size == 1 and not is_asked:
+        return None
+    lease_s = _number(environ, "LRROBUST_LEASE_S", round(Sharing.lease_s))
+    return Sharing(_number(environ, "RANK", 0), max(1, world_size), max(1, lease_s))
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise ConfigError(f"the environment variable {name} must be a number, found {brief(value)}: unset it, or correct it")
+    return int(value)
 
 
 # --- training ----------------------------------------------------------------------------------------

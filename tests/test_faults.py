@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from lrrobust import cli
 from lrrobust.results import find_runs, load_run
 
 MODEL = """
+import os
 import time
 import torch
 from torch import nn
@@ -32,6 +34,9 @@ class Small(nn.Module):
 
     def forward(self, images):
         time.sleep(self.pause_s)
+        if folder := os.environ.get("FORWARDS"):
+            with open(f"{folder}/{os.getpid()}", "a") as log:
+                log.write("." * len(images))
         return (images - 0.5).flatten(1) @ self.weight.t()
 
 def build():
@@ -71,6 +76,11 @@ def evaluation(workplace, out, factory="build", dataset="images"):
     return ("eval", "--model", model, "--dataset", workplace / dataset, *attacks, "--chunk-size", 1, "--out", out)
 
 
+def _run_with(environment, arguments):
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    sys.exit(cli.run(arguments))
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Processes that start at once, forked from one that has everything imported."""
@@ -81,8 +91,8 @@ def processes(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lrrobust_warm"])
 
-    def start(*arguments):
-        process = context.Process(target=cli.run, args=([str(argument) for argument in arguments],))
+    def start(*arguments, **environment):
+        process = context.Process(target=_run_with, args=(environment, [str(argument) for argument in arguments]))
         process.start()
         return process
 
@@ -156,6 +166,101 @@ def test_two_processes_on_one_folder(run, workplace, whole, processes, tmp_path)
     first.join(120)
     assert first.exitcode == 0
     assert timeless(find_runs(tmp_path)[0]).equals(whole["build_slow"])
+
+
+def wait_for_parts(out, count, process):
+    deadline = time.monotonic() + 60
+    while process.is_alive() and len(parts_in(out)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def leases_in(out):
+    return list(Path(out).glob("*/leases/*"))
+
+
+@pytest.mark.parametrize("is_numbered", [False, True], ids=["by hand", "with ranks"])
+def test_processes_that_share_divide_the_work(workplace, whole, processes, tmp_path, is_numbered):
+    forwards = tmp_path / "forwards"
+    forwards.mkdir()
+    arguments = (*evaluation(workplace, tmp_path / "out", "build_slow"), *(() if is_numbered else ("--share",)))
+    sharers = [
+        processes(*arguments, FORWARDS=forwards, **({"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank} if is_numbered else {}))
+        for rank in range(2)
+    ]
+    for sharer in sharers:
+        sharer.join(60)
+    assert [sharer.exitcode for sharer in sharers] == [0, 0]
+    (folder,) = find_runs(tmp_path / "out")
+    assert timeless(folder).equals(whole["build_slow"])
+    assert leases_in(tmp_path / "out") == []
+    # Each had a good part of the work, and nothing but the few images that try the model was computed twice.
+    made = sorted(len(log.read_text()) for log in forwards.iterdir())
+    assert len(made) == 2 and made[0] > 0.25 * made[1]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    single = processes(*evaluation(workplace, tmp_path / "single", "build_slow"), FORWARDS=alone)
+    single.join(60)
+    assert sum(made) < 1.2 * sum(len(log.read_text()) for log in alone.iterdir())
+
+
+def test_one_of_two_is_killed_and_the_other_finishes(workplace, whole, processes, tmp_path):
+    arguments = (*evaluation(workplace, tmp_path, "build_slow"), "--share")
+    victim, survivor = (processes(*arguments, LRROBUST_LEASE_S=1) for _ in range(2))
+    wait_for_parts(tmp_path, 6, victim)
+    victim.kill()
+    victim.join(60)
+    assert victim.exitcode == -signal.SIGKILL
+    assert len(parts_in(tmp_path)) < 48
+    survivor.join(60)
+    assert survivor.exitcode == 0
+    (folder,) = find_runs(tmp_path)
+    assert timeless(folder).equals(whole["build_slow"])
+    # What the dead one was at was taken over, unless it had just stored it.
+    assert {lease.name for lease in leases_in(tmp_path)} <= {part.stem for part in parts_in(tmp_path)}
+
+
+def test_the_number_of_ranks_changes_between_restarts(workplace, whole, processes, tmp_path):
+    arguments = evaluation(workplace, tmp_path, "build_slow")
+    for world_size, parts in ((3, 8), (1, 16), (2, 24)):
+        ranks = [processes(*arguments, RANK=rank, WORLD_SIZE=world_size) for rank in range(world_size)]
+        wait_for_parts(tmp_path, parts, ranks[0])
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.join(60)
+            assert rank.exitcode == -signal.SIGKILL
+    # Nobody waits for the dead: whoever comes first when all are gone clears what they held.
+    ranks = [processes(*arguments, RANK=rank, WORLD_SIZE=2) for rank in range(2)]
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    (folder,) = find_runs(tmp_path)
+    assert timeless(folder).equals(whole["build_slow"])
+    assert len(parts_in(tmp_path)) == 48
+
+
+def test_torchrun(workplace, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lrrobust"]
+    done = subprocess.run(
+        [*command, *map(str, evaluation(workplace, tmp_path, "build_slow"))],
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = find_runs(tmp_path)
+    assert timeless(folder).equals(whole["build_slow"])
+    # One of both speaks for all.
+    assert done.stdout.count("fgsm") == load_run(folder).rows.query("attack == 'fgsm'")["eps"].nunique()
+    assert done.stderr.count("results: ") == 1
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LRROBUST_LEASE_S"])
+def test_an_environment_without_numbers_is_one_line(run, workplace, tmp_path, monkeypatch, name):
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LRROBUST_LEASE_S": "9"}.items():
+        monkeypatch.setenv(variable, value if variable != name else "two")
+    code, _, err = run(*evaluation(workplace, tmp_path))
+    assert code == 2 and f"the environment variable {name} must be a number, found 'two'" in err
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "another part"])

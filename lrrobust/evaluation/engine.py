@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
@@ -18,11 +18,17 @@ from lrrobust.attacks.build import Attack, Effort
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
-from lrrobust.evaluation.quantization import quantize
+from lrrobust.evaluation.constancy import Constancy
 from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
+from lrrobust.evaluation.memory import FittingBatch
+from lrrobust.evaluation.prefetch import Prefetch
+from lrrobust.evaluation.quantization import quantize
+from lrrobust.evaluation.task_queue import Sharing, TaskQueue
 from lrrobust.frozen import frozen
 from lrrobust.results import AdversarialImage, Example, RunStore, example_count, rows_to_table
 from lrrobust.threat import NORMS, Norm, ThreatModel, distance
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +113,7 @@ def evaluate(
     real_pixels: Literal["judged", "saved"] | None = None,
     on_task: Callable[[Task, bool], None] | None = None,
     on_forward: Callable[[int], None] | None = None,
+    sharing: Sharing | None = None,
 ) -> None:
     """Does the tasks that the store does not hold yet.
 
@@ -117,6 +124,8 @@ def evaluate(
 
     With `real_pixels` every verified adversarial image is rounded to 8 bits inside ball and box and judged again, and an
     attack goes on until an image so rounded breaks the model.
+    Images of the next chunk are read while the present one is attacked. What does not fit into memory is done again in
+    smaller batches, which the part's metadata says.
 
     Args:
         model: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes), on `device`.
@@ -131,64 +140,116 @@ def evaluate(
             them now and then a row.
         surrogate: is attacked in the model's stead.
         real_pixels: "judged": fill the column is_broken_quantized; "saved": keep the rounded images as well.
-        on_task: called after every task with whether it was done now (False: the store had it).
+        on_task: called after every task with whether it was done here (False: the store had it).
         on_forward: called after every forward pass of an attack with how many images it took.
+        sharing: for a process that shares the run with others; returns when all tasks are done, by whomever.
 
     Raises:
-        ModelError: the model does not behave like a classifier.
+        ModelError: the model does not behave like a classifier, or changes on the way.
         DataError: an image can no longer be read.
         StoreError: results cannot be written.
     """
-    chunks: dict[Chunk, list[Task]] = {}
-    for task in tasks:
-        chunks.setdefault(task.chunk, []).append(task)
+    def on_stored(task: Task) -> None:
+        if on_task is not None:
+            on_task(task, False)
+
     attacked = nullcontext() if surrogate is None else frozen(surrogate.model)
-    with frozen(model), attacked, _deterministic_float32():
-        run = _Run(Judge(model, num_classes, batch_size), fingerprint, on_forward, surrogate, real_pixels)
-        metadata: dict[str, str] | None = None
-        is_resumed = False
-        for chunk, group in chunks.items():
-            stored = [task for task in group if store.has_part(*task.part)]
-            for task in stored:
-                if on_task is not None:
-                    on_task(task, False)
-            # A resumed run computes one chunk of what it has again, to be sure it is the same model.
-            is_to_compare = bool(stored) and not is_resumed
-            if len(stored) == len(group) and not is_to_compare:
-                continue
-            try:
-                batch = _ChunkImages.load(images, chunk, device)
-                if metadata is None:
-                    has_surrogate = surrogate is not None
-                    metadata = {**part_metadata, **check_model(model, num_classes, batch.images, not has_surrogate)}
-                    if has_surrogate:
-                        check_model(surrogate.model, surrogate.num_classes, batch.images)
-                with _seeded(batch.images.device, chunk_seed(fingerprint, "clean", chunk.start)):
-                    clean = run.judge.predict(batch.images, batch.labels, batch.keys)
-                if is_to_compare:
-                    _check_same_model(store, batch, clean, metadata)
-                    is_resumed = True
-                broken_at = _BrokenAt(len(batch.indices))
-                for task in group:
-                    if task in stored:
-                        if any(later.spec.survivors_only for later in group):
-                            broken_at.enter(task, store.read_part(*task.part), real_pixels is not None)
-                        continue
-                    outcomes, rows, met = _attack_chunk(run, batch, clean, task, broken_at)
-                    if examples := _examples(batch, outcomes, task):
-                        store.write_examples(*task.part, examples)
-                    if real_pixels == "saved" and (images_kept := _adversarial_images(batch, outcomes, task)):
-                        store.write_adversarial(*task.part, images_kept)
-                    table = rows_to_table(rows)
-                    store.write_part(*task.part, table, {**metadata, **met})
-                    broken_at.enter(task, table, real_pixels is not None)
-                    if on_task is not None:
-                        on_task(task, True)
-            except torch.OutOfMemoryError as error:
-                raise ModelError(
-                    f"out of memory on {device} with {min(batch_size, chunk.stop - chunk.start)} images at once: "
-                    f"use a smaller --batch-size ({' '.join(str(error).split())[:120]})"
-                ) from error
+    with (
+        frozen(model),
+        attacked,
+        _deterministic_float32(),
+        TaskQueue(tasks, store, sharing, on_stored) as queue,
+        Prefetch(lambda chunk: _ChunkImages.load(images, chunk)) as reader,
+    ):
+
+        def heard(count: int) -> None:
+            queue.renew()
+            if on_forward is not None:
+                on_forward(count)
+
+        run = _Run(Judge(model, num_classes, batch_size), fingerprint, heard, surrogate, real_pixels)
+        at_hand = _AtHand(run, reader, device)
+        # A resumed run computes one chunk of what it has again, to be sure it is the same model.
+        if known := next((task for task in queue.drop_stored() if store.has_part(*task.part)), None):
+            _check_same_model(store, known, *at_hand.load(known.chunk), at_hand.metadata)
+        for task in queue:
+            batch, clean = at_hand.load(task.chunk)
+            reader.start(queue.chunk_after(task.chunk))
+            broken_at = _BrokenAt(len(batch.indices))
+            for earlier in queue.earlier(task):
+                broken_at.enter(earlier, store.read_part(*earlier.part), real_pixels is not None)
+            outcomes, rows, met = at_hand.fitting(lambda: _attack_chunk(run, batch, clean, task, broken_at))
+            at_hand.check_constancy()
+            if examples := _examples(batch, outcomes, task):
+                store.write_examples(*task.part, examples)
+            if real_pixels == "saved" and (images_kept := _adversarial_images(batch, outcomes, task)):
+                store.write_adversarial(*task.part, images_kept)
+            used = {"batch_size": str(run.judge.batch_size)}
+            store.write_part(*task.part, rows_to_table(rows), {**part_metadata, **at_hand.metadata, **used, **met})
+            if on_task is not None:
+                on_task(task, True)
+
+
+class _AtHand:
+    """The model, known to be one that can be judged, and the chunk that it is at.
+
+    Attributes:
+        metadata: what the results must say of the model, once a chunk is loaded.
+    """
+
+    def __init__(self, run: _Run, reader: Prefetch[_ChunkImages], device: torch.device) -> None:
+        self.metadata: dict[str, str] = {}
+        self._run = run
+        self._reader = reader
+        self._device = device
+        self._batch_size = FittingBatch(run.judge.batch_size, device)
+        self._constancy: Constancy | None = None
+        self._is_checked = False
+        self._chunk: tuple[Chunk, _ChunkImages, Prediction] | None = None
+
+    def load(self, chunk: Chunk) -> tuple[_ChunkImages, Prediction]:
+        """The images of a chunk, and what the model makes of them."""
+        if self._chunk is None or self._chunk[0] != chunk:
+            # The former ones go before the next come.
+            self._chunk = None
+            batch = self._reader.get(chunk).to(self._device)
+            if not self._is_checked:
+                self._check(batch.images)
+            self._chunk = chunk, batch, self.fitting(lambda: self._predict(chunk, batch))
+        return self._chunk[1:]
+
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Work of the judge's model, in batches that fit into memory."""
+
+        def try_with(batch_size: int) -> T:
+            self._run.judge.batch_size = batch_size
+            return work()
+
+        return self._batch_size.run(try_with)
+
+    def check_constancy(self) -> None:
+        """Raises ModelError when the model is not what it was; a randomised one is marked already."""
+        if self._constancy is not None:
+            self._constancy.check()
+
+    def _check(self, images: torch.Tensor) -> None:
+        judge, wanted = self._run.judge, self._batch_size.size
+
+        def check() -> tuple[dict[str, str], Constancy | None]:
+            # Fewer than the check takes by itself only where they do not fit.
+            few = images if judge.batch_size == wanted else images[: judge.batch_size]
+            surrogate = self._run.surrogate
+            found = check_model(judge.model, judge.num_classes, few, surrogate is None)
+            if surrogate is not None:
+                check_model(surrogate.model, surrogate.num_classes, few)
+            return found, None if "randomised" in found else Constancy(judge.model, few[:2], RANDOMISED_TOLERANCE)
+
+        self.metadata, self._constancy = self.fitting(check)
+        self._is_checked = True
+
+    def _predict(self, chunk: Chunk, batch: _ChunkImages) -> Prediction:
+        with _seeded(self._device, chunk_seed(self._run.fingerprint, "clean", chunk.start)):
+            return self._run.judge.predict(batch.images, batch.labels, batch.keys)
 
 
 @contextmanager
@@ -259,14 +320,14 @@ def check_model(
 
 
 def _check_same_model(
-    store: RunStore, batch: _ChunkImages, clean: Prediction, metadata: Mapping[str, str]
+    store: RunStore, known: Task, batch: _ChunkImages, clean: Prediction, metadata: Mapping[str, str]
 ) -> None:
-    """Raises ModelError unless the stored rows were computed with this model."""
+    """Raises ModelError unless the rows of a stored task were computed with this model."""
     if "randomised" in metadata:
         return
-    rows = store.read_rows()
-    stored = dict(zip(rows["index"].tolist(), rows["clean_margin"].tolist(), strict=True))
-    pairs = [(stored[i], now) for i, now in zip(batch.indices, clean.margin.tolist(), strict=True) if i in stored]
+    rows = store.read_part(*known.part)
+    stored = dict(zip(rows["index"].to_pylist(), rows["clean_margin"].to_pylist(), strict=True))
+    pairs = [(stored[i], now) for i, now in zip(batch.indices, clean.margin.tolist(), strict=True)]
     scale = max(abs(before) for before, _ in pairs)
     if any(abs(before - now) > RESUME_TOLERANCE * max(scale, 1e-3) for before, now in pairs):
         raise ModelError(
@@ -281,9 +342,9 @@ class _Run:
 
     judge: Judge
     fingerprint: str
-    on_forward: Callable[[int], None] | None
-    surrogate: Surrogate | None
-    real_pixels: Literal["judged", "saved"] | None
+    on_forward: Callable[[int], None]
+    surrogate: Surrogate | None = None
+    real_pixels: Literal["judged", "saved"] | None = None
 
 
 @dataclass(frozen=True)
@@ -295,16 +356,19 @@ class _ChunkImages:
     wnids: Sequence[str]
 
     @classmethod
-    def load(cls, images: Images, chunk: Chunk, device: torch.device) -> _ChunkImages:
+    def load(cls, images: Images, chunk: Chunk) -> _ChunkImages:
         positions = range(*chunk)
         pixels, labels = images.load(positions)
         return cls(
-            pixels.to(device),
-            labels.to(device),
+            pixels,
+            labels,
             [images.indices[i] for i in positions],
             [images.keys[i] for i in positions],
             [images.wnids[i] for i in positions],
         )
+
+    def to(self, device: torch.device) -> _ChunkImages:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 class _Watched(nn.Module):
@@ -317,8 +381,7 @@ class _Watched(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = call_model(self.model, images)
-        if self._on_forward is not None:
-            self._on_forward(len(images))
+        self._on_forward(len(images))
         return logits
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
+from lrrobust.evaluation.memory import is_out_of_memory
 from lrrobust.threat import Norm, ThreatModel, distance, is_in_box
 
 
@@ -118,13 +119,13 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ModelError: the model fails on these images. Running out of memory is not its failure and stays
-            a torch.OutOfMemoryError.
+            what it is.
     """
     try:
         return model(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: {reason}"

@@ -2,8 +2,10 @@
 
 from lrrobust.results.adversarial import AdversarialImage
 from lrrobust.results.examples import Example, example_count
+from lrrobust.results.files import write_file
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table
 from lrrobust.results.store import (
+    PartId,
     Run,
     RunStore,
     find_runs,
@@ -12,7 +14,6 @@ from lrrobust.results.store import (
     load_examples,
     load_run,
     manifest_value,
-    write_file,
 )
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdversarialImage",
     "Example",
+    "PartId",
     "Run",
     "RunStore",
     "breaking_eps",

@@ -4,6 +4,7 @@
     <folder>/parts/<attack>-<start>-<stop>.parquet        the rows of images start to stop - 1
     <folder>/examples/<attack>-<start>-<stop>.parquet     a few of their adversarial images, to look at
     <folder>/adversarial/<attack>-<start>-<stop>.parquet  all that outlast 8 bits, where that was asked for
+    <folder>/leases/<attack>-<start>-<stop>               which parts are being computed, where processes share a run
 
 A part appears under its name complete or not at all (temporary file, fsync, rename), so its
 existence is the commit, and resuming means computing the parts that are not there.
@@ -11,16 +12,12 @@ existence is the commit, and resuming means computing the parts that are not the
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,12 +30,10 @@ import pyarrow.parquet as pq
 from lrrobust.errors import StoreError
 from lrrobust.results.adversarial import ADVERSARIAL_SCHEMA, AdversarialImage, adversarial_to_table, table_to_adversarial
 from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, examples_to_table, table_to_examples
+from lrrobust.results.files import explaining, write_file
+from lrrobust.results.folder_lock import FolderLock
+from lrrobust.results.leases import LEASES, Leases, clear_leases
 from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _log = logging.getLogger(__name__)
 
@@ -90,19 +85,19 @@ class Run:
 
 
 class RunStore:
-    """A run folder opened for writing; at most one process has it open at a time.
+    """A run folder opened for writing, by one process or by several that share its work.
 
     Build it with `create_or_resume`. It is a context manager; the lock goes with `close`, with the
     object, or with the process, however that ends.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], lock: int | None) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: FolderLock) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._release = weakref.finalize(self, os.close, lock) if lock is not None else lambda: None
+        self._lock = lock
 
     @classmethod
-    def create_or_resume(cls, folder: Path, manifest: Mapping[str, Any]) -> RunStore:
+    def create_or_resume(cls, folder: Path, manifest: Mapping[str, Any], *, is_shared: bool = False) -> RunStore:
         """Open `folder` for the run described by `manifest`, new or begun before.
 
         Args:
@@ -111,6 +106,8 @@ class RunStore:
                 hexadecimal `fingerprint` of everything that decides the results. When the folder
                 holds a run of the same fingerprint, its manifest stays, and
                 `{"started_at", "provenance"}` of this session joins its list `sessions`.
+            is_shared: whether other processes that say the same may have it open as well. The first of
+                them writes the manifest; `leases` tell who does what.
 
         Raises:
             StoreError: the folder holds another run or a damaged manifest, is being written by
@@ -121,26 +118,29 @@ class RunStore:
         # Through JSON, so that the manifest in memory is the one read back: tuples become lists.
         manifest = json.loads(json.dumps(manifest, allow_nan=False))
         _check_manifest(manifest)
-        with _explaining("write", folder):
+        with explaining("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = FolderLock(folder, is_shared=is_shared)
         try:
-            if (folder / _MANIFEST).exists():
-                manifest = _joined(folder, manifest)
-                if lock is not None:
-                    _remove_stale_files(folder)
-            elif (folder / _PARTS).exists():
+            # In this order, as another process may just be making first the manifest, then the folder of parts.
+            has_parts = (folder / _PARTS).exists()
+            has_manifest = (folder / _MANIFEST).exists()
+            if has_parts and not has_manifest:
                 raise StoreError(
                     f"{folder} holds parts of a run but no {_MANIFEST}: restore it, or choose another folder"
                 )
-            else:
-                manifest["sessions"] = []
-            write_file(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
-            with _explaining("write", folder):
+            manifest = _joined(folder, manifest) if has_manifest else {**manifest, "sessions": []}
+            if lock.is_alone and has_manifest:
+                _remove_stale_files(folder)
+            # Of those that share a folder the first writes; all would where there are no locks, all the same but for the session.
+            if lock.is_alone or not (is_shared and has_manifest):
+                write_file(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+            with explaining("write", folder):
                 (folder / _PARTS).mkdir(exist_ok=True)
+            if is_shared:
+                lock.share()
         except BaseException:
-            if lock is not None:
-                os.close(lock)
+            lock.close()
             raise
         return cls(folder, manifest, lock)
 
@@ -152,7 +152,7 @@ class RunStore:
 
     def close(self) -> None:
         """Let other processes write to the folder. Closing twice does no harm."""
-        self._release()
+        self._lock.close()
 
     def write_part(
         self, attack: str, start: int, stop: int, table: pa.Table, metadata: Mapping[str, str]
@@ -209,11 +209,20 @@ class RunStore:
             return False
         except _DamagedPart as damage:
             aside = path.with_name(path.name + ".damaged")
-            with _explaining("write", aside):
+            with explaining("write", aside):
                 os.replace(path, aside)
             _log.warning("%s %s; moved to %s, it will be computed again", path, damage, aside.name)
             return False
         return True
+
+    def present_parts(self) -> set[str]:
+        """Stems of the files in the folder of parts; `has_part` looks whether one is a whole part."""
+        with explaining("read", self.folder / _PARTS):
+            return {entry.name.removesuffix(".parquet") for entry in os.scandir(self.folder / _PARTS)}
+
+    def leases(self, lease_s: float) -> Leases:
+        """What tells the processes that share this run which parts the others are at."""
+        return Leases(self.folder / LEASES, lease_s)
 
     def read_part(self, attack: str, start: int, stop: int) -> pa.Table:
         """The rows of a part that `has_part` has just found.
@@ -323,7 +332,7 @@ def find_runs(root: Path) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise StoreError(f"expected a folder of runs, found none at {root}: give the folder a run was written to")
-    with _explaining("read", root):
+    with explaining("read", root):
         return sorted(path.parent for path in root.rglob(_MANIFEST))
 
 
@@ -333,102 +342,17 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, whole or not at all, also across a crash; creates the folder.
-
-    Raises:
-        StoreError: the disk is full or does not let us write. The former file, if any, is kept.
-    """
-    with _explaining("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
 class _DamagedPart(Exception):
     """A part that must not be used; the message completes a sentence that begins with its path."""
-
-
-@contextlib.contextmanager
-def _explaining(verb: str, path: Path) -> Iterator[None]:
-    """Turn failures of the operating system into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if verb == "read" and isinstance(error, FileNotFoundError):
-            raise  # an absent file is an answer, not a failure
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"no room on disk while writing {path}; what was computed before is kept; "
-                "free space and run the same command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StoreError(
-                f"not allowed to {verb} {path} ({error.strerror}); change its permissions or choose another folder"
-            ) from error
-        raise StoreError(
-            f"could not {verb} {path} ({error.strerror or error}); what was computed before is kept; "
-            "mend this and run the same command again"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes a rename itself survive a power cut. Windows cannot open folders, some network file
-    # systems cannot sync them: there the rename is as durable as it gets.
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int | None:
-    """Take the folder for this process; None where the file system has no locks."""
-    if fcntl is None:
-        return None
-    path = folder / ".lock"
-    with _explaining("write", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-        except BlockingIOError:
-            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
-            os.close(descriptor)
-            raise StoreError(
-                f"another lrrobust process (pid {holder}) is writing {folder}; "
-                "wait for it to finish, stop it, or choose another folder"
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            _log.warning("%s cannot be locked (%s); let only one process write to it", folder, error.strerror)
-            return None
-    return descriptor
 
 
 def _remove_stale_files(folder: Path) -> None:
     # Only called with the lock held, so their writers are dead.
     for where in (folder, folder / _PARTS, folder / _EXAMPLES, folder / _ADVERSARIAL):
         for path in where.glob(".*.tmp"):
-            with _explaining("write", path):
+            with explaining("write", path):
                 path.unlink(missing_ok=True)
+    clear_leases(folder / LEASES)
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -441,7 +365,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
 def _load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        with _explaining("read", path):
+        with explaining("read", path):
             manifest = json.loads(path.read_bytes())
         if not isinstance(manifest, dict) or not {"schema_version", "fingerprint"} <= set(manifest):
             raise ValueError("it must hold schema_version and fingerprint")
@@ -537,7 +461,7 @@ def _read_part(
         FileNotFoundError: it is not there.
         _DamagedPart: its bytes are not those written, or were written for another part or run.
     """
-    with _explaining("read", path):
+    with explaining("read", path):
         content = path.read_bytes()
     seals = _SEALED.findall(content)
     if len(seals) != 1 or _digest(content.replace(_SEAL + seals[0], _UNSEALED)) != seals[0]:

@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all, and failures of the file system in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from lrrobust.errors import StoreError
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, whole or not at all, also across a crash; creates the folder.
+
+    Raises:
+        StoreError: the disk is full or does not let us write. The former file, if any, is kept.
+    """
+    with explaining("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def explaining(verb: str, path: Path) -> Iterator[None]:
+    """Turn failures of the operating system into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if verb == "read" and isinstance(error, FileNotFoundError):
+            raise  # an absent file is an answer, not a failure
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"no room on disk while writing {path}; what was computed before is kept; "
+                "free space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StoreError(
+                f"not allowed to {verb} {path} ({error.strerror}); change its permissions or choose another folder"
+            ) from error
+        raise StoreError(
+            f"could not {verb} {path} ({error.strerror or error}); what was computed before is kept; "
+            "mend this and run the same command again"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes a rename itself survive a power cut. Windows cannot open folders, some network file
+    # systems cannot sync them: there the rename is as durable as it gets.
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
