@@ -65,10 +65,12 @@ def verify_export(
     if unknown:
         raise ModelError(f"{model.name} does not know the class {unknown[0]!r} of the images in {folder}")
     is_same = {**model.record, "weights": None} == {**export.about["model"], "weights": None}
-    judge = Judge(classifier.module.to(device), len(classifier.classes), batch_size)
+    # As in the evaluation, to the last bit.
+    module = model.folded.module.to(device)
+    judge = Judge(module, len(classifier.classes), batch_size)
     counts: dict[str, list[int]] = {}
     pairs = read_pairs(export)
-    with frozen(classifier.module):
+    with frozen(module):
         while batch := list(islice(pairs, batch_size)):
             for norm in dict.fromkeys(row["norm"] for row, _, _ in batch):
                 of_norm = [pair for pair in batch if pair[0]["norm"] == norm]

@@ -201,7 +201,10 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
     for run in ordered[1:]:
         if run.manifest["request"] != first.manifest["request"]:
             raise BaselineError(f"{first.folder} and {run.folder} are of different `lrrobust eval` commands: one baseline each")
-    expected, found = len(first.manifest["request"]["models"]), [run.manifest["position"] for run in ordered]
+    request, found = first.manifest["request"], [run.manifest["position"] for run in ordered]
+    if len(request.get("surrogates") or ()) > 1:
+        raise BaselineError("a baseline is of one --surrogate at most: evaluate each by itself, one baseline each")
+    expected = len(request["models"])
     if found != list(range(expected)):
         raise BaselineError(
             f"the command evaluated {expected} models ({', '.join(first.manifest['request']['models'])}), got the runs of "

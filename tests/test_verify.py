@@ -1,0 +1,236 @@
+"""Transfer, 8 bits, export and reading back through the command line, on models where every outcome is known."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lrrobust import cli
+from lrrobust.results import find_runs, load_run
+
+#: The stranger's gradient has no part of the target's: what is made on it changes no logit of the target.
+MODEL = """
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+class Linear(nn.Module):
+    def __init__(self, weight, classes):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.sign = 1 if classes[0] == "ant" else -1
+
+    def forward(self, images):
+        along = self.sign * ((images - 0.5).flatten(1) @ self.weight)
+        return torch.stack([along, -along], 1)
+
+def make(weight, classes=("ant", "bee")):
+    return Classifier(Linear(weight.float(), classes), classes, input_size=8)
+
+place = torch.arange(192)
+ALONG, ACROSS = 1 - 2 * (place % 2), 1 - 2 * (place // 2 % 2)
+
+def target(): return make(ALONG)
+def twin(): return make(3 * ALONG, ("bee", "ant"))
+def stranger(): return make(ACROSS)
+def large():
+    found = target()
+    return Classifier(found.module, found.classes, input_size=16)
+"""
+LADDER = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A model file and 20 images, none near the ends of the box; `distances` in grey levels, by key."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "model.py").write_text(MODEL)
+    generator, place = np.random.default_rng(0), np.arange(192)
+    distances = {}
+    for i in range(20):
+        pixels = generator.integers(60, 196, (8, 8, 3), dtype=np.uint8)
+        flat = pixels.transpose(2, 0, 1).reshape(-1) - 127.5
+        along = (flat * (1 - 2 * (place % 2))).sum()
+        # Half of the images go to a class that the target does not see in them.
+        name = ("ant" if along > 0 else "bee") if i % 5 else ("bee" if along > 0 else "ant")
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+        distances[f"{name}/{i}.png"] = abs(along) / 192 if i % 5 else 0.0
+    return folder, distances
+
+
+@pytest.fixture
+def run(workplace, monkeypatch, capfd):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(workplace[0])
+
+    def run(*arguments):
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
+        code = cli.run(arguments)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def evaluate(run, out, *arguments):
+    ladder = ",".join(f"{eps}/255" for eps in LADDER)
+    code, _, err = run("eval", "--dataset", "images", "--attack", "fgsm", "--eps", ladder, "--out", out, *arguments)
+    assert code == 0, err
+    return {
+        (found.manifest["model"]["name"], (found.manifest.get("surrogate") or {}).get("name")): found
+        for found in map(load_run, find_runs(out))
+    }
+
+
+def broken_keys(found, steps):
+    rows = found.rows[np.isclose(found.rows["eps"].to_numpy(float) * 255, steps)]
+    return set(rows["key"][rows["is_broken"].astype(bool)])
+
+
+def models(*names):
+    return [argument for name in names for argument in ("--model", f"model.py:{name}")]
+
+
+def test_transfer_breaks_what_the_gradients_have_in_common(run, workplace, tmp_path):
+    _, distances = workplace
+    runs = evaluate(
+        run, tmp_path / "runs", *models("target"), "--surrogate", "model.py:twin", "--surrogate", "model.py:stranger",
+        "--surrogate", "model.py:target",
+    )
+    wrong = {key for key, distance in distances.items() if distance == 0}
+    names = {name: f"model.py:{name}" for name in ("target", "twin", "stranger")}
+    assert set(runs) == {(names["target"], None), (names["target"], names["twin"]), (names["target"], names["stranger"])}
+    counted = set()
+    for steps in LADDER:
+        reached = {key for key, distance in distances.items() if distance < steps}
+        assert broken_keys(runs[names["target"], None], steps) == reached
+        assert broken_keys(runs[names["target"], names["twin"]], steps) == reached
+        assert broken_keys(runs[names["target"], names["stranger"]], steps) == wrong
+        counted.add(len(reached - wrong))
+    assert len(counted) > 2
+    assert {len(found.folder.name.split("-from-")) for found in runs.values()} == {1, 2}
+
+    code, out, err = run("report", tmp_path / "runs", "--out", tmp_path / "report")
+    assert code == 0 and "model.py:twin" in out
+    matrix = pd.read_csv(tmp_path / "report" / "transfer.csv")
+    (stranger,) = matrix[(matrix.source == "model.py:stranger") & np.isclose(matrix.eps * 255, 4)].itertuples()
+    assert stranger.robust_accuracy == stranger.clean_accuracy == 1 - len(wrong) / 20
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<h3>Transfer</h3>" in page and "any of these" in page and "Transfer beats the white-box attacks nowhere" in page
+
+
+def test_other_runs_know_nothing_of_transfer(run, tmp_path):
+    (found,) = evaluate(run, tmp_path / "runs", *models("target")).values()
+    assert "surrogate" not in found.manifest and "real_pixels" not in found.manifest
+    code, _, _ = run("report", tmp_path / "runs", "--out", tmp_path / "report")
+    assert code == 0 and not list((tmp_path / "report").glob("transfer*"))
+    assert "<h3>Transfer</h3>" not in (tmp_path / "report" / "report.html").read_text()
+    assert "8-bit" not in (tmp_path / "report" / "robust_accuracy.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (("--surrogate", "model.py:large"), "model.py:large takes images of 16 pixels, model.py:target of 8"),
+        (("--surrogate", "model.py:twin", "--surrogate", "model.py:twin"), "--surrogate names the same model twice"),
+        (("--surrogate", "model.py:twin", "--surrogate-weights", "a", "--surrogate-weights", "b"), "got 2 for 1 models"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, tmp_path, arguments, pattern):
+    code, _, err = run("eval", "--dataset", "images", *models("target"), "--out", tmp_path / "runs", *arguments)
+    assert code == 2 and pattern in err and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def exported(run, tmp_path):
+    (found,) = evaluate(run, tmp_path / "runs", *models("target"), "--save-adversarial").values()
+    code, _, err = run("export", found.folder, "--out", tmp_path / "images")
+    assert code == 0 and "wrote" in err
+    return found, tmp_path / "images"
+
+
+def test_exported_images_are_all_that_break_in_8_bits(run, workplace, exported):
+    _, distances = workplace
+    found, folder = exported
+    index = pd.read_parquet(folder / "index.parquet")
+    expected = {key for key, distance in distances.items() if 0 < distance < LADDER[-1]}
+    assert set(index["key"]) == expected and len(expected) > 5
+    for row in index.itertuples():
+        # Whole grey levels, all of them one way: eps is the first of the ladder that suffices.
+        assert round(255 * row.eps) == int(np.floor(distances[row.key])) + 1
+        clean, adversarial = (np.asarray(Image.open(folder / name)).astype(int) for name in (row.clean_file, row.file))
+        original = np.asarray(Image.open(workplace[0] / "images" / row.key)).astype(int)
+        assert (clean == original).all() and set(np.unique(abs(adversarial - clean))) == {round(255 * row.eps)}
+    code, out, _ = run("report", found.folder, "--out", folder.parent / "report")
+    assert code == 0
+    summary = pd.read_csv(folder.parent / "report" / "robust_accuracy.csv")
+    for steps in LADDER:
+        (row,) = summary[np.isclose(summary.eps * 255, steps)].itertuples()
+        broken = sum(distance < steps for distance in distances.values())
+        assert row.robust_accuracy_quantized == pytest.approx(1 - broken / 20) == row.robust_accuracy
+
+
+def test_read_back_they_fool_the_model_and_no_stranger(run, exported):
+    _, folder = exported
+    n = len(pd.read_parquet(folder / "index.parquet"))
+    code, out, err = run("verify", folder, *models("target"))
+    assert code == 0 and out.count(f"│ {n} ") == 5 and "not the model" not in err
+    code, out, err = run("verify", folder, *models("stranger"))
+    assert code == 0 and "not the model" in err and "│ 0 " in out
+    # A model with its classes in another order: labels follow the names.
+    code, out, _ = run("verify", folder, *models("twin"))
+    assert code == 0 and out.count(f"│ {n} ") >= 4
+
+
+def test_an_image_that_fools_no_more_is_exit_code_1(run, exported):
+    _, folder = exported
+    index = pd.read_parquet(folder / "index.parquet")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "index.parquet")
+    # The clean image in the place of an adversarial one, with its own hash.
+    files, hashes = table["file"].to_pylist(), table["sha256"].to_pylist()
+    files[0], hashes[0] = index.clean_file[0], index.clean_sha256[0]
+    schema = table.schema
+    table = table.set_column(0, schema.field(0), pa.array(files)).set_column(1, schema.field(1), pa.array(hashes))
+    pq.write_table(table.replace_schema_metadata(schema.metadata), folder / "index.parquet")
+    code, out, _ = run("verify", folder, *models("target"))
+    assert code == 1 and f"│ {len(index) - 1} " in out
+
+
+@pytest.mark.parametrize("damage", ["image", "index", "missing", "outside", "model"])
+def test_damage_is_said_in_one_line(run, exported, damage):
+    found, folder = exported
+    image = next((folder / "adversarial" / "fgsm").iterdir())
+    if damage == "image":
+        image.write_bytes(image.read_bytes()[:-9])
+    elif damage == "index":
+        (folder / "index.parquet").write_bytes(b"PAR1")
+    elif damage == "missing":
+        image.unlink()
+    elif damage == "outside":
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(folder / "index.parquet")
+        column = table["file"].to_pylist()
+        column[0] = "../model.py"
+        pq.write_table(table.set_column(0, table.schema.field(0), [column]).replace_schema_metadata(table.schema.metadata), folder / "index.parquet")
+    code, _, err = run("verify", folder, *models("large" if damage == "model" else "target"))
+    said = {
+        "image": "is not the file that the index describes", "index": "is not the index of an export",
+        "missing": "cannot be read", "outside": "lies outside", "model": "has 8 x 8 pixels, the model takes 16 x 16",
+    }
+    assert code == 2 and said[damage] in err and len(err.strip().splitlines()) == 1
+
+
+def test_runs_without_images_are_refused(run, tmp_path):
+    (found,) = evaluate(run, tmp_path / "runs", *models("target"), "--quantize").values()
+    code, _, err = run("export", found.folder, "--out", tmp_path / "images")
+    assert code == 2 and "evaluate again with --save-adversarial" in err
+    code, _, err = run("verify", tmp_path / "images", *models("target"))
+    assert code == 2 and "run `lrrobust export` first" in err
