@@ -425,7 +425,7 @@ def train(
 
 @app.command()
 def bench(
-    what: Annotated[Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop; all if none.")] = None,
+    what: Annotated[Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, store; all if none.")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
     model: Annotated[Optional[list[str]], typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50")] = None,
@@ -435,7 +435,7 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:
-    """Time the operation, gradient steps and attack loops beside what they compare with."""
+    """Time the operation, gradient steps and attack loops beside what they compare with, and the folder of a large run."""
     import torch
 
     from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench

@@ -253,13 +253,14 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
     from lrrobust.provenance import describe_environment
 
     environment = describe_environment(request.device)
-    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds")
+    is_timed = result.times is not None
+    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name)
     for column in result.summary.columns:
         table.add_column(column)
     for row in result.summary.itertuples(index=False):
         table.add_row(*(format_cell(column, value) for column, value in zip(result.summary.columns, row, strict=True)))
     _tables.print(table)
-    for kind, frame in (("times", result.times), ("summary", result.summary)):
+    for kind, frame in (("times", result.times), ("summary", result.summary)) if is_timed else (("summary", result.summary),):
         path = out / f"{name}-{kind}.csv"
         write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
         _notice(f"wrote {path}")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -170,9 +169,3 @@ def _prepare_reading(folder: Path) -> tuple[Callable[[], object], Callable[[], o
         pa.table({"a": [1.0]}).to_pandas(types_mapper=pd.ArrowDtype)
 
     return warm_up, lambda: load_run(folder)
-
-
-def bench_store(scale: Scale = Scale()) -> pd.DataFrame:
-    """`simulate_run` in a folder that is removed afterwards."""
-    with TemporaryDirectory(prefix="lrrobust-bench-") as folder:
-        return simulate_run(Path(folder) / "run", scale)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -14,6 +16,7 @@ from lrrobust.bench.attack_loop import compare_attack_loops, summarise_attack_lo
 from lrrobust.bench.gradient_step import CONTROL, compare_gradient_steps
 from lrrobust.bench.interleaved import summarise_times
 from lrrobust.bench.local_relation import compare_operations
+from lrrobust.bench.run_store import Scale, simulate_run
 from lrrobust.data.class_lists import IMAGENET_1K
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
@@ -45,9 +48,9 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Every time that was taken, one a row, and one row for each thing measured."""
+    """Every time that was taken, one a row, and one row for each thing measured; None where it was measured once."""
 
-    times: pd.DataFrame
+    times: pd.DataFrame | None
     summary: pd.DataFrame
 
 
@@ -92,10 +95,17 @@ def bench_attack_loop(request: BenchRequest) -> BenchResult:
     return BenchResult(pd.concat(times, ignore_index=True), pd.concat(summaries, ignore_index=True))
 
 
+def bench_store(request: BenchRequest) -> BenchResult:
+    """The run folder of ImageNet's validation set under 20 attacks, as 1000 processes share it; done once."""
+    with TemporaryDirectory(prefix="lrrobust-bench-") as folder:
+        return BenchResult(None, simulate_run(Path(folder) / "run", Scale()))
+
+
 BENCHES: Mapping[str, Callable[[BenchRequest], BenchResult]] = {
     "operation": bench_operation,
     "gradient-step": bench_gradient_step,
     "attack-loop": bench_attack_loop,
+    "store": bench_store,
 }
 
 
