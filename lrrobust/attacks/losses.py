@@ -54,8 +54,8 @@ def targeted_dlr(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tens
     """The target's logit minus the label's, over the distance from the largest logit to the mean of the
     third and fourth largest.
 
-    Unchanged when logits are scaled or shifted. Of three classes the third alone is taken, of two the
-    scale is 1.
+    Unchanged when logits are scaled or shifted. With fewer than four classes it is the mere difference:
+    over the distance to the third largest it would be flat where that is the target.
 
     Args:
         targets: (n,) int64, classes other than the labels.
@@ -64,9 +64,9 @@ def targeted_dlr(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tens
     """
     logits = logits.double()
     towards = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
-    if logits.shape[1] < 3:
+    if logits.shape[1] < 4:
         return towards
-    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    top = logits.topk(4, dim=1).values
     return towards / (top[:, 0] - top[:, 2:].mean(1)).clamp_min(_LEAST_SCALE)
 
 

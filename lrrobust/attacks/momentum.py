@@ -14,7 +14,7 @@ from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.threat import Norm
 
 
-def momentum(
+def mi_fgsm(
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
