@@ -6,16 +6,19 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.build import Attack
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdSpec, SquareSpec
 from lrrobust.threat import ThreatModel, is_in_box
 
 FGSM = FgsmSpec(kind="fgsm", name="fgsm", eps=(0.01,))
 PGD = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.01,), steps=20)
 PGD_L2 = PgdSpec(kind="pgd", name="pgd_l2", norm="l2", eps=(0.2,), steps=20)
 CW = CwSpec(kind="cw", name="cw", eps=(0.1,), binary_search_steps=2, steps=10, lr=0.01, initial_c=1.0)
+APGD = ApgdSpec(kind="apgd", name="apgd", norm="linf", loss="dlr", eps=(0.01,), steps=20)
+SQUARE = SquareSpec(kind="square", name="square", norm="linf", eps=(0.01,), queries=20)
+MI_FGSM = MiFgsmSpec(kind="mi_fgsm", name="mi_fgsm", norm="linf", eps=(0.01,))
 
 BUDGETED = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2], ids=lambda spec: spec.name)
-EVERY = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW], ids=lambda spec: spec.name)
+EVERY = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW, APGD, SQUARE, MI_FGSM], ids=lambda spec: spec.name)
 
 
 def at(spec, *ladder):
