@@ -11,9 +11,12 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from lrrobust.attacks.apgd import apgd
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
+from lrrobust.attacks.momentum import mi_fgsm
 from lrrobust.attacks.pgd import Claim, Draw, pgd
-from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import ApgdSpec, AttackSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.square import square
 from lrrobust.frozen import frozen
 
 
@@ -151,10 +154,26 @@ def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
     return forward, backward
 
 
+def _with_settings(attack: Callable[..., _Passes]) -> Callable[[Any, _Task], _Passes]:
+    """Runs an attack whose settings are called as in its spec."""
+
+    def run(spec: BaseModel, task: _Task) -> _Passes:
+        settings = set(type(spec).model_fields) - _NO_SETTINGS
+        return attack(**task.arguments(), **spec.model_dump(include=settings))
+
+    return run
+
+
+#: What a spec says beside the settings of its attack.
+_NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
+
 _RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
     FgsmSpec: _run_fgsm,
     PgdSpec: _run_pgd,
     CwSpec: _run_carlini_wagner,
+    ApgdSpec: _with_settings(apgd),
+    SquareSpec: _with_settings(square),
+    MiFgsmSpec: _with_settings(mi_fgsm),
 }
 
 

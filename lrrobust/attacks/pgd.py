@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lrrobust.attacks.ball import project, unit
+from lrrobust.attacks.losses import log_odds
 from lrrobust.threat import Norm
 
 #: Told of proposals: their rows among the attacked images, the proposals (M, C, H, W), the budget of each,
@@ -108,7 +109,7 @@ def pgd(
         length = images.new_tensor([step_size_ratio * budget / steps for budget in budgets])[:, None, None, None]
         iterates = torch.stack([climb.iterate for climb in active])
         logits, gradient = _evaluate(model, iterates, labels[rows], precision)
-        stepped = _project(images[rows], iterates + length * _unit(gradient, norm), eps, norm)
+        stepped = project(images[rows], iterates + length * unit(gradient, norm), eps, norm)
         is_candidate = (logits.argmax(1) != labels[rows]) & logits.isfinite().all(1)
         still = []
         for climb, now, then, is_claimed in zip(active, iterates, stepped, is_candidate.tolist(), strict=True):
@@ -176,28 +177,5 @@ def _evaluate(
     iterates = iterates.detach().requires_grad_()
     with torch.autocast(iterates.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(iterates)
-    own = labels[:, None]
-    exact = logits.double()
-    others = exact.scatter(1, own, -math.inf).logsumexp(1)
-    (gradient,) = torch.autograd.grad((others - exact.gather(1, own).squeeze(1)).sum(), iterates)
+    (gradient,) = torch.autograd.grad(log_odds(logits, labels).sum(), iterates)
     return logits.detach(), gradient
-
-
-def _unit(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """The steepest direction of length 1 in the norm; zero where the gradient is."""
-    if norm == "linf":
-        return gradient.sign()
-    # In float64, where squares of small numbers are no zeros.
-    length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
-    return (gradient / length.clamp_min(torch.finfo(torch.float64).tiny)).to(gradient)
-
-
-def _project(images: torch.Tensor, moved: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Back into the ball around the images, then into the box, which lengthens no perturbation."""
-    delta = moved - images
-    if norm == "linf":
-        delta = torch.minimum(torch.maximum(delta, -eps), eps)
-    else:
-        length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
-        delta = delta * (eps / length.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
-    return (images + delta).clamp(0, 1)

@@ -147,4 +147,83 @@ class CwSpec(_Spec):
         return 1 + self.binary_search_steps * self.steps
 
 
-AttackSpec = Annotated[Union[FgsmSpec, PgdSpec, CwSpec], Field(discriminator="kind")]
+class ApgdSpec(_Spec):
+    """Auto-PGD: gradient ascent with momentum whose step size follows from how the ascent goes.
+
+    Args:
+        loss: "ce", the cross-entropy; "dlr", which ignores the scale of the logits; or "targeted_dlr", the
+            same towards each of the likeliest other classes in turn.
+        targets: how many classes "targeted_dlr" tries, K - 1 at most; without effect on the other losses.
+        steps: gradient steps of a start.
+        rho: share of steps between two checkpoints in which the loss must rise, or the step size is halved.
+        restarts: starts at a budget, and target.
+        warm_start: begin the first restart at a larger budget where the one at the budget before was best.
+
+    Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+    Parameter-free Attacks, 2020, sections 3 and 4.
+    """
+
+    kind: Literal["apgd"]
+    norm: Literal["linf", "l2"]
+    loss: Literal["ce", "dlr", "targeted_dlr"]
+    targets: Annotated[int, Field(ge=1)] = 9
+    steps: Annotated[int, Field(ge=1)] = 100
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.75
+    restarts: Annotated[int, Field(ge=1)] = 1
+    warm_start: bool = False
+
+    @property
+    def max_forward_passes(self) -> int:
+        if self.loss == "targeted_dlr":
+            return 1 + len(self.eps) * self.steps * self.restarts * self.targets
+        return len(self.eps) * self.steps * self.restarts
+
+
+class SquareSpec(_Spec):
+    """Square attack: random search over squares, by the model's answers alone.
+
+    Args:
+        queries: forward passes of a start.
+        p_init: share of the pixels that a square covers at first.
+        rescale_schedule: shrink squares in proportion to `queries` instead of after fixed numbers of them.
+        restarts: starts at a budget.
+
+    Source: Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random
+    search, 2020, section 3.
+    """
+
+    kind: Literal["square"]
+    norm: Literal["linf", "l2"]
+    queries: Annotated[int, Field(ge=1)] = 5000
+    p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
+    rescale_schedule: bool = False
+    restarts: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def max_forward_passes(self) -> int:
+        return len(self.eps) * self.queries * self.restarts
+
+
+class MiFgsmSpec(_Spec):
+    """MI-FGSM: gradient sign steps with momentum.
+
+    Args:
+        steps: gradient steps.
+        step_size_ratio: step size = step_size_ratio * eps / steps.
+        decay: weight of the momentum in the next step; the paper's mu.
+
+    Source: Dong et al., Boosting Adversarial Attacks with Momentum, 2018, section 3.1.
+    """
+
+    kind: Literal["mi_fgsm"]
+    norm: Literal["linf", "l2"]
+    steps: Annotated[int, Field(ge=1)] = 10
+    step_size_ratio: Annotated[float, Field(gt=0)] = 1.0
+    decay: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def max_forward_passes(self) -> int:
+        return len(self.eps) * self.steps
+
+
+AttackSpec = Annotated[Union[FgsmSpec, PgdSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec], Field(discriminator="kind")]

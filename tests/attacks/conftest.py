@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import nn
 
 from lrrobust.attacks.build import Attack, Effort
 from lrrobust.evaluation.chunks import start_seed
@@ -16,6 +17,35 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def trained():
+    """A small network after a few steps on noisy patterns, and 200 images of which it gets nearly all right."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(5, 3, 8, 8, generator=generator)
+
+    def sample(count):
+        labels = torch.randint(5, (count,), generator=generator)
+        noise = torch.rand(count, 3, 8, 8, generator=generator)
+        return (0.3 * patterns[labels] + 0.7 * noise), labels
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(256, 5),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(120):
+            images, labels = sample(32)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    images, labels = sample(200)
+    with torch.no_grad():
+        assert 0.9 < (model.eval()(images).argmax(1) == labels).float().mean() <= 1
+    return model, images, labels
 
 
 @dataclass

@@ -26,34 +26,6 @@ def draw(row, eps, restart):
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """A small network after a few steps on noisy patterns, and 200 images of which it gets nearly all right."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.rand(5, 3, 8, 8, generator=generator)
-
-    def sample(count):
-        labels = torch.randint(5, (count,), generator=generator)
-        noise = torch.rand(count, 3, 8, 8, generator=generator)
-        return (0.3 * patterns[labels] + 0.7 * noise), labels
-
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(256, 5),
-        )
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(120):
-            images, labels = sample(32)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    images, labels = sample(200)
-    assert 0.9 < accuracy(model.eval(), images, labels) <= 1
-    return model, images, labels
-
-
 @torch.no_grad()
 def accuracy(model, images, labels):
     return (model(images).argmax(1) == labels).float().mean().item()

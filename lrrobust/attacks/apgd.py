@@ -1,0 +1,243 @@
+"""Auto-PGD: gradient ascent with momentum whose step size follows from how the ascent goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lrrobust.attacks.ball import project, surface_start, unit
+from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
+from lrrobust.attacks.losses import dlr, likely_targets, log_odds, targeted_dlr
+from lrrobust.attacks.pgd import Claim, Draw
+from lrrobust.threat import Norm
+
+ApgdLoss = Literal["ce", "dlr", "targeted_dlr"]
+
+#: Weight of the gradient step; the rest is the step before.
+_STEP_WEIGHT = 0.75
+
+#: First step size, in units of eps.
+_FIRST_STEP = 2.0
+
+
+def apgd(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    norm: Norm,
+    loss: ApgdLoss,
+    targets: int,
+    steps: int,
+    rho: float,
+    restarts: int,
+    warm_start: bool,
+    ladder: Sequence[float],
+    levels: torch.Tensor,
+    batch_size: int,
+    claim: Claim,
+    draw: Draw,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attack images at every budget, from the smallest up, until they are broken.
+
+    A start begins at a random point at distance eps, with steps of 2 eps. At the checkpoints (after 22 %
+    of the steps, then at ever shorter intervals) the step size is halved, and the search goes back to the
+    best point so far, where the loss rose in fewer than a share `rho` of the steps since the last
+    checkpoint, or where neither step size nor best loss changed since then.
+
+    The losses: "ce" is the cross-entropy in the form that confident models do not flatten,
+    `losses.log_odds`; "dlr" and "targeted_dlr" ignore the scale of the logits. "targeted_dlr" makes one
+    start for each of the `targets` classes that the model holds likeliest beside the label.
+
+    With `warm_start` the first restart at the next larger budget begins where the one before was best,
+    the perturbation stretched to the larger ball.
+
+    Args:
+        model: images to logits (n, K), K >= 2, in evaluation mode.
+        images: (N, C, H, W) in [0, 1], float32 or float64.
+        labels: (N,) int64, the classes to leave.
+        norm: "linf" or "l2".
+        loss: see above.
+        targets: at most K - 1 are taken; of no effect on the other losses.
+        steps: gradient steps of a start.
+        rho: see above.
+        restarts: starts at a budget (and target).
+        warm_start: see above.
+        ladder, levels, batch_size, claim: see `lrrobust.attacks.climb`.
+        draw: for random starts, the restarts of one target after those of another.
+
+    Returns:
+        Forward and backward passes by budget and image; int64 (len(ladder), N). A step is one of each;
+        choosing targets takes a forward pass of each image, at its first budget.
+
+    Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+    Parameter-free Attacks, 2020, sections 3 and 4, algorithm 1.
+    """
+    chosen = None
+    if loss == "targeted_dlr":
+        chosen = _choose_targets(model, images, labels, levels, targets, batch_size)
+    search = _Ascent(model, images, labels, norm, loss, chosen, steps, rho, restarts, warm_start, ladder, draw)
+    backward = climb(
+        images,
+        ladder=ladder,
+        levels=levels,
+        starts=restarts * search.targets_each,
+        steps=steps,
+        batch_size=batch_size,
+        claim=claim,
+        search=search,
+    )
+    forward = backward.clone()
+    if chosen is not None:
+        first = (backward > 0).int().argmax(0)
+        attacked = (backward > 0).any(0).nonzero().flatten()
+        forward[first[attacked], attacked] += 1
+    return forward, backward
+
+
+def _choose_targets(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, levels: torch.Tensor, count: int, batch_size: int
+) -> torch.Tensor:
+    """Targets (N, T) of the images that are attacked; nothing of use for the others."""
+    rows = levels.nonzero().flatten().to(images.device)
+    if not len(rows):
+        return labels[:, None]
+    with torch.no_grad():
+        parts = [likely_targets(model(images[part]), labels[part], count) for part in rows.split(batch_size)]
+    likely = torch.cat(parts)
+    return labels[:, None].repeat(1, likely.shape[1]).index_copy(0, rows, likely)
+
+
+def checkpoints(steps: int) -> list[int]:
+    """For every iterate 0 .. steps - 1, the number of steps since the last checkpoint if it is one, else 0.
+
+    >>> [at for at, window in enumerate(checkpoints(100)) if window]
+    [22, 41, 57, 70, 80, 87, 93, 99]
+    """
+    window, shortest, decrease = (max(steps * percent // 100, 1) for percent in (22, 6, 3))
+    windows, at = [0] * steps, window
+    while at < steps:
+        windows[at] = window
+        window = max(window - decrease, shortest)
+        at += window
+    return windows
+
+
+class _Ascent:
+    """Auto-PGD's search, as `lrrobust.attacks.climb` takes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        norm: Norm,
+        loss: ApgdLoss,
+        targets: torch.Tensor | None,
+        steps: int,
+        rho: float,
+        restarts: int,
+        warm_start: bool,
+        ladder: Sequence[float],
+        draw: Draw,
+    ) -> None:
+        self._model, self._images, self._labels, self._targets = model, images, labels, targets
+        self._norm, self._loss, self._rho = norm, loss, rho
+        self._restarts, self._warm_start, self._ladder, self._draw = restarts, warm_start, ladder, draw
+        self.targets_each = 1 if targets is None else targets.shape[1]
+        self._windows = torch.tensor(checkpoints(steps), device=images.device)
+        #: Best perturbations at the budget before, in units of it, by row and number of the start.
+        self._best: dict[tuple[int, int], torch.Tensor] = {}
+
+    def begin(self, starts: Sequence[Start]) -> State:
+        eps = self._images.new_tensor([self._ladder[start.level] for start in starts])
+        rows = torch.tensor([start.row for start in starts], device=eps.device)
+        iterate = torch.stack([self._first_iterate(start) for start in starts])
+        iterate = project(self._images[rows], iterate, eps[:, None, None, None], self._norm)
+        unknown = eps.new_full((len(starts),), -math.inf, dtype=torch.float64)
+        state = {
+            "iterate": iterate,
+            "previous": iterate,
+            "step_size": _FIRST_STEP * eps[:, None, None, None],
+            "best": iterate,
+            "best_gradient": torch.zeros_like(iterate),
+            "best_loss": unknown,
+            "last_loss": -unknown,
+            "rises": torch.zeros_like(rows),
+            "checked_loss": unknown,
+            # At the first checkpoint only the rises count.
+            "is_halved": torch.ones_like(rows, dtype=torch.bool),
+        }
+        if self._targets is not None:
+            numbers = torch.tensor([start.number // self._restarts for start in starts], device=eps.device)
+            state["target"] = self._targets[rows, numbers]
+        return state
+
+    def _first_iterate(self, start: Start) -> torch.Tensor:
+        image, eps = self._images[start.row], self._ladder[start.level]
+        before = self._best.pop((start.row, start.number), None)
+        if before is not None:
+            return image + eps * before
+        return surface_start(image, self._norm, eps, self._draw(start.row, eps, start.number))
+
+    def end(self, starts: Sequence[Start], state: State) -> None:
+        if not self._warm_start:
+            return
+        delta = (state["best"] - self._images[state["row"]]) / state["eps"]
+        for start, perturbation in zip(starts, delta, strict=True):
+            if start.number % self._restarts == 0:
+                self._best[start.row, start.number] = perturbation
+
+    def step(self, state: State) -> Step:
+        iterate, images, labels = state["iterate"], self._images[state["row"]], self._labels[state["row"]]
+        logits, loss, gradient = evaluate(self._model, iterate, lambda logits: self._losses(logits, labels, state))
+        loss = loss.nan_to_num(nan=-math.inf)
+        self._remember(state, loss, gradient)
+        is_halved = self._check(state)
+
+        base = torch.where(_each(is_halved), state["best"], iterate)
+        gradient = torch.where(_each(is_halved), state["best_gradient"], gradient)
+        eps = state["eps"]
+        ahead = project(images, base + state["step_size"] * unit(gradient, self._norm), eps, self._norm)
+        # The first step has none before it.
+        weight = torch.where(_each(state["steps"] == 0), 1.0, _STEP_WEIGHT).to(base)
+        moved = base + weight * (ahead - base) + (1 - weight) * (base - state["previous"])
+        state["previous"], state["iterate"] = base, project(images, moved, eps, self._norm)
+        state["last_loss"] = torch.where(is_halved, state["best_loss"], loss)
+        return Step(iterate, is_misclassified(logits, labels), state["iterate"])
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor, state: State) -> torch.Tensor:
+        if self._loss == "targeted_dlr":
+            return targeted_dlr(logits, labels, state["target"])
+        return {"ce": log_odds, "dlr": dlr}[self._loss](logits, labels)
+
+    @staticmethod
+    def _remember(state: State, loss: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Counts rises, and keeps the best iterate with its loss and gradient."""
+        state["rises"] = state["rises"] + (loss > state["last_loss"])
+        is_best = loss > state["best_loss"]
+        state["best"] = torch.where(_each(is_best), state["iterate"], state["best"])
+        state["best_gradient"] = torch.where(_each(is_best), gradient, state["best_gradient"])
+        state["best_loss"] = torch.where(is_best, loss, state["best_loss"])
+
+    def _check(self, state: State) -> torch.Tensor:
+        """At checkpoints, halves the step size where the search stalls; where it did, bool (n,)."""
+        window = self._windows[state["steps"]]
+        is_checkpoint = window > 0
+        is_swinging = state["rises"] < self._rho * window
+        is_idle = ~state["is_halved"] & (state["best_loss"] <= state["checked_loss"])
+        is_halved = is_checkpoint & (is_swinging | is_idle)
+        state["step_size"] = state["step_size"] * torch.where(_each(is_halved), 0.5, 1.0)
+        state["is_halved"] = torch.where(is_checkpoint, is_halved, state["is_halved"])
+        state["checked_loss"] = torch.where(is_checkpoint, state["best_loss"], state["checked_loss"])
+        state["rises"] = torch.where(is_checkpoint, 0, state["rises"])
+        return is_halved
+
+
+def _each(values: torch.Tensor) -> torch.Tensor:
+    """(n,) -> (n, 1, 1, 1)."""
+    return values[:, None, None, None]

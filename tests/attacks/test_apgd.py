@@ -1,0 +1,202 @@
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.apgd import checkpoints
+from lrrobust.attacks.specs import ApgdSpec, PgdSpec
+from lrrobust.threat import ThreatModel, is_in_box
+from lrrobust.torchvision_import import import_torchvision
+
+import_torchvision()
+import torchattacks  # noqa: E402
+
+NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
+LOSSES = pytest.mark.parametrize("loss", ["ce", "dlr", "targeted_dlr"])
+
+
+def apgd(norm, loss, *ladder, **settings):
+    return ApgdSpec(kind="apgd", name="apgd", norm=norm, loss=loss, eps=ladder, **{"steps": 30, **settings})
+
+
+def test_checkpoints_are_those_of_the_paper():
+    at = [at for at, window in enumerate(checkpoints(100)) if window]
+    assert at == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert [checkpoints(100)[each] for each in at] == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert checkpoints(1) == [0] and checkpoints(5) == [0, 1, 1, 1, 1]
+
+
+@NORMS
+@LOSSES
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_success_exactly_beyond_the_nearest_adversarial_image(norm, loss, count, linear_problem, attack_with):
+    classes = 5 if loss == "targeted_dlr" else 2
+    problem = linear_problem(count, classes=classes)
+    nearest = problem.nearest(norm)
+    ladder = sorted(float(share * wanted) for wanted in nearest[:2] for share in (0.99, 1.01))
+    attacked = attack_with(apgd(norm, loss, *ladder, steps=10), problem.model, problem.images, problem.labels, batch_size=3)
+    for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
+        decided = (eps - nearest).abs() > 0.005 * nearest
+        assert torch.equal(is_broken[decided], eps > nearest[decided])
+        assert ThreatModel(norm, eps).is_in_ball(problem.images, proposals).all()
+        assert is_in_box(proposals).all()
+
+
+@NORMS
+@LOSSES
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes(norm, loss, classes, linear_problem, attack_with):
+    problem = linear_problem(4, classes=classes, slope=30.0)
+    for row, nearest in enumerate(problem.nearest(norm).tolist()):
+        one = slice(row, row + 1)
+        attacked = attack_with(
+            apgd(norm, loss, 0.97 * nearest, 1.05 * nearest), problem.model, problem.images[one], problem.labels[one]
+        )
+        assert attacked.is_broken.flatten().tolist() == [False, True]
+
+
+class Then(nn.Module):
+    """A model whose logits are changed."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, images):
+        return self.change(self.model(images))
+
+
+@NORMS
+@LOSSES
+@pytest.mark.parametrize(
+    "change", [lambda z: 500 * z, lambda z: z - 1e3, lambda z: (100 * z).log_softmax(1)], ids=["x500", "negative", "log_softmax"]
+)
+def test_sign_and_scale_of_logits_do_not_matter(norm, loss, change, trained, attack_with):
+    model, images, labels = trained[0], trained[1][:40], trained[2][:40]
+    spec = apgd(norm, loss, {"linf": 0.02, "l2": 0.25}[norm], targets=3)
+    plain = attack_with(spec, model, images, labels).is_broken
+    changed = attack_with(spec, Then(model, change), images, labels).is_broken
+    assert 0.2 < plain.float().mean() < 0.9
+    # The loss of confident models is nearly the margin; but for that, nothing is lost.
+    assert (plain != changed).sum() <= (2 if loss == "ce" else 1)
+
+
+class Band(nn.Module):
+    """Wrong where the mean of the image lies in a band; the margin falls off to both sides of it."""
+
+    def __init__(self, centre, width):
+        super().__init__()
+        self.centre, self.width = centre, width
+
+    def forward(self, images):
+        margin = self.width - (images.flatten(1).mean(1) - self.centre).abs()
+        return torch.stack([-margin, margin], 1)
+
+
+def test_halved_steps_find_what_long_ones_step_over(attack_with):
+    images, labels = torch.full((8, 3, 4, 4), 0.5), torch.zeros(8, dtype=torch.int64)
+    model = Band(centre=0.5 + 0.0311, width=1e-3)
+    found = attack_with(apgd("linf", "ce", 0.1, steps=100), model, images, labels)
+    assert found.is_broken.all()
+    steady = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.1,), steps=100, step_size_ratio=20.0)
+    assert not attack_with(steady, model, images, labels).is_broken.any()
+
+
+@NORMS
+def test_box_and_budget_hold_where_pixels_are_at_the_ends(norm, trained, attack_with):
+    model, images, labels = trained[0], trained[1][:8].round(), trained[2][:8]
+    ladder = (0.001, 0.3, 1.0)
+    attacked = attack_with(apgd(norm, "dlr", *ladder, steps=10), model, images, labels)
+    for eps, proposals in zip(ladder, attacked.proposals, strict=True):
+        assert ThreatModel(norm, eps).is_in_ball(images, proposals).all()
+        assert is_in_box(proposals).all()
+
+
+@NORMS
+@LOSSES
+def test_batches_change_nothing_but_rounding(norm, loss, trained, attack_with):
+    model, images, labels = trained[0].double(), trained[1][:8].double(), trained[2][:8]
+    spec = apgd(norm, loss, *{"linf": (0.01, 0.02), "l2": (0.1, 0.2)}[norm], steps=12, targets=2)
+    try:
+        whole = attack_with(spec, model, images, labels)
+        for batch_size in (1, 3):
+            parts = attack_with(spec, model, images, labels, batch_size=batch_size)
+            assert torch.equal(whole.is_broken, parts.is_broken)
+            torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-9, rtol=0)
+            assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
+    finally:
+        model.float()
+
+
+@LOSSES
+def test_passes_are_those_of_the_model(loss, trained, attack_with):
+    model, images, labels = trained
+    with torch.no_grad():
+        correct = (model(images).argmax(1) == labels).nonzero().flatten()[:10]
+    images, labels = images[correct], labels[correct]
+    seen = []
+
+    def count(module, inputs, output):
+        # Claims are judged, and targets chosen, without gradients.
+        seen.append(len(output) * output.requires_grad)
+
+    spec = apgd("linf", loss, 0.001, 0.02, steps=10, targets=3, restarts=2)
+    hook = model.register_forward_hook(count)
+    try:
+        effort = attack_with(spec, model, images, labels, batch_size=4).effort
+    finally:
+        hook.remove()
+    starts, chosen = (6, 1) if loss == "targeted_dlr" else (2, 0)
+    assert (effort.backward_passes[0] == 10 * starts).all()
+    assert torch.equal(effort.forward_passes - effort.backward_passes, torch.tensor([[chosen] * 10, [0] * 10]))
+    assert (effort.forward_passes.sum(0) <= spec.max_forward_passes).all()
+    assert effort.forward_passes.sum(0).max() == spec.max_forward_passes
+    assert effort.backward_passes.sum() == sum(seen)
+
+
+def test_every_start_has_a_target_and_noise_of_its_own(attack_with):
+    seen = []
+
+    class Flat(nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return 0 * images.flatten(1)[:, :4] + torch.tensor([3.0, 1.0, 2.0, 0.0])
+
+    image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    attacked = attack_with(apgd("linf", "targeted_dlr", 0.1, steps=1, targets=2, restarts=2), Flat(), image, label)
+    assert [is_last for _, _, is_last, _ in attacked.claims] == [True] * 4
+    starts = torch.cat([each for each in seen if len(each)]).flatten(1).unique(dim=0)
+    assert len(starts) == 1 + 4  # the clean image, and four starts that no gradient moves
+    distances = (starts - 0.5).abs().amax(1)
+    torch.testing.assert_close(distances.sort().values, torch.tensor([0.0] + [0.1] * 4))
+
+
+@NORMS
+def test_a_warm_start_stretches_the_best_point_before(norm, attack_with):
+    class Shown(nn.Module):
+        """Keeps what it is shown; moves nothing."""
+
+        def forward(self, images):
+            seen.append(images.detach())
+            return torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2]
+
+    image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    for warm_start in (True, False):
+        seen = []
+        attack_with(apgd(norm, "ce", 0.1, 0.2, steps=1, warm_start=warm_start), Shown(), image, label)
+        first, second = (each - image for each in (seen[2], seen[4]))
+        assert torch.allclose(second, 2 * first, atol=1e-6) == warm_start
+
+
+@NORMS
+def test_no_weaker_than_torchattacks(norm, trained, attack_with):
+    model, images, labels = trained
+    eps = {"linf": 0.02, "l2": 0.25}[norm]
+    with torch.no_grad():
+        correct = model(images).argmax(1) == labels
+    images, labels = images[correct][:60], labels[correct][:60]
+    ours = attack_with(apgd(norm, "ce", eps), model, images, labels, batch_size=60).is_broken.sum()
+    peer = torchattacks.APGD(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, steps=30)
+    with torch.no_grad():
+        theirs = (model(peer(images, labels)).argmax(1) != labels).sum()
+    assert 12 < theirs < 57
+    assert ours >= theirs - 1
