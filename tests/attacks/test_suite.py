@@ -10,7 +10,7 @@ from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, over
 from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
 
-SHIPPED = ("cw", "fgsm", "pgd", "pgd_l2", "quick", "standard")
+SHIPPED = ("cw", "fgsm", "pgd", "pgd_adaptive", "pgd_l2", "quick", "standard")
 LINF = tuple(grey / 255 for grey in (0.125, 0.25, 0.5, 1, 2, 4))
 L2 = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 PGD = "kind: pgd\nnorm: linf\neps: [1/255]\nsteps: 5\n"
@@ -34,7 +34,7 @@ def test_every_shipped_configuration_loads_and_builds():
 def test_the_listing_shows_attacks_first_and_suites_with_their_norms():
     listing = list_attacks()
     assert listing[0] == AttackListing("cw", "cw", "l2", "minimal l2 change, 5 x 100 Adam steps")
-    assert [line.kind for line in listing] == ["cw", "fgsm", "pgd", "pgd", "suite", "suite"]
+    assert [line.kind for line in listing] == ["cw", "fgsm", "pgd", "pgd_adaptive", "pgd", "suite", "suite"]
     assert listing[-1][:3] == ("standard", "suite", "linf, l2")
 
 
@@ -91,8 +91,8 @@ def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
         ("kind: pgd\n<<: {steps: 5}", "keys must be plain words .line 2"),
         ("kind: pgd\n1: 5", "keys must be plain words"),
         ("kind: pgd\nkind: fgsm", "key 'kind' is repeated .line 2, column 1"),
-        ("eps: [1/255]", "kind: expected one of fgsm, pgd, cw, suite, found no such key"),
-        ("kind: deepfool", "kind: expected one of fgsm, pgd, cw, suite, found 'deepfool'"),
+        ("eps: [1/255]", "kind: expected one of fgsm, pgd, pgd_adaptive, cw, suite, found no such key"),
+        ("kind: deepfool", "kind: expected one of fgsm, pgd, pgd_adaptive, cw, suite, found 'deepfool'"),
         ("kind: [pgd]", "kind: expected one of"),
         (PGD + "name: other", "name: unexpected key"),
         (PGD + "step_size: 1", "step_size: unknown key, did you mean step_size_ratio"),
