@@ -451,6 +451,51 @@ def bench(
 
 
 @app.command()
+def crosscheck(
+    model: Annotated[list[str], typer.Option("--model", "-m", help="As for eval; repeatable.")],
+    attack: Annotated[Optional[list[str]], typer.Option("--attack", "-a", help="As for eval; repeatable.", show_default="pgd")] = None,
+    suite: Annotated[Optional[list[str]], typer.Option(help="As for eval; repeatable.")] = None,
+    peer: Annotated[
+        Optional[list[str]],
+        typer.Option(help="foolbox, autoattack, torchattacks or adv-lib; repeatable.", show_default="all that are installed"),
+    ] = None,
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="As for eval.")] = "photos",
+    n: Annotated[int, typer.Option(min=1, help="Images, drawn by --seed.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the subset, and of all random starts.")] = 0,
+    weights: Annotated[Optional[list[str]], typer.Option(help="As for eval; once for each --model.")] = None,
+    classes: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
+    input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
+    eps: Annotated[Optional[str], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images passed through the model at once.")] = DEFAULT_BATCH_SIZE,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Our own runs get a folder in here, as with eval.")] = Path("reports/runs"),
+    out: Annotated[Path, typer.Option(help="Folder of the tables (CSV).")] = Path("reports/crosscheck"),
+) -> None:
+    """Run the same attacks through other libraries, and show their robust accuracies beside ours.
+
+    Ours is an ordinary run. What the others return is judged as ours is; what they claim is shown too. AutoAttack's
+    standard evaluation is compared with the worst case of all attacks given of its norm.
+    """
+    from lrrobust.console import crosscheck_progress, print_crosscheck
+    from lrrobust.crosscheck import choose_peers, crosscheck_evaluation
+    from lrrobust.run import EvaluationRequest
+
+    peers, missing = choose_peers(peer or ())
+    request = EvaluationRequest(
+        models=tuple(model), attacks=tuple([*(attack or []), *(suite or [])]) or ("pgd",), weights=tuple(weights or ()),
+        dataset=dataset, classes=classes, input_size=input_size, n=n, seed=seed,
+        eps=None if eps is None else tuple(part.strip() for part in eps.split(",")),
+        batch_size=batch_size, device=device, out=runs,
+    )
+    evaluations = _prepare(request)
+    _run_all(evaluations)
+    for evaluation in evaluations:
+        with crosscheck_progress() as on_attack:
+            comparison = crosscheck_evaluation(evaluation, peers, on_attack)
+        print_crosscheck(evaluation, comparison, missing, out / f"{evaluation.folder.name}.csv")
+
+
+@app.command()
 def models() -> None:
     """List the networks and the trained weights that come with the package."""
     from lrrobust.console import print_models

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrrobust.report import render_table, summarise, warnings_of
+from lrrobust.report import format_eps, render_table, summarise, warnings_of
 from lrrobust.results import load_run, write_file
 
 if TYPE_CHECKING:
     from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
+    from lrrobust.crosscheck import Comparison
     from lrrobust.data.evaluation_set import EvaluationSet
     from lrrobust.evaluation.engine import Task
     from lrrobust.export import Exported
@@ -264,6 +265,42 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
         path = out / f"{name}-{kind}.csv"
         write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
         _notice(f"wrote {path}")
+
+
+@contextmanager
+def crosscheck_progress() -> Iterator[Callable[[str, str, str, float], None]]:
+    """A line that says what a cross-check is at, gone when it is done; yields the callback that changes it."""
+    with _notices.status("") as status:
+
+        def show(peer: str, attack: str, norm: str, eps: float) -> None:
+            text = f"{peer}: {attack}, eps {format_eps(eps, norm)}"
+            status.update(text)
+            if not _notices.is_terminal:
+                _notice(text)
+
+        yield show
+
+
+def print_crosscheck(evaluation: Evaluation, comparison: Comparison, missing: Sequence[str], path: Path) -> None:
+    """Ours beside theirs, who could not take part and why; all of it as a CSV file."""
+    table = Table(
+        "attack", "eps", "library", "ours", "theirs, judged", "theirs, claimed", "only ours breaks", "only theirs",
+        "difference (points)", "p", title=f"robust accuracy (%), {evaluation.manifest['model']['name']}",
+    )
+    for row in comparison.table.itertuples():
+        accuracies = (row.robust_accuracy, row.peer_robust_accuracy, row.peer_claimed)
+        points = [f"{100 * value:+.1f}" for value in (row.difference, row.low, row.high)]
+        table.add_row(
+            row.attack, f"{row.norm} {format_eps(row.eps, row.norm)}", row.peer, *(f"{100 * a:.1f}" for a in accuracies),
+            str(row.only_ours), str(row.only_peer), f"{points[0]} ({points[1]} to {points[2]})", f"{row.p_value:.3g}",
+        )
+    if len(comparison.table):
+        _tables.print(table)
+        write_file(path, comparison.table.to_csv(index=False).encode())
+        _notice("difference: what ours leaves standing less what theirs does, with a 95 % interval; p: exact McNemar")
+        _notice(f"wrote {path}")
+    for note in (*comparison.notes, *missing):
+        _notice(note)
 
 
 def print_weights(path: Path) -> None:

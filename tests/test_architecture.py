@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
-    "bench": {"attacks", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
+    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
+    # Of a run what it left; the model and the images are given to it.
+    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
@@ -40,16 +42,17 @@ MAY_IMPORT = {
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},
-    "models": {"ops", "errors", "torchvision_import"},
-    "attacks": {"threat", "config_file", "eps", "errors", "frozen"},
+    "models": {"ops", "gradient_rules", "errors", "torchvision_import"},
+    "attacks": {"threat", "config_file", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
-    "ops": {"errors"},
+    "ops": {"gradient_rules", "errors"},
     "threat": {"errors"},
     "provenance": {"lrrobust"},
     "errors": set(),
     "config_file": {"errors"},
     "eps": set(),
     "frozen": set(),
+    "gradient_rules": set(),
     "torchvision_import": set(),
     "process_settings": set(),
     "lrrobust": set(),
@@ -57,10 +60,12 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"cli": {"bench"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
+MAY_IMPORT_LATE = {"cli": {"bench", "crosscheck"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
 #: Packages that one file alone may import.
 ONLY_IN = {
-    "torchattacks": "bench/attack_loop.py",
+    "torchattacks": "crosscheck/with_torchattacks.py",
+    "foolbox": "crosscheck/with_foolbox.py",
+    "adv_lib": "crosscheck/with_adv_lib.py",
     "numba": "ops/_cpu.py",
     "llvmlite": "ops/_cpu.py",
     "triton": "ops/_triton.py",

@@ -11,13 +11,15 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from lrrobust.attacks.adaptive import attack_by_rules
 from lrrobust.attacks.apgd import apgd
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
 from lrrobust.attacks.momentum import mi_fgsm
 from lrrobust.attacks.pgd import Claim, Draw, pgd
-from lrrobust.attacks.specs import ApgdSpec, AttackSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import ApgdSpec, AttackSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
 from lrrobust.attacks.square import square
 from lrrobust.frozen import frozen
+from lrrobust.gradient_rules import GradientRule
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,16 @@ def _run_pgd(spec: PgdSpec, task: _Task) -> _Passes:
     return pgd(**task.arguments(), **spec.model_dump(include=settings))
 
 
+def _run_pgd_adaptive(spec: PgdAdaptiveSpec, task: _Task) -> _Passes:
+    return attack_by_rules(
+        pgd,
+        **task.arguments(),
+        rules=[GradientRule(gradient, spec.temperature) for gradient in spec.gradients],
+        **spec.model_dump(include={"norm", "steps", "step_size_ratio", "restarts", "precision"}),
+        random_start=True,
+    )
+
+
 def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
     forward, backward = (torch.zeros(1, len(task.images), dtype=torch.int64) for _ in range(2))
     attacked = task.levels.nonzero().squeeze(1)
@@ -170,6 +182,7 @@ _NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
 _RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
     FgsmSpec: _run_fgsm,
     PgdSpec: _run_pgd,
+    PgdAdaptiveSpec: _run_pgd_adaptive,
     CwSpec: _run_carlini_wagner,
     ApgdSpec: _with_settings(apgd),
     SquareSpec: _with_settings(square),

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from lrrobust.eps import Ladder
+from lrrobust.gradient_rules import GradientOf
 
 
 def _check_name(name: str) -> str:
@@ -114,6 +115,38 @@ class PgdSpec(_Spec):
                 "restarts: expected 1 with random_start: false, as every restart would be the same",
             )
         return self
+
+
+def _check_differ(gradients: tuple[GradientOf, ...]) -> tuple[GradientOf, ...]:
+    if len(set(gradients)) < len(gradients):
+        raise PydanticCustomError("gradients", "expected each gradient once; `restarts` adds starts")
+    return gradients
+
+
+class PgdAdaptiveSpec(_Spec):
+    """Projected gradient descent by gradients of smoother layers; see `lrrobust.attacks.adaptive`.
+
+    Args:
+        gradients: what the gradient is taken of, one after the other; see `lrrobust.gradient_rules`.
+        temperature: divides the attention scores of "tempered".
+        steps, step_size_ratio, precision: as in `PgdSpec`.
+        restarts: random starts by each of the gradients.
+
+    Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018, section 4.1.
+    """
+
+    kind: Literal["pgd_adaptive"]
+    norm: Literal["linf", "l2"]
+    gradients: Annotated[tuple[GradientOf, ...], Field(min_length=1), AfterValidator(_check_differ)]
+    temperature: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=1)]
+    step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
+    restarts: Annotated[int, Field(ge=1)] = 1
+    precision: Precision = "float32"
+
+    @property
+    def max_forward_passes(self) -> int:
+        return len(self.eps) * len(self.gradients) * self.steps * self.restarts
 
 
 class CwSpec(_Spec):
@@ -226,4 +259,6 @@ class MiFgsmSpec(_Spec):
         return len(self.eps) * self.steps
 
 
-AttackSpec = Annotated[Union[FgsmSpec, PgdSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec], Field(discriminator="kind")]
+AttackSpec = Annotated[
+    Union[FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec], Field(discriminator="kind")
+]

@@ -1,7 +1,4 @@
-"""Images per second of PGD over a ladder of budgets: ours beside its peers, and what the harness adds.
-
-The only module that imports torchattacks.
-"""
+"""Images per second of PGD over a ladder of budgets: ours beside its peers, and what the harness adds."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from lrrobust.bench.interleaved import wait_for
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import evaluate, plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore
-from lrrobust.torchvision_import import import_torchvision
 
 #: What is compared. The usual way attacks all images, at each eps anew; the bare loops make the very
 #: passes that ours made, all of them or the gradient steps alone, and nothing else.
@@ -187,17 +183,7 @@ def _torchattacks(
     seed: int,
     is_correct_only: bool = False,
 ) -> _Way:
-    import_torchvision()
-    import torchattacks
-
-    def attack_at(eps: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        settings = {
-            "eps": eps,
-            "alpha": spec.step_size_ratio * eps / spec.steps,
-            "steps": spec.steps,
-            "random_start": spec.random_start,
-        }
-        return torchattacks.PGD(model, **settings) if spec.norm == "linf" else torchattacks.PGDL2(model, **settings)
+    from lrrobust.crosscheck.with_torchattacks import build_pgd
 
     def run() -> list[float]:
         chosen, count = list(batches), sum(len(labels) for _, labels in batches)
@@ -208,7 +194,7 @@ def _torchattacks(
             chosen = list(zip(pixels[is_correct].split(size), labels[is_correct].split(size), strict=True))
         accuracies = []
         for eps in spec.eps:
-            attack = attack_at(eps)
+            attack = build_pgd(model, spec, eps)
             robust = sum(int(_is_correct(model, attack(x, y), y).sum()) for x, y in chosen if len(y))
             accuracies.append(robust / count)
         return accuracies
@@ -219,13 +205,12 @@ def _torchattacks(
 def _foolbox(
     model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: PgdSpec, seed: int
 ) -> _Way:
-    import foolbox
+    from lrrobust.crosscheck.with_foolbox import build_pgd, build_victim
 
-    kind = foolbox.attacks.LinfPGD if spec.norm == "linf" else foolbox.attacks.L2PGD
-    attack = kind(rel_stepsize=spec.step_size_ratio / spec.steps, steps=spec.steps, random_start=spec.random_start)
+    attack = build_pgd(spec)
 
     def run() -> list[float]:
-        victim = foolbox.PyTorchModel(model, bounds=(0, 1), device=batches[0][0].device)
+        victim = build_victim(model, batches[0][0].device)
         broken = torch.cat([attack(victim, x, y, epsilons=list(spec.eps))[2] for x, y in batches], dim=1)
         return (1 - broken.double().mean(1)).tolist()
 

@@ -6,13 +6,16 @@ Source: Hu et al., Local Relation Networks for Image Recognition, ICCV 2019, sec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+from lrrobust.gradient_rules import GradientRule
 from lrrobust.models.residual import PointwiseConvolution, ResidualNetwork
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, Similarity
+from lrrobust.ops.surrogate_gradient import local_relation_with_gradient
 
 #: Hidden units of the geometry network.
 GEOMETRY_HIDDEN = 16
@@ -48,7 +51,13 @@ class LocalRelationLayer(nn.Module):
     """(N, C, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)): aggregate by local relation, then mix channels.
 
     Query and key come from one 1x1 convolution; the query is read at the output positions only.
+
+    Attributes:
+        gradient_rule: what the gradient is taken of, where it is not of the layer itself; see
+            `lrrobust.gradient_rules`.
     """
+
+    gradient_rule: GradientRule | None = None
 
     def __init__(
         self,
@@ -73,7 +82,9 @@ class LocalRelationLayer(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         query, key = self.query_key(features).split(self.groups, dim=1)
-        aggregated = local_relation(
+        rule = self.gradient_rule
+        relate = local_relation if rule is None else partial(local_relation_with_gradient, rule)
+        aggregated = relate(
             query[:, :, :: self.stride, :: self.stride],
             key,
             features,

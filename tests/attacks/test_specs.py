@@ -8,6 +8,10 @@ from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
 SPEC = TypeAdapter(AttackSpec)
 FGSM = {"kind": "fgsm", "name": "fgsm", "eps": ["1/255"]}
 PGD = {"kind": "pgd", "name": "pgd", "norm": "linf", "eps": ["1/255"], "steps": 20}
+ADAPTIVE = {
+    "kind": "pgd_adaptive", "name": "pgd_adaptive", "norm": "l2", "eps": [1], "gradients": ["exact", "tempered"],
+    "temperature": 4, "steps": 20,
+}
 CW = {"kind": "cw", "name": "cw", "eps": [1], "binary_search_steps": 5, "steps": 100, "lr": 0.01, "initial_c": 1}
 
 
@@ -68,6 +72,10 @@ def test_json_numbers_that_are_not_finite_are_refused(value):
         ({**PGD, "step_size_ratio": 0}, "greater than 0"),
         ({**PGD, "restarts": 2, "random_start": False}, "restarts"),
         ({**PGD, "precision": "fp16"}, "float32"),
+        ({**ADAPTIVE, "gradients": []}, "at least 1 item"),
+        ({**ADAPTIVE, "gradients": ["exact", "exact"]}, "each gradient once"),
+        ({**ADAPTIVE, "gradients": ["smooth"]}, "absolute_difference"),
+        ({**ADAPTIVE, "temperature": 0}, "greater than 0"),
         ({**CW, "norm": "linf"}, "l2"),
         ({**CW, "confidence": -1}, "greater than or equal to 0"),
         ({**CW, "initial_c": 0}, "greater than 0"),
@@ -113,6 +121,20 @@ RESOLVED = {
         "restarts": 1,
         "precision": "float32",
     },
+    "pgd_adaptive": {
+        "name": "pgd_adaptive",
+        "description": "",
+        "eps": [1.0],
+        "survivors_only": False,
+        "kind": "pgd_adaptive",
+        "norm": "l2",
+        "gradients": ["exact", "tempered"],
+        "temperature": 4.0,
+        "steps": 20,
+        "step_size_ratio": 2.5,
+        "restarts": 1,
+        "precision": "float32",
+    },
     "cw": {
         "name": "cw",
         "description": "",
@@ -130,7 +152,7 @@ RESOLVED = {
 }
 
 
-@pytest.mark.parametrize("data", [FGSM, PGD, CW], ids=lambda data: data["kind"])
+@pytest.mark.parametrize("data", [FGSM, PGD, ADAPTIVE, CW], ids=lambda data: data["kind"])
 def test_the_resolved_form_is_stable_and_reads_back(data):
     spec = load(data)
     resolved = spec.model_dump(mode="json")
