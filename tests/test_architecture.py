@@ -26,7 +26,8 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     "bench": {"attacks", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
-    "training": {"models", "data", "provenance", "config_file", "errors"},
+    # Of the attacks one step of PGD alone: training judges nothing.
+    "training": {"models", "data", "attacks.pgd", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
     "report": {"results", "stats", "plots", "tables", "errors"},

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lrrobust.config_file import check_keys, read_mapping
 from lrrobust.errors import UnknownNameError
+from lrrobust.training.adversarial import AdversarialSpec
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -50,6 +51,8 @@ class Recipe(BaseModel):
     #: Smallest area of a random crop, as a share of the image.
     crop_scale_min: float = Field(gt=0, le=1)
     horizontal_flip: bool
+    #: Train on attacked images instead of clean ones.
+    adversarial: AdversarialSpec | None = None
     precision: Literal["float32", "bf16"]
     #: Training images held out, class-balanced, to follow the accuracy while training.
     holdout: int = Field(ge=0)

@@ -36,6 +36,7 @@ from lrrobust.models.weights import (
     tensors_sha256,
 )
 from lrrobust.provenance import describe_environment
+from lrrobust.training.adversarial import draw_starts, perturb
 from lrrobust.training.augmentation import augment
 from lrrobust.training.muon import Muon
 from lrrobust.training.recipe import Recipe
@@ -260,6 +261,11 @@ class Training:
         images, labels = self._batch(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
+        if (attack := self.recipe.adversarial) is not None:
+            generator = seeded(self.recipe.seed, 2, self.step)
+            starts = draw_starts(images.shape, attack, generator) if attack.random_start else None
+            images = perturb(self.network, images, labels, attack, starts, self.recipe.precision)
+            images = images.contiguous(memory_format=torch.channels_last)
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             logits = self.network(images)
