@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"cli": {"bench"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
+MAY_IMPORT_LATE = {"cli": {"bench", "plots", "training.ranks"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
 #: Packages that one file alone may import.
 ONLY_IN = {
     "torchattacks": "bench/attack_loop.py",
