@@ -6,9 +6,33 @@ does the same on GPUs only; this one does it wherever processes can add tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed.nn.functional as differentiable
+import torch.distributed as dist
 from torch import nn
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean of a tensor over all processes.
+
+    Every process's result depends on every process's tensor, so a gradient is the mean of all processes' gradients:
+    of the sum of all their losses, as `DistributedDataParallel` expects before it takes the mean.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return _mean(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _mean(gradient)
+
+
+def _mean(value: torch.Tensor) -> torch.Tensor:
+    total = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -22,12 +46,11 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(features)
         # float32 sums whatever the features are, as in torch's own. Two rounds: E[x^2] - E[x]^2 cancels.
         exact = features.float()
-        processes = torch.distributed.get_world_size()
-        mean = differentiable.all_reduce(exact.mean((0, 2, 3))) / processes
+        mean = _MeanOverProcesses.apply(exact.mean((0, 2, 3)))
         centred = exact - mean.view(1, -1, 1, 1)
-        variance = differentiable.all_reduce(centred.square().mean((0, 2, 3))) / processes
+        variance = _MeanOverProcesses.apply(centred.square().mean((0, 2, 3)))
         with torch.no_grad():
-            count = exact.numel() // exact.shape[1] * processes
+            count = exact.numel() // exact.shape[1] * dist.get_world_size()
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
