@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.errors import StoreError
 from lrrobust.report import WORST_CASE
-from lrrobust.results import Run, manifest_value
+from lrrobust.results import Run, distances, manifest_value
 from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
 
 #: File beside a run's manifest that holds its diagnostics, a JSON list of `Diagnostic`.
@@ -286,11 +286,7 @@ def dataset_of(run: Run) -> str:
 def _plain_rows(run: Run, place: int) -> pd.DataFrame:
     """The columns that count, in plain dtypes."""
     rows = run.rows
-    distance = np.where(
-        rows["norm"] == "linf",
-        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
-        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
-    )
+    distance = distances(rows)
     is_correct, is_broken = rows["is_clean_correct"].to_numpy(bool), rows["is_broken"].to_numpy(bool)
     eps = rows["eps"].to_numpy(np.float64)
     # A distance may exceed the eps it was accepted at by the tolerance of the ball.
