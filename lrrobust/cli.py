@@ -342,7 +342,7 @@ def train(
 ) -> None:
     """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
     from lrrobust.console import TrainingProgress, print_weights, scanning
-    from lrrobust.plots import plot_learning_curves
+    from lrrobust.learning_curves import plot_learning_curves
     from lrrobust.run import TrainingRequest, choose_device, prepare_training
     from lrrobust.training.ranks import joined_ranks
 

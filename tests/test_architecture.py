@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tables": set(),
     # Of the report only how it names and formats things.
     "verdict": {"results", "report", "stats", "config_file", "eps", "errors"},
+    "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"cli": {"bench", "plots", "training.ranks"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
+MAY_IMPORT_LATE = {"cli": {"bench", "learning_curves", "training.ranks"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
 #: Packages that one file alone may import.
 ONLY_IN = {
     "torchattacks": "bench/attack_loop.py",

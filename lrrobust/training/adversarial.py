@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +12,6 @@ from torch import nn
 from lrrobust.attacks.pgd import _project, _unit
 from lrrobust.eps import Eps
 from lrrobust.frozen import frozen
-from lrrobust.threat import Norm
 
 
 class AdversarialSpec(BaseModel):
@@ -23,7 +24,7 @@ class AdversarialSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    norm: Norm
+    norm: Literal["linf", "l2"]
     #: Budget in pixel units of [0, 1], as in 4/255.
     eps: Eps = Field(gt=0)
     steps: int = Field(ge=1)
