@@ -246,9 +246,7 @@ class Training:
         length = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
         loss = self.ranks.mean(loss.detach())
         self._note_bad_numbers(loss, length)
-        if self.device.type == "cpu":
-            # Nothing is waited for here, so a bad step need not reach the weights.
-            self._check_finite()
+        self._check_finite_at_once()
         self.optimizer.step()
         self._update_average()
         return loss
@@ -270,6 +268,11 @@ class Training:
         now = torch.stack([torch.full_like(self._bad[0], self.step), loss.double(), length.double()])
         is_first = (self._bad[0] < 0) & ~now.isfinite().all()
         self._bad = torch.where(is_first, now, self._bad)
+
+    def _check_finite_at_once(self) -> None:
+        # On the CPU nothing is waited for, so a bad step need not reach the weights.
+        if self.device.type == "cpu":
+            self._check_finite()
 
     def _check_finite(self) -> None:
         step, loss, length = self._bad.tolist()

@@ -278,6 +278,49 @@ def test_gradient_that_is_no_number_spoils_no_weight(start):
     torch.testing.assert_close(dict(training.network.named_parameters()), before, rtol=0, atol=0)
 
 
+# --- bursts of steps ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bursts(monkeypatch):
+    """Three steps at a time, as on a GPU, where numbers are looked at now and then only."""
+    monkeypatch.setattr(trainer, "BURST_STEPS", {"cpu": 3})
+
+
+def test_bursts_take_the_same_steps(start, uninterrupted, bursts):
+    training = start()
+    steps, epochs = [], []
+    training.run(steps.append, epochs.append)
+    # Each ends with its epoch.
+    assert [progress.step for progress in steps] == [3, 5, 8, 10]
+    assert_same(training, uninterrupted)
+
+
+def test_interrupted_between_bursts(start, uninterrupted, bursts):
+    with pytest.raises(KeyboardInterrupt):
+        start().run(on_step=_Stop(8))
+    resumed = start()
+    assert resumed.step == 8
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+def test_the_first_bad_number_of_a_burst_is_reported_and_not_stored(start, bursts, monkeypatch):
+    training = start()
+    monkeypatch.setattr(training, "_check_finite_at_once", lambda: None)
+    step = training.optimizer.step
+
+    def spoil(*_, **__):
+        step()
+        if training.step == 3:
+            training.network[-1].bias.data[0] = math.nan
+
+    monkeypatch.setattr(training.optimizer, "step", spoil)
+    with pytest.raises(ConfigError, match="the training loss became nan at step 4: lower learning_rate"):
+        training.run()
+    assert not training.checkpoint_path.exists()
+
+
 # --- interruptions -----------------------------------------------------------------------------------
 
 
