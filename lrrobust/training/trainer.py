@@ -112,8 +112,7 @@ class Training:
         self._parallel: nn.Module = self.network
         if ranks.count > 1:
             share_batch_statistics(self.network)
-            # Running statistics are shared already.
-            self._parallel = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         self.optimizer = build_optimizer(self.network, recipe)
         self.step = 0
         self.wall_s = 0.0
