@@ -409,17 +409,30 @@ def train(
     initial_weights: Annotated[
         Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")
+    ] = 8,
 ) -> None:
-    """Train a network by a recipe; the same command goes on where the last one stopped."""
+    """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
     from lrrobust.console import TrainingProgress, print_weights, scanning
-    from lrrobust.run import TrainingRequest, prepare_training
+    from lrrobust.learning_curves import plot_learning_curves
+    from lrrobust.run import TrainingRequest, choose_device, prepare_training
+    from lrrobust.training.ranks import joined_ranks
 
     folder = out if out is not None else Path("reports/training") / model
-    request = TrainingRequest(model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights)
-    with scanning("decoding images") as on_scan:
-        training, evaluation_sets = prepare_training(request, on_scan)
-    with TrainingProgress(training) as progress:
-        training.run(progress.on_step, progress.on_epoch)
+    request = TrainingRequest(
+        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers
+    )
+    with joined_ranks(choose_device(device)) as (ranks, own_device):
+        if not ranks.is_first:
+            training, _ = prepare_training(request, None, ranks, own_device)
+            training.run()
+            return
+        with scanning("decoding images") as on_scan:
+            training, evaluation_sets = prepare_training(request, on_scan, ranks, own_device)
+        with TrainingProgress(training) as progress:
+            training.run(progress.on_step, progress.on_epoch)
+    plot_learning_curves({model: folder / "log.csv"}, folder / "learning_curve")
     print_weights(training.export(name, evaluation_sets, note))
 
 

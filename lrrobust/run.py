@@ -21,13 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
 from lrrobust.config_file import brief
-from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
+from lrrobust.data.class_lists import IMAGENET_1K, load_class_list, match_classes
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
-from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.errors import ConfigError, DataError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing
@@ -37,8 +37,10 @@ from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of
+from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
+from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe, load_recipe
-from lrrobust.training.trainer import Training, TrainingSet
+from lrrobust.training.trainer import Training
 
 OnScan = Callable[[int, int], None]
 
@@ -395,7 +397,11 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What is to be trained: a network of ours, a recipe, and where the images are."""
+    """What is to be trained: a network of ours, a recipe, and where the images are.
+
+    Args:
+        workers: processes that decode images while the network trains, where the recipe streams them; 0 for none.
+    """
 
     model: str
     recipe: str
@@ -405,19 +411,45 @@ class TrainingRequest:
     weights_name: str = "CUSTOM"
     device: str = "auto"
     initial_weights: Path | None = None
+    workers: int = 0
 
 
-def prepare_training(request: TrainingRequest, on_scan: OnScan | None = None) -> tuple[Training, list[EvaluationSet]]:
-    """Loads recipe and images; raises LrRobustError with one line where something does not fit."""
+def prepare_training(
+    request: TrainingRequest,
+    on_scan: OnScan | None = None,
+    ranks: Ranks = Ranks(),
+    device: torch.device | None = None,
+) -> tuple[Training, list[EvaluationSet]]:
+    """Loads recipe and images; raises LrRobustError with one line where something does not fit.
+
+    Args:
+        ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
+    """
     recipe: Recipe = load_recipe(request.recipe)
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)
-    preprocessing = Preprocessing(recipe.image_size)
     if not re.fullmatch(r"[A-Za-z0-9_.]+", request.weights_name):
         raise ConfigError(f"--name must be letters, digits, '_' and '.', got {request.weights_name!r}")
-    evaluation_sets = [build_evaluation_set(open_dataset(d), classes, preprocessing) for d in request.evaluate_on]
-    images, labels = load_training_images(open_dataset(request.data), classes, recipe.image_size, on_scan)
-    device = choose_device(request.device)
-    training = Training(request.model, recipe, TrainingSet(images, labels), request.out, str(device), request.initial_weights)
+    # Measured at the end by the first process alone.
+    sets = request.evaluate_on if ranks.is_first else ()
+    evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
+    images = _open_training_images(request, recipe, classes, on_scan)
+    where = choose_device(request.device) if device is None else device
+    training = Training(request.model, recipe, images, request.out, str(where), request.initial_weights, ranks)
     return training, evaluation_sets
+
+
+def _open_training_images(
+    request: TrainingRequest, recipe: Recipe, classes: Sequence[str], on_scan: OnScan | None
+) -> TrainingImages:
+    source = open_dataset(request.data)
+    if recipe.loading == "memory":
+        return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))
+    if request.workers and not source.is_fork_safe:
+        raise DataError(
+            f"{source.name}: several processes cannot read a zip or a compressed tar at once: "
+            "unpack it into class folders, or give --workers 0"
+        )
+    positions, labels = match_classes(source.wnids, classes)
+    return StreamedImages(source, tuple(positions), torch.tensor(labels, dtype=torch.int64), request.workers)

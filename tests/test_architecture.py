@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
-    "training": {"models", "data", "provenance", "config_file", "errors"},
+    # Of the attacks one step of PGD alone: training judges nothing.
+    "training": {"models", "data", "attacks.pgd", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
     "report": {"results", "stats", "plots", "tables", "errors"},
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "tables": set(),
     # Of the report only how it names and formats things.
     "verdict": {"results", "report", "transfer", "transfer_report", "stats", "config_file", "eps", "errors"},
+    "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"errors"},
@@ -60,7 +62,10 @@ MAY_IMPORT = {
     "examples": {"models", "data", "errors"},
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
-MAY_IMPORT_LATE = {"cli": {"bench", "crosscheck"}, "console": {"bench", "check", "models", "attacks", "provenance"}}
+MAY_IMPORT_LATE = {
+    "cli": {"bench", "crosscheck", "learning_curves", "training.ranks"},
+    "console": {"bench", "check", "models", "attacks", "provenance"},
+}
 #: Packages that one file alone may import.
 ONLY_IN = {
     "torchattacks": "crosscheck/with_torchattacks.py",

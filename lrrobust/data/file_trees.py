@@ -87,7 +87,10 @@ class FileTree(ABC):
     Attributes:
         path: of the folder or archive.
         ignored_count: files passed over: other suffixes, links, hidden and unsafe names.
+        is_fork_safe: whether several processes may read at once, because they share no file position.
     """
+
+    is_fork_safe = False
 
     def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
         self.path = path
@@ -135,6 +138,8 @@ class FileTree(ABC):
 
 class FolderTree(FileTree):
     """A folder. It belongs to the user, so links in it are followed: subsets are often made of them."""
+
+    is_fork_safe = True
 
     def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
         super().__init__(path, suffixes)
@@ -191,6 +196,8 @@ class ZipTree(FileTree):
 
 class TarTree(FileTree):
     """An uncompressed tar: its headers are read once, the files in it on demand."""
+
+    is_fork_safe = True
 
     def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
         super().__init__(path, suffixes)

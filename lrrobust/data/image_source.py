@@ -45,6 +45,9 @@ class ImageSource(ABC):
         DataError: two images have the same key.
     """
 
+    #: Whether several processes may read at once.
+    is_fork_safe = False
+
     def __init__(self, name: str, keys: Sequence[str], wnids: Sequence[str], ignored_count: int = 0) -> None:
         for key, following in zip(keys, keys[1:]):
             if key == following:

@@ -44,6 +44,7 @@ class FileImages(ImageSource):
         self._files = sorted(files, key=lambda file: file.key)
         keys = [file.key for file in self._files]
         super().__init__(name, keys, [file.wnid for file in self._files], ignored_count)
+        self.is_fork_safe = all(tree.is_fork_safe for tree in {file.tree for file in self._files})
 
     def read_bytes(self, index: int) -> bytes:
         file = self._files[index]

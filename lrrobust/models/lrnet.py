@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from lrrobust.gradient_rules import GradientRule
-from lrrobust.models.residual import PointwiseConvolution, ResidualNetwork
+from lrrobust.models.residual import DEFAULT_STEM, STEMS, PointwiseConvolution, ResidualNetwork, Stem
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, Similarity
 from lrrobust.ops.surrogate_gradient import local_relation_with_gradient
+
+#: Side of the window in all of the paper's networks.
+PAPER_KERNEL_SIZE = 7
 
 #: Hidden units of the geometry network.
 GEOMETRY_HIDDEN = 16
@@ -64,7 +67,7 @@ class LocalRelationLayer(nn.Module):
         channels: int,
         stride: int = 1,
         *,
-        kernel_size: int = 7,
+        kernel_size: int = PAPER_KERNEL_SIZE,
         similarity: Similarity = "squared_difference",
         channels_per_group: int = PAPER_CHANNELS_PER_GROUP,
         backend: Backend = "auto",
@@ -97,19 +100,25 @@ class LocalRelationLayer(nn.Module):
         )
         return self.output(aggregated)
 
+    def extra_repr(self) -> str:
+        # Its parameters do not show the window. The paper's own goes without saying: descriptions of networks
+        # identify runs, also those of before there was another window.
+        return "" if self.kernel_size == PAPER_KERNEL_SIZE else f"kernel_size={self.kernel_size}"
 
-def _build(blocks: Sequence[int], num_classes: int) -> ResidualNetwork:
-    stem = nn.Sequential(
+
+def _build(blocks: Sequence[int], num_classes: int, stem: Stem) -> ResidualNetwork:
+    window, stride = STEMS[stem]
+    layers = nn.Sequential(
         PointwiseConvolution(3, 64),
         nn.BatchNorm2d(64),
         nn.ReLU(inplace=True),
-        LocalRelationLayer(64, stride=2),
+        LocalRelationLayer(64, stride, kernel_size=window),
         nn.BatchNorm2d(64),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(3, stride=2, padding=1),
     )
     return ResidualNetwork(
-        stem=stem,
+        stem=layers,
         stem_outputs=64,
         widths=BOTTLENECK_WIDTHS,
         blocks=blocks,
@@ -118,16 +127,16 @@ def _build(blocks: Sequence[int], num_classes: int) -> ResidualNetwork:
     )
 
 
-def lr_resnet26(num_classes: int = 1000) -> ResidualNetwork:
+def lr_resnet26(num_classes: int = 1000, stem: Stem = DEFAULT_STEM) -> ResidualNetwork:
     """LR-Net-26: 14.6 M parameters at 1000 classes."""
-    return _build((2, 2, 2, 2), num_classes)
+    return _build((2, 2, 2, 2), num_classes, stem)
 
 
-def lr_resnet50(num_classes: int = 1000) -> ResidualNetwork:
+def lr_resnet50(num_classes: int = 1000, stem: Stem = DEFAULT_STEM) -> ResidualNetwork:
     """LR-Net-50: 23.4 M parameters at 1000 classes."""
-    return _build((3, 4, 6, 3), num_classes)
+    return _build((3, 4, 6, 3), num_classes, stem)
 
 
-def lr_resnet101(num_classes: int = 1000) -> ResidualNetwork:
+def lr_resnet101(num_classes: int = 1000, stem: Stem = DEFAULT_STEM) -> ResidualNetwork:
     """LR-Net-101: 40.7 M parameters at 1000 classes."""
-    return _build((3, 4, 23, 3), num_classes)
+    return _build((3, 4, 23, 3), num_classes, stem)

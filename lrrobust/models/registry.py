@@ -23,12 +23,12 @@ from torch import nn
 from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
 from lrrobust.models.classifier import Classifier
-from lrrobust.models.residual import Normalization
+from lrrobust.models.residual import DEFAULT_STEM, STEMS, Normalization, Stem
 from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, file_sha256, fit_weights, read_weights
 from lrrobust.torchvision_import import import_torchvision
 
-#: Our own networks: name -> builder(num_classes).
-NETWORKS: Mapping[str, Callable[[int], nn.Module]] = {
+#: Our own networks: name -> builder(num_classes, stem).
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "lr_resnet26": lrnet.lr_resnet26,
     "lr_resnet50": lrnet.lr_resnet50,
     "lr_resnet101": lrnet.lr_resnet101,
@@ -44,11 +44,13 @@ NO_WEIGHTS = "none"
 DEFAULT_INPUT_SIZE = 224
 
 
-def build_network(name: str, num_classes: int) -> nn.Module:
+def build_network(name: str, num_classes: int, stem: Stem = DEFAULT_STEM) -> nn.Module:
     """One of our networks with fresh weights; UnknownNameError names the nearest."""
+    if stem not in STEMS:
+        raise UnknownNameError("stem", stem, STEMS)
     if name not in NETWORKS:
         raise UnknownNameError("network", name, NETWORKS)
-    return NETWORKS[name](num_classes)
+    return NETWORKS[name](num_classes, stem=stem)
 
 
 def load_classifier(
@@ -113,7 +115,7 @@ def _load_own(
         if metadata.model != name:
             raise WeightsError(f"{path} holds weights of {metadata.model}, not of {name}: use --model {metadata.model}")
         known, label = metadata.classes, metadata.name
-        network = build_network(name, len(known))
+        network = build_network(name, len(known), metadata.stem)
         size, resize, interpolation = metadata.input_size, metadata.resize_size, metadata.interpolation
     fit_weights(network, state, str(path))
     # On the CPU and on tensor cores convolutions run faster with channels innermost.

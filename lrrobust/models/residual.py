@@ -6,7 +6,8 @@ so a difference in robustness cannot come from anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,17 @@ from torch import nn
 
 #: (channels, stride) -> a layer (N, channels, H, W) -> (N, channels, ceil(H/stride), ceil(W/stride)).
 SpatialLayer = Callable[[int, int], nn.Module]
+
+#: How a network begins. "imagenet" is the published stem; "small" is for images of about 64 pixels, of which the
+#: published one leaves 16 x 16 positions to the first stage and 2 x 2 to the last.
+Stem = Literal["imagenet", "small"]
+DEFAULT_STEM: Stem = "imagenet"
+
+#: Side of the window and stride of the layer that mixes positions in each stem. All else is the same, the max pool
+#: of stride 2 after it included: the first stage works at a quarter of the image's resolution in "imagenet" and at
+#: half of it in "small", which costs about four times the arithmetic. A local relation layer has as many
+#: parameters for any window, so LR-Nets keep their count; ResNets have 64 * 3 * (7**2 - 3**2) = 7680 fewer.
+STEMS: Mapping[Stem, tuple[int, int]] = {"imagenet": (7, 2), "small": (3, 1)}
 
 #: Channels that leave the four stages.
 STAGE_OUTPUTS = (256, 512, 1024, 2048)
@@ -80,7 +92,7 @@ class ResidualNetwork(nn.Module):
     """Images (N, 3, H, W) in [0, 1] to logits (N, num_classes).
 
     Args:
-        stem: images to features with `stem_outputs` channels at a quarter of the resolution.
+        stem: images to features with `stem_outputs` channels, at the resolution of the first stage.
         widths: channels inside the bottlenecks of the four stages.
         blocks: bottlenecks in the four stages.
         spatial_layer: builds the layer that mixes positions.

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrrobust.errors import WeightsError
+from lrrobust.models.residual import DEFAULT_STEM, Stem
 
 _SCALE_SUFFIX = ".int8_scale"
 _METADATA_KEY = "lrrobust"
@@ -81,6 +82,8 @@ class WeightsMetadata(BaseModel):
     format_version: Literal[1] = 1
     name: str
     model: str
+    #: Of the network; files of before there was a choice do not say.
+    stem: Stem = DEFAULT_STEM
     description: str
     #: Class names in label order; for ImageNet models WordNet ids.
     classes: tuple[str, ...]

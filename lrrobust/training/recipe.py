@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lrrobust.config_file import check_keys, read_mapping
+from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.errors import UnknownNameError
+from lrrobust.models.residual import DEFAULT_STEM, Stem
+from lrrobust.training.adversarial import AdversarialSpec
+from lrrobust.training.mixing import MixingSpec
+
+#: Shorter side before the central crop, over the crop.
+RESIZE_OVER_CROP = 256 / 224
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -35,9 +42,14 @@ class Recipe(BaseModel):
     classes: str
     #: Side of the images kept in memory, and of those the trained network is for.
     image_size: int = Field(ge=16, le=1024)
+    #: "memory" decodes all images once, to image_size, and crops from those; "stream" reads and crops the originals
+    #: anew for every epoch, as for ImageNet, which fills no memory and keeps every detail.
+    loading: Literal["memory", "stream"] = "memory"
+    #: How the network begins, see `models.residual.STEMS`.
+    stem: Stem = DEFAULT_STEM
     phases: tuple[Phase, ...] = Field(min_length=1)
     batch_size: int = Field(ge=2)
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     #: Norm to which a step's gradient is clipped.
@@ -50,10 +62,22 @@ class Recipe(BaseModel):
     #: Smallest area of a random crop, as a share of the image.
     crop_scale_min: float = Field(gt=0, le=1)
     horizontal_flip: bool
+    #: One random operation on each image (Mueller and Hutter, ICCV 2021).
+    trivial_augment: bool = False
+    #: MixUp and CutMix.
+    mixing: MixingSpec | None = None
+    #: Train on attacked images instead of clean ones.
+    adversarial: AdversarialSpec | None = None
     precision: Literal["float32", "bf16"]
     #: Training images held out, class-balanced, to follow the accuracy while training.
     holdout: int = Field(ge=0)
     seed: int = Field(ge=0)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the trained network's images go through: as it was trained, or as ImageNet networks are measured."""
+        is_streamed = self.loading == "stream"
+        return Preprocessing(self.image_size, round(self.image_size * RESIZE_OVER_CROP) if is_streamed else self.image_size)
 
     @property
     def epochs(self) -> int:

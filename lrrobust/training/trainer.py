@@ -1,17 +1,13 @@
-"""The training loop: a recipe, images in memory, a network; checkpoints, a learning curve, weights."""
+"""The training loop: a recipe, images, a network; checkpoints and a learning curve."""
 
 from __future__ import annotations
 
 import copy
 import csv
-import hashlib
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,58 +15,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrrobust.data.class_lists import load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet
-from lrrobust.data.subset import choose_indices
-from lrrobust.errors import ConfigError, DataError, StoreError, WeightsError
+from lrrobust.errors import ConfigError, DataError, StoreError
 from lrrobust.models.registry import build_network
-from lrrobust.models.weights import (
-    Accuracy,
-    WeightsMetadata,
-    dequantise,
-    fit_weights,
-    quantise,
-    read_weights,
-    save_weights,
-    tensors_sha256,
-)
-from lrrobust.provenance import describe_environment
-from lrrobust.training.augmentation import augment
-from lrrobust.training.muon import Muon
+from lrrobust.models.weights import fit_weights, read_weights, tensors_sha256
+from lrrobust.training.accuracy import accuracy_on_images
+from lrrobust.training.adversarial import draw_starts, perturb
+from lrrobust.training.batch_norm import share_batch_statistics
+from lrrobust.training.batches import STARTS, augmented_batches, seeded
+from lrrobust.training.checkpoint import read_checkpoint, write_checkpoint
+from lrrobust.training.export import export_weights
+from lrrobust.training.images import TrainingImages
+from lrrobust.training.interrupts import interrupts_held_back
+from lrrobust.training.optimizers import build_optimizer, learning_rate
+from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe
 
 #: A checkpoint at least this often, so that a kill costs little.
 CHECKPOINT_INTERVAL_S = 240.0
-EVALUATION_BATCH_SIZE = 100
+
+#: Steps between two looks at numbers on the device. A GPU is given work ahead and would stand still at every look.
+BURST_STEPS = {"cpu": 1, "cuda": 20}
 
 LOG_COLUMNS = ("epoch", "step", "image_size", "learning_rate", "train_loss", "holdout_top1", "images_per_s", "wall_s")
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """Images in memory: uint8 (N, 3, H, H) and int64 labels (N,)."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def split(self, holdout: int, seed: int) -> tuple[TrainingSet, TrainingSet]:
-        """All but `holdout` images, and the class-balanced held-out ones."""
-        held = torch.zeros(len(self.labels), dtype=torch.bool)
-        if holdout:
-            held[choose_indices(self.labels.tolist(), holdout, seed=seed, balanced=True)] = True
-        return TrainingSet(self.images[~held], self.labels[~held]), TrainingSet(self.images[held], self.labels[held])
-
-
-@dataclass(frozen=True)
 class Progress:
-    """What the loop tells whoever watches it after each step."""
+    """What the loop tells whoever watches it after each burst of steps."""
 
     epoch: int
     epochs: int
@@ -83,29 +58,37 @@ class Progress:
 class Training:
     """One run of a recipe in a folder; a second run of the same recipe there goes on where it stopped.
 
-    The order of the images and every random crop are functions of (seed, epoch or step) alone, so an
-    interrupted run and an uninterrupted one follow the same curve.
+    The order of the images and all that is random about a step are functions of (seed, epoch or step) alone, so an
+    interrupted run and an uninterrupted one follow the same curve. Several processes (`ranks`) share every batch:
+    gradients, losses and the statistics of batch normalisation are those of the whole batch, so they too follow the
+    curve of one process up to rounding, and a run may go on with another number of them. The first process alone
+    writes files.
 
     Args:
         initial_weights: file of weights to go on from instead of fresh ones; the optimiser starts anew.
+        ranks: this process among those that train together; each has the same arguments.
     """
 
     def __init__(
         self,
         model_name: str,
         recipe: Recipe,
-        data: TrainingSet,
+        data: TrainingImages,
         folder: Path,
         device: str = "cpu",
         initial_weights: Path | None = None,
+        ranks: Ranks = Ranks(),
     ) -> None:
         self.model_name = model_name
         self.recipe = recipe
         self.folder = folder
         self.device = torch.device(device)
+        self.ranks = ranks
+        ranks.rows(recipe.batch_size)  # refuses a batch that cannot be divided
         self.classes = load_class_list(recipe.classes)
         self.images_sha256 = data.sha256()
-        self.train_set, self.held_out = data.split(recipe.holdout, recipe.seed)
+        train_set, self.held_out = data.split(recipe.holdout, recipe.seed)
+        self.train_set = train_set.to(self.device)
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
@@ -114,7 +97,8 @@ class Training:
             )
         self.steps = self.steps_per_epoch * recipe.epochs
         torch.manual_seed(recipe.seed)
-        self.network = build_network(model_name, len(self.classes)).to(self.device, memory_format=torch.channels_last)
+        network = build_network(model_name, len(self.classes), recipe.stem)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         self.initial_weights: dict[str, str] | None = None
         if initial_weights is not None:
             state, metadata = read_weights(initial_weights)
@@ -123,12 +107,20 @@ class Training:
                 "name": initial_weights.name if metadata is None else metadata.name,
                 "sha256": tensors_sha256(state),
             }
+        # Evaluated only, so it needs no statistics of other processes.
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self._parallel: nn.Module = self.network
+        if ranks.count > 1:
+            share_batch_statistics(self.network)
+            self._parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         self.optimizer = build_optimizer(self.network, recipe)
         self.step = 0
         self.wall_s = 0.0
         self.rows: list[dict[str, Any]] = []
-        self._loss_sum, self._loss_count = 0.0, 0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_count = 0
+        # Step, loss and length of the gradient where one was first no number; a negative step means never.
+        self._bad = torch.full((3,), -1.0, dtype=torch.float64, device=self.device)
         self._resume()
 
     @property
@@ -146,29 +138,20 @@ class Training:
         }
 
     def _resume(self) -> None:
-        if not self.checkpoint_path.exists():
+        state = read_checkpoint(self.checkpoint_path, self._identity())
+        if state is None:
             return
-        try:
-            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
-        except Exception as error:  # torch raises many types on damaged files
-            raise WeightsError(
-                f"the checkpoint {self.checkpoint_path} cannot be read ({type(error).__name__}): "
-                "delete it to start again, or choose another --out"
-            ) from None
-        if identity != self._identity():
-            raise ConfigError(
-                f"{self.checkpoint_path} belongs to another training (model, recipe, images or initial weights differ): "
-                "choose another --out, or delete it to start again"
-            )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.wall_s, self.rows = state["step"], state["wall_s"], state["rows"]
-        self._loss_sum, self._loss_count = state["loss_sum"], state["loss_count"]
+        self._loss_sum.fill_(state["loss_sum"])
+        self._loss_count = state["loss_count"]
 
     def save_checkpoint(self) -> None:
-        """Writes everything `_resume` needs, atomically."""
+        """Writes everything `_resume` needs, atomically; the first process alone does."""
+        if not self.ranks.is_first:
+            return
         state = {
             "identity": self._identity(),
             "network": self.network.state_dict(),
@@ -177,21 +160,10 @@ class Training:
             "step": self.step,
             "wall_s": self.wall_s,
             "rows": self.rows,
-            "loss_sum": self._loss_sum,
+            "loss_sum": self._loss_sum.item(),
             "loss_count": self._loss_count,
         }
-        temporary = self.folder / f".checkpoint.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, temporary)
-            os.replace(temporary, self.checkpoint_path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            with suppress(OSError):  # as where a file takes the folder's place
-                temporary.unlink()
-            raise StoreError(
-                f"cannot write {self.checkpoint_path}: {error}; the last checkpoint is kept, "
-                "make room and run the same command again"
-            ) from None
+        write_checkpoint(self.checkpoint_path, state)
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -199,86 +171,117 @@ class Training:
         self, on_step: Callable[[Progress], None] | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         """Trains to the end of the recipe. Whatever interrupts it, the state so far is on disk."""
-        last_checkpoint = time.monotonic()
+        # Processes must stop after the same step, or one waits for the other's gradients: they agree on it.
+        held_back = interrupts_held_back() if self.ranks.count > 1 else nullcontext([])
         try:
-            while len(self.rows) < self.recipe.epochs:
-                # An epoch is closed here, not after its last step: the run may have been interrupted in between.
-                epoch = len(self.rows)
-                if self.step >= (epoch + 1) * self.steps_per_epoch:
-                    row = self._end_epoch(epoch)
-                    self.save_checkpoint()
-                    last_checkpoint = time.monotonic()
-                    if on_epoch is not None:
-                        on_epoch(row)
-                    continue
-                with _holding_interrupts_back():
-                    loss, elapsed_s = self._advance(epoch)
-                if on_step is not None:
-                    rate = self.recipe.batch_size / elapsed_s
-                    on_step(Progress(epoch + 1, self.recipe.epochs, self.step, self.steps, loss, rate))
-                if time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
-                    self.save_checkpoint()
-                    last_checkpoint = time.monotonic()
+            with held_back as received:
+                self._run(on_step, on_epoch, received)
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
 
-    def _advance(self, epoch: int) -> tuple[float, float]:
-        """One step and its bookkeeping; its loss and how long it took."""
+    def _run(
+        self,
+        on_step: Callable[[Progress], None] | None,
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+        received: Sequence[Any],
+    ) -> None:
+        last_checkpoint = time.monotonic()
+        batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+        while len(self.rows) < self.recipe.epochs:
+            # An epoch is closed here, not after its last step: the run may have been interrupted in between.
+            epoch = len(self.rows)
+            if self.step >= (epoch + 1) * self.steps_per_epoch:
+                batches = None
+                row = self._end_epoch(epoch)
+                self.save_checkpoint()
+                last_checkpoint = time.monotonic()
+                if on_epoch is not None:
+                    on_epoch(row)
+                continue
+            batches = batches or self.batches(epoch)
+            with interrupts_held_back():
+                loss, images_per_s = self._advance(epoch, batches)
+            if on_step is not None:
+                on_step(Progress(epoch + 1, self.recipe.epochs, self.step, self.steps, loss, images_per_s))
+            if self.ranks.total(int(bool(received)), self.device):
+                raise KeyboardInterrupt
+            if time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
+                self.save_checkpoint()
+                last_checkpoint = time.monotonic()
+
+    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is left of the batches of an epoch; see `augmented_batches`."""
+        return augmented_batches(
+            self.train_set, self.recipe, len(self.classes), epoch, self.step, self.device, self.ranks
+        )
+
+    def _advance(self, epoch: int, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+        """A burst of steps and its bookkeeping; the last loss, and images a second."""
         started = time.monotonic()
-        loss = self._train_step(epoch)
-        self.step += 1
-        self._loss_sum += loss
-        self._loss_count += 1
+        count = min(BURST_STEPS[self.device.type], (epoch + 1) * self.steps_per_epoch - self.step)
+        for _ in range(count):
+            loss = self._train_step(*next(batches))
+            self._loss_sum += loss
+            self.step += 1
+            self._loss_count += 1
+        self._check_finite()
+        last_loss = loss.item()
         elapsed_s = time.monotonic() - started
         self.wall_s += elapsed_s
-        return loss, elapsed_s
+        return last_loss, count * self.recipe.batch_size / elapsed_s
 
-    def _learning_rate(self, step: int) -> float:
-        warmup_steps = max(1, round(self.recipe.warmup * self.steps))
-        if step < warmup_steps:
-            return self.recipe.learning_rate * (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, self.steps - warmup_steps)
-        return self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def _batch(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        recipe = self.recipe
-        order = torch.randperm(len(self.train_set.labels), generator=seeded(recipe.seed, 0, epoch))
-        offset = (self.step % self.steps_per_epoch) * recipe.batch_size
-        chosen = order[offset : offset + recipe.batch_size]
-        images = augment(
-            self.train_set.images[chosen],
-            recipe.size_of_epoch(epoch),
-            crop_scale_min=recipe.crop_scale_min,
-            horizontal_flip=recipe.horizontal_flip,
-            generator=seeded(recipe.seed, 1, self.step),
-        )
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        return images, self.train_set.labels[chosen].to(self.device)
-
-    def _train_step(self, epoch: int) -> float:
-        images, labels = self._batch(epoch)
+    def _train_step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """One step of the optimiser; the loss of the whole batch, a tensor on the device."""
+        images = self._attacked(images, targets)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
+            group["lr"] = learning_rate(self.recipe, self.step, self.steps)
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        self._check_finite("loss", loss)
+            logits = self._parallel(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
-        self._check_finite("gradient", norm)
+        length = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
+        loss = self.ranks.mean(loss.detach())
+        self._note_bad_numbers(loss, length)
+        self._check_finite_at_once()
         self.optimizer.step()
         self._update_average()
-        return loss.item()
+        return loss
 
-    def _check_finite(self, what: str, number: torch.Tensor) -> None:
-        if not torch.isfinite(number):
-            raise ConfigError(
-                f"the training {what} became {number.item()} at step {self.step}: "
-                "lower learning_rate or gradient_clip in the recipe, or train in float32"
-            )
+    def _attacked(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        spec = self.recipe.adversarial
+        if spec is None:
+            return images
+        starts = None
+        if spec.random_start:
+            # Drawn for the whole batch, so that an image's start does not depend on the number of processes.
+            shape = torch.Size((self.recipe.batch_size, *images.shape[1:]))
+            generator = seeded(self.recipe.seed, STARTS, self.step, device=self.device)
+            starts = draw_starts(shape, spec, generator)[self.ranks.rows(self.recipe.batch_size)]
+        attacked = perturb(self.network, images, targets, spec, starts, self.recipe.precision)
+        return attacked.contiguous(memory_format=torch.channels_last)
+
+    def _note_bad_numbers(self, loss: torch.Tensor, length: torch.Tensor) -> None:
+        now = torch.stack([torch.full_like(self._bad[0], self.step), loss.double(), length.double()])
+        is_first = (self._bad[0] < 0) & ~now.isfinite().all()
+        self._bad = torch.where(is_first, now, self._bad)
+
+    def _check_finite_at_once(self) -> None:
+        # On the CPU nothing is waited for, so a bad step need not reach the weights.
+        if self.device.type == "cpu":
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        step, loss, length = self._bad.tolist()
+        if step < 0:
+            return
+        what, number = ("gradient", length) if math.isfinite(loss) else ("loss", loss)
+        raise ConfigError(
+            f"the training {what} became {number} at step {int(step)}: "
+            "lower learning_rate or gradient_clip in the recipe, or train in float32"
+        )
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -286,35 +289,39 @@ class Training:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         average, current = self.average.state_dict(), self.network.state_dict()
         floating = [key for key, tensor in average.items() if tensor.is_floating_point()]
+        others = [key for key in average if key not in set(floating)]
         torch._foreach_lerp_([average[key] for key in floating], [current[key] for key in floating], 1 - decay)
-        for key, tensor in average.items():
-            if not tensor.is_floating_point():
-                tensor.copy_(current[key])
+        if others:
+            torch._foreach_copy_([average[key] for key in others], [current[key] for key in others])
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         started = time.monotonic()
         top1 = math.nan
         if len(self.held_out.labels):
-            top1 = accuracy_on_tensors(self.average, self.held_out, self.recipe.precision)
+            recipe = self.recipe
+            top1 = accuracy_on_images(self.average, self.held_out, recipe.preprocessing, recipe.precision, self.ranks)
         self.wall_s += time.monotonic() - started
         previous = self.rows[-1]["wall_s"] if self.rows else 0.0
         row = {
             "epoch": epoch + 1,
             "step": self.step,
             "image_size": self.recipe.size_of_epoch(epoch),
-            "learning_rate": self._learning_rate(self.step - 1),
-            "train_loss": self._loss_sum / self._loss_count,
+            "learning_rate": learning_rate(self.recipe, self.step - 1, self.steps),
+            "train_loss": self._loss_sum.item() / self._loss_count,
             "holdout_top1": top1,
             "images_per_s": self._loss_count * self.recipe.batch_size / max(1e-9, self.wall_s - previous),
             "wall_s": self.wall_s,
         }
-        with _holding_interrupts_back():
-            self._loss_sum, self._loss_count = 0.0, 0
+        with interrupts_held_back():
+            self._loss_sum.zero_()
+            self._loss_count = 0
             self.rows.append(row)
             self._write_log()
         return row
 
     def _write_log(self) -> None:
+        if not self.ranks.is_first:
+            return
         path = self.folder / "log.csv"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -325,127 +332,6 @@ class Training:
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error}; make room and run the same command again") from None
 
-    # --- the result ----------------------------------------------------------------------------------
-
     def export(self, name: str, evaluation_sets: Sequence[EvaluationSet], note: str = "") -> Path:
-        """Writes the averaged weights as int8 with their metadata, measured on the sets given.
-
-        Args:
-            name: of the weights, as in TINY_IMAGENET_V1.
-            evaluation_sets: where top-1 and top-5 accuracy are measured, after rounding to int8.
-            note: what the recipe does not say of this training.
-        """
-        stored = quantise(self.average.state_dict())
-        rounded = copy.deepcopy(self.average)
-        fit_weights(rounded, dequantise(stored), "the rounded state")
-        accuracies = []
-        for images in evaluation_sets:
-            exact, _ = accuracy_on_set(self.average, images)
-            top1, top5 = accuracy_on_set(rounded, images)
-            accuracies.append(
-                Accuracy(
-                    dataset=images.name, dataset_sha256=images.sha256, n=len(images), top1=top1, top5=top5, top1_float32=exact
-                )
-            )
-        metadata = WeightsMetadata(
-            name=name,
-            model=self.model_name,
-            description=self.recipe.description,
-            classes=self.classes,
-            input_size=self.recipe.image_size,
-            resize_size=self.recipe.image_size,
-            interpolation="bilinear",
-            recipe=self.recipe.model_dump(mode="json"),
-            training={
-                "images": len(self.train_set.labels),
-                "steps": self.step,
-                "epochs": self.recipe.epochs,
-                "seed": self.recipe.seed,
-                "initial_weights": self.initial_weights,
-                "note": note,
-                "wall_s": round(self.wall_s, 1),
-                "threads": torch.get_num_threads(),
-                "environment": describe_environment(self.device),
-            },
-            accuracy=tuple(accuracies),
-        )
-        path = self.folder / f"{self.model_name}-{name.lower()}.safetensors"
-        save_weights(path, stored, metadata)
-        return path
-
-
-@contextmanager
-def _holding_interrupts_back() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block: half a step in a checkpoint would not be on the recipe's curve."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if received:
-        handler(*received[0])
-
-
-def seeded(*parts: int) -> torch.Generator:
-    """A generator whose stream is a function of the integers given."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % (2**63)
-    return torch.Generator().manual_seed(seed)
-
-
-def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimiser a recipe asks for, over all parameters of `network`."""
-    groups = group_parameters(network, recipe.weight_decay)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-    # Linear layers here are the classifier and the geometry networks, whose rows and columns are no
-    # hidden features: AdamW suits them better (Jordan et al.).
-    kernels = {id(m.weight) for m in network.modules() if isinstance(m, nn.Conv2d)}
-    split = []
-    for group in groups:
-        for orthogonal in (True, False):
-            chosen = [p for p in group["params"] if (id(p) in kernels) == orthogonal]
-            if chosen:
-                split.append({**group, "params": chosen, "orthogonal": orthogonal})
-    return Muon(split, lr=recipe.learning_rate)
-
-
-def group_parameters(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for norms and biases."""
-    decayed = [p for p in network.parameters() if p.ndim >= 2]
-    others = [p for p in network.parameters() if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-@torch.inference_mode()
-def accuracy_on_tensors(network: nn.Module, data: TrainingSet, precision: str) -> float:
-    """Top-1 accuracy as a fraction, of images in memory."""
-    device = next(network.parameters()).device
-    correct = 0
-    for images, labels in zip(data.images.split(EVALUATION_BATCH_SIZE), data.labels.split(EVALUATION_BATCH_SIZE), strict=True):
-        inputs = (images.float() / 255).to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(inputs)
-        correct += (logits.argmax(1).cpu() == labels).sum().item()
-    return correct / len(data.labels)
-
-
-@torch.inference_mode()
-def accuracy_on_set(network: nn.Module, images: EvaluationSet) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy as fractions, in float32."""
-    device = next(network.parameters()).device
-    top1 = top5 = 0
-    for start in range(0, len(images), EVALUATION_BATCH_SIZE):
-        batch, labels = images.load(range(start, min(start + EVALUATION_BATCH_SIZE, len(images))))
-        logits = network(batch.to(device))
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-        hits = best == labels.view(-1, 1)
-        top1 += hits[:, 0].sum().item()
-        top5 += hits.any(1).sum().item()
-    return top1 / len(images), top5 / len(images)
+        """See `export_weights`."""
+        return export_weights(self, name, evaluation_sets, note)

@@ -10,7 +10,7 @@ from lrrobust.models import registry
 from lrrobust.models.residual import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
 
-def build_tiny(num_classes: int) -> nn.Module:
+def build_tiny(num_classes: int, stem: str = "imagenet") -> nn.Module:
     """4608 weights in the second convolution: enough to be stored as int8."""
     return nn.Sequential(
         Normalization(IMAGENET_MEAN, IMAGENET_STD),

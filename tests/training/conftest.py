@@ -10,7 +10,7 @@ from lrrobust.models import registry
 from lrrobust.models.lrnet import LocalRelationLayer
 from lrrobust.models.residual import PointwiseConvolution
 from lrrobust.training.recipe import Phase, Recipe
-from lrrobust.training.trainer import TrainingSet
+from lrrobust.training.images import TrainingSet
 
 CLASS_COUNT = 8
 
@@ -18,7 +18,7 @@ CLASS_COUNT = 8
 class TinyLrNet(nn.Sequential):
     """One local relation layer, so that checkpoints hold what those of LR-Nets hold."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, stem: str = "imagenet") -> None:
         super().__init__(
             PointwiseConvolution(3, 12),
             nn.BatchNorm2d(12),

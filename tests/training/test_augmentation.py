@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lrrobust.training import augmentation
-from lrrobust.training.augmentation import augment
+from lrrobust.training.augmentation import augment, draw_views
 
 
 def noise(count=4, size=16):
@@ -11,7 +11,10 @@ def noise(count=4, size=16):
 
 def run(images, size=16, seed=0, crop_scale_min=0.5, horizontal_flip=True):
     generator = torch.Generator().manual_seed(seed)
-    return augment(images, size, crop_scale_min=crop_scale_min, horizontal_flip=horizontal_flip, generator=generator)
+    views = draw_views(
+        len(images), crop_scale_min=crop_scale_min, horizontal_flip=horizontal_flip, generator=generator
+    )
+    return augment(images, size, views)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_phases(recipe):
         ({"phases": [{"epochs": 0, "size": 16}]}, "phases.0.epochs: Input should be greater than or equal to 1, found 0"),
         ({"phases": [{"epochs": 1, "size": 16}, {"epochs": 1}]}, "phases.1.size: Field required"),
         ({"phases": [{"epochs": 1, "size": 2048}]}, "phases.0.size: Input should be less than or equal to 1024"),
-        ({"optimizer": "sgd"}, "optimizer: Input should be 'adamw' or 'muon', found 'sgd'"),
+        ({"optimizer": "adam"}, "optimizer: Input should be 'adamw', 'muon' or 'sgd', found 'adam'"),
         ({"weight_decay": -0.1}, "weight_decay: Input should be greater than or equal to 0"),
         ({"gradient_clip": 0}, "gradient_clip: Input should be greater than 0"),
         ({"warmup": 1.0}, "warmup: Input should be less than 1"),

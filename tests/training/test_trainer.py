@@ -19,9 +19,12 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError, WeightsError
 from lrrobust.models import load_classifier
 from lrrobust.models.weights import quantise, read_metadata
-from lrrobust.training import trainer
+from lrrobust.training import export, trainer
+from lrrobust.training.accuracy import accuracy_on_set
+from lrrobust.training.images import TrainingSet
+from lrrobust.training.optimizers import group_parameters, learning_rate
 from lrrobust.training.recipe import Phase
-from lrrobust.training.trainer import LOG_COLUMNS, Training, TrainingSet, accuracy_on_set, group_parameters
+from lrrobust.training.trainer import LOG_COLUMNS, Training
 
 #: 40 of the 48 images are trained on, 8 at a time, for two epochs.
 STEPS_PER_EPOCH, STEPS = 5, 10
@@ -158,8 +161,8 @@ def test_batches_hold_every_image_once_an_epoch_with_its_label(start, monkeypatc
     orders = []
     for epoch, size in ((0, 16), (1, 20)):
         order = []
-        for training.step in range(5 * epoch, 5 * epoch + 5):
-            images, labels = training._batch(epoch)
+        training.step = 5 * epoch
+        for images, labels in training.batches(epoch):
             assert images.shape == (8, 3, size, size)
             torch.testing.assert_close((images.amax((1, 2, 3)) * 51).round().long() + 1000, labels)
             order += labels.tolist()
@@ -171,10 +174,12 @@ def test_batches_hold_every_image_once_an_epoch_with_its_label(start, monkeypatc
 def test_batches_are_functions_of_seed_and_step(start):
     one, two, other = start("a"), start("b"), start("c", seed=4)
     torch.rand(17)
-    torch.testing.assert_close(one._batch(0), two._batch(0), rtol=0, atol=0)
-    assert not torch.equal(one._batch(0)[0], other._batch(0)[0])
+    first, second, *_ = one.batches(0)
+    torch.testing.assert_close(first, next(two.batches(0)), rtol=0, atol=0)
+    assert not torch.equal(first[0], next(other.batches(0))[0])
     two.step = 1
-    assert not torch.equal(one._batch(0)[0], two._batch(0)[0])
+    torch.testing.assert_close(second, next(two.batches(0)), rtol=0, atol=0)
+    assert not torch.equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("batch_size, holdout, message", [(64, 8, "40 training images do not fill a batch of 64"), (8, 49, "49 images asked for")])
@@ -195,7 +200,7 @@ def test_unknown_model_and_classes(start):
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine(start):
     training = start(phases=(Phase(epochs=8, size=16),), warmup=0.25, learning_rate=0.2)
-    rates = [training._learning_rate(step) for step in range(40)]
+    rates = [learning_rate(training.recipe, step, training.steps) for step in range(40)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) / 10 for step in range(10)])
     assert rates[10:] == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 30)) for step in range(30)])
     assert max(rates) == pytest.approx(0.2) and 0 < rates[-1] < 0.001
@@ -273,6 +278,49 @@ def test_gradient_that_is_no_number_spoils_no_weight(start):
     torch.testing.assert_close(dict(training.network.named_parameters()), before, rtol=0, atol=0)
 
 
+# --- bursts of steps ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bursts(monkeypatch):
+    """Three steps at a time, as on a GPU, where numbers are looked at now and then only."""
+    monkeypatch.setattr(trainer, "BURST_STEPS", {"cpu": 3})
+
+
+def test_bursts_take_the_same_steps(start, uninterrupted, bursts):
+    training = start()
+    steps, epochs = [], []
+    training.run(steps.append, epochs.append)
+    # Each ends with its epoch.
+    assert [progress.step for progress in steps] == [3, 5, 8, 10]
+    assert_same(training, uninterrupted)
+
+
+def test_interrupted_between_bursts(start, uninterrupted, bursts):
+    with pytest.raises(KeyboardInterrupt):
+        start().run(on_step=_Stop(8))
+    resumed = start()
+    assert resumed.step == 8
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+def test_the_first_bad_number_of_a_burst_is_reported_and_not_stored(start, bursts, monkeypatch):
+    training = start()
+    monkeypatch.setattr(training, "_check_finite_at_once", lambda: None)
+    step = training.optimizer.step
+
+    def spoil(*_, **__):
+        step()
+        if training.step == 3:
+            training.network[-1].bias.data[0] = math.nan
+
+    monkeypatch.setattr(training.optimizer, "step", spoil)
+    with pytest.raises(ConfigError, match="the training loss became nan at step 4: lower learning_rate"):
+        training.run()
+    assert not training.checkpoint_path.exists()
+
+
 # --- interruptions -----------------------------------------------------------------------------------
 
 
@@ -300,15 +348,15 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(start, uninterrupted, st
 
 
 def test_interrupted_while_it_measures(start, uninterrupted, monkeypatch):
-    measure = trainer.accuracy_on_tensors
+    measure = trainer.accuracy_on_images
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "accuracy_on_tensors", interrupt)
+    monkeypatch.setattr(trainer, "accuracy_on_images", interrupt)
     with pytest.raises(KeyboardInterrupt):
         start().run()
-    monkeypatch.setattr(trainer, "accuracy_on_tensors", measure)
+    monkeypatch.setattr(trainer, "accuracy_on_images", measure)
     resumed = start()
     assert (resumed.step, len(resumed.rows)) == (5, 0)
     resumed.run()
@@ -340,6 +388,7 @@ from pathlib import Path
 import torch
 from lrrobust.models import registry
 from lrrobust.training import trainer
+from lrrobust.training.images import TrainingSet
 from lrrobust.training.recipe import Recipe
 
 conftest_path, recipe, data, folder = sys.argv[1:]
@@ -355,7 +404,7 @@ def kill(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 images, labels = torch.load(data)
-trainer.Training("tiny", Recipe.model_validate_json(recipe), trainer.TrainingSet(images, labels), Path(folder)).run(kill)
+trainer.Training("tiny", Recipe.model_validate_json(recipe), TrainingSet(images, labels), Path(folder)).run(kill)
 """
 
 
@@ -468,7 +517,7 @@ def photos(tmp_path, colours):
 
 def test_export_states_what_the_file_scores(start, photos, monkeypatch):
     # Rounding so coarse that it shows.
-    monkeypatch.setattr(trainer, "quantise", lambda state: {**quantise(state), "7.weight": state["7.weight"].round()})
+    monkeypatch.setattr(export, "quantise", lambda state: {**quantise(state), "7.weight": state["7.weight"].round()})
     training = start(phases=(Phase(epochs=8, size=16),))
     training.run()
     images = photos(training.classes)

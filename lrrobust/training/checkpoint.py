@@ -1,0 +1,56 @@
+"""Checkpoints: everything a training needs to go on, in one file that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrrobust.errors import ConfigError, StoreError, WeightsError
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state a training of this identity left at `path`, on the CPU; None where there is no file.
+
+    Raises:
+        WeightsError: the file is damaged.
+        ConfigError: the file belongs to another training.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # torch raises many types on damaged files
+        raise WeightsError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): "
+            "delete it to start again, or choose another --out"
+        ) from None
+    if found != identity:
+        raise ConfigError(
+            f"{path} belongs to another training (model, recipe, images or initial weights differ): "
+            "choose another --out, or delete it to start again"
+        )
+    return state
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes a state with its "identity" atomically.
+
+    Raises:
+        StoreError: there is no room, or no such folder can be made; the file of before is kept.
+    """
+    temporary = path.with_name(f".checkpoint.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with suppress(OSError):  # as where a file takes the folder's place
+            temporary.unlink()
+        raise StoreError(
+            f"cannot write {path}: {error}; the last checkpoint is kept, make room and run the same command again"
+        ) from None

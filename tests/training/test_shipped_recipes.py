@@ -1,0 +1,94 @@
+"""Every shipped recipe, for one epoch of a few images through the command that trains."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lrrobust.cli import run
+from lrrobust.data.class_lists import load_class_list
+from lrrobust.errors import DataError
+from lrrobust.models import load_classifier, registry
+from lrrobust.models.weights import read_metadata
+from lrrobust.run import TrainingRequest, prepare_training
+from lrrobust.training.images import StreamedImages, TrainingSet
+from lrrobust.training.recipe import RECIPES_FOLDER, load_recipe
+
+RECIPES = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture
+def smaller(tmp_path, tiny_lr_net, monkeypatch):
+    """smaller(recipe name) -> a file of it with one short epoch of small images and batches."""
+
+    monkeypatch.setattr("lrrobust.run.NETWORKS", registry.NETWORKS)
+
+    def write(name):
+        content = yaml.safe_load((RECIPES_FOLDER / f"{name}.yaml").read_text())
+        content.update(phases=[{"epochs": 1, "size": 16}], image_size=16, batch_size=8, holdout=4)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos(recipe name) -> folder of class folders with photos of several sizes, 24 in four classes."""
+
+    def write(name):
+        generator = np.random.default_rng(0)
+        for i in range(24):
+            folder = tmp_path / "photos" / load_class_list(load_recipe(name).classes)[i % 4]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (20 + i % 3, 22 + i % 5, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+        return tmp_path / "photos"
+
+    return write
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_trains_from_images_to_weights(name, smaller, photos, tmp_path, capsys):
+    arguments = [
+        "train", "--model", "tiny", "--recipe", str(smaller(name)), "--data", str(photos(name)),
+        "--evaluate-on", str(photos(name)), "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "0",
+    ]
+    with torch.random.fork_rng():
+        assert run(arguments) == 0, capsys.readouterr().err
+    recipe = load_recipe(name)
+    metadata = read_metadata(tmp_path / "out" / "tiny-custom.safetensors")
+    assert (metadata.stem, metadata.classes) == (recipe.stem, load_class_list(recipe.classes))
+    assert metadata.input_size == 16 and metadata.resize_size == (18 if recipe.loading == "stream" else 16)
+    assert metadata.training["steps"] == 2 and metadata.accuracy[0].n == 24
+    assert {"checkpoint.pt", "log.csv", "learning_curve.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    weights = str(tmp_path / "out" / "tiny-custom.safetensors")
+    assert load_classifier("tiny", weights=weights, imagenet_classes=()).input_size == 16
+    # The same command again finds nothing left to do.
+    before = (tmp_path / "out" / "log.csv").read_bytes()
+    assert run(arguments) == 0
+    assert (tmp_path / "out" / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_where_images_are_kept(name, smaller, photos, tmp_path):
+    request = TrainingRequest("tiny", str(smaller(name)), str(photos(name)), tmp_path / "out", device="cpu")
+    training, _ = prepare_training(request)
+    assert isinstance(training.train_set, StreamedImages if name.startswith("imagenet") else TrainingSet)
+
+
+def test_archives_that_processes_cannot_share_are_not_streamed(smaller, photos, tmp_path):
+    recipe = str(smaller("imagenet_lrnet"))
+    for kind in ("zip", "gztar", "tar"):
+        archive = shutil.make_archive(str(tmp_path / "packed"), kind, photos("imagenet_lrnet"))
+        request = TrainingRequest("tiny", recipe, archive, tmp_path / kind, device="cpu", workers=2)
+        if kind == "tar":
+            prepare_training(request)
+            continue
+        with pytest.raises(DataError, match=re.escape("unpack it into class folders, or give --workers 0")):
+            prepare_training(request)
