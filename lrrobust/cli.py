@@ -115,6 +115,9 @@ def evaluate(
     ] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics/--no-diagnostics", help="Look into whether the attacks worked, once the rows are there.")
+    ] = True,
 ) -> None:
     """Attack models and tell how many images stay correct.
 
@@ -146,6 +149,8 @@ def evaluate(
     )
     evaluations = _prepare(request)
     _run_all(evaluations)
+    if diagnostics:
+        _diagnose_all(evaluations)
     print_results([evaluation.folder for evaluation in evaluations])
 
 
@@ -165,6 +170,14 @@ def _run_all(evaluations: list[Evaluation]) -> None:
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
             evaluation.run(progress.on_task, progress.on_forward)
+
+
+def _diagnose_all(evaluations: list[Evaluation]) -> None:
+    from lrrobust.console import diagnosing
+
+    for evaluation in evaluations:
+        with diagnosing(evaluation) as on_check:
+            evaluation.diagnose(on_check)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def evaluate(
     chunks: dict[Chunk, list[Task]] = {}
     for task in tasks:
         chunks.setdefault(task.chunk, []).append(task)
-    with frozen(model), _deterministic_float32():
+    with frozen(model), deterministic_float32():
         run = _Run(Judge(model, num_classes, batch_size), fingerprint, on_forward)
         metadata: dict[str, str] | None = None
         is_resumed = False
@@ -139,7 +139,7 @@ def evaluate(
                 batch = _ChunkImages.load(images, chunk, device)
                 if metadata is None:
                     metadata = {**part_metadata, **check_model(model, num_classes, batch.images)}
-                with _seeded(batch.images.device, chunk_seed(fingerprint, "clean", chunk.start)):
+                with seeded(batch.images.device, chunk_seed(fingerprint, "clean", chunk.start)):
                     clean = run.judge.predict(batch.images, batch.labels, batch.keys)
                 if is_to_compare:
                     _check_same_model(store, batch, clean, metadata)
@@ -161,7 +161,7 @@ def evaluate(
 
 
 @contextmanager
-def _deterministic_float32() -> Iterator[None]:
+def deterministic_float32() -> Iterator[None]:
     """No TF32 and no autotuned kernels on CUDA: the rows say float32, and a rerun must give the same."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
@@ -173,7 +173,7 @@ def _deterministic_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Torch's global generators start at `seed` inside, and are put back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -353,7 +353,7 @@ def _attack_chunk(
     met = {}
     if len(rows):
         started = time.perf_counter()
-        with _seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
+        with seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
             effort = _run_attack(run, attack, spec, batch, outcomes, rows)
         passes = effort.forward_passes
         forwarded[:, rows.cpu()] = passes

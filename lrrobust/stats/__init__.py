@@ -15,10 +15,11 @@ from lrrobust.stats.paired import (
     paired_difference_interval,
     smallest_detectable_difference,
 )
-from lrrobust.stats.proportions import wilson_interval
+from lrrobust.stats.proportions import binomial_p_value, wilson_interval
 
 __all__ = [
     "PairedDistances",
+    "binomial_p_value",
     "bootstrap_mean_interval",
     "compare_distances",
     "holm",
