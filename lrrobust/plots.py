@@ -28,7 +28,7 @@ _LINES = ("-", "--", "-.", ":")
 #: Points of a minimal-norm attack's curve that are drawn at most.
 _MOST_STEPS = 400
 
-_NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
+_NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
 
 _STYLE = {
     "font.size": 9,
@@ -65,7 +65,7 @@ def plot_robustness_curves(
 
     Args:
         summary: as made by `report.summarise`, of one dataset.
-        norm: "linf" or "l2"; rows of another norm are left out.
+        norm: "linf", "l2" or "l1"; rows of another norm are left out.
         out_stem: path without suffix; ".png", ".svg" and ".pdf" are added, missing folders created.
         curves: as made by `report.minimal_norm_curves`; those attacks are then drawn as exact steps
             instead of at the eps of the ladder. Curves of runs not in `summary` are left out.
@@ -254,8 +254,8 @@ def _set_eps_axis(panel: Axes, axis: _Axis, norm: str) -> None:
 
 
 def _tick_label(eps: float, norm: str) -> str:
-    """Radius in the unit of the axis: 1/8 or 4 for linf, 0.05 for l2."""
-    if norm == "l2":
+    """Radius in the unit of the axis: 1/8 or 4 for linf, 0.05 for l2, 12 for l1."""
+    if norm != "linf":
         return f"{eps:.3g}"
     simple = Fraction(eps * 255).limit_denominator(16)
     return str(simple) if math.isclose(simple, eps * 255, rel_tol=1e-9) else f"{eps * 255:.3g}"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lrrobust.errors import StoreError
-from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
+from lrrobust.results import SCHEMA_VERSION, Run, distances, manifest_value, write_file
 from lrrobust.stats import median_with_failures, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
@@ -283,11 +283,7 @@ def _summary(run: Run, name: str) -> pd.DataFrame:
 def _verdicts(run: Run) -> pd.DataFrame:
     """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known."""
     rows = run.rows
-    distance = np.where(
-        rows["norm"] == "linf",
-        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
-        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
-    )
+    distance = distances(rows)
     return pd.DataFrame(
         {
             "index": rows["index"].to_numpy(np.int64),

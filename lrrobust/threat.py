@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+#: Order of each norm.
+_ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
 #: Slack of the ball and box checks, in pixel units of [0, 1]. Attacks compute in float32 and overshoot
 #: their budget by about 3e-8 (linf) and 1e-7 (l2); a change of 1e-6 is 1/3900 of an 8-bit grey level.
 TOLERANCE = 1e-6
+
+#: The same in l1, where the rounding of every pixel adds up: as a share of the budget, on top of it.
+L1_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class ThreatModel:
     """All images in [0, 1] within distance `eps` of the clean image.
 
     Args:
-        norm: "linf" or "l2", over all pixels and colours of an image.
+        norm: "linf", "l2" or "l1", over all pixels and colours of an image.
         eps: radius in pixel units of [0, 1], zero or more, one for all images or one for each (N,);
             infinity leaves only the box.
     """
@@ -28,20 +37,21 @@ class ThreatModel:
     eps: float | torch.Tensor
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if not torch.as_tensor(self.eps >= 0).all():
             raise ValueError(f"eps must be zero or more, got {self.eps!r}")
 
     def is_in_ball(self, images: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
         """Which of `adversarial` (N, C, H, W) lie within `eps` of `images`; bool (N,). NaN is outside."""
-        return distance(images, adversarial, self.norm) <= self.eps + TOLERANCE
+        slack = TOLERANCE + (L1_TOLERANCE * self.eps if self.norm == "l1" else 0)
+        return distance(images, adversarial, self.norm) <= self.eps + slack
 
 
 def distance(images: torch.Tensor, adversarial: torch.Tensor, norm: Norm) -> torch.Tensor:
     """Distance of each image pair in pixel units, computed in float64; (N, C, H, W) twice -> (N,)."""
     delta = (adversarial.double() - images.double()).flatten(1)
-    return delta.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(delta, dim=1)
+    return torch.linalg.vector_norm(delta, _ORDERS[norm], dim=1)
 
 
 def is_in_box(images: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from lrrobust.report import (
     warnings_of,
     write_report,
 )
-from lrrobust.results import Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
 
 LADDER = (1 / 255, 2 / 255)
 INF = math.inf
@@ -51,7 +51,10 @@ def row(index, attack, norm, eps, distance):
         "clean_margin": 1.0,
         "adversarial_margin": None,
         "wall_s": 0.5,
+        "l1_distance": 78.0 if is_broken else None,
+        "is_broken_quantized": None,
         "forward_passes": None,
+        "backward_passes": None,
     }
 
 
@@ -66,7 +69,7 @@ def make_run(name="run", distances=None, *, sha256="cd" * 32, model="tiny", plan
     return Run(
         folder=Path("/results") / name,
         manifest={
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": "ab" * 32,
             "model": {"name": model, "weights": "V1"},
             "dataset": {"name": "sample", "sha256": sha256, "n": 5},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
@@ -38,7 +40,8 @@ class Attack:
     Calling it takes the model, images (N, 3, H, W) in [0, 1], float32 or float64, their labels (N,),
     int64, on the model's device, how many images may pass through the model at once, and two
     callbacks: `claim` is told of proposals and says which images they broke, `draw` gives the random
-    numbers of a start; see `lrrobust.attacks.pgd`. Proposals keep to box and budget up to float
+    numbers of a start; see `lrrobust.attacks.pgd`. `levels` (N,), int64, says at how many budgets of
+    the ladder, from the smallest, each image is attacked; at all of them when not given. Proposals keep to box and budget up to float
     rounding, see `lrrobust.threat.TOLERANCE`.
 
     FGSM and PGD climb the ladder of budgets image by image, claim every iterate that the model
@@ -54,53 +57,88 @@ class Attack:
     """
 
     def __init__(self, spec: AttackSpec) -> None:
-        self.ladder: tuple[float, ...] = (math.inf,) if isinstance(spec, CwSpec) else spec.eps
+        self.ladder: tuple[float, ...] = (math.inf,) if spec.minimises else spec.eps
         self._spec = spec
 
     def __call__(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, batch_size: int, claim: Claim, draw: Draw
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        batch_size: int,
+        claim: Claim,
+        draw: Draw,
+        levels: torch.Tensor | None = None,
     ) -> Effort:
         _check_inputs(images, labels)
+        if levels is None:
+            levels = torch.full((len(images),), len(self.ladder))
         # Attacks need gradients whatever the caller's mode; tensors of inference mode cannot take
         # part in them, but their clones can.
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             victim = _Victim(model)
-            images = images.detach().clone(memory_format=torch.contiguous_format)
-            labels = labels.clone()
-            if isinstance(self._spec, CwSpec):
-                return _run_carlini_wagner(self._spec, victim, images, labels, batch_size, claim)
-            passes = pgd(
+            task = _Task(
                 victim,
-                images,
-                labels,
-                norm=self._spec.norm,
-                ladder=self.ladder,
-                precision=self._spec.precision,
-                batch_size=batch_size,
-                claim=claim,
-                draw=draw,
-                **_schedule(self._spec),
+                images.detach().clone(memory_format=torch.contiguous_format),
+                labels.clone(),
+                self.ladder,
+                levels.cpu(),
+                batch_size,
+                claim,
+                draw,
             )
-        return Effort(passes, passes, victim.nonfinite_gradients)
+            forward, backward = _RUNNERS[type(self._spec)](self._spec, task)
+        return Effort(forward, backward, victim.nonfinite_gradients)
 
 
-def _schedule(spec: FgsmSpec | PgdSpec) -> dict[str, Any]:
-    """How PGD walks; the fast gradient sign method is one step across the whole ball from the image."""
-    if isinstance(spec, PgdSpec):
-        return spec.model_dump(include={"steps", "step_size_ratio", "random_start", "restarts"})
-    return {"steps": 1, "step_size_ratio": 1.0, "random_start": False, "restarts": 1}
+@dataclass(frozen=True)
+class _Task:
+    """What every attack is given; see `lrrobust.attacks.pgd.pgd` for the meaning of each."""
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    ladder: tuple[float, ...]
+    levels: torch.Tensor
+    batch_size: int
+    claim: Claim
+    draw: Draw
+
+    def arguments(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _run_carlini_wagner(
-    spec: CwSpec, victim: _Victim, images: torch.Tensor, labels: torch.Tensor, batch_size: int, claim: Claim
-) -> Effort:
-    forward, backward = (torch.zeros(1, len(images), dtype=torch.int64) for _ in range(2))
-    for rows in torch.arange(len(images)).split(batch_size) if len(images) else ():
-        before = victim.forwarded, victim.backwarded
-        nearest = carlini_wagner_l2(
-            victim,
-            images[rows],
-            labels[rows],
+#: Forward and backward passes by budget and image, int64 (L, N) on the CPU.
+_Passes = tuple[torch.Tensor, torch.Tensor]
+
+
+def _run_fgsm(spec: FgsmSpec, task: _Task) -> _Passes:
+    # One step of PGD across the whole ball, from the image.
+    return pgd(
+        **task.arguments(),
+        norm=spec.norm,
+        steps=1,
+        step_size_ratio=1.0,
+        random_start=False,
+        restarts=1,
+        precision=spec.precision,
+    )
+
+
+def _run_pgd(spec: PgdSpec, task: _Task) -> _Passes:
+    settings = {"norm", "steps", "step_size_ratio", "random_start", "restarts", "precision"}
+    return pgd(**task.arguments(), **spec.model_dump(include=settings))
+
+
+def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
+    forward, backward = (torch.zeros(1, len(task.images), dtype=torch.int64) for _ in range(2))
+    attacked = task.levels.nonzero().squeeze(1)
+    for rows in attacked.split(task.batch_size) if len(attacked) else ():
+        nearest, steps = carlini_wagner_l2(
+            task.model,
+            task.images[rows],
+            task.labels[rows],
             binary_search_steps=spec.binary_search_steps,
             steps=spec.steps,
             lr=spec.lr,
@@ -108,30 +146,33 @@ def _run_carlini_wagner(
             confidence=spec.confidence,
             abort_early=spec.abort_early,
         )
-        claim(rows.tolist(), nearest.detach(), [math.inf] * len(rows), [True] * len(rows))
-        # Finished images leave the search, which does not say whose passes were whose: the mean stands for each.
-        forward[0, rows] = round((victim.forwarded - before[0]) / len(rows))
-        backward[0, rows] = round((victim.backwarded - before[1]) / len(rows))
-    return Effort(forward, backward, victim.nonfinite_gradients)
+        task.claim(rows.tolist(), nearest.detach(), [math.inf] * len(rows), [True] * len(rows))
+        forward[0, rows], backward[0, rows] = steps.cpu() + 1, steps.cpu()
+    return forward, backward
+
+
+_RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
+    FgsmSpec: _run_fgsm,
+    PgdSpec: _run_pgd,
+    CwSpec: _run_carlini_wagner,
+}
 
 
 class _Victim(nn.Module):
-    """The model as the attacks see it: gradients that are not finite mended and counted, passes counted."""
+    """The model as the attacks see it: gradients that are not finite mended and counted."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.forwarded = self.backwarded = self.nonfinite_gradients = 0
+        self.nonfinite_gradients = 0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.forwarded += len(images)
         if images.requires_grad:
             images.register_hook(self._mend_gradient)
         return self.model(images)
 
     def _mend_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Rows with NaN or infinity become zero."""
-        self.backwarded += len(gradient)
         is_finite = gradient.isfinite().flatten(1).all(1)
         self.nonfinite_gradients += int((~is_finite).sum())
         return gradient.where(is_finite[:, None, None, None], 0)

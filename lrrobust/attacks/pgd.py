@@ -25,7 +25,9 @@ class _Climb:
     """An image on its way up the ladder: where it stands, and its present iterate (None: not started there)."""
 
     row: int
-    level: int = 0
+    level: int
+    #: First level at which it is not attacked any more.
+    stop: int
     restart: int = 0
     step: int = 0
     iterate: torch.Tensor | None = None
@@ -38,6 +40,7 @@ def pgd(
     *,
     norm: Norm,
     ladder: Sequence[float],
+    levels: torch.Tensor,
     steps: int,
     step_size_ratio: float,
     random_start: bool,
@@ -46,7 +49,7 @@ def pgd(
     batch_size: int,
     claim: Claim,
     draw: Draw,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attack images at every budget, from the smallest up, until they are broken.
 
     At budget eps an image takes `steps` steps of length step_size_ratio * eps / steps along the sign
@@ -68,21 +71,21 @@ def pgd(
         images: (N, C, H, W) in [0, 1], float32 or float64.
         labels: (N,) int64, the classes to leave.
         ladder: budgets in pixel units of [0, 1], ascending. Nothing is claimed at a budget of 0.
+        levels: (N,) int64, how many budgets of the ladder, from the smallest, each image is attacked at.
         precision: "bf16" runs the model under autocast to bfloat16; iterates and steps stay as `images`.
         batch_size: images passed through the model at once.
         claim: judges; may be asked about any number of images up to `batch_size` at once, each once.
         draw: for random starts.
 
     Returns:
-        Gradient steps, each one forward and one backward pass, by budget and image; int64 (len(ladder), N).
+        Forward and backward passes by budget and image, int64 (len(ladder), N): as many of the ones as of the
+        others, one each a gradient step.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, section 2.1.
     """
     passes = torch.zeros(len(ladder), len(images), dtype=torch.int64)
     first = next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
-    if first == len(ladder):
-        return passes
-    waiting = deque(_Climb(row, first) for row in range(len(images)))
+    waiting = deque(_Climb(row, first, stop) for row, stop in enumerate(levels.tolist()) if first < stop)
     active: list[_Climb] = []
     claims: list[tuple[_Climb, torch.Tensor, bool]] = []
     while waiting or active or claims:
@@ -96,7 +99,7 @@ def pgd(
             for climb, is_last in _unbroken(judged, ladder, claim):
                 if not is_last and climb.step == steps:
                     claims.append((climb, climb.iterate, True))
-                elif not is_last or _goes_on(climb, len(ladder), restarts):
+                elif not is_last or _goes_on(climb, restarts):
                     waiting.append(climb)
             continue
         rows = torch.tensor([climb.row for climb in active], device=images.device)
@@ -119,7 +122,7 @@ def pgd(
             else:
                 still.append(climb)
         active = still
-    return passes
+    return passes, passes
 
 
 def _started(
@@ -156,14 +159,14 @@ def _unbroken(
     return [(climb, last) for climb, last, broken in zip(climbs, is_last, is_broken, strict=True) if not broken]
 
 
-def _goes_on(climb: _Climb, levels: int, restarts: int) -> bool:
+def _goes_on(climb: _Climb, restarts: int) -> bool:
     """Moves an image to its next restart or budget; False when there is none."""
     climb.iterate = None
     climb.restart += 1
     if climb.restart == restarts:
         climb.restart = 0
         climb.level += 1
-    return climb.level < levels
+    return climb.level < climb.stop
 
 
 def _evaluate(

@@ -8,13 +8,12 @@ fingerprints hash. Keys and defaults are therefore part of the results format.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from lrrobust.eps import Ladder
-from lrrobust.threat import Norm
 
 
 def _check_name(name: str) -> str:
@@ -40,9 +39,20 @@ class _Spec(BaseModel):
     # which would otherwise leave a default in force.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    #: Whether the attack knows no budget, but looks for the nearest adversarial image of each image.
+    minimises: ClassVar[bool] = False
+
     name: Name
     description: Description = ""
     eps: Ladder
+    #: Leave out, at each eps, the images that an earlier attack of the run broke there in the same norm. Set by
+    #: the suite: a worst case then costs less, but the rows of one attack no longer stand for it alone.
+    survivors_only: bool = False
+
+    @property
+    def max_forward_passes(self) -> int:
+        """Upper bound of the attack's own forward passes for one image."""
+        return len(self.eps)
 
     @model_validator(mode="after")
     def _check_linf_budget(self) -> _Spec:
@@ -85,12 +95,16 @@ class PgdSpec(_Spec):
     """
 
     kind: Literal["pgd"]
-    norm: Norm
+    norm: Literal["linf", "l2"]
     steps: Annotated[int, Field(ge=1)]
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
     precision: Precision = "float32"
+
+    @property
+    def max_forward_passes(self) -> int:
+        return len(self.eps) * self.steps * self.restarts
 
     @model_validator(mode="after")
     def _check_restarts_differ(self) -> PgdSpec:
@@ -117,6 +131,8 @@ class CwSpec(_Spec):
     sections V and VI-A.
     """
 
+    minimises: ClassVar[bool] = True
+
     kind: Literal["cw"]
     norm: Literal["l2"] = "l2"
     binary_search_steps: Annotated[int, Field(ge=1)]
@@ -125,6 +141,10 @@ class CwSpec(_Spec):
     initial_c: Annotated[float, Field(gt=0)]
     confidence: Annotated[float, Field(ge=0)] = 0.0
     abort_early: bool = True
+
+    @property
+    def max_forward_passes(self) -> int:
+        return 1 + self.binary_search_steps * self.steps
 
 
 AttackSpec = Annotated[Union[FgsmSpec, PgdSpec, CwSpec], Field(discriminator="kind")]

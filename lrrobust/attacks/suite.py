@@ -5,6 +5,7 @@ A file holds one attack (`kind: pgd`, ...) or a suite:
     kind: suite
     description: what it is for
     attacks: [fgsm, pgd, my_pgd.yaml]   # shipped names, or paths relative to this file
+    survivors_only: true                # optional: attack only what the attacks before left standing
 
 Configurations are data from anywhere: they are parsed as plain data, in bounded size, and every
 mistake is a `ConfigError` that names the file and the key.
@@ -38,6 +39,8 @@ class _Suite(BaseModel):
     kind: Literal["suite"]
     description: Description = ""
     attacks: Annotated[tuple[str, ...], Field(min_length=1)]
+    #: Sets `survivors_only` in every attack of the suite that was not given before it.
+    survivors_only: bool = False
 
 
 class AttackListing(NamedTuple):
@@ -162,7 +165,11 @@ def _collect(
                 target = _locate(name, relative_to=path.parent)
             except (ConfigError, UnknownNameError) as error:
                 raise ConfigError(f"{_display(path)}: attacks: {error}") from None
+            before = set(found)
             _collect(target, found, read_suites, (*including, path))
+            if suite.survivors_only:
+                for added in set(found) - before:
+                    found[added] = found[added].model_copy(update={"survivors_only": True})
         read_suites.add(path)
         return
     if "name" in data:

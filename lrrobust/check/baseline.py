@@ -68,7 +68,7 @@ class Measurement(Record):
     """One model under one attack at one eps."""
 
     attack: Text
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: Annotated[float, Field(ge=0)] | None
     """Pixel units of [0, 1]; None: any distance (JSON has no infinity)."""
     n: Annotated[int, Field(ge=1)]

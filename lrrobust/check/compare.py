@@ -53,7 +53,7 @@ class Comparison(Record):
 
     model: str
     attack: str
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: float | None
     """Pixel units of [0, 1]; None: any distance."""
     n: int

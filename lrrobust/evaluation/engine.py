@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -20,13 +21,13 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, pl
 from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
 from lrrobust.frozen import frozen
 from lrrobust.results import Example, RunStore, example_count, rows_to_table
-from lrrobust.threat import ThreatModel
+from lrrobust.threat import NORMS, Norm, ThreatModel
 
 _log = logging.getLogger(__name__)
 
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
 #: run's identity, so that old and new rows never mix.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 
 #: Two forwards of the same images may differ by this much before the model counts as randomised; the
 #: bound AutoAttack uses.
@@ -67,16 +68,7 @@ class Task:
     @property
     def cost(self) -> int:
         """Upper bound of the forward passes, all images of the chunk added up."""
-        return attack_cost(self.spec) * (self.chunk.stop - self.chunk.start)
-
-
-def attack_cost(spec: AttackSpec) -> int:
-    """Upper bound of an attack's own forward passes for one image."""
-    if spec.kind == "cw":
-        return 1 + spec.binary_search_steps * spec.steps
-    if spec.kind == "pgd":
-        return len(spec.eps) * spec.steps * spec.restarts
-    return len(spec.eps)
+        return self.spec.max_forward_passes * (self.chunk.stop - self.chunk.start)
 
 
 def plan_tasks(specs: Sequence[AttackSpec], n: int, chunk_size: int) -> list[Task]:
@@ -144,13 +136,18 @@ def evaluate(
                 if is_to_compare:
                     _check_same_model(store, batch, clean, metadata)
                     is_resumed = True
+                broken_at = _BrokenAt(len(batch.indices))
                 for task in group:
                     if task in stored:
+                        if any(later.spec.survivors_only for later in group):
+                            broken_at.enter(task, store.read_part(*task.part))
                         continue
-                    outcomes, rows, met = _attack_chunk(run, batch, clean, task)
+                    outcomes, rows, met = _attack_chunk(run, batch, clean, task, broken_at)
                     if examples := _examples(batch, outcomes, task):
                         store.write_examples(*task.part, examples)
-                    store.write_part(*task.part, rows_to_table(rows), {**metadata, **met})
+                    table = rows_to_table(rows)
+                    store.write_part(*task.part, table, {**metadata, **met})
+                    broken_at.enter(task, table)
                     if on_task is not None:
                         on_task(task, True)
             except torch.OutOfMemoryError as error:
@@ -300,6 +297,7 @@ class _Outcomes:
         self.found_at = torch.full_like(clean.margin, math.inf)
         self.linf = torch.full_like(clean.margin, math.inf)
         self.l2 = torch.full_like(clean.margin, math.inf)
+        self.l1 = torch.full_like(clean.margin, math.inf)
         self.last_prediction, self.last_margin = clean.label.repeat(levels, 1), clean.margin.repeat(levels, 1)
         self.is_rejected = torch.zeros_like(self.last_prediction, dtype=torch.bool)
 
@@ -307,8 +305,7 @@ class _Outcomes:
         self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
     ) -> torch.Tensor:
         """Keeps the nearest adversarial image of each row; which rows are broken by now, bool (M,)."""
-        nearest = self.linf if threat.norm == "linf" else self.l2
-        found = verdict.linf_distance if threat.norm == "linf" else verdict.l2_distance
+        nearest, found = self.distance(threat.norm), verdict.distance(threat.norm)
         is_nearer = verdict.is_adversarial & (found < nearest[rows])
         better = rows[is_nearer]
         self.nearest[better] = proposed[is_nearer].detach().to(self.nearest)
@@ -318,7 +315,12 @@ class _Outcomes:
         self.found_at[better] = torch.as_tensor(threat.eps).to(found).expand_as(found)[is_nearer]
         self.linf[better] = verdict.linf_distance[is_nearer]
         self.l2[better] = verdict.l2_distance[is_nearer]
+        self.l1[better] = verdict.l1_distance[is_nearer]
         return self.is_broken[rows]
+
+    def distance(self, norm: Norm) -> torch.Tensor:
+        """Of the nearest adversarial images, in one norm."""
+        return {"linf": self.linf, "l2": self.l2, "l1": self.l1}[norm]
 
     def enter_last(self, levels: torch.Tensor, rows: torch.Tensor, verdict: Judgement, is_last: torch.Tensor) -> None:
         """Keeps what became of those proposals that were the last of their start."""
@@ -335,28 +337,55 @@ class _AtEps:
     eps: float
     wall_s: torch.Tensor
     forwarded: torch.Tensor
+    backwarded: torch.Tensor
     prediction: torch.Tensor
     margin: torch.Tensor
     is_rejected: torch.Tensor
 
 
+class _BrokenAt:
+    """The distances at which the attacks of a run, so far, broke the N images of a chunk, by norm."""
+
+    def __init__(self, n: int) -> None:
+        self._distances = {norm: torch.full((n,), math.inf, dtype=torch.float64) for norm in NORMS}
+
+    def enter(self, task: Task, rows: pa.Table) -> None:
+        """Takes in the rows of a task of this chunk; they hold all images at one eps, then at the next."""
+        known = self._distances[task.spec.norm]
+        distance = torch.tensor(rows[f"{task.spec.norm}_distance"].fill_null(math.inf).to_numpy())
+        # A distance may exceed the eps it was accepted at by the tolerance of the ball.
+        reached = torch.minimum(distance, torch.tensor(rows["eps"].to_numpy()))
+        nearest = reached.where(distance.isfinite(), math.inf).view(-1, len(known)).amin(0)
+        torch.minimum(known, nearest, out=known)
+
+    def of(self, spec: AttackSpec) -> torch.Tensor:
+        """Distances (N,) that count for an attack: infinity throughout where it goes on regardless."""
+        known = self._distances[spec.norm]
+        return known.clone() if spec.survivors_only else torch.full_like(known, math.inf)
+
+
 def _attack_chunk(
-    run: _Run, batch: _ChunkImages, clean: Prediction, task: Task
+    run: _Run, batch: _ChunkImages, clean: Prediction, task: Task, broken_at: _BrokenAt
 ) -> tuple[_Outcomes, list[dict[str, Any]], dict[str, str]]:
     """What one task did to its images, their rows, all eps ascending, and what the results must say of the attack."""
     spec = task.spec
     attack = Attack(spec)
     outcomes = _Outcomes(batch.images, clean, batch.labels, len(attack.ladder))
     wall_s = torch.zeros(outcomes.is_rejected.shape, dtype=torch.float64)
-    forwarded = torch.zeros(outcomes.is_rejected.shape, dtype=torch.int64)
+    forwarded, backwarded = torch.zeros(2, *outcomes.is_rejected.shape, dtype=torch.int64)
+    # How many budgets, from the smallest, an image is attacked at: not those at which it is broken already.
+    earlier = broken_at.of(spec)
+    levels = (torch.tensor(spec.eps, dtype=torch.float64)[:, None] < earlier).sum(0)
+    if spec.minimises:
+        levels = (levels > 0).long()
     rows = outcomes.is_clean_correct.nonzero().squeeze(1)
     met = {}
     if len(rows):
         started = time.perf_counter()
         with seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
-            effort = _run_attack(run, attack, spec, batch, outcomes, rows)
+            effort = _run_attack(run, attack, spec, batch, outcomes, rows, levels[rows.cpu()])
         passes = effort.forward_passes
-        forwarded[:, rows.cpu()] = passes
+        forwarded[:, rows.cpu()], backwarded[:, rows.cpu()] = passes, effort.backward_passes
         # An image's share of the time is its share of the passes.
         wall_s[:, rows.cpu()] = (time.perf_counter() - started) * passes.double() / passes.sum().clamp_min(1)
         if effort.nonfinite_gradients:
@@ -367,21 +396,23 @@ def _attack_chunk(
     ladder = [
         _AtEps(*at_eps)
         for at_eps in zip(
-            attack.ladder, wall_s, forwarded, outcomes.last_prediction, outcomes.last_margin, outcomes.is_rejected, strict=True
+            attack.ladder, wall_s, forwarded, backwarded, outcomes.last_prediction, outcomes.last_margin, outcomes.is_rejected, strict=True
         )
     ]
     if attack.ladder == (math.inf,):
         # A minimal-norm attack runs once, without a budget; its distances are read off at every eps.
         (unbounded,) = ladder
-        free = replace(unbounded, wall_s=torch.zeros_like(wall_s[0]), forwarded=torch.zeros_like(forwarded[0]))
+        nothing = torch.zeros_like(forwarded[0])
+        free = replace(unbounded, wall_s=nothing.double(), forwarded=nothing, backwarded=nothing)
         ladder = [*(replace(free, eps=eps) for eps in spec.eps), unbounded]
-    return outcomes, _rows(batch, clean, outcomes, task, ladder), met
+    return outcomes, _rows(batch, clean, outcomes, task, ladder, earlier), met
 
 
 def _run_attack(
-    run: _Run, attack: Attack, spec: AttackSpec, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor
+    run: _Run, attack: Attack, spec: AttackSpec, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor,
+    levels: torch.Tensor,
 ) -> Effort:
-    """Attacks some rows of a chunk; what the attack claims is judged and entered."""
+    """Attacks some rows of a chunk, each at `levels` budgets; what the attack claims is judged and entered."""
     images, labels = batch.images[rows], batch.labels[rows]
     keys = [batch.keys[row] for row in rows.tolist()]
     device = images.device
@@ -397,18 +428,21 @@ def _run_attack(
     def draw(row: int, eps: float, restart: int) -> torch.Generator:
         return torch.Generator().manual_seed(start_seed(run.fingerprint, spec.name, keys[row], eps, restart))
 
-    return attack(_Watched(run), images, labels, batch_size=run.judge.batch_size, claim=claim, draw=draw)
+    return attack(
+        _Watched(run), images, labels, batch_size=run.judge.batch_size, claim=claim, draw=draw, levels=levels
+    )
 
 
 def _rows(
-    batch: _ChunkImages, clean: Prediction, outcomes: _Outcomes, task: Task, ladder: Sequence[_AtEps]
+    batch: _ChunkImages, clean: Prediction, outcomes: _Outcomes, task: Task, ladder: Sequence[_AtEps],
+    earlier: torch.Tensor,
 ) -> list[dict[str, Any]]:
     """One row per eps and image.
 
     An image counts as broken at eps when its verified adversarial image lies within eps, also where
-    the attack found it at a larger eps only.
+    the attack found it at a larger eps only. `earlier` (N,): distances at which attacks before broke them.
     """
-    nearest = outcomes.linf if task.spec.norm == "linf" else outcomes.l2
+    nearest = outcomes.distance(task.spec.norm)
     final = zip(
         outcomes.is_broken.tolist(),
         torch.minimum(nearest, outcomes.found_at).tolist(),
@@ -416,6 +450,8 @@ def _rows(
         outcomes.margin.tolist(),
         outcomes.linf.tolist(),
         outcomes.l2.tolist(),
+        outcomes.l1.tolist(),
+        earlier.tolist(),
         strict=True,
     )
     images = list(
@@ -437,6 +473,7 @@ def _rows(
         at_eps = zip(
             step.wall_s.tolist(),
             step.forwarded.tolist(),
+            step.backwarded.tolist(),
             step.prediction.tolist(),
             step.margin.tolist(),
             step.is_rejected.tolist(),
@@ -444,15 +481,19 @@ def _rows(
         )
         for image, proposal in zip(images, at_eps, strict=True):
             index, key, wnid, label, clean_prediction, clean_margin, is_clean_correct, found = image
-            ever_broken, breaks_at, prediction, margin, linf, l2 = found
-            wall_s, forwarded, last_prediction, last_margin, is_rejected = proposal
+            ever_broken, breaks_at, prediction, margin, linf, l2, l1, broken_earlier_at = found
+            wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
+            was_broken_before = broken_earlier_at <= step.eps and not is_broken
             # A minimal-norm attack's image beyond eps is no proposal at eps.
-            has_proposal = is_clean_correct and not (task.spec.kind == "cw" and ever_broken and not is_broken)
+            is_beyond = task.spec.minimises and ever_broken and not is_broken
+            has_proposal = is_clean_correct and not is_beyond and not was_broken_before
             if not is_clean_correct:
                 outcome = "wrong_when_clean"
             elif is_broken:
                 outcome = "broken_at_smaller_eps" if breaks_at <= smaller_eps else "broken"
+            elif was_broken_before:
+                outcome = "broken_by_earlier_attack"
             else:
                 outcome = "rejected" if is_rejected else "robust"
             rows.append(
@@ -467,14 +508,17 @@ def _rows(
                     "clean_prediction": clean_prediction,
                     "is_clean_correct": is_clean_correct,
                     "adversarial_prediction": (prediction if is_broken else last_prediction) if has_proposal else None,
-                    "is_broken": is_broken or not is_clean_correct,
+                    "is_broken": is_broken or was_broken_before or not is_clean_correct,
                     "outcome": outcome,
                     "linf_distance": linf if is_broken else None,
                     "l2_distance": l2 if is_broken else None,
+                    "l1_distance": l1 if is_broken else None,
+                    "is_broken_quantized": None,
                     "clean_margin": clean_margin,
                     "adversarial_margin": (margin if is_broken else last_margin) if has_proposal else None,
                     "wall_s": wall_s,
                     "forward_passes": forwarded,
+                    "backward_passes": backwarded,
                 }
             )
         smaller_eps = step.eps

@@ -10,7 +10,7 @@ from torch import nn
 
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
-from lrrobust.threat import ThreatModel, distance, is_in_box
+from lrrobust.threat import Norm, ThreatModel, distance, is_in_box
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Judgement:
         prediction: of the proposed images.
         is_adversarial: misclassified, in the box and in the ball; bool (N,).
         is_rejected: misclassified, but outside the box or the ball, or not even numbers; bool (N,).
-        linf_distance, l2_distance: from the clean images, pixel units, float64 (N,).
+        linf_distance, l2_distance, l1_distance: from the clean images, pixel units, float64 (N,).
     """
 
     prediction: Prediction
@@ -40,6 +40,11 @@ class Judgement:
     is_rejected: torch.Tensor
     linf_distance: torch.Tensor
     l2_distance: torch.Tensor
+    l1_distance: torch.Tensor
+
+    def distance(self, norm: Norm) -> torch.Tensor:
+        """The distances in one norm."""
+        return getattr(self, f"{norm}_distance")
 
 
 class Judge:
@@ -104,8 +109,7 @@ class Judge:
             prediction,
             is_misclassified & is_allowed,
             (is_misclassified | ~is_number) & ~is_allowed,
-            distance(images, shown, "linf"),
-            distance(images, shown, "l2"),
+            *(distance(images, shown, norm) for norm in ("linf", "l2", "l1")),
         )
 
 

@@ -36,7 +36,7 @@ from lrrobust.verdict.records import ClaimResult, Verdicts
 
 PAGE_NAME = "report.html"
 
-_NORM_NAMES = {"linf": "l-infinity", "l2": "l2"}
+_NORM_NAMES = {"linf": "l-infinity", "l2": "l2", "l1": "l1"}
 
 #: How a verdict looks: a word, a sign that needs no colour, and a name for the style sheet.
 _SIGNS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}

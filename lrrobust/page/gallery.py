@@ -125,7 +125,7 @@ def _attempt(label: str, example: Example, run: Run, rows: Sequence[Mapping[str,
         tried = "" if largest is None else f" at {largest['norm']} eps {format_eps(largest['eps'], largest['norm'])} or below"
         return Attempt(label, None, None, None, None, f"none found{tried}")
     row = min(broken, key=lambda row: row["eps"])
-    distance = row["linf_distance"] if row["norm"] == "linf" else row["l2_distance"]
+    distance = row[f"{row['norm']}_distance"]
     found = "" if math.isinf(row["eps"]) else f", within eps {format_eps(row['eps'], row['norm'])}"
     perturbation = example.perturbation.astype(np.float32)
     factor = _factor(perturbation)

@@ -8,24 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 #: Raised whenever a column is added, dropped or changes its meaning.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 
 #: What became of an image:
 #: wrong_when_clean       misclassified without any attack, hence not attacked;
 #: broken                 a verified adversarial image lies within eps;
 #: broken_at_smaller_eps  one was found at a smaller eps already, hence not attacked again;
+#: broken_by_earlier_attack  an earlier attack of the suite found one, hence not attacked again;
 #: robust                 nothing misclassified was proposed;
 #: rejected               only images outside ball or box were proposed: the attack failed.
-OUTCOMES = ("wrong_when_clean", "broken", "broken_at_smaller_eps", "robust", "rejected")
+OUTCOMES = ("wrong_when_clean", "broken", "broken_at_smaller_eps", "broken_by_earlier_attack", "robust", "rejected")
 
 #: The outcomes that come with a verified adversarial image, and so with its distances.
 _OUTCOMES_WITH_DISTANCE = ("broken", "broken_at_smaller_eps")
+_BROKEN_OUTCOMES = ("wrong_when_clean", *_OUTCOMES_WITH_DISTANCE, "broken_by_earlier_attack")
 
 
 def _column(
@@ -41,7 +45,7 @@ SCHEMA = pa.schema(
         _column("label", pa.int32(), "class number", "true class"),
         _column("wnid", pa.string(), "WordNet id", "true class, independent of any numbering"),
         _column("attack", pa.string(), "name", "name of the attack in the suite"),
-        _column("norm", pa.string(), "linf or l2", "norm that bounds the perturbation"),
+        _column("norm", pa.string(), "one of " + ", ".join(NORMS), "norm that bounds the perturbation"),
         _column(
             "eps",
             pa.float64(),
@@ -79,6 +83,21 @@ SCHEMA = pa.schema(
             nullable=True,
         ),
         _column(
+            "l1_distance",
+            pa.float64(),
+            "pixel units of [0, 1]",
+            "sum of all absolute changes in the verified adversarial image; null without one",
+            nullable=True,
+        ),
+        _column(
+            "is_broken_quantized",
+            pa.bool_(),
+            "yes or no",
+            "the verified adversarial image, rounded to 8 bits inside ball and box, is still misclassified; "
+            "null without one, or when this was not asked for",
+            nullable=True,
+        ),
+        _column(
             "clean_margin",
             pa.float64(),
             "logits",
@@ -99,8 +118,25 @@ SCHEMA = pa.schema(
             "forward passes spent on this image; null when not counted",
             nullable=True,
         ),
+        _column(
+            "backward_passes",
+            pa.int64(),
+            "images through the network",
+            "backward passes spent on this image; null when not counted",
+            nullable=True,
+        ),
     ]
 )
+
+
+def distances(rows: pd.DataFrame) -> np.ndarray:
+    """The distance of each row's adversarial image in the row's own norm, float64; infinity where there is none."""
+    found = np.full(len(rows), np.inf)
+    for norm in NORMS:
+        is_norm = (rows["norm"] == norm).to_numpy(bool)
+        if is_norm.any():
+            found[is_norm] = rows.loc[is_norm, f"{norm}_distance"].to_numpy(np.float64, na_value=np.inf)
+    return found
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> pa.Table:
@@ -179,11 +215,11 @@ def _check_values(table: pa.Table) -> None:
         "outcome must be wrong_when_clean exactly where is_clean_correct is false",
     )
     _check_all(
-        pc.equal(table["is_broken"], pc.or_(is_wrong, has_distance)),
+        pc.equal(table["is_broken"], _is_in(outcome, _BROKEN_OUTCOMES)),
         outcome,
-        "is_broken must be true exactly for the outcomes wrong_when_clean, broken, broken_at_smaller_eps",
+        f"is_broken must be true exactly for the outcomes {', '.join(_BROKEN_OUTCOMES)}",
     )
-    for name in ("linf_distance", "l2_distance"):
+    for name in (f"{norm}_distance" for norm in NORMS):
         _check_all(
             pc.equal(pc.is_valid(table[name]), has_distance),
             outcome,
@@ -191,6 +227,10 @@ def _check_values(table: pa.Table) -> None:
         )
         is_length = pc.and_(pc.is_finite(table[name]), pc.greater_equal(table[name], 0.0))
         _check_all(pc.fill_null(is_length, True), table[name], f"{name} must be finite and zero or more")
+    quantized = table["is_broken_quantized"]
+    _check_all(
+        pc.or_(pc.is_null(quantized), has_distance), outcome, "is_broken_quantized must be null without an adversarial image"
+    )
 
 
 def _is_in(column: pa.ChunkedArray, values: tuple[str, ...]) -> pa.ChunkedArray:

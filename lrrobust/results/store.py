@@ -203,6 +203,18 @@ class RunStore:
             return False
         return True
 
+    def read_part(self, attack: str, start: int, stop: int) -> pa.Table:
+        """The rows of a part that `has_part` has just found.
+
+        Raises:
+            StoreError: it cannot be read any more.
+        """
+        part = PartId(attack, start, stop)
+        try:
+            return _read_part(self._path(part), self._identity(part))[0]
+        except (FileNotFoundError, _DamagedPart) as damage:
+            raise StoreError(f"{self._path(part)} {damage}: it was whole a moment ago; run the same command again") from None
+
     def read_rows(self) -> pd.DataFrame:
         """All valid rows so far, as in `Run.rows`."""
         return load_run(self.folder).rows

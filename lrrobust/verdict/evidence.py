@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.report import WORST_CASE
-from lrrobust.results import Run, manifest_value
+from lrrobust.results import Run, distances, manifest_value
 from lrrobust.verdict.records import Claim, NotJudged, Norm, Population
 
 
@@ -265,11 +265,7 @@ def dataset_of(run: Run) -> str:
 def _plain_rows(run: Run, place: int) -> pd.DataFrame:
     """The columns that count, in plain dtypes."""
     rows = run.rows
-    distance = np.where(
-        rows["norm"] == "linf",
-        rows["linf_distance"].to_numpy(np.float64, na_value=np.inf),
-        rows["l2_distance"].to_numpy(np.float64, na_value=np.inf),
-    )
+    distance = distances(rows)
     is_correct, is_broken = rows["is_clean_correct"].to_numpy(bool), rows["is_broken"].to_numpy(bool)
     eps = rows["eps"].to_numpy(np.float64)
     # A distance may exceed the eps it was accepted at by the tolerance of the ball.

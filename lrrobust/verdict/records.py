@@ -18,7 +18,7 @@ from lrrobust.eps import Ladder
 #: Raised whenever a field is added, dropped or changes its meaning.
 VERDICT_SCHEMA_VERSION = 1
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 
 #: The images that a number is over:
 #: all               every image both models were evaluated on; wrong when clean counts as broken;

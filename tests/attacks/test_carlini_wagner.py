@@ -17,7 +17,7 @@ SHIPPED = {
 
 
 def attack(model, images, labels, **changes):
-    return carlini_wagner_l2(model, images, labels, **{**SHIPPED, **changes})
+    return carlini_wagner_l2(model, images, labels, **{**SHIPPED, **changes})[0]
 
 
 def is_broken(model, images, labels):

@@ -98,11 +98,13 @@ def test_specs_are_frozen():
 
 # What fingerprints hash: a change here invalidates stored results.
 RESOLVED = {
-    "fgsm": {"name": "fgsm", "description": "", "eps": [1 / 255], "kind": "fgsm", "norm": "linf", "precision": "float32"},
+    "fgsm": {"name": "fgsm", "description": "", "eps": [1 / 255], "survivors_only": False, "kind": "fgsm",
+             "norm": "linf", "precision": "float32"},
     "pgd": {
         "name": "pgd",
         "description": "",
         "eps": [1 / 255],
+        "survivors_only": False,
         "kind": "pgd",
         "norm": "linf",
         "steps": 20,
@@ -115,6 +117,7 @@ RESOLVED = {
         "name": "cw",
         "description": "",
         "eps": [1.0],
+        "survivors_only": False,
         "kind": "cw",
         "norm": "l2",
         "binary_search_steps": 5,

@@ -143,6 +143,14 @@ def test_unreadable_files_are_told(folder):
     assert len(load_suite(["full.yaml"])) == 1
 
 
+def test_a_suite_for_survivors_marks_its_attacks(folder):
+    (folder / "mine.yaml").write_text(PGD)
+    (folder / "strict.yaml").write_text("kind: suite\nsurvivors_only: true\nattacks: [fgsm, mine.yaml]\n")
+    assert [spec.survivors_only for spec in load_suite(["strict.yaml"])] == [True, True]
+    # What was asked for before the suite stays whole.
+    assert [spec.survivors_only for spec in load_suite(["fgsm", "strict.yaml", "cw"])] == [False, True, False]
+
+
 def test_a_suite_nested_many_times_is_read_once(folder, monkeypatch):
     """Doubling at every level, read naively, takes 2 ** 30 reads."""
     (folder / "s0.yaml").write_text("kind: suite\nattacks: [pgd]\n")

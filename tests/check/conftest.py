@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lrrobust.check.baseline import Rule, build_baseline
-from lrrobust.results import Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
 
 PROVENANCE = {"lrrobust": "0.1.0", "python": "3.11", "platform": "Linux", "device": "cpu", "versions": {"torch": "2.13.0"}}
 
@@ -26,7 +26,8 @@ def run_of():
                 "clean_prediction": 0, "is_clean_correct": True, "adversarial_prediction": 0, "is_broken": not robust,
                 "outcome": "robust" if robust else "broken", "linf_distance": None if robust else 0.0,
                 "l2_distance": None if robust else 0.0, "clean_margin": 1.0, "adversarial_margin": 1.0, "wall_s": 0.1,
-                "forward_passes": None,
+                "l1_distance": None if robust else 0.0, "is_broken_quantized": None,
+                "forward_passes": None, "backward_passes": None,
             }
             for (attack, norm, eps), of_images in outcomes.items()
             for index, robust in enumerate(np.asarray(of_images, dtype=bool).tolist())
@@ -37,7 +38,7 @@ def run_of():
                 None if math.isinf(eps) else eps
             )
         full = {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "rows_version": 1,
             "fingerprint": "ab" * 32,
             "created_at": "2026-01-01",

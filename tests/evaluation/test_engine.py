@@ -12,7 +12,7 @@ from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation import engine
 from lrrobust.evaluation.engine import evaluate, plan_tasks
-from lrrobust.results import RunStore, example_count, load_examples, load_run
+from lrrobust.results import SCHEMA_VERSION, RunStore, example_count, load_examples, load_run
 
 FINGERPRINT = "0123456789abcdef"
 # Around the distances of the linear problem below: some images break at each, some do not.
@@ -45,7 +45,7 @@ class ImagesInMemory:
 def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None, batch_size=3, on_forward=None):
     tasks = plan_tasks(specs, len(images), chunk_size)
     manifest = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "fingerprint": FINGERPRINT,
         "attacks": [spec.model_dump(mode="json") for spec in specs],
         "plan": {"chunk_size": chunk_size, "parts": [list(task.part) for task in tasks]},
@@ -116,6 +116,60 @@ def test_minimal_norm_attack_is_read_off_at_every_eps_and_infinity(problem, tmp_
     np.testing.assert_array_less(distance, 1.05 * problem.nearest("l2").numpy())
     for eps in CW.eps:
         np.testing.assert_array_equal(rows_of(rows, "cw", eps).is_broken.to_numpy(dtype=bool), distance <= eps)
+
+
+def test_survivors_alone_are_attacked_again(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    weak = FGSM.model_copy(update={"eps": LADDER[1::2]})
+    strong = PGD.model_copy(update={"survivors_only": True})
+    alone = run(problem.model, 3, images, [weak, PGD], tmp_path / "alone")
+    rows = run(problem.model, 3, images, [weak, strong], tmp_path / "after")
+    assert rows[rows.attack == "fgsm"].is_broken.sum() == alone[alone.attack == "fgsm"].is_broken.sum() > 0
+    # The worst case of both is the same, and what fgsm broke within an eps was not attacked there.
+    distance = rows[rows.attack == "fgsm"].groupby("index").linf_distance.min().astype(float).fillna(math.inf)
+    spent = 0
+    for eps in LADDER:
+        now, before = rows_of(rows, "pgd", eps), rows_of(alone, "pgd", eps)
+        assert (now.is_broken.to_numpy() == before.is_broken.to_numpy()).all()
+        left_out = now[now.outcome == "broken_by_earlier_attack"]
+        assert left_out.empty or left_out.is_broken.all()
+        assert (distance[left_out["index"]] <= eps + 1e-6).all()
+        assert left_out.forward_passes.sum() == left_out.backward_passes.sum() == 0
+        assert left_out.linf_distance.isna().all() and left_out.adversarial_prediction.isna().all()
+        spent += now.forward_passes.sum()
+    assert spent < alone[alone.attack == "pgd"].forward_passes.sum()
+    assert (rows.outcome == "broken_by_earlier_attack").any()
+
+
+def test_an_attack_in_another_norm_leaves_nobody_out(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    last = PGD_L2.model_copy(update={"survivors_only": True})
+    rows = run(problem.model, 3, images, [PGD, last], tmp_path / "run")
+    assert rows[rows.attack == "pgd"].is_broken.any()
+    assert not (rows.outcome == "broken_by_earlier_attack").any()
+
+
+def test_minimal_norms_of_survivors(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    cw = CW.model_copy(update={"survivors_only": True, "eps": L2_LADDER[2:]})
+    rows = run(problem.model, 3, images, [PGD_L2, cw], tmp_path / "run")
+    found = rows[(rows.attack == "pgd_l2") & rows.is_broken].groupby("index").eps.min()
+    beaten = set(found[found <= cw.eps[0]].index)
+    assert 0 < len(beaten) < len(images)
+    unbounded = rows_of(rows, "cw", math.inf)
+    assert set(unbounded[unbounded.outcome == "broken_by_earlier_attack"]["index"]) == beaten
+    assert ((unbounded.forward_passes == 0) == unbounded["index"].isin(beaten)).all()
+
+
+def test_a_resumed_run_knows_what_was_broken_before(problem, tmp_path):
+    images = ImagesInMemory(problem.images, problem.labels)
+    specs = [FGSM, PGD.model_copy(update={"survivors_only": True})]
+    whole = run(problem.model, 3, images, specs, tmp_path / "run")
+    assert (whole.outcome == "broken_by_earlier_attack").any()
+    for lost in ("pgd", "fgsm"):
+        for part in (tmp_path / "run" / "parts").glob(f"{lost}-*"):
+            part.unlink()
+        assert drop_timings(run(problem.model, 3, images, specs, tmp_path / "run")).equals(drop_timings(whole))
 
 
 def test_wrong_when_clean_is_not_attacked_and_counts_as_broken(problem, tmp_path):
@@ -316,7 +370,7 @@ def attack_is(monkeypatch):
 
     def replace(function):
         class Replacement(Attack):
-            def __call__(self, model, images, labels, *, batch_size, claim, draw):
+            def __call__(self, model, images, labels, *, batch_size, claim, draw, levels):
                 passes = torch.zeros(len(self.ladder), len(images), dtype=torch.int64)
                 rows = list(range(len(images)))
                 for eps in self.ladder:

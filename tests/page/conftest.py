@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lrrobust.results import Example, RunStore, load_run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Example, RunStore, load_run, rows_to_table
 from lrrobust.verdict import records
 
 HOSTILE = "<script>alert('x')</script>&\"'</style><img src=x onerror=alert(1)>"
@@ -43,7 +43,10 @@ def build_rows(attack, norm, distances, ladder):
                     "clean_margin": 1.0,
                     "adversarial_margin": None,
                     "wall_s": 0.5,
+                    "l1_distance": 7.0 if is_broken else None,
                     "forward_passes": None,
+                    "backward_passes": None,
+                    "is_broken_quantized": None,
                 }
             )
     return rows
@@ -59,7 +62,7 @@ def make_run(tmp_path):
             "cw": ("l2", (0.5, math.inf), [None, 0.2, 0.4, 0.6, math.inf, 0.1]),
         }
         manifest = {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": "ab" * 32,
             "model": {"name": model, "weights": "V1", "input_size": 8},
             "dataset": {"name": "sample", "sha256": "cd" * 32, "n": 6},

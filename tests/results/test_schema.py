@@ -24,9 +24,13 @@ BROKEN = {
     "clean_margin": 2.5,
     "adversarial_margin": -0.5,
     "wall_s": 0.1,
+    "l1_distance": 3.0,
+    "is_broken_quantized": True,
     "forward_passes": 20,
+    "backward_passes": 20,
 }
-NOTHING_FOUND = {"adversarial_prediction": None, "linf_distance": None, "l2_distance": None, "adversarial_margin": None}
+NOTHING_FOUND = {"adversarial_prediction": None, "linf_distance": None, "l2_distance": None, "adversarial_margin": None,
+    "l1_distance": None, "is_broken_quantized": None}
 ROBUST = BROKEN | NOTHING_FOUND | {"index": 1, "is_broken": False, "outcome": "robust", "forward_passes": None}
 WRONG = BROKEN | NOTHING_FOUND | {"index": 2, "is_clean_correct": False, "outcome": "wrong_when_clean"}
 
@@ -68,7 +72,7 @@ def test_every_column_has_unit_and_meaning():
         ({name: value for name, value in BROKEN.items() if name != "wall_s"}, r"row 1 .* missing \['wall_s'\]"),
         (BROKEN | {"clean_margin": None}, "column 'clean_margin' must not hold nulls"),
         (BROKEN | {"outcome": "survived"}, "outcome must be one of .* got 'survived' in row 1"),
-        (BROKEN | {"norm": "l1"}, "norm must be one of linf, l2, got 'l1' in row 1"),
+        (BROKEN | {"norm": "l0"}, "norm must be one of linf, l2, l1, got 'l0' in row 1"),
         (BROKEN | {"eps": -1.0}, "eps must be zero or more"),
         (BROKEN | {"eps": math.nan}, "eps must be zero or more"),
         (BROKEN | {"label": 1.5}, "column 'label' must hold int32"),
@@ -77,6 +81,8 @@ def test_every_column_has_unit_and_meaning():
         (BROKEN | {"is_broken": False}, "is_broken must be true exactly"),
         (BROKEN | {"is_clean_correct": False}, "wrong_when_clean exactly where"),
         (BROKEN | {"l2_distance": None}, "l2_distance must be given exactly"),
+        (BROKEN | {"l1_distance": None}, "l1_distance must be given exactly"),
+        (ROBUST | {"is_broken_quantized": False}, "is_broken_quantized must be null"),
         (ROBUST | {"linf_distance": 0.1}, "linf_distance must be given exactly"),
         (BROKEN | {"linf_distance": math.inf}, "linf_distance must be finite"),
         (BROKEN | {"l2_distance": -0.1}, "l2_distance must be finite and zero or more"),
@@ -104,6 +110,7 @@ def test_every_outcome_is_accepted():
     rows = {
         "broken": BROKEN,
         "broken_at_smaller_eps": BROKEN | {"outcome": "broken_at_smaller_eps"},
+        "broken_by_earlier_attack": ROBUST | {"outcome": "broken_by_earlier_attack", "is_broken": True},
         "robust": ROBUST,
         "rejected": ROBUST | {"outcome": "rejected", "adversarial_prediction": 5},
         "wrong_when_clean": WRONG,

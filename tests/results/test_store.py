@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lrrobust.errors import StoreError
-from lrrobust.results import Example, RunStore, find_runs, load_examples, load_run, rows_to_table, write_file
+from lrrobust.results import SCHEMA_VERSION, Example, RunStore, find_runs, load_examples, load_run, rows_to_table, write_file
 
 PARTS = [["pgd", 0, 3], ["pgd", 3, 6], ["fgsm", 0, 3], ["fgsm", 3, 6]]
 MANIFEST = {
-    "schema_version": 1,
+    "schema_version": SCHEMA_VERSION,
     "fingerprint": "ab" * 32,
     "model": {"name": "tiny", "weights": None},
     "dataset": {"name": "sample", "sha256": "cd" * 32, "n": 6},
@@ -51,7 +51,10 @@ def chunk(attack, start, stop):
                 "clean_margin": 1.0,
                 "adversarial_margin": -1.0 if index % 2 else None,
                 "wall_s": 0.1,
+                "l1_distance": 20 * eps if index % 2 else None,
                 "forward_passes": None,
+                "backward_passes": None,
+                "is_broken_quantized": None,
             }
             for index in range(start, stop)
             for eps in (0.01, 0.02)
@@ -110,7 +113,7 @@ class TestManifest:
         assert (folder / "manifest.json").read_bytes() == before
         RunStore.create_or_resume(folder, MANIFEST).close()  # the refusal let go of the lock
 
-    @pytest.mark.parametrize("content", [b"", b'{"schema_version": 1, "finge', b"[1]", b"{}", b"\xff\xfe\x00"])
+    @pytest.mark.parametrize("content", [b"", b'{"schema_version": 2, "finge', b"[1]", b"{}", b"\xff\xfe\x00"])
     def test_damage_is_refused_by_writer_and_reader(self, folder, content):
         RunStore.create_or_resume(folder, MANIFEST).close()
         (folder / "manifest.json").write_bytes(content)
@@ -122,7 +125,7 @@ class TestManifest:
     def test_another_schema_is_refused(self, folder):
         RunStore.create_or_resume(folder, MANIFEST).close()
         (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"schema_version": 99}))
-        with pytest.raises(StoreError, match="schema 99, this lrrobust reads 1"):
+        with pytest.raises(StoreError, match="schema 99, this lrrobust reads 2"):
             load_run(folder)
 
     def test_parts_without_manifest_are_not_adopted(self, folder):
@@ -131,7 +134,7 @@ class TestManifest:
         with pytest.raises(StoreError, match="parts of a run but no manifest.json"):
             RunStore.create_or_resume(folder, MANIFEST)
 
-    @pytest.mark.parametrize("change", [{"schema_version": 2}, {"fingerprint": "xyz"}, {"eps": float("inf")}])
+    @pytest.mark.parametrize("change", [{"schema_version": 1}, {"fingerprint": "xyz"}, {"eps": float("inf")}])
     def test_a_wrong_one_is_a_defect_of_the_caller(self, folder, change):
         with pytest.raises(ValueError):
             RunStore.create_or_resume(folder, MANIFEST | change)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lrrobust.results import Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
 from lrrobust.verdict.records import Claim
 
 LADDER = (0.5 / 255, 1 / 255, 2 / 255)
@@ -56,7 +56,10 @@ def columns(name: str, attack: Attack, images: Sequence[int]) -> dict[str, Any]:
         "clean_margin": np.ones(n * m),
         "adversarial_margin": np.ones(n * m),
         "wall_s": np.zeros(n * m),
+        "l1_distance": other,
         "forward_passes": np.ones(n * m, np.int64),
+        "backward_passes": np.ones(n * m, np.int64),
+        "is_broken_quantized": [None] * (n * m),
     }
 
 
@@ -84,7 +87,7 @@ def build_run(
     return Run(
         folder=folder or Path("/results") / f"{model}-{dataset}-{weights}-{n}-{'-'.join(attacks)}",
         manifest={
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": "ab" * 32,
             "model": {"name": model, "weights": weights, "state_sha256": "ef" * 32, "input_size": input_size},
             "dataset": {"name": dataset, "sha256": hashlib.sha256(repr(list(images)).encode()).hexdigest(), "n": n},

@@ -46,7 +46,7 @@ def test_a_file_may_narrow_the_evidence(tmp_path):
         ({"power": 1.0}, "power: .*less than 1"),
         ({"smallest_difference": -0.1}, "smallest_difference: .*greater than 0"),
         ({"attacks": []}, "attacks: .*at least 1"),
-        ({"eps": {"l7": [0.1]}}, "eps.l7.*'linf' or 'l2'"),
+        ({"eps": {"l7": [0.1]}}, "eps.l7.*'linf', 'l2' or 'l1'"),
         ({"eps": {"linf": [0.2, 0.1]}}, "eps.linf: .*ascending"),
         ({"eps": {"l2": [0, 0.1]}}, "budgets above 0"),
         ({"control": "lr_resnet50"}, "another model than the treatment"),
