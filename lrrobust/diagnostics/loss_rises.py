@@ -10,6 +10,7 @@ from lrrobust.diagnostics.decision import SIGNIFICANCE
 from lrrobust.diagnostics.outcomes import is_multi_step
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
+from lrrobust.report import format_eps
 from lrrobust.stats import binomial_p_value
 
 #: Share of images on which the loss of a sound attack may end no higher than at the clean image: such whose
@@ -43,7 +44,7 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
         passed = p_value * tested > SIGNIFICANCE
         detail = (
             f"After the last step of {outcomes.spec.name} the margin is no smaller than that of the clean image for {idle} of "
-            f"{n} images, at the eps where they are most ({eps:.4g})"
+            f"{n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
         )
         detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
         yield Diagnostic(name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name)

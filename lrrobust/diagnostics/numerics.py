@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
+from lrrobust.errors import BackendWarning
 from lrrobust.evaluation.engine import RANDOMISED_TOLERANCE
 from lrrobust.evaluation.judge import Judge
 from lrrobust.frozen import frozen
@@ -49,7 +51,9 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
     single = subject.judge.predict(images, labels, keys)
     try:
         exact_model = copy.deepcopy(subject.judge.model).to("cpu", torch.float64)
-        with frozen(exact_model):
+        with frozen(exact_model), warnings.catch_warnings():
+            # A fused backend of float32 gives way to another one, as it should here.
+            warnings.simplefilter("ignore", BackendWarning)
             judge = Judge(exact_model, subject.judge.num_classes, subject.judge.batch_size)
             exact = judge.predict(images.cpu().double(), labels.cpu(), keys)
     except Exception as error:

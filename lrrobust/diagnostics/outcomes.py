@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.attacks.specs import AttackSpec
+from lrrobust.results import distances
 from lrrobust.threat import Norm
 
 #: Attacks that see logits only: no gradient of theirs can vanish, and none of them is expected to beat the others.
@@ -68,7 +69,7 @@ class NormOutcomes:
     @property
     def climbers(self) -> list[Outcomes]:
         """The white-box attacks with a budget and several steps."""
-        return [attack for attack in self.attacks if is_multi_step(attack.spec) and np.isfinite(attack.eps[-1])]
+        return [attack for attack in self.attacks if is_multi_step(attack.spec) and not attack.spec.minimises]
 
     @property
     def strongest(self) -> Outcomes | None:
@@ -105,10 +106,9 @@ def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:
     # Stable: rows of one budget stay in the order of the run.
     order = np.argsort(eps, kind="stable")
     ladder = np.unique(eps)
-    distance = f"{rows['norm'].iloc[0]}_distance"
     columns = {name: rows[name].to_numpy(bool) for name in ("is_clean_correct", "is_broken")}
     columns |= {"outcome": rows["outcome"].to_numpy(object)}
-    columns |= {"distance": rows[distance].to_numpy(np.float64, na_value=np.inf)}
+    columns |= {"distance": distances(rows)}
     for name in ("clean_margin", "adversarial_margin", "forward_passes"):
         columns[name] = rows[name].to_numpy(np.float64, na_value=np.nan)
     return tuple(ladder.tolist()), {name: column[order].reshape(len(ladder), -1) for name, column in columns.items()}

@@ -11,7 +11,7 @@ from lrrobust.attacks.specs import PgdSpec
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.outcomes import Outcomes
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.diagnostics.subject import Subject
+from lrrobust.diagnostics.subject import Subject, has_pgd
 from lrrobust.report import format_eps
 
 #: Steps of the attack that repeats the run's with more effort: twice as many, within these bounds. PGD of 40 steps
@@ -28,6 +28,8 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, sections 4.4 and 4.5.
     """
     for norm in subject.norms:
+        if not has_pgd(norm.norm):
+            continue
         eps = norm.choose_eps()
         places = subject.survivors(norm, eps)
         steps = max((attack.spec.steps for attack in norm.climbers), default=1)
@@ -37,7 +39,7 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
         passed = is_tolerable(broken, len(subject))
         detail = (
             f"At eps {format_eps(eps, norm.norm)} another start of PGD in {norm.norm} with {steps} steps breaks {broken} of the "
-            f"{len(places)} images, of {len(subject)}, that the attacks left standing"
+            f"{len(places)} images (of {len(subject)}) that the attacks left standing"
         )
         late = [text for attack in norm.attacks if (text := late_breaks(attack, eps))]
         detail += "".join(f"; {text}" for text in late)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import AttackSpec, PgdSpec
+from lrrobust.diagnostics.noise import draw_noise
 from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes
 from lrrobust.evaluation.chunks import start_seed
 from lrrobust.evaluation.judge import Judge
@@ -82,9 +84,22 @@ class Subject:
         Attack(spec)(self.judge.model, images, labels, batch_size=self.judge.batch_size, claim=claim, draw=draw)
         return strike
 
+    def noisy(self, norm: Norm, eps: float, draw: int = 0, *, is_corner: bool = False) -> torch.Tensor:
+        """The sample with noise of at most eps in the norm, in [0, 1], (N, 3, H, W)."""
+        noise = [
+            draw_noise(norm, eps, image.shape, self.generator("noise", key, eps, draw), is_corner=is_corner)
+            for image, key in zip(self.images, self.keys, strict=True)
+        ]
+        return (self.images + torch.stack(noise).to(self.images)).clamp(0, 1)
+
     def generator(self, purpose: str, key: str, eps: float, restart: int = 0) -> torch.Generator:
         """Random numbers for one image, whatever images share its batch, and none that the run drew."""
         return torch.Generator().manual_seed(start_seed(self.fingerprint, f"diagnostics {purpose}", key, eps, restart))
+
+
+def has_pgd(norm: Norm) -> bool:
+    """Whether PGD works in a norm."""
+    return norm in get_args(PgdSpec.model_fields["norm"].annotation)
 
 
 def single_step(norm: Norm) -> PgdSpec:

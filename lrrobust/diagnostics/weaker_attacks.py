@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from lrrobust.diagnostics.decision import is_never_beaten, is_tolerable
+from lrrobust.diagnostics.noise import inner_radius
 from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, is_multi_step, is_white_box
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.diagnostics.subject import Subject, single_step
+from lrrobust.diagnostics.subject import Subject, has_pgd, single_step
 from lrrobust.report import format_eps
-from lrrobust.threat import Norm, ThreatModel
+from lrrobust.threat import ThreatModel
 
 #: Draws of noise for each image, half of either sort.
 NOISE_DRAWS = 10
@@ -38,7 +39,7 @@ def check_single_step(subject: Subject) -> Iterator[Diagnostic]:
                 continue
             if single:
                 yield _against_rows(single[0], outcomes)
-            else:
+            elif has_pgd(norm.norm):
                 yield _against_one_step(subject, norm, outcomes)
 
 
@@ -82,8 +83,7 @@ def _if_beaten(passed: bool) -> str:
 def check_random_noise(subject: Subject) -> Iterator[Diagnostic]:
     """Noise in the ball, drawn a few times, against the worst case of the run's attacks in each norm.
 
-    Half of the draws are spread over the ball (linf: uniform; l2: a uniform direction at full length; l1: Laplace noise
-    at full length), half are corners of the cube that the ball holds.
+    Half of the draws are spread over the ball, half are corners of the cube that the ball holds.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, section 4.10 (brute force).
     """
@@ -91,9 +91,7 @@ def check_random_noise(subject: Subject) -> Iterator[Diagnostic]:
         eps = norm.choose_eps()
         theirs = np.zeros(len(subject), dtype=bool)
         for draw in range(NOISE_DRAWS):
-            drawn = [_noise(norm.norm, eps, image.shape, subject.generator("noise", key, eps, draw), is_corner=draw % 2 == 1)
-                     for image, key in zip(subject.images, subject.keys)]
-            proposed = (subject.images + torch.stack(drawn).to(subject.images)).clamp(0, 1)
+            proposed = subject.noisy(norm.norm, eps, draw, is_corner=draw % 2 == 1)
             verdict = subject.judge.judge(subject.images, subject.labels, proposed, ThreatModel(norm.norm, eps), subject.keys)
             theirs |= verdict.is_adversarial.cpu().numpy()
         ours = norm.breaking_eps[: len(subject)] <= eps
@@ -106,24 +104,6 @@ def check_random_noise(subject: Subject) -> Iterator[Diagnostic]:
         )
         detail += ": they find no more than chance does." if passed is False else "."
         yield Diagnostic(name="random_noise", passed=passed, detail=detail, attack=norm.name)
-
-
-def _noise(norm: Norm, eps: float, shape: torch.Size, generator: torch.Generator, *, is_corner: bool) -> torch.Tensor:
-    if is_corner:
-        signs = 2.0 * torch.randint(2, shape, generator=generator) - 1
-        return signs * inner_radius(norm, eps, shape.numel())
-    if norm == "linf":
-        return (2 * torch.rand(shape, generator=generator) - 1) * eps
-    if norm == "l2":
-        direction = torch.randn(shape, generator=generator)
-        return direction * (eps / direction.norm())
-    direction = torch.empty(shape).exponential_(generator=generator) * (2.0 * torch.randint(2, shape, generator=generator) - 1)
-    return direction * (eps / direction.abs().sum())
-
-
-def inner_radius(norm: Norm, eps: float, pixels: int) -> float:
-    """Half the side of the largest cube, with sides along the axes, in a ball of radius eps."""
-    return {"linf": eps, "l2": eps / math.sqrt(pixels), "l1": eps / pixels}[norm]
 
 
 def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
@@ -145,7 +125,7 @@ def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
         passed = is_tolerable(broken, len(subject))
         detail = (
             f"At eps {format_eps(eps, norm.norm)} ({norm.norm}) a black-box search of {QUERIES} queries breaks {broken} of the "
-            f"{len(places)} images, of {len(subject)}, that the attacks left standing"
+            f"{len(places)} images (of {len(subject)}) that the attacks left standing"
         )
         detail += ": an attack without gradients must not beat those with them, so gradients are masked." if passed is False else "."
         yield Diagnostic(name=name, passed=passed, detail=detail, attack=norm.name)
