@@ -138,6 +138,9 @@ def evaluate(
     share: Annotated[
         bool, typer.Option("--share", help="Share the work with other processes given the same command; those of torchrun do so anyway.")
     ] = False,
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics/--no-diagnostics", help="Look into whether the attacks worked, once the rows are there.")
+    ] = True,
 ) -> None:
     """Attack models and tell how many images stay correct.
 
@@ -178,6 +181,8 @@ def evaluate(
     evaluations = _prepare(request)
     _run_all(evaluations, sharing)
     if is_first:
+        if diagnostics:
+            _diagnose_all(evaluations)
         print_results([evaluation.folder for evaluation in evaluations])
 
 
@@ -197,6 +202,17 @@ def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> N
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
             evaluation.run(progress.on_task, progress.on_forward, sharing)
+
+
+def _diagnose_all(evaluations: list[Evaluation]) -> None:
+    from lrrobust.console import diagnosing
+
+    for evaluation in evaluations:
+        # Images made on another model say nothing of attacks on this one.
+        if evaluation.surrogate is not None:
+            continue
+        with diagnosing(evaluation) as on_check:
+            evaluation.diagnose(on_check)
 
 
 @contextmanager

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrrobust.report import format_eps, render_table, summarise, warnings_of
+from lrrobust.diagnostics.records import in_words, load_diagnostics
+from lrrobust.report import format_eps, name_runs, render_table, summarise, warnings_of
 from lrrobust.results import load_run, write_file
 
 if TYPE_CHECKING:
@@ -144,6 +147,25 @@ class EvaluationProgress:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"
 
 
+@contextmanager
+def diagnosing(evaluation: Evaluation) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the diagnostics of one run; yields the callback that moves it."""
+    name = f"{evaluation.manifest['model']['name']}: diagnostics"
+    with _build_bar() as bar:
+        task = bar.add_task(name, total=None, state="")
+        started = False
+
+        def on_check(check: str, done: int, total: int) -> None:
+            nonlocal started
+            # Without a terminal one line says what takes the time.
+            if not started and not _notices.is_terminal:
+                _notice(f"{name}: {total} checks")
+            started = True
+            bar.update(task, completed=done, total=total, state=check.replace("_", " "))
+
+        yield on_check
+
+
 class TrainingProgress:
     """Progress of a training run: loss, speed, time left; one line an epoch."""
 
@@ -182,11 +204,23 @@ def _print_table(runs: Sequence[Run]) -> None:
 
 
 def print_results(folders: Sequence[Path]) -> None:
-    """The table of the runs just made, and where they are."""
+    """The tables of the runs just made, and where they are."""
     runs = [load_run(folder) for folder in folders]
     _print_table(runs)
+    _print_diagnostics(runs)
     for folder in folders:
         _notice(f"results: {folder}")
+
+
+def _print_diagnostics(runs: Sequence[Run]) -> None:
+    for name, run in name_runs(runs).items():
+        found = load_diagnostics(run)
+        if found is None:
+            continue
+        table = Table("check", "attack", "result", "what was found", title=f"did the attacks work? {name}", box=box.SIMPLE, title_justify="left")
+        for result in found.results:
+            table.add_row(result.name.replace("_", " "), result.attack or "-", in_words(result.passed), escape(result.detail))
+        _tables.print(table)
 
 
 def print_verdicts(verdicts: Verdicts) -> None:

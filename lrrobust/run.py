@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,9 @@ from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
-from lrrobust.errors import ConfigError, DataError, UnknownNameError
+from lrrobust.diagnostics.records import DIAGNOSTICS_VERSION, load_diagnostics, write_diagnostics
+from lrrobust.diagnostics.stage import OnCheck, diagnose
+from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing
@@ -36,11 +39,13 @@ from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
-from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of
+from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
 from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe, load_recipe
 from lrrobust.training.trainer import Training
+
+_log = logging.getLogger(__name__)
 
 OnScan = Callable[[int, int], None]
 
@@ -171,6 +176,32 @@ class Evaluation:
         label_of = {wnid: label for label, wnid in enumerate(self.surrogate.classes)}
         labels = [label_of[wnid] for wnid in self.images.wnids]
         return Surrogate(self.surrogate.module.to(self.device), len(self.surrogate.classes), labels)
+
+
+    def diagnose(self, on_check: OnCheck | None = None) -> None:
+        """Looks into whether the attacks worked, unless that was done before; call it after `run`.
+
+        See `lrrobust.diagnostics.stage.diagnose` for the errors.
+        """
+        run = load_run(self.folder)
+        try:
+            known = load_diagnostics(run)
+        except StoreError as error:
+            _log.warning("%s; made anew", error)
+            known = None
+        if known is not None and known.version == DIAGNOSTICS_VERSION:
+            return
+        found = diagnose(
+            self.classifier.module.to(self.device),
+            len(self.classifier.classes),
+            self.images,
+            list(dict.fromkeys(task.spec for task in self.tasks)),
+            run,
+            self.device,
+            batch_size=self.manifest["plan"]["batch_size"],
+            on_check=on_check,
+        )
+        write_diagnostics(run, found)
 
 
 def prepare_evaluations(

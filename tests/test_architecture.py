@@ -19,27 +19,32 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "process_settings"},
-    "console": {"report", "results", "verdict"},
+    "console": {"report", "results", "verdict", "diagnostics.records"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
-    "run": {"data", "attacks", "evaluation", "models", "results", "training", "provenance", "threat", "config_file", "errors"},
+    "run": {
+        "data", "attacks", "evaluation", "diagnostics", "models", "results", "training", "provenance", "threat", "config_file",
+        "errors",
+    },
     "verify": {"run", "evaluation", "export", "threat", "frozen", "errors"},
     "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
+    # Of the report only how it writes an eps.
+    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "errors", "frozen"},
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     # Of the attacks one step of PGD alone: training judges nothing.
     "training": {"models", "data", "attacks.pgd", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "errors"},
-    "report": {"results", "stats", "plots", "tables", "errors"},
+    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.records", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.records", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "report", "tables", "results"},
     "tables": set(),
     # Of the report only how it names and formats things.
-    "verdict": {"results", "report", "transfer", "transfer_report", "stats", "config_file", "eps", "errors"},
+    "verdict": {"results", "report", "transfer", "transfer_report", "stats", "diagnostics.records", "config_file", "eps", "errors"},
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},

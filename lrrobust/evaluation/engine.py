@@ -157,7 +157,7 @@ def evaluate(
     with (
         frozen(model),
         attacked,
-        _deterministic_float32(),
+        deterministic_float32(),
         TaskQueue(tasks, store, sharing, on_stored) as queue,
         Prefetch(lambda chunk: _ChunkImages.load(images, chunk)) as reader,
     ):
@@ -248,12 +248,12 @@ class _AtHand:
         self._is_checked = True
 
     def _predict(self, chunk: Chunk, batch: _ChunkImages) -> Prediction:
-        with _seeded(self._device, chunk_seed(self._run.fingerprint, "clean", chunk.start)):
+        with seeded(self._device, chunk_seed(self._run.fingerprint, "clean", chunk.start)):
             return self._run.judge.predict(batch.images, batch.labels, batch.keys)
 
 
 @contextmanager
-def _deterministic_float32() -> Iterator[None]:
+def deterministic_float32() -> Iterator[None]:
     """No TF32 and no autotuned kernels on CUDA: the rows say float32, and a rerun must give the same."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
@@ -265,7 +265,7 @@ def _deterministic_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Torch's global generators start at `seed` inside, and are put back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -513,7 +513,7 @@ def _attack_chunk(
     met = {}
     if len(rows):
         started = time.perf_counter()
-        with _seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
+        with seeded(batch.images.device, chunk_seed(run.fingerprint, spec.name, task.chunk.start)):
             effort = _run_attack(run, attack, spec, batch, outcomes, rows, levels[rows.cpu()], task.chunk)
         passes = effort.forward_passes
         forwarded[:, rows.cpu()], backwarded[:, rows.cpu()] = passes, effort.backward_passes

@@ -17,10 +17,11 @@ from lrrobust.stats.paired import (
     smallest_detectable_difference,
 )
 from lrrobust.stats.passes import curve_over_passes, passes_up_to
-from lrrobust.stats.proportions import wilson_interval
+from lrrobust.stats.proportions import binomial_p_value, wilson_interval
 
 __all__ = [
     "PairedDistances",
+    "binomial_p_value",
     "bootstrap_mean_interval",
     "compare_distances",
     "curve_over_passes",

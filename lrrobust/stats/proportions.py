@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy.special import ndtri
+from scipy.special import bdtrc, ndtri
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -48,3 +48,24 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else (centre - spread) / scale
     high = 1.0 if successes == n else (centre + spread) / scale
     return low, high
+
+
+def binomial_p_value(successes: int, n: int, share: float) -> float:
+    """Exact one-sided test that the proportion is at most `share`: probability of at least as many successes.
+
+    Args:
+        successes: 0 to n.
+        n: number of trials.
+        share: between 0 and 1, both excluded.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    >>> f"{binomial_p_value(5, 64, 0.02):.4f}"
+    '0.0096'
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, got {successes=}, {n=}")
+    if not 0 < share < 1:
+        raise ValueError(f"expected 0 < share < 1, got {share=}")
+    return 1.0 if successes == 0 else float(bdtrc(successes - 1, n, share))

@@ -16,18 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
-from lrrobust.errors import StoreError
+from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.report import WORST_CASE
 from lrrobust.results import Run, breaking_eps, manifest_value
 from lrrobust.transfer import surrogate_of
-from lrrobust.verdict.records import Claim, Diagnostic, NotJudged, Norm, Population
-
-#: File beside a run's manifest that holds its diagnostics, a JSON list of `Diagnostic`.
-DIAGNOSTICS_FILE = "diagnostics.json"
-
-_DIAGNOSTICS: TypeAdapter[tuple[Diagnostic, ...]] = TypeAdapter(tuple[Diagnostic, ...])
+from lrrobust.verdict.records import Claim, NotJudged, Norm, Population
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,8 @@ class ModelOutcomes:
     @cached_property
     def diagnostics(self) -> tuple[tuple[Diagnostic, ...] | None, ...]:
         """Of each run; None where a run carries none."""
-        return tuple(load_diagnostics(run) for run in self.runs)
+        found = (load_diagnostics(run) for run in self.runs)
+        return tuple(None if each is None else each.results for each in found)
 
 
 @dataclass(frozen=True)
@@ -263,22 +258,6 @@ def gather(runs: Sequence[Run]) -> ModelOutcomes:
             )
         )
     return ModelOutcomes(tuple(runs), np.asarray(images, dtype=object), correct, tuple(attacks))
-
-
-def load_diagnostics(run: Run) -> tuple[Diagnostic, ...] | None:
-    """What is known of whether the attacks of a run worked; None where nothing was looked for.
-
-    Raises:
-        StoreError: the file of diagnostics is damaged.
-    """
-    path = run.folder / DIAGNOSTICS_FILE
-    try:
-        return _DIAGNOSTICS.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it to go without") from None
 
 
 def model_of(run: Run) -> str:

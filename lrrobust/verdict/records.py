@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.eps import Ladder
 
 #: Raised whenever a field is added, dropped or changes its meaning.
@@ -193,18 +194,6 @@ class Safeguard(Record):
     """One sentence with the numbers."""
     attack: str | None = None
     """The attack concerned, where it is one."""
-
-
-class Diagnostic(Record):
-    """One check of whether an attack on one model worked, computed by an evaluation and kept beside its rows."""
-
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    """Such as `zero_gradient`."""
-    passed: bool
-    detail: str
-    """One sentence with the numbers."""
-    attack: str | None = None
-    """The attack concerned; None: the model as a whole."""
 
 
 class RunReference(Record):

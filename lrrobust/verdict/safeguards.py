@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import bdtrc
 
+from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.report import WORST_CASE, format_eps, warnings_of
 from lrrobust.results import Run, manifest_value
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
-from lrrobust.verdict.records import Diagnostic, Safeguard
+from lrrobust.verdict.records import Safeguard
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
 

@@ -1,0 +1,50 @@
+"""Does the loss rise from the first step of an attack to the last?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lrrobust.diagnostics.decision import SIGNIFICANCE
+from lrrobust.diagnostics.outcomes import is_multi_step
+from lrrobust.diagnostics.records import Diagnostic
+from lrrobust.diagnostics.subject import Subject
+from lrrobust.report import format_eps
+from lrrobust.stats import binomial_p_value
+
+#: Share of images on which the loss of a sound attack may end no higher than at the clean image: such whose
+#: random start was unlucky at a small budget.
+TOLERATED_FAILURES = 0.05
+
+
+def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
+    """One result for each attack of several gradient steps, at the budget where it looks worst.
+
+    From the rows: the last proposal for an image that withstood must at least be nearer to a misclassification than
+    the clean image, in logits. Images that broke have shown that it was.
+    """
+    for outcomes in subject.outcomes:
+        if not is_multi_step(outcomes.spec):
+            continue
+        worst, tested = None, 0
+        for level, eps in enumerate(outcomes.eps):
+            is_known = outcomes.is_attacked[level] & (outcomes.is_broken[level] | np.isfinite(outcomes.last_margin[level]))
+            # NaN, of broken images, compares as False.
+            idle, n = int((outcomes.last_margin[level] >= outcomes.clean_margin).sum()), int(is_known.sum())
+            if eps == 0 or n == 0:
+                continue
+            tested += 1
+            p_value = binomial_p_value(idle, n, TOLERATED_FAILURES)
+            if worst is None or (p_value, -idle / n) < worst[:2]:
+                worst = p_value, -idle / n, idle, n, eps
+        if worst is None:
+            continue
+        p_value, _, idle, n, eps = worst
+        passed = p_value * tested > SIGNIFICANCE
+        detail = (
+            f"After the last step of {outcomes.spec.name} the margin is no smaller than that of the clean image for {idle} of "
+            f"{n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
+        )
+        detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
+        yield Diagnostic(name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name)

@@ -1,0 +1,130 @@
+"""What a run's rows say of its attacks, as arrays over the images that are correct when clean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lrrobust.attacks.specs import AttackSpec
+from lrrobust.results import distances
+from lrrobust.threat import Norm
+
+#: Attacks that see logits only: no gradient of theirs can vanish, and none of them is expected to beat the others.
+BLACK_BOX_KINDS = ("square",)
+
+
+def is_white_box(spec: AttackSpec) -> bool:
+    return spec.kind not in BLACK_BOX_KINDS
+
+
+def is_multi_step(spec: AttackSpec) -> bool:
+    """Whether a white-box attack takes more than one gradient step."""
+    return is_white_box(spec) and getattr(spec, "steps", 1) > 1
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What one attack did to N images at L budgets.
+
+    Attributes:
+        eps: (L,), ascending; infinity last for attacks that minimise the distance.
+        is_broken: (L, N), by this attack, or by an earlier one where images that are broken leave the suite.
+        is_attacked: (L, N); False for images that an earlier attack had broken.
+        breaking_eps: (N,), smallest eps at which a row proves an image broken, infinity where none does.
+        clean_margin: (N,), logits.
+        last_margin: (L, N), of the last proposal for images that withstood; NaN where there is none.
+        forward_passes: (L, N); NaN where not counted.
+    """
+
+    spec: AttackSpec
+    eps: tuple[float, ...]
+    is_broken: NDArray[np.bool_]
+    is_attacked: NDArray[np.bool_]
+    breaking_eps: NDArray[np.float64]
+    clean_margin: NDArray[np.float64]
+    last_margin: NDArray[np.float64]
+    forward_passes: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NormOutcomes:
+    """All attacks of one norm: an image counts as broken by any of them, as in the worst case of a report."""
+
+    norm: Norm
+    attacks: tuple[Outcomes, ...]
+
+    @property
+    def name(self) -> str | None:
+        """The attack's, where it is one alone."""
+        return self.attacks[0].spec.name if len(self.attacks) == 1 else None
+
+    @property
+    def breaking_eps(self) -> NDArray[np.float64]:
+        return np.minimum.reduce([attack.breaking_eps for attack in self.attacks])
+
+    @property
+    def climbers(self) -> list[Outcomes]:
+        """The white-box attacks with a budget and several steps."""
+        return [attack for attack in self.attacks if is_multi_step(attack.spec) and not attack.spec.minimises]
+
+    @property
+    def strongest(self) -> Outcomes | None:
+        """Of the climbers the one that breaks most images, all budgets together."""
+        return max(self.climbers, key=lambda attack: attack.is_broken.mean(), default=None)
+
+    def choose_eps(self) -> float:
+        """The budget at which the attacks have broken nearest to half of the images.
+
+        There a better attack has the most to find, and a worse one the most to miss. Where nothing is broken at any
+        budget it is the largest, where everything is, the smallest.
+        """
+        ladder = sorted({eps for attack in self.attacks for eps in attack.eps if 0 < eps < np.inf})
+        shares = [(self.breaking_eps <= eps).mean() for eps in ladder]
+        return min(zip(ladder, shares), key=lambda at: (abs(at[1] - 0.5), at[0] if at[1] > 0.5 else -at[0]))[0]
+
+
+def read_outcomes(rows: pd.DataFrame, specs: Sequence[AttackSpec]) -> tuple[NDArray[np.int64], tuple[Outcomes, ...]]:
+    """Places in the run of the images that are correct when clean, ascending, and what each attack did to them.
+
+    Args:
+        rows: of a complete run, as `load_run` orders them.
+        specs: its attacks.
+    """
+    grids = [(spec, *_grid(rows[(rows["attack"] == spec.name).to_numpy(bool)])) for spec in specs]
+    is_correct = np.logical_and.reduce([grid["is_clean_correct"][0].astype(bool) for *_, grid in grids])
+    places = np.flatnonzero(is_correct)
+    return places, tuple(_outcomes(spec, eps, {name: of[:, places] for name, of in grid.items()}) for spec, eps, grid in grids)
+
+
+def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:
+    """The budgets, and the columns as (budgets, images); images in the order of the run."""
+    eps = rows["eps"].to_numpy(np.float64)
+    # Stable: rows of one budget stay in the order of the run.
+    order = np.argsort(eps, kind="stable")
+    ladder = np.unique(eps)
+    columns = {name: rows[name].to_numpy(bool) for name in ("is_clean_correct", "is_broken")}
+    columns |= {"outcome": rows["outcome"].to_numpy(object)}
+    columns |= {"distance": distances(rows)}
+    for name in ("clean_margin", "adversarial_margin", "forward_passes"):
+        columns[name] = rows[name].to_numpy(np.float64, na_value=np.nan)
+    return tuple(ladder.tolist()), {name: column[order].reshape(len(ladder), -1) for name, column in columns.items()}
+
+
+def _outcomes(spec: AttackSpec, eps: tuple[float, ...], grid: dict[str, NDArray]) -> Outcomes:
+    is_broken = grid["is_broken"]
+    # A distance may exceed the eps it was accepted at by the tolerance of the ball.
+    breaking = np.where(is_broken, np.minimum(np.array(eps)[:, None], grid["distance"]), np.inf)
+    return Outcomes(
+        spec=spec,
+        eps=eps,
+        is_broken=is_broken,
+        is_attacked=grid["outcome"] != "broken_by_earlier_attack",
+        breaking_eps=breaking.min(0),
+        clean_margin=grid["clean_margin"][0],
+        last_margin=np.where(is_broken, np.nan, grid["adversarial_margin"]),
+        forward_passes=grid["forward_passes"],
+    )

@@ -1,0 +1,78 @@
+"""What was found out about a run's attacks, as a file beside its manifest; needs no torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lrrobust.errors import StoreError
+from lrrobust.results import Run, write_file
+
+#: File beside a run's manifest that holds the JSON of `Diagnostics`.
+DIAGNOSTICS_FILE = "diagnostics.json"
+
+#: Raised with every change that makes the same run be diagnosed differently: older files are then made anew.
+DIAGNOSTICS_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Diagnostic(_Record):
+    """One check of whether an attack on one model worked, computed by an evaluation and kept beside its rows."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Such as `zero_gradient`."""
+    passed: bool | None
+    """None: could not be said, and `detail` says why."""
+    detail: str
+    """One sentence with the numbers, and what they mean."""
+    attack: str | None = None
+    """The attack concerned; None: the model, or all attacks of a norm."""
+
+
+class Diagnostics(_Record):
+    """Everything found out about one run."""
+
+    version: int = DIAGNOSTICS_VERSION
+    fingerprint: str
+    """Of the run."""
+    sample: tuple[int, ...]
+    """Places in the data set (column `index` of the rows) of the images that were attacked once more."""
+    wall_s: float = Field(ge=0)
+    """Seconds that it took."""
+    results: tuple[Diagnostic, ...]
+
+
+def in_words(passed: bool | None) -> str:
+    return {True: "passed", False: "FAILED", None: "not known"}[passed]
+
+
+def load_diagnostics(run: Run) -> Diagnostics | None:
+    """What is known of whether the attacks of a run worked; None where nothing was looked for.
+
+    Raises:
+        StoreError: the file of diagnostics is damaged, or of another run.
+    """
+    path = run.folder / DIAGNOSTICS_FILE
+    try:
+        found = Diagnostics.model_validate_json(path.read_bytes())
+        if found.fingerprint != run.manifest.get("fingerprint"):
+            raise ValueError("it was computed for another run")
+        return found
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it and run the same command again")
+
+
+def write_diagnostics(run: Run, diagnostics: Diagnostics) -> None:
+    """Puts the file beside the run's manifest, whole or not at all.
+
+    Raises:
+        StoreError: the disk is full or does not let us write.
+    """
+    write_file(run.folder / DIAGNOSTICS_FILE, diagnostics.model_dump_json(indent=2).encode())

@@ -1,0 +1,109 @@
+"""What every check is given: a model, some images it classifies correctly, and what the run's attacks did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lrrobust.attacks.build import Attack
+from lrrobust.attacks.specs import AttackSpec, PgdSpec
+from lrrobust.diagnostics.noise import draw_noise
+from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes
+from lrrobust.evaluation.chunks import start_seed
+from lrrobust.evaluation.judge import Judge
+from lrrobust.threat import Norm, ThreatModel
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What an attack did to M images: which it broke, and the adversarial images (M, 3, H, W), clean where none."""
+
+    is_broken: NDArray[np.bool_]
+    adversarial: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's model and attacks, and the first images of the run that are correct when clean.
+
+    Attributes:
+        judge: of the model, which is frozen, on the device of the images.
+        images, labels, keys: the sample, (N, 3, H, W) in [0, 1], (N,), N names.
+        outcomes: of all images correct when clean; the sample's come first.
+        fingerprint: of the run; random numbers derive from it.
+    """
+
+    judge: Judge
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: Sequence[str]
+    outcomes: tuple[Outcomes, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def norms(self) -> list[NormOutcomes]:
+        found: dict[Norm, list[Outcomes]] = {}
+        for outcomes in self.outcomes:
+            found.setdefault(outcomes.spec.norm, []).append(outcomes)
+        return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items()]
+
+    def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
+        """Places in the sample of the images that no attack of the norm broke within eps."""
+        return np.flatnonzero(norm.breaking_eps[: len(self)] > eps)
+
+    def strike(self, spec: AttackSpec, eps: float, places: NDArray[np.int64]) -> Strike:
+        """Attacks some images of the sample at one eps; every claim is judged as in a run, the first success kept.
+
+        Starts differ from those of the run, as they do from spec to spec: they depend on the spec's name.
+        """
+        spec = spec.model_copy(update={"eps": (eps,)})
+        at = torch.from_numpy(places).to(self.labels.device)
+        images, labels, keys = self.images[at], self.labels[at], [self.keys[place] for place in places]
+        strike = Strike(np.zeros(len(places), dtype=bool), images.clone())
+
+        def claim(rows: Sequence[int], proposed: torch.Tensor, _: Sequence[float], is_last: Sequence[bool]) -> list[bool]:
+            threat = ThreatModel(spec.norm, eps)
+            chosen = torch.tensor(rows, device=images.device)
+            verdict = self.judge.judge(images[chosen], labels[chosen], proposed, threat, [keys[row] for row in rows])
+            is_new = verdict.is_adversarial.cpu().numpy() & ~strike.is_broken[rows]
+            strike.adversarial[chosen[torch.from_numpy(is_new)]] = proposed[torch.from_numpy(is_new)].detach()
+            strike.is_broken[rows] |= is_new
+            return strike.is_broken[rows].tolist()
+
+        def draw(row: int, eps: float, restart: int) -> torch.Generator:
+            return self.generator(spec.name, keys[row], eps, restart)
+
+        Attack(spec)(self.judge.model, images, labels, batch_size=self.judge.batch_size, claim=claim, draw=draw)
+        return strike
+
+    def noisy(self, norm: Norm, eps: float, draw: int = 0, *, is_corner: bool = False) -> torch.Tensor:
+        """The sample with noise of at most eps in the norm, in [0, 1], (N, 3, H, W)."""
+        noise = [
+            draw_noise(norm, eps, image.shape, self.generator("noise", key, eps, draw), is_corner=is_corner)
+            for image, key in zip(self.images, self.keys, strict=True)
+        ]
+        return (self.images + torch.stack(noise).to(self.images)).clamp(0, 1)
+
+    def generator(self, purpose: str, key: str, eps: float, restart: int = 0) -> torch.Generator:
+        """Random numbers for one image, whatever images share its batch, and none that the run drew."""
+        return torch.Generator().manual_seed(start_seed(self.fingerprint, f"diagnostics {purpose}", key, eps, restart))
+
+
+def has_pgd(norm: Norm) -> bool:
+    """Whether PGD works in a norm."""
+    return norm in get_args(PgdSpec.model_fields["norm"].annotation)
+
+
+def single_step(norm: Norm) -> PgdSpec:
+    """One gradient step across the whole ball, from the image."""
+    return PgdSpec(
+        name="single_step", kind="pgd", norm=norm, eps=(0.0,), steps=1, step_size_ratio=1.0, random_start=False
+    )

@@ -1,0 +1,159 @@
+"""Models that make attacks fail in known ways, and the way from a model to its diagnostics: a real evaluation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.specs import FgsmSpec, PgdSpec
+from lrrobust.diagnostics.stage import diagnose
+from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
+
+SIZE, CLASSES, PIXELS = 8, 5, 3 * 8 * 8
+LADDER = tuple(step / 255 for step in (2, 4, 8, 16))
+FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
+PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Tensors are tiny here: threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_linear(scale: float = 1.0) -> nn.Module:
+    """Whose images break somewhere on the ladder."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(PIXELS, CLASSES)
+    with torch.no_grad():
+        layer.weight.copy_(scale * torch.randn(CLASSES, PIXELS, generator=generator))
+        layer.bias.copy_(-0.5 * layer.weight.sum(1))
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+class Before(nn.Module):
+    """A linear classifier behind something done to its images."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.linear, self.change = build_linear(), change
+
+    def forward(self, images):
+        return self.linear(self.change(images))
+
+
+def rounded(images: torch.Tensor) -> torch.Tensor:
+    """To multiples of 1/48: gradient zero everywhere."""
+    return (images * 48).round() / 48
+
+
+def shattered(images: torch.Tensor) -> torch.Tensor:
+    """Moved by at most 0.002, with a gradient that is 200 times larger and without meaning."""
+    return images + 0.002 * torch.sin(1e5 * images)
+
+
+class _GradientOnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        levels = images * 255
+        ctx.save_for_backward((levels - levels.round()).abs().flatten(1).amax(1) < 1e-3)
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (is_on_grid,) = ctx.saved_tensors
+        return gradient * is_on_grid[:, None, None, None]
+
+
+def gradient_on_grid(images: torch.Tensor) -> torch.Tensor:
+    """With a gradient at images of 8 bits only, where a single step starts and iterates never are."""
+    return _GradientOnGrid.apply(images)
+
+
+class Randomised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = build_linear()
+
+    def forward(self, images):
+        logits = self.linear(images)
+        return logits + 0.05 * torch.randn_like(logits)
+
+
+class Cancelling(nn.Module):
+    """The logits of a linear classifier with what float32 leaves of them after a detour over 2e7: steps of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = build_linear()
+
+    def forward(self, images):
+        return (self.linear(images) + 2e7) - 2e7
+
+
+class ImagesInMemory:
+    def __init__(self, images, labels):
+        self.images, self.true = images, labels
+        self.labels = labels.tolist()
+        self.indices = [10 * i for i in range(len(labels))]
+        self.keys = [f"class/{i}.png" for i in range(len(labels))]
+        self.wnids = [f"n{label:08d}" for label in self.labels]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, positions):
+        return self.images[list(positions)].clone(), self.true[list(positions)].clone()
+
+
+@pytest.fixture
+def images():
+    """Of 8 bits, as images on disk."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (120, 3, SIZE, SIZE), generator=generator) / 255
+
+
+@pytest.fixture
+def evaluated(tmp_path, images):
+    """Evaluates a model on images that it gets right: (images, finished run)."""
+
+    def run(model, specs):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            labels = model(images).argmax(1)
+        data = ImagesInMemory(images, labels)
+        tasks = plan_tasks(specs, len(data), 50)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": "0123456789abcdef",
+            "attacks": [spec.model_dump(mode="json") for spec in specs],
+            "plan": {"chunk_size": 50, "parts": [list(task.part) for task in tasks]},
+        }
+        with RunStore.create_or_resume(tmp_path / "run", json.loads(json.dumps(manifest))) as store:
+            evaluate(
+                model, CLASSES, data, tasks, store,
+                fingerprint=manifest["fingerprint"], device=torch.device("cpu"), part_metadata={},
+            )
+        return data, load_run(tmp_path / "run")
+
+    return run
+
+
+@pytest.fixture
+def diagnosed(evaluated):
+    """Evaluates a model and looks into its attacks: (check, attack) -> result."""
+
+    def run(model, *specs):
+        specs = specs or (FGSM, PGD)
+        data, finished = evaluated(model, specs)
+        found = diagnose(model, CLASSES, data, specs, finished, torch.device("cpu"))
+        return {(result.name, result.attack): result for result in found.results}
+
+    return run
