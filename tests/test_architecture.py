@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
-    # Of the attacks one step of PGD alone: training judges nothing.
-    "training": {"models", "data", "attacks.pgd", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
+    # Of the attacks how a step goes and stays in the ball: training judges nothing.
+    "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.records", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.records", "errors"},

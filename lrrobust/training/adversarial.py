@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from lrrobust.attacks.pgd import _project, _unit
+from lrrobust.attacks.ball import project, unit
 from lrrobust.eps import Eps
 from lrrobust.frozen import frozen
 
@@ -83,5 +83,5 @@ def perturb(
             # Summed, so that an image's gradient has the same size in a batch of any size.
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, iterates)
-            iterates = _project(images, iterates.detach() + length * _unit(gradient, spec.norm), eps, spec.norm)
+            iterates = project(images, iterates.detach() + length * unit(gradient, spec.norm), eps, spec.norm)
     return iterates.detach()
