@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
+from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, distances, manifest_value, write_file
 from lrrobust.stats import median_with_failures, wilson_interval
@@ -375,6 +377,9 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, figures: Mapping[str, 
         lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
         table = summary_table(summary[summary["dataset_sha256"] == sha256])
         lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
+        diagnostics = diagnostics_table(of_dataset)
+        if diagnostics.rows:
+            lines += ["", "### Did the attacks work?", "", HOW_TO_READ_DIAGNOSTICS, "", *to_markdown(diagnostics)]
         for path in figures.get(sha256, ()):
             if path.suffix == ".png":
                 lines += ["", f"![Robust accuracy against eps]({path.name})"]

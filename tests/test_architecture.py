@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "page", "results", "verdict", "errors", "evaluation.chunks", "process_settings"},
-    "console": {"report", "results", "verdict", "diagnostics.records"},
+    "console": {"report", "results", "verdict", "diagnostics.table"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
@@ -29,12 +29,12 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "errors", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
     "bench": {"attacks", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     "training": {"models", "data", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.records", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.records", "errors"},
+    "page": {"lrrobust", "report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "errors"},
     "tables": set(),
     # Of the report only how it names and formats things.
     "verdict": {"results", "report", "stats", "diagnostics.records", "config_file", "eps", "errors"},

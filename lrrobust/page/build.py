@@ -16,6 +16,8 @@ import jinja2
 import pandas as pd
 
 import lrrobust
+from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
+from lrrobust.diagnostics.table import RESULTS, diagnostics_table
 from lrrobust.page.gallery import Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
@@ -82,6 +84,7 @@ class _Dataset:
     notices: Sequence[str]
     figures: Sequence[_Figure]
     summary: Table
+    diagnostics: Table
     gallery: Gallery
     examples_from: int | None
     classes: Sequence[_Classes]
@@ -177,6 +180,8 @@ def render_page(runs: Mapping[str, Run], classes: pd.DataFrame, command: Sequenc
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
         per_class=per_class,
         how_to_read=HOW_TO_READ,
+        how_to_read_diagnostics=HOW_TO_READ_DIAGNOSTICS,
+        diagnostic_results=RESULTS,
         infinity=math.inf,
     )
 
@@ -225,6 +230,7 @@ def _datasets(
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             figures=list(_figures(rows, curves)),
             summary=summary_table(rows),
+            diagnostics=diagnostics_table(of_dataset),
             gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
             classes=tables,
