@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrrobust.diagnostics.records import in_words, load_diagnostics
+from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report import format_eps, name_runs, render_table, summarise, warnings_of
 from lrrobust.results import load_run, write_file
 
@@ -214,12 +214,15 @@ def print_results(folders: Sequence[Path]) -> None:
 
 def _print_diagnostics(runs: Sequence[Run]) -> None:
     for name, run in name_runs(runs).items():
-        found = load_diagnostics(run)
-        if found is None:
+        found = diagnostics_table({name: run})
+        if not found.rows:
             continue
-        table = Table("check", "attack", "result", "what was found", title=f"did the attacks work? {name}", box=box.SIMPLE, title_justify="left")
-        for result in found.results:
-            table.add_row(result.name.replace("_", " "), result.attack or "-", in_words(result.passed), escape(result.detail))
+        table = Table(title=f"did the attacks work? {escape(name)}", box=box.SIMPLE, title_justify="left")
+        # The run is in the title.
+        for column in found.columns[1:]:
+            table.add_column(column.heading)
+        for row in found.rows:
+            table.add_row(*(escape(cell.text) for cell in row[1:]))
         _tables.print(table)
 
 

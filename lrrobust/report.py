@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
+from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, breaking_eps, distances, manifest_value, write_file
 from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
@@ -551,6 +553,9 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
         table = summary_table(summary[summary["dataset_sha256"] == sha256])
         lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
         lines += [f"\n![{drawing.description}]({drawing.stem}.png)" for drawing in drawings if drawing.dataset_sha256 == sha256]
+        diagnostics = diagnostics_table(of_dataset)
+        if diagnostics.rows:
+            lines += ["", "### Did the attacks work?", "", HOW_TO_READ_DIAGNOSTICS, "", *to_markdown(diagnostics)]
     return "\n".join(lines) + "\n"
 
 

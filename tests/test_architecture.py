@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "process_settings"},
-    "console": {"report", "results", "verdict", "diagnostics.records"},
+    "console": {"report", "results", "verdict", "diagnostics.table"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
@@ -31,15 +31,15 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "errors", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
     "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.records", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.records", "errors"},
+    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "report", "tables", "results"},
     "tables": set(),

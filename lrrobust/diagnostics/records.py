@@ -44,10 +44,6 @@ class Diagnostics(_Record):
     results: tuple[Diagnostic, ...]
 
 
-def in_words(passed: bool | None) -> str:
-    return {True: "passed", False: "FAILED", None: "not known"}[passed]
-
-
 def load_diagnostics(run: Run) -> Diagnostics | None:
     """What is known of whether the attacks of a run worked; None where nothing was looked for.
 

@@ -16,6 +16,8 @@ import jinja2
 import pandas as pd
 
 import lrrobust
+from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
+from lrrobust.diagnostics.table import RESULTS, diagnostics_table
 from lrrobust.page.claim_figures import draw_claim
 from lrrobust.page.gallery import Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
@@ -87,6 +89,7 @@ class _Dataset:
     is_quantized: bool
     transfer: Table
     transfer_findings: Sequence[str]
+    diagnostics: Table
     gallery: Gallery
     examples_from: int | None
     classes: Sequence[_Classes]
@@ -195,6 +198,8 @@ def _render(
         how_to_read=HOW_TO_READ,
         how_to_read_quantized=HOW_TO_READ_QUANTIZED,
         how_to_read_transfer=HOW_TO_READ_TRANSFER,
+        how_to_read_diagnostics=HOW_TO_READ_DIAGNOSTICS,
+        diagnostic_results=RESULTS,
         infinity=math.inf,
     )
 
@@ -247,6 +252,7 @@ def _datasets(
             is_quantized=bool(rows["robust_accuracy_quantized"].notna().any()),
             transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
             transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],
+            diagnostics=diagnostics_table(of_dataset),
             gallery=build_gallery(of_dataset, labels),
             examples_from=_examples_from(of_dataset),
             classes=tables,

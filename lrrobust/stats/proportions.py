@@ -62,7 +62,7 @@ def binomial_p_value(successes: int, n: int, share: float) -> float:
         ValueError: an argument is out of its range.
 
     >>> f"{binomial_p_value(5, 64, 0.02):.4f}"
-    '0.0096'
+    '0.0092'
     """
     if not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n, got {successes=}, {n=}")

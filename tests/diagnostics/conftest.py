@@ -113,6 +113,45 @@ class ImagesInMemory:
         return self.images[list(positions)].clone(), self.true[list(positions)].clone()
 
 
+#: What each unsound model does, by the name that tests ask for.
+UNSOUND = {
+    "rounded": lambda: Before(rounded),
+    "shattered": lambda: Before(shattered),
+    "gradient_on_grid": lambda: Before(gradient_on_grid),
+    "randomised": Randomised,
+    "cancelling": Cancelling,
+}
+
+
+@pytest.fixture
+def unsound():
+    """Name -> a model that makes attacks fail."""
+    return lambda name: UNSOUND[name]().eval()
+
+
+@pytest.fixture
+def sound_linear():
+    return build_linear()
+
+
+@pytest.fixture
+def confident_linear():
+    """With logits so large that the float32 cross-entropy has no gradient: distilled at a high temperature."""
+    return build_linear(1000.0)
+
+
+@pytest.fixture
+def sound_cnn():
+    """Untrained, with BatchNorm."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.Tanh(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES),
+        )  # fmt: skip
+    return model.eval()
+
+
 @pytest.fixture
 def images():
     """Of 8 bits, as images on disk."""
@@ -148,7 +187,7 @@ def evaluated(tmp_path, images):
 
 @pytest.fixture
 def diagnosed(evaluated):
-    """Evaluates a model and looks into its attacks: (check, attack) -> result."""
+    """Evaluates a model, with fgsm and pgd unless told otherwise, and looks into its attacks: (check, attack) -> result."""
 
     def run(model, *specs):
         specs = specs or (FGSM, PGD)

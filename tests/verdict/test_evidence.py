@@ -5,11 +5,9 @@ import pytest
 
 from lrrobust.errors import StoreError
 from lrrobust.verdict.evidence import (
-    DIAGNOSTICS_FILE,
     collect_evidence,
     gather,
     is_unbounded,
-    load_diagnostics,
     match_accuracy,
 )
 
@@ -162,23 +160,6 @@ class TestCollect:
 def test_grey_is_within_half_the_pixel_range():
     assert is_unbounded(0.5, "linf") and is_unbounded(INF, "l2")
     assert not is_unbounded(0.49, "linf") and not is_unbounded(2.0, "l2")
-
-
-class TestDiagnostics:
-    def test_absent_is_not_passed(self, tmp_path, make_run):
-        assert load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path)) is None
-
-    def test_are_read_from_the_file_beside_the_manifest(self, tmp_path, make_run):
-        text = '[{"name": "zero_gradient", "passed": false, "detail": "40 % of images.", "attack": "pgd"}]'
-        (tmp_path / DIAGNOSTICS_FILE).write_text(text)
-        (found,) = load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path))
-        assert (found.name, found.passed, found.attack) == ("zero_gradient", False, "pgd")
-
-    @pytest.mark.parametrize("text", ["{", '[{"name": "x"}]', '[{"name": "x", "passed": true, "detail": "", "extra": 1}]'])
-    def test_damaged_ones_are_refused(self, tmp_path, text, make_run):
-        (tmp_path / DIAGNOSTICS_FILE).write_text(text)
-        with pytest.raises(StoreError, match="diagnostics.json cannot be read"):
-            load_diagnostics(make_run("A", {"pgd": dict(distances=[INF])}, folder=tmp_path))
 
 
 def test_a_manifest_that_says_too_little(make_claim, make_run):

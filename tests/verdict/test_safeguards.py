@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from lrrobust.verdict.evidence import DIAGNOSTICS_FILE, collect_evidence
+from lrrobust.diagnostics.records import DIAGNOSTICS_FILE
+from lrrobust.verdict.evidence import collect_evidence
 from lrrobust.verdict.judge import judge
 from lrrobust.verdict.safeguards import check_evidence
 
@@ -159,11 +160,12 @@ def test_what_the_engine_noticed_counts(check):
 
 
 def test_diagnostics_of_runs_count(check, tmp_path):
-    for passed in (True, False):
-        content = [{"name": "zero_gradient", "passed": passed, "detail": "40 % of images have none.", "attack": "pgd"}]
+    for passed in (True, False, None):
+        found = {"name": "zero_gradient", "passed": passed, "detail": "40 % of images have none.", "attack": "pgd"}
+        content = {"fingerprint": "ab" * 32, "sample": [0], "wall_s": 1.0, "results": [found]}
         (tmp_path / DIAGNOSTICS_FILE).write_text(json.dumps(content))
         safeguards = check(treatment={"folder": tmp_path})
-        assert failed(safeguards) == ([] if passed else [("attack_diagnostics", "pgd", ("supported",))])
+        assert failed(safeguards) == ([("attack_diagnostics", "pgd", ("supported",))] if passed is False else [])
         assert any("zero_gradient: 40 % of images have none." in guard.detail for guard in safeguards)
 
 

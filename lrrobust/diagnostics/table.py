@@ -1,0 +1,35 @@
+"""What was found out about runs, as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lrrobust.diagnostics.records import load_diagnostics
+from lrrobust.results import Run
+from lrrobust.tables import Cell, Column, Table
+
+#: What the table is about, and how a result reads.
+HOW_TO_READ = (
+    "Checks of whether the attacks worked, by exact tests on a sample of each run and on its rows: a failed attack makes a "
+    "model look robust, so a failed check withholds the verdict that would rest on it."
+)
+
+RESULTS = {True: "passed", False: "FAILED", None: "not known"}
+
+
+def diagnostics_table(runs: Mapping[str, Run]) -> Table:
+    """A row for each check of each run that was looked into; without rows where none was.
+
+    Args:
+        runs: name to show -> run.
+
+    Raises:
+        StoreError: a file of diagnostics is damaged.
+    """
+    rows = []
+    for name, run in runs.items():
+        found = load_diagnostics(run)
+        for result in found.results if found is not None else ():
+            texts = (name, result.name.replace("_", " "), result.attack or "-", RESULTS[result.passed], result.detail)
+            rows.append([Cell(text, text) for text in texts])
+    return Table([Column(heading, is_text=True) for heading in ("run", "check", "attack", "result", "what was found")], rows)

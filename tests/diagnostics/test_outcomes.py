@@ -1,0 +1,78 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from lrrobust.attacks.specs import CwSpec, PgdSpec
+from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, read_outcomes
+
+PGD = PgdSpec(name="pgd", kind="pgd", norm="l2", eps=(0.05, 0.1, 0.2, 0.4), steps=8)
+CW = CwSpec(name="cw", kind="cw", eps=(0.1, 0.4), binary_search_steps=4, steps=30, lr=0.01, initial_c=0.1)
+
+
+def outcomes(*breaking_eps, spec=PGD):
+    n, levels = len(breaking_eps), len(spec.eps)
+    breaking = np.array(breaking_eps)
+    is_broken = breaking <= np.array(spec.eps)[:, None]
+    nan = np.full((levels, n), np.nan)
+    return Outcomes(spec, spec.eps, is_broken, np.ones_like(is_broken), breaking, np.ones(n), nan, nan)
+
+
+@pytest.mark.parametrize(
+    ("breaking", "eps"),
+    [((0.05, 0.1, 0.4, math.inf), 0.2), ((math.inf,) * 4, 0.4), ((0.01,) * 4, 0.05), ((0.3, 0.3, 0.3, 0.3), 0.2)],
+)
+def test_the_budget_looked_at_is_nearest_to_half(breaking, eps):
+    # Of equally near ones the largest. In the last case nothing is broken up to 0.2 and all at 0.4: equally far, the largest where nothing is broken.
+    assert NormOutcomes("l2", (outcomes(*breaking),)).choose_eps() == eps
+
+
+def test_the_worst_case_of_a_norm_and_its_strongest_attack():
+    weak = outcomes(0.1, math.inf, math.inf)
+    strong = outcomes(math.inf, 0.2, 0.2, spec=PGD.model_copy(update={"name": "strong"}))
+    norm = NormOutcomes("l2", (weak, strong))
+    assert norm.breaking_eps.tolist() == [0.1, 0.2, 0.2]
+    assert norm.strongest is strong and norm.name is None
+    assert NormOutcomes("l2", (weak,)).name == "pgd"
+    single = outcomes(0.1, spec=PGD.model_copy(update={"steps": 1}))
+    assert NormOutcomes("l2", (single,)).strongest is None
+
+
+def test_rows_become_arrays_in_the_order_of_the_run(evaluated, sound_linear):
+    specs = (PGD, CW)
+    data, run = evaluated(sound_linear, specs)
+    places, (pgd, cw) = read_outcomes(run.rows, specs)
+    assert places.tolist() == list(range(len(data)))
+    assert pgd.eps == PGD.eps and cw.eps == (0.1, 0.4, math.inf)
+    for found in (pgd, cw):
+        rows = run.rows[run.rows["attack"] == found.spec.name]
+        for level, eps in enumerate(found.eps):
+            of_level = rows[rows["eps"] == eps].set_index("index").loc[data.indices]
+            assert found.is_broken[level].tolist() == of_level["is_broken"].tolist()
+            assert np.array_equal(found.forward_passes[level], of_level["forward_passes"].to_numpy(float))
+        assert 0 < found.is_broken.mean() < 1
+        assert (np.isfinite(found.breaking_eps) == found.is_broken.any(0)).all()
+        # Of images that withstood, the last margin is known for attacks with a budget.
+    assert np.isfinite(pgd.last_margin[~pgd.is_broken]).all() and np.isnan(pgd.last_margin[pgd.is_broken]).all()
+    assert cw.breaking_eps.max() < math.inf and not set(cw.breaking_eps) & set(CW.eps)
+
+
+def test_images_wrong_when_clean_are_left_out(evaluated, sound_linear):
+    data, run = evaluated(sound_linear, (PGD,))
+    rows = run.rows.copy()
+    is_wrong = rows["index"].isin([data.indices[0], data.indices[7]])
+    rows.loc[is_wrong, "is_clean_correct"] = False
+    places, (pgd,) = read_outcomes(rows, (PGD,))
+    assert len(places) == len(data) - 2 and not {0, 7} & set(places.tolist())
+    assert pgd.is_broken.shape == (4, len(data) - 2)
+
+
+def test_broken_by_an_earlier_attack_is_known(evaluated, sound_linear):
+    later = PGD.model_copy(update={"name": "later", "survivors_only": True})
+    _, run = evaluated(sound_linear, (PGD, later))
+    _, (first, second) = read_outcomes(run.rows, (PGD, later))
+    assert first.is_attacked.all() and first.is_broken.any()
+    assert np.array_equal(~second.is_attacked, first.is_broken)
+    assert (second.breaking_eps <= np.where(first.is_broken.any(0), 0.4, math.inf)).all()
+    assert dataclasses.replace(second).is_broken[~second.is_attacked].all()

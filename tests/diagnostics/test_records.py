@@ -1,0 +1,47 @@
+import pytest
+
+from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, Diagnostic, Diagnostics, load_diagnostics, write_diagnostics
+from lrrobust.diagnostics.table import diagnostics_table
+from lrrobust.errors import StoreError
+from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
+
+FOUND = Diagnostics(
+    fingerprint="ab" * 8, sample=(3, 5), wall_s=1.5,
+    results=(
+        Diagnostic(name="zero_gradient", passed=False, detail="40 of 64.", attack="pgd"),
+        Diagnostic(name="float64", passed=None, detail="It cannot be cast."),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    RunStore.create_or_resume(tmp_path, {"schema_version": SCHEMA_VERSION, "fingerprint": "ab" * 8}).close()
+    return load_run(tmp_path)
+
+
+def test_absent_is_not_passed(run):
+    assert load_diagnostics(run) is None
+    assert not diagnostics_table({"a": run}).rows
+
+
+def test_what_is_written_is_read(run):
+    write_diagnostics(run, FOUND)
+    assert load_diagnostics(run) == FOUND
+    assert [[cell.text for cell in row] for row in diagnostics_table({"a": run}).rows] == [
+        ["a", "zero gradient", "pgd", "FAILED", "40 of 64."],
+        ["a", "float64", "-", "not known", "It cannot be cast."],
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"fingerprint": "abababababababab", "sample": [], "wall_s": 1, "results": [{"name": "x"}]}'])
+def test_damaged_ones_are_refused(run, text):
+    (run.folder / DIAGNOSTICS_FILE).write_text(text)
+    with pytest.raises(StoreError, match="diagnostics.json cannot be read .*: restore it, or delete it"):
+        load_diagnostics(run)
+
+
+def test_those_of_another_run_are_refused(run):
+    write_diagnostics(run, FOUND.model_copy(update={"fingerprint": "cd" * 8}))
+    with pytest.raises(StoreError, match="another run"):
+        load_diagnostics(run)
