@@ -344,7 +344,7 @@ def report(
     from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
-    from lrrobust.report import draw_runs, write_report
+    from lrrobust.report import draw_runs, summarise, write_report
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
@@ -366,13 +366,14 @@ def report(
     verdicts = judge_claims(claims, loaded)
     print_verdicts(verdicts)
     write_verdicts(verdicts, out / "claim.json")
-    drawings = draw_runs(loaded)
+    summary = summarise(loaded)
+    drawings = draw_runs(loaded, summary=summary)
     written = [
-        *write_page(loaded, out, sys.argv, verdicts, drawings),
-        *write_report(loaded, out, drawings),
+        *write_page(loaded, out, sys.argv, verdicts, drawings, summary),
+        *write_report(loaded, out, drawings, summary),
         *write_transfer(loaded, out),
     ]
-    print_report(loaded, [out / "claim.json", *written])
+    print_report(loaded, summary, [out / "claim.json", *written])
 
 
 @app.command()
@@ -454,7 +455,9 @@ def train(
 
 @app.command()
 def bench(
-    what: Annotated[Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, store; all if none.")] = None,
+    what: Annotated[
+        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, store, report; all if none.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
     model: Annotated[Optional[list[str]], typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50")] = None,
@@ -464,7 +467,7 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:
-    """Time the operation, gradient steps and attack loops beside what they compare with, and the folder of a large run."""
+    """Time the operation, gradient steps, attack loops and reports, and try the folder of a large run."""
     import torch
 
     from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench

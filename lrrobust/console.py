@@ -20,6 +20,8 @@ from lrrobust.report import format_eps, name_runs, render_table, summarise, warn
 from lrrobust.results import load_run, write_file
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
     from lrrobust.crosscheck import Comparison
@@ -196,8 +198,8 @@ class TrainingProgress:
         )
 
 
-def _print_table(runs: Sequence[Run]) -> None:
-    _tables.print(render_table(summarise(runs)))
+def _print_table(runs: Sequence[Run], summary: pd.DataFrame) -> None:
+    _tables.print(render_table(summary))
     for run in runs:
         for warning in warnings_of(run):
             _notice(f"warning: {run.folder.name}: {warning}")
@@ -206,7 +208,7 @@ def _print_table(runs: Sequence[Run]) -> None:
 def print_results(folders: Sequence[Path]) -> None:
     """The tables of the runs just made, and where they are."""
     runs = [load_run(folder) for folder in folders]
-    _print_table(runs)
+    _print_table(runs, summarise(runs))
     _print_diagnostics(runs)
     for folder in folders:
         _notice(f"results: {folder}")
@@ -242,9 +244,9 @@ def print_verdicts(verdicts: Verdicts) -> None:
         _notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")
 
 
-def print_report(runs: Sequence[Run], written: Sequence[Path]) -> None:
-    """The table of all runs, and the files written."""
-    _print_table(runs)
+def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path]) -> None:
+    """The table of all runs, which is their summary, and the files written."""
+    _print_table(runs, summary)
     for path in written:
         _notice(f"wrote {path}")
 

@@ -266,8 +266,15 @@ class Drawing(NamedTuple):
     files: Mapping[str, bytes]
 
 
-def draw_runs(runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf")) -> list[Drawing]:
+def draw_runs(
+    runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
+) -> list[Drawing]:
     """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
+
+    Args:
+        runs: of any sets of images.
+        kinds: of "png", "svg", "pdf".
+        summary: made by `summarise` of the same runs; None makes it.
 
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
@@ -275,8 +282,8 @@ def draw_runs(runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"))
     # Matplotlib takes most of a second to load; tables do without.
     from lrrobust.plots import render_robustness_curves
 
-    named = name_runs(runs)
-    summary, curves = summarise(runs), minimal_norm_curves(runs)
+    named, curves = name_runs(runs), minimal_norm_curves(runs)
+    summary = summarise(runs) if summary is None else summary
     drawings = []
     # Attacks on the model itself alone: transfer has its own tables.
     summary = summary[summary["surrogate"].isna()]
@@ -328,7 +335,9 @@ def telling_eps(rows: pd.DataFrame) -> float | None:
     return float((means["robust_accuracy"] - means["clean_accuracy"] / 2).abs().idxmin())
 
 
-def write_report(runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None) -> list[Path]:
+def write_report(
+    runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None, summary: pd.DataFrame | None = None
+) -> list[Path]:
     """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
     The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
@@ -337,7 +346,7 @@ def write_report(runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing]
     Args:
         runs: at least one.
         out_dir: created where missing.
-        drawings: made by `draw_runs` of the same runs; None draws them.
+        drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
 
     Returns:
         The files written.
@@ -349,9 +358,9 @@ def write_report(runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing]
     if not runs:
         raise StoreError("expected at least one run to report, found none: give the folder of a run")
     out_dir = Path(out_dir)
-    summary = summarise(runs)
+    summary = summarise(runs) if summary is None else summary
     figures = []
-    drawings = draw_runs(runs) if drawings is None else drawings
+    drawings = draw_runs(runs, summary=summary) if drawings is None else drawings
     for drawing in drawings:
         for kind, content in drawing.files.items():
             figures.append(out_dir / f"{drawing.stem}.{kind}")

@@ -16,6 +16,7 @@ from lrrobust.bench.attack_loop import compare_attack_loops, summarise_attack_lo
 from lrrobust.bench.gradient_step import CONTROL, compare_gradient_steps
 from lrrobust.bench.interleaved import summarise_times
 from lrrobust.bench.local_relation import compare_operations
+from lrrobust.bench.report_build import measure_reports
 from lrrobust.bench.run_store import Scale, simulate_run
 from lrrobust.data.class_lists import IMAGENET_1K
 from lrrobust.data.evaluation_set import build_evaluation_set
@@ -101,11 +102,19 @@ def bench_store(request: BenchRequest) -> BenchResult:
         return BenchResult(None, simulate_run(Path(folder) / "run", Scale()))
 
 
+def bench_report(request: BenchRequest) -> BenchResult:
+    """`lrrobust report` on 10 runs of random numbers, of 10,000 and of 100,000 rows each; no images, no models."""
+    times = measure_reports(repeats=request.repeats)
+    cases = times.groupby(["rows", "runs", "name"], sort=False)
+    return BenchResult(times, cases[["wall_s", "cpu_s", "peak_bytes"]].median().reset_index())
+
+
 BENCHES: Mapping[str, Callable[[BenchRequest], BenchResult]] = {
     "operation": bench_operation,
     "gradient-step": bench_gradient_step,
     "attack-loop": bench_attack_loop,
     "store": bench_store,
+    "report": bench_report,
 }
 
 
@@ -117,13 +126,13 @@ def find_bench(name: str) -> Callable[[BenchRequest], BenchResult]:
 
 
 def format_cell(column: str, value: object) -> str:
-    """A number of a summary as people read it: times in ms, memory in MB, shares in percent."""
+    """A number of a summary as people read it: times in ms or s, memory in MB, shares in percent."""
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):
         return "-"
     if column.endswith("_s") and column != "images_per_s":
-        return f"{1e3 * value:.1f} ms"
+        return f"{1e3 * value:.1f} ms" if value < 10 else f"{value:.1f} s"
     if column.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
     if column in ("spread", "overhead") or column.startswith("robust_accuracy"):

@@ -110,6 +110,7 @@ def write_page(
     command: Sequence[str],
     verdicts: Verdicts | None = None,
     drawings: Sequence[Drawing] | None = None,
+    summary: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
 
@@ -121,7 +122,7 @@ def write_page(
         out_dir: created where missing.
         command: of the report itself, as in `sys.argv`; the page ends with it.
         verdicts: of the claims judged on these runs; None when none was.
-        drawings: made by `draw_runs` of the same runs; None draws them.
+        drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
 
     Returns:
         The files written.
@@ -133,11 +134,11 @@ def write_page(
     classes = summarise_classes(named)
     page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
-    if drawings is None:
-        drawings = draw_runs(runs, ["svg"])
+    summary = summarise(runs) if summary is None else summary
+    drawings = draw_runs(runs, ["svg"], summary) if drawings is None else drawings
     judged = [] if verdicts is None else [(result, draw_claim(result)) for result in verdicts.results]
     not_judged = () if verdicts is None else verdicts.not_judged
-    write_file(page, _render(named, classes, command, judged, not_judged, drawings).encode())
+    write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]
 
 
@@ -166,6 +167,7 @@ def _write_comparisons(judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]], 
 
 def _render(
     runs: Mapping[str, Run],
+    summary: pd.DataFrame,
     classes: pd.DataFrame,
     command: Sequence[str],
     judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]],
@@ -190,7 +192,7 @@ def _render(
         script_sha256=digest,
         judged=[_judge(result, of_claim) for result, of_claim in judged],
         not_judged=not_judged,
-        datasets=list(_datasets(runs, classes, drawings, per_class)),
+        datasets=list(_datasets(runs, summary, classes, drawings, per_class)),
         provenance=[_provenance(name, run) for name, run in runs.items()],
         commands=_commands(runs, command),
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
@@ -225,9 +227,12 @@ def _figure(drawing: Drawing) -> _Figure:
 
 
 def _datasets(
-    runs: Mapping[str, Run], classes: pd.DataFrame, drawings: Sequence[Drawing], per_class: dict[str, dict[str, Any]]
+    runs: Mapping[str, Run],
+    summary: pd.DataFrame,
+    classes: pd.DataFrame,
+    drawings: Sequence[Drawing],
+    per_class: dict[str, dict[str, Any]],
 ) -> Iterator[_Dataset]:
-    summary = summarise(list(runs.values()))
     groups: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
         groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run

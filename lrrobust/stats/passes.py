@@ -35,10 +35,14 @@ def passes_up_to(images: ArrayLike, eps: ArrayLike, passes: ArrayLike) -> NDArra
     order = np.lexsort((eps, images))
     ordered = images[order]
     first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    # Image by image: a NaN of one must not reach the next.
-    running = np.concatenate([np.cumsum(part) for part in np.split(passes[order], first[1:])])
-    result = np.empty_like(running)
-    result[order] = running
+    # Running sums over all rows, less what they were where the row's image began; unknown ones are counted apart, as a
+    # NaN of one image would reach all that follow.
+    is_unknown = np.isnan(passes[order])
+    sums = np.cumsum([np.where(is_unknown, 0.0, passes[order]), is_unknown], axis=1)
+    before = (sums - [np.where(is_unknown, 0.0, passes[order]), is_unknown])[:, first][:, ordered]
+    spent, unknown = sums - before
+    result = np.empty_like(spent)
+    result[order] = np.where(unknown > 0, np.nan, spent)
     return result
 
 
