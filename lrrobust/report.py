@@ -127,8 +127,8 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True,
-    ...     "run": "first"})["eps"]
+    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"),
+    ...     "median_distance": float("inf"), "wall_s": 75.0, "is_complete": True, "run": "first"})["eps"]
     '0.5/255'
     """
     return {
