@@ -1,6 +1,7 @@
 """The command line: parse, call, say what came of it, choose the exit code.
 
-Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the message explains, 130 interrupted.
+Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the
+message explains, 130 interrupted.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 

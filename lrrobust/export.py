@@ -124,7 +124,8 @@ def read_pairs(export: Exported) -> Iterator[tuple[dict[str, Any], np.ndarray, n
         clean = _read_png(export.folder, row["clean_file"], row["clean_sha256"])
         adversarial = _read_png(export.folder, row["file"], row["sha256"])
         if clean.shape != adversarial.shape:
-            raise StoreError(f"{export.folder / row['file']} is {adversarial.shape[:2]}, not as its clean image {clean.shape[:2]}")
+            sizes = f"{adversarial.shape[:2]}, not {clean.shape[:2]} as its clean image"
+            raise StoreError(f"{export.folder / row['file']} is of size {sizes}")
         yield row, clean, adversarial
 
 

@@ -74,7 +74,8 @@ def verify_export(
         while batch := list(islice(pairs, batch_size)):
             for norm in dict.fromkeys(row["norm"] for row, _, _ in batch):
                 of_norm = [pair for pair in batch if pair[0]["norm"] == norm]
-                for (row, _, _), found in zip(of_norm, _judge(judge, of_norm, label_of, classifier.input_size, device), strict=True):
+                judged = _judge(judge, of_norm, label_of, classifier.input_size, device)
+                for (row, _, _), found in zip(of_norm, judged, strict=True):
                     total = counts.setdefault(row["attack"], [0] * 5)
                     counts[row["attack"]] = [have + bool(more) for have, more in zip(total, found, strict=True)]
     return [Verification(attack, *found) for attack, found in counts.items()], is_same

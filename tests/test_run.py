@@ -76,6 +76,8 @@ def test_fingerprint_ignores_what_does_not_decide_the_rows(request_for, tmp_path
         {"n": 5},
         {"attacks": ("fgsm",)},
         {"attacks": ("pgd", "fgsm")},
+        {"quantize": True},
+        {"save_adversarial": True},
     ],
     ids=str,
 )
@@ -87,6 +89,26 @@ def test_fingerprint_follows_what_decides_the_rows(request_for, change):
 def test_fingerprint_follows_weights_and_class_order(request_for):
     prints = {fingerprint(request_for(name)) for name in ("build", "build_scaled", "build_reordered")}
     assert len(prints) == 3
+
+
+def test_fingerprint_follows_the_surrogate(request_for, tmp_path):
+    request = request_for("build")
+    surrogates = [f"{tmp_path}/model.py:{name}" for name in ("build_scaled", "build_reordered")]
+    prints = {fingerprint(dataclasses.replace(request, surrogates=(name,))) for name in surrogates}
+    # However a model is attacked in its own stead, that is no transfer.
+    assert fingerprint(dataclasses.replace(request, surrogates=request.models)) == fingerprint(request)
+    assert len(prints | {fingerprint(request)}) == 3
+
+
+def test_each_model_is_judged_on_each_surrogate(request_for, tmp_path):
+    request = dataclasses.replace(request_for("build", "build_other_classes"), surrogates=(f"{tmp_path}/model.py:build",))
+    white, transfer = prepare_evaluations(request, ["test"])
+    assert white.surrogate is None and "surrogate" not in white.manifest
+    assert transfer.manifest["surrogate"] == white.manifest["model"]
+    assert [evaluation.manifest["position"] for evaluation in (white, transfer)] == [0, 1]
+    attacked = transfer._surrogate()
+    assert [transfer.surrogate.classes[label] for label in attacked.labels] == list(transfer.images.wnids)
+    assert attacked.labels != list(transfer.images.labels)
 
 
 def test_fingerprint_is_pinned():

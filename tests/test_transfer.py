@@ -144,7 +144,8 @@ class TestMasking:
         assert compare_with_white_box([other_weights, build_run(A, B, [NEAR] * 30)]) == []
 
     def test_all_white_box_attacks_together_defend_the_model(self):
-        runs = [build_run(A, None, [INF] * 30), build_run(A, B, [NEAR] * 30), build_run(A, None, [NEAR] * 30, attack="cw", name="more")]
+        more = build_run(A, None, [NEAR] * 30, attack="cw", name="more")
+        runs = [build_run(A, None, [INF] * 30), build_run(A, B, [NEAR] * 30), more]
         (finding,) = find_transfer(runs)
         assert finding.passed
 

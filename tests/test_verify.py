@@ -4,6 +4,8 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -186,19 +188,21 @@ def test_read_back_they_fool_the_model_and_no_stranger(run, exported):
     assert code == 0 and out.count(f"│ {n} ") >= 4
 
 
+def rewrite(folder, **first_row):
+    """Replaces values of the index' first row."""
+    table = pq.read_table(folder / "index.parquet")
+    for name, value in first_row.items():
+        place = table.schema.get_field_index(name)
+        column = pa.array([value, *table[name].to_pylist()[1:]])
+        table = table.set_column(place, table.schema.field(place), column)
+    pq.write_table(table, folder / "index.parquet")
+
+
 def test_an_image_that_fools_no_more_is_exit_code_1(run, exported):
     _, folder = exported
     index = pd.read_parquet(folder / "index.parquet")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "index.parquet")
     # The clean image in the place of an adversarial one, with its own hash.
-    files, hashes = table["file"].to_pylist(), table["sha256"].to_pylist()
-    files[0], hashes[0] = index.clean_file[0], index.clean_sha256[0]
-    schema = table.schema
-    table = table.set_column(0, schema.field(0), pa.array(files)).set_column(1, schema.field(1), pa.array(hashes))
-    pq.write_table(table.replace_schema_metadata(schema.metadata), folder / "index.parquet")
+    rewrite(folder, file=index.clean_file[0], sha256=index.clean_sha256[0])
     code, out, _ = run("verify", folder, *models("target"))
     assert code == 1 and f"│ {len(index) - 1} " in out
 
@@ -214,12 +218,7 @@ def test_damage_is_said_in_one_line(run, exported, damage):
     elif damage == "missing":
         image.unlink()
     elif damage == "outside":
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(folder / "index.parquet")
-        column = table["file"].to_pylist()
-        column[0] = "../model.py"
-        pq.write_table(table.set_column(0, table.schema.field(0), [column]).replace_schema_metadata(table.schema.metadata), folder / "index.parquet")
+        rewrite(folder, file="../model.py")
     code, _, err = run("verify", folder, *models("large" if damage == "model" else "target"))
     said = {
         "image": "is not the file that the index describes", "index": "is not the index of an export",

@@ -170,7 +170,7 @@ def _transfer(side: ModelOutcomes, transfer: Sequence[Run], withholds: Withheld)
     for finding in findings:
         yield Safeguard(name="transfer", passed=finding.passed, detail=finding.detail, withholds=withholds)
     if not findings:
-        detail = f"No images made on another model were judged on {side.model}: whether they break more than its own is not known."
+        detail = f"No images made on another model were judged on {side.model}: whether they break more is not known."
         yield Safeguard(name="transfer", passed=None, detail=detail, withholds=withholds)
 
 

@@ -152,6 +152,8 @@ def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
     assert [model.name for model in baseline.models] == list(models)
     old = run_of(outcomes)
     del old.manifest["request"]
+    matrix = run_of(outcomes)
+    matrix.manifest["request"]["surrogates"] = ["a", "b"]
     other_seed = run_of(outcomes, models=models, position=1, seed=9)
     for runs, error, message in (
         ([first], BaselineError, "evaluated 2 models"),
@@ -160,6 +162,7 @@ def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
         ([first, other_seed], BaselineError, "different images or attacks"),
         ([run_of(outcomes, is_complete=False)], StoreError, "not complete"),
         ([old], StoreError, "older lrrobust"),
+        ([matrix], BaselineError, "of one --surrogate at most"),
     ):
         with pytest.raises(error, match=message) as caught:
             build_baseline(runs, Rule())

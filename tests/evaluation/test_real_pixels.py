@@ -61,7 +61,8 @@ def test_saved_images_are_what_the_rows_say(evaluated, problem, spec):
     broken = run.rows[run.rows.is_broken_quantized.fillna(False).astype(bool)]
     assert {image.index for image in saved} == set(broken["index"]) and len(saved) > 3
     for image in saved:
-        clean, found = (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255 for pixels in (image.clean, image.adversarial))
+        pair = np.stack([image.clean, image.adversarial])
+        clean, found = (torch.from_numpy(pair).permute(0, 3, 1, 2).float() / 255).split(1)
         assert torch.equal(clean[0], problem.images[image.index // 10])
         assert problem.model(found).argmax().item() == image.prediction != image.label
         for norm in ("linf", "l2", "l1"):
@@ -76,7 +77,8 @@ def test_later_attacks_leave_out_what_is_broken_in_8_bits(evaluated, problem):
     first, second = (rows[rows.attack == name].sort_values(["eps", "index"]) for name in ("fgsm", "again"))
     is_broken = first.is_broken_quantized.fillna(False).to_numpy(bool)
     assert second.outcome[is_broken].isin(["broken_by_earlier_attack", "broken_at_smaller_eps"]).all()
-    in_8_bits = second.is_broken_quantized.fillna(False).to_numpy(bool) | (second.outcome == "broken_by_earlier_attack").to_numpy(bool)
+    in_8_bits = second.is_broken_quantized.fillna(False).to_numpy(bool)
+    in_8_bits |= (second.outcome == "broken_by_earlier_attack").to_numpy(bool)
     np.testing.assert_array_equal(in_8_bits, is_broken)
     assert (second[is_broken].forward_passes == 0).all() and (second[~is_broken].forward_passes == 1).all()
 
@@ -94,5 +96,7 @@ def test_resumed_parts_hold_the_same(evaluated, problem):
         evaluated(problem.model, problem.images, problem.labels, specs, real_pixels="saved", name="parts", on_task=stop)
     again = evaluated(problem.model, problem.images, problem.labels, specs, real_pixels="saved", name="parts")
     assert again.rows.drop(columns="wall_s").equals(whole.rows.drop(columns="wall_s"))
-    ours, theirs = ([image.adversarial.tobytes() for _, images in load_adversarial(run) for image in images] for run in (whole, again))
+    ours, theirs = (
+        [image.adversarial.tobytes() for _, images in load_adversarial(run) for image in images] for run in (whole, again)
+    )
     assert ours == theirs and ours

@@ -100,7 +100,8 @@ def test_only_what_the_target_gets_right_is_attacked(evaluated, target, surrogat
 
 def test_an_attack_that_gives_up_early_proposes_its_nearest_image(evaluated, target, surrogate):
     spec = CwSpec(name="cw", kind="cw", eps=(0.01, 0.1), binary_search_steps=4, steps=50, lr=0.0005, initial_c=1.0)
-    rows = evaluated(target.model, target.images, target.labels, [spec], surrogate=Surrogate(surrogate, 2, target.labels.tolist())).rows
+    attacked = Surrogate(surrogate, 2, target.labels.tolist())
+    rows = evaluated(target.model, target.images, target.labels, [spec], surrogate=attacked).rows
     broken = rows[rows.outcome == "broken"]
     assert (broken.adversarial_prediction != broken.label).all()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lrrobust.results import OUTCOMES, SCHEMA, rows_to_table
+from lrrobust.results import OUTCOMES, SCHEMA, breaking_eps, rows_to_table
 
 BROKEN = {
     "index": 0,
@@ -40,6 +40,14 @@ def test_rows_come_back_exactly():
     table = rows_to_table(rows)
     assert table.schema.equals(SCHEMA, check_metadata=True)
     assert table.to_pylist() == rows
+
+
+def test_each_row_breaks_its_image_from_the_smaller_of_eps_and_distance_on():
+    beyond = BROKEN | {"index": 3, "linf_distance": 1.1 / 255}  # by the tolerance of the ball
+    earlier = BROKEN | NOTHING_FOUND | {"index": 4, "outcome": "broken_by_earlier_attack"}
+    near = BROKEN | {"index": 5, "norm": "l2", "eps": 0.5}
+    rows = rows_to_table([ROBUST, WRONG, beyond, earlier, near]).to_pandas(types_mapper=pd.ArrowDtype)
+    assert breaking_eps(rows).tolist() == [math.inf, 0.0, 1 / 255, 1 / 255, 0.4]
 
 
 def test_arrays_and_rows_give_the_same_table():
