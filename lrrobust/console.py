@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -192,9 +193,11 @@ class TrainingProgress:
         self._bar.update(self._task, completed=state.step, state=text)
 
     def on_epoch(self, row: dict[str, Any]) -> None:
+        top1 = row["holdout_top1"]
+        accuracy = "" if math.isnan(top1) else f"held-out top-1 {100 * top1:.1f} %, "
         _notice(
-            f"epoch {row['epoch']}: {row['image_size']} px, loss {row['train_loss']:.3f}, "
-            f"held-out top-1 {100 * row['holdout_top1']:.1f} %, {row['images_per_s']:.0f} img/s"
+            f"epoch {row['epoch']}: {row['image_size']} px, loss {row['train_loss']:.3f}, {accuracy}"
+            f"{row['images_per_s']:.0f} img/s"
         )
 
 

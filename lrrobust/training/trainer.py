@@ -87,8 +87,8 @@ class Training:
         ranks.rows(recipe.batch_size)  # refuses a batch that cannot be divided
         self.classes = load_class_list(recipe.classes)
         self.images_sha256 = data.sha256()
-        train_set, self.held_out = data.split(recipe.holdout, recipe.seed)
-        self.train_set = train_set.to(self.device)
+        parts = data.split(recipe.holdout, recipe.seed)
+        self.train_set, self.held_out = (part.to(self.device) for part in parts)
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(

@@ -73,8 +73,8 @@ def change_colours(images: torch.Tensor, operation: torch.Tensor, strength: torc
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
-    weights = images.new_tensor(_GREY).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+    red, green, blue = _GREY
+    return red * images[:, :1] + green * images[:, 1:2] + blue * images[:, 2:]
 
 
 def _blend(images: torch.Tensor, plain: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
@@ -95,8 +95,8 @@ def _contrast(images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
 
 
 def _sharpness(images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    kernel = images.new_tensor(_SMOOTHING)
-    kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
+    kernel = torch.tensor(_SMOOTHING, dtype=images.dtype)
+    kernel = (kernel / kernel.sum()).to(images.device, non_blocking=True).expand(3, 1, 3, 3)
     smooth = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
     return _blend(images, smooth, strength)
 
