@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -168,14 +167,14 @@ def _contests(peer: Peer, specs: Sequence[AttackSpec], ours: pd.DataFrame) -> tu
         return [], [f"{peer.name} cannot be imported: {_in_brief(error)}"]
     contests, without = [], []
     for spec in specs:
-        propose = adapter.find_attack(spec)
+        # Rows of an attack that met only what earlier ones had left do not stand for it alone.
+        propose = None if spec.survivors_only else adapter.find_attack(spec)
         if propose is None:
             without.append(spec.name)
             continue
         rows = ours[ours["attack"] == spec.name]
-        is_unbounded = bool(np.isinf(rows["eps"]).any())
         ladder, starts = tuple(eps for eps in spec.eps if eps > 0), getattr(spec, "restarts", 1)
-        contests.append(_Contest(spec.name, spec.norm, ladder, is_unbounded, starts, rows, propose))
+        contests.append(_Contest(spec.name, spec.norm, ladder, spec.minimises, starts, rows, propose))
     for norm in dict.fromkeys(spec.norm for spec in specs):
         propose = adapter.find_ensemble(norm)
         if propose is None:

@@ -2,7 +2,8 @@
 
 It steps, starts and projects as we do. It returns the last iterate of PGD, so that an iterate that was adversarial
 on the way is lost, and it attacks images again that are broken at a smaller budget. Its own success is the
-criterion on the image clipped to the ball.
+criterion on the image clipped to the ball. Where Carlini and Wagner's attack finds nothing it returns a black image,
+which counts as its success, at the distance of black, wherever the model takes black for another class.
 """
 
 from __future__ import annotations

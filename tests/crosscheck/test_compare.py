@@ -188,6 +188,12 @@ def test_an_ensemble_is_compared_with_the_worst_case_of_all(problem):
     assert table["robust_accuracy"].tolist() == pytest.approx([4 / N]) and table["only_peer"].tolist() == [4]
 
 
+def test_attacks_on_survivors_alone_are_not_compared_by_themselves(problem):
+    spec = pgd(FAR).model_copy(update={"survivors_only": True})
+    found = compare(problem, Library(best), [spec], rows([FAR], lambda eps: ~problem.is_correct))
+    assert found.table.empty and found.notes == ("library has no counterpart of pgd",)
+
+
 def test_a_crash_is_no_robustness(problem):
     def fails(model, images, labels, eps):
         raise RuntimeError("no such\nlayer")

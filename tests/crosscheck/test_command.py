@@ -1,0 +1,70 @@
+"""`lrrobust crosscheck` as a user meets it, with the one library that always comes along."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lrrobust import cli
+from lrrobust.results import find_runs, load_run
+
+MODEL = """
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.05 * torch.randn(3, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        return (images - 0.5).flatten(1) @ self.weight.t()
+
+def build():
+    return Classifier(Small(), ("ant", "bee", "cat"), input_size=8)
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    (tmp_path / "model.py").write_text(MODEL)
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments):
+        arguments = ["crosscheck", "--model", "model.py:build", "--dataset", "images", *arguments]
+        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
+        return cli.run(arguments), *capfd.readouterr()
+
+    return call
+
+
+def test_a_table_a_file_and_an_ordinary_run(call, tmp_path):
+    code, out, err = call("--attack", "pgd", "--n", "12", "--peer", "torchattacks")
+    assert code == 0, err
+    (folder,) = find_runs(tmp_path / "reports" / "runs")
+    rows = load_run(folder).rows
+    table = pd.read_csv(tmp_path / "reports" / "crosscheck" / f"{folder.name}.csv")
+    assert table["peer"].tolist() == 6 * ["torchattacks"] and set(table["n"]) == {12}
+    assert table["robust_accuracy"].tolist() == pytest.approx((1 - rows.groupby("eps")["is_broken"].mean()).tolist())
+    # Of a linear model both find all there is to find; ours keeps what it saw on the way besides.
+    assert (table["peer_robust_accuracy"] >= table["robust_accuracy"]).all() and (table["only_ours"] <= 1).all()
+    assert 0 < table["robust_accuracy"].iloc[0] and not table["only_peer"].any()
+    assert "0.125/255" in out and "torchattacks" in out and f"{100 * table['robust_accuracy'].iloc[0]:.1f}" in out
+    assert f"wrote reports/crosscheck/{folder.name}.csv" in err
+
+
+def test_what_is_missing_is_said_in_one_line(call, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = call("--peer", "foolbox")
+    assert code == 2 and "error: there is nothing to compare with: foolbox is not installed: pip install foolbox" in err
+    code, _, err = call("--peer", "fool-box")
+    assert code == 2 and "unknown library 'fool-box': did you mean foolbox?" in err
