@@ -158,7 +158,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> pa.T
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns must have one length, got {lengths}")
     table = pa.Table.from_arrays(arrays, schema=SCHEMA)
-    check_values(table)
+    _check_values(table)
     return table
 
 
@@ -201,8 +201,7 @@ def _is_acceptable(found: pa.DataType, wanted: pa.DataType) -> bool:
     return found == wanted
 
 
-def check_values(table: pa.Table) -> None:
-    """Raises ValueError where the values of a table of `SCHEMA` contradict each other or what their columns hold."""
+def _check_values(table: pa.Table) -> None:
     outcome, norm, eps = table["outcome"], table["norm"], table["eps"]
     _check_all(_is_in(outcome, OUTCOMES), outcome, f"outcome must be one of {', '.join(OUTCOMES)}")
     _check_all(_is_in(norm, NORMS), norm, f"norm must be one of {', '.join(NORMS)}")
