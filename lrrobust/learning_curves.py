@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lrrobust.errors import StoreError
-from lrrobust.plots import _COLOURS, _LINES, _MARKERS, _isolated_style, _rendered
+from lrrobust.plots.style import isolated_style, line_style, render
 from lrrobust.results import write_file
 
 
@@ -33,16 +33,11 @@ def plot_learning_curves(logs: Mapping[str, Path], out_stem: Path) -> list[Path]
             curves[name] = pd.read_csv(path)[["epoch", "train_loss", "holdout_top1"]]
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(f"{path} is no log of a training ({error}): give the log.csv of `lrrobust train`") from None
-    with _isolated_style():
+    with isolated_style():
         figure = Figure(figsize=(7, 3), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
         for place, (name, curve) in enumerate(curves.items()):
-            style = {
-                "color": _COLOURS[place % len(_COLOURS)],
-                "marker": _MARKERS[place % len(_MARKERS)],
-                "linestyle": _LINES[place % len(_LINES)],
-                "label": name,
-            }
+            style = {**line_style(place), "label": name}
             loss.plot(curve["epoch"], curve["train_loss"], **style)
             accuracy.plot(curve["epoch"], 100 * curve["holdout_top1"], **style)
         loss.set_ylabel("training loss")
@@ -52,8 +47,7 @@ def plot_learning_curves(logs: Mapping[str, Path], out_stem: Path) -> list[Path]
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         loss.legend(frameon=False, handlelength=3.5)
         paths = []
-        for kind in ("png", "svg"):
-            path = Path(f"{out_stem}.{kind}")
-            write_file(path, _rendered(figure, kind, is_transparent=False))
-            paths.append(path)
+        for kind, content in render(figure, ("png", "svg")).items():
+            paths.append(Path(f"{out_stem}.{kind}"))
+            write_file(paths[-1], content)
     return paths
