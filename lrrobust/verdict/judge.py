@@ -61,7 +61,15 @@ def judge_claims(claims: Sequence[Claim], runs: Sequence[Run]) -> Verdicts:
     not_judged: list[NotJudged] = []
     for claim in claims:
         evidence, refused = collect_evidence(claim, runs)
-        results += map(judge, evidence)
+        judged = [judge(each) for each in evidence]
+        if len(judged) > 1:
+            # Whoever picks the best of several has more chances to be wrong.
+            note = (
+                f"This is one of {len(judged)} verdicts on the claim, on other images or weights: each is wrong with at most "
+                f"{100 * claim.significance:g} % probability, but any one of them with up to {len(judged)} times that."
+            )
+            judged = [result.model_copy(update={"reasons": (*result.reasons, note)}) for result in judged]
+        results += judged
         not_judged += refused
     return Verdicts(results=tuple(results), not_judged=tuple(not_judged))
 
@@ -99,7 +107,10 @@ def judge(evidence: Evidence) -> ClaimResult:
     return ClaimResult(
         claim=claim,
         verdict="inconclusive" if failed else by_numbers,
-        reasons=_reasons(claim, by_numbers, failed, findings, [row for row in comparisons if row.is_decisive]),
+        reasons=(
+            *_reasons(claim, by_numbers, failed, findings, [row for row in comparisons if row.is_decisive]),
+            *_left_out(evidence),
+        ),
         pairing=_pairing(evidence),
         comparisons=tuple(comparisons),
         curves=tuple(_curves(evidence)),
@@ -366,6 +377,13 @@ def _reasons(
         reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
     reasons += _power(claim, decisive)
     return tuple(reasons)
+
+
+def _left_out(evidence: Evidence) -> list[str]:
+    """A claim may name its attacks; that stronger ones were left out must be seen."""
+    ours, theirs = ({attack.name for attack in side.attacks} for side in (evidence.treatment, evidence.control))
+    others = sorted((ours & theirs) - {attack.name for attack in evidence.attacks})
+    return [f"The claim leaves out attacks that both models were evaluated with: {', '.join(others)}."] if others else []
 
 
 def _in_every_population(more: str, less: str, row: Comparison, sign: int) -> str:

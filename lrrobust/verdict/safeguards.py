@@ -32,11 +32,16 @@ REJECTED_SHARE = 0.01
 _INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
 
 
+#: What of it tells networks of one name apart.
+_NETWORK_KEYS = ("state_sha256", "code_sha256")
+
+
 def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
     """All safeguards, in the order of reading."""
     is_more = evidence.claim.direction == "more_robust"
     return (
         _same_images(evidence),
+        _one_network(evidence),
         _same_configuration(evidence),
         _complete_runs(evidence),
         _clean_accuracy(evidence),
@@ -48,12 +53,32 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
 def _same_images(evidence: Evidence) -> Safeguard:
     n = len(evidence.treatment_places)
     lost = {side.model: len(side.images) - n for side in (evidence.treatment, evidence.control)}
-    if not any(lost.values()):
+    # Hashes cover what the images hold: names alone would let another version of the images pass for the same.
+    ours, theirs = (
+        {manifest_value(run, "dataset", "sha256") for run in side.runs} for side in (evidence.treatment, evidence.control)
+    )
+    passed = not any(lost.values()) and ours == theirs
+    if passed:
         detail = f"Both models were evaluated on the same {n} images."
+    elif not any(lost.values()):
+        detail = f"The {n} images have the same names for both models, but other hashes: they may be other images."
     else:
         detail = f"{n} images were evaluated with both models; left out: "
         detail += ", ".join(f"{count} of {model} only" for model, count in lost.items() if count) + "."
-    return Safeguard(name="same_images", passed=not any(lost.values()), detail=detail, withholds=_BOTH)
+    return Safeguard(name="same_images", passed=passed, detail=detail, withholds=_BOTH)
+
+
+def _one_network(evidence: Evidence) -> Safeguard:
+    """Runs of one name may be of several trainings: each may fail where the other is strong."""
+    several = [
+        side.model
+        for side in (evidence.treatment, evidence.control)
+        if len({tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs}) > 1
+    ]
+    detail = "All runs of a model are of one network."
+    if several:
+        detail = f"The runs of {' and of '.join(several)} are of different parameters or code: report each network by itself."
+    return Safeguard(name="one_network", passed=not several, detail=detail, withholds=_BOTH)
 
 
 def _same_configuration(evidence: Evidence) -> Safeguard:

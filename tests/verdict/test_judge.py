@@ -220,6 +220,37 @@ def test_several_claims_and_what_cannot_be_judged(make_run, make_claim):
     assert [unjudged.claim for unjudged in verdicts.not_judged] == ["other"]
 
 
+def test_the_best_of_several_verdicts_is_said_to_be_one_of_several(make_run, make_claim):
+    distances = dict(distances=[PIXEL] * 20)
+    runs = [make_run(model, {"pgd": distances}, dataset=name) for model in "AB" for name in ("one", "two")]
+    results = judge_claims([make_claim()], runs).results
+    assert [result.reasons[-1].startswith("This is one of 2 verdicts on the claim") for result in results] == [True, True]
+    (alone,) = judge_claims([make_claim(dataset="one")], runs).results
+    assert not any("one of" in reason for reason in alone.reasons)
+
+
+def test_attacks_that_a_claim_leaves_out_are_named(judged):
+    ours, theirs = attacks_of(100, 1), attacks_of(100, 2)
+    assert judged(ours, theirs, {"attacks": ("fgsm", "pgd_l2")}).reasons[-1] == (
+        "The claim leaves out attacks that both models were evaluated with: cw, pgd."
+    )
+    assert not any("leaves out" in reason for reason in judged(ours, theirs).reasons)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (INF, 0), (0, INF), (INF, INF), (PIXEL, PIXEL)])
+@pytest.mark.parametrize("images", [1, 4, 300])
+def test_models_perfect_or_hopeless_are_not_supported_without_a_lead(judged, images, ours, theirs):
+    result = judged({"pgd": dict(distances=[ours] * images)}, {"pgd": dict(distances=[theirs] * images)}, {"largest_clean_difference": 0.99})
+    assert result.verdict != "supported"
+
+
+def test_few_images_support_only_what_the_exact_test_grants(judged):
+    # Three rows, exact test at 5 % / 3: 2 * 0.5^7 is just enough, 2 * 0.5^6 is not.
+    for images, verdict in ((6, "inconclusive"), (7, "supported")):
+        ours, theirs = {"pgd": dict(distances=[3 * PIXEL] * images)}, {"pgd": dict(distances=[0.1 * PIXEL] * images)}
+        assert judged(ours, theirs).verdict == verdict
+
+
 def test_provenance_names_the_runs(supported):
     ours, theirs = supported.runs
     assert (ours.role, ours.model, ours.weights, ours.commit) == ("treatment", "A", "V1", "1234abc")

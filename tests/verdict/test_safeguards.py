@@ -80,6 +80,30 @@ def test_an_attack_that_only_one_model_met_is_a_difference(make_claim, make_run)
     assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
 
 
+def test_images_of_one_name_may_differ(check):
+    def replace(runs):
+        runs[0].manifest["dataset"]["sha256"] = "01" * 32
+
+    safeguards = check(change=replace)
+    assert failed(safeguards) == [("same_images", None, BOTH)]
+    assert "same names for both models, but other hashes" in named(safeguards, "same_images")[0].detail
+
+
+@pytest.mark.parametrize("key", ["state_sha256", "code_sha256"])
+def test_runs_of_two_trainings_are_no_model(make_claim, make_run, key):
+    runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
+    runs[1].manifest["model"][key] = "01" * 32
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert failed(check_evidence(evidence)) == [("one_network", None, BOTH)]
+    assert "The runs of A are of different parameters" in named(check_evidence(evidence), "one_network")[0].detail
+
+
+def test_a_run_given_twice_for_one_model_is_a_difference(make_claim, make_run):
+    runs = [make_run("A", GOOD), make_run("A", GOOD), make_run("B", GOOD)]
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
+
+
 def test_attacks_may_be_spread_over_runs(make_claim, make_run):
     runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
     (evidence,), _ = collect_evidence(make_claim(), runs)
