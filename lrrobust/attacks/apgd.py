@@ -13,7 +13,7 @@ from lrrobust.attacks.ball import project, surface_start, unit
 from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
 from lrrobust.attacks.losses import dlr, log_odds, targeted_dlr
 from lrrobust.attacks.pgd import Claim, Draw
-from lrrobust.attacks.targets import choose_targets
+from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
 ApgdLoss = Literal["ce", "dlr", "targeted_dlr"]
@@ -80,7 +80,7 @@ def apgd(
     """
     chosen = None
     if loss == "targeted_dlr":
-        chosen = choose_targets(model, images, labels, levels, targets, batch_size)
+        chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
     search = _Ascent(model, images, labels, norm, loss, chosen, steps, rho, restarts, warm_start, ladder, draw)
     backward = climb(
         images,
@@ -92,12 +92,7 @@ def apgd(
         claim=claim,
         search=search,
     )
-    forward = backward.clone()
-    if chosen is not None:
-        first = (backward > 0).int().argmax(0)
-        attacked = (backward > 0).any(0).nonzero().flatten()
-        forward[first[attacked], attacked] += 1
-    return forward, backward
+    return backward if chosen is None else with_the_choice(backward), backward
 
 
 def checkpoints(steps: int) -> list[int]:

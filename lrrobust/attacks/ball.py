@@ -19,6 +19,11 @@ def unit(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     return (gradient / length.clamp_min(torch.finfo(torch.float64).tiny)).to(gradient)
 
 
+def inside_box(gradient: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The gradient, zero for values at an end of the box that it points out of: there is no step that way."""
+    return gradient.where(torch.where(gradient > 0, images < 1, images > 0), 0)
+
+
 def sparse_unit(gradient: torch.Tensor, images: torch.Tensor, share: float) -> torch.Tensor:
     """A steep direction of length 1 in l1, which changes a share of the values alike; zero where the gradient is.
 
@@ -33,8 +38,7 @@ def sparse_unit(gradient: torch.Tensor, images: torch.Tensor, share: float) -> t
     (sparse l1 descent).
     """
     sign = gradient.sign()
-    can_move = torch.where(sign > 0, images < 1, images > 0)
-    steepness = gradient.abs().where(can_move, 0).flatten(1)
+    steepness = inside_box(gradient, images).abs().flatten(1)
     steepest = steepness.topk(math.ceil(share * steepness.shape[1]), dim=1)
     chosen = torch.zeros_like(steepness).scatter(1, steepest.indices, (steepest.values > 0).to(steepness))
     chosen = chosen / chosen.sum(1, keepdim=True).clamp_min(1)
@@ -88,8 +92,14 @@ def _project_l1(images: torch.Tensor, delta: torch.Tensor, eps: torch.Tensor) ->
     return torch.where(is_beyond, projected.nextafter(points.to(images.dtype)), projected).view(shape)
 
 
+def l1_direction(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """A uniform direction of length 1 in l1. Drawn on the CPU in float32."""
+    lengths = torch.empty(shape).exponential_(generator=generator)
+    return lengths * (2.0 * torch.randint(2, shape, generator=generator) - 1) / lengths.sum()
+
+
 def surface_start(image: torch.Tensor, norm: Norm, eps: float, generator: torch.Generator) -> torch.Tensor:
-    """A random image (C, H, W) at distance eps, before the box cuts it. Drawn on the CPU in float32."""
+    """A random image (C, H, W) at distance eps in linf or l2, before the box cuts it. Drawn on the CPU in float32."""
     if norm == "linf":
         noise = 2 * torch.rand(image.shape, generator=generator) - 1
         noise = noise / noise.abs().max()

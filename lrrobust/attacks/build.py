@@ -146,11 +146,6 @@ def _run_fgsm(spec: FgsmSpec, task: _Task) -> _Passes:
     )
 
 
-def _run_pgd(spec: PgdSpec, task: _Task) -> _Passes:
-    settings = {"norm", "steps", "step_size_ratio", "random_start", "restarts", "precision"}
-    return pgd(**task.arguments(), **spec.model_dump(include=settings))
-
-
 def _run_pgd_adaptive(spec: PgdAdaptiveSpec, task: _Task) -> _Passes:
     return attack_by_rules(
         pgd,
@@ -198,7 +193,7 @@ _NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
 
 _RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
     FgsmSpec: _run_fgsm,
-    PgdSpec: _run_pgd,
+    PgdSpec: _with_settings(pgd),
     PgdAdaptiveSpec: _run_pgd_adaptive,
     CwSpec: _run_carlini_wagner,
     ApgdSpec: _with_settings(apgd),

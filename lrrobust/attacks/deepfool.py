@@ -15,7 +15,7 @@ from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.pgd import Claim, Draw
-from lrrobust.attacks.targets import choose_targets
+from lrrobust.attacks.targets import choose_targets, with_the_choice
 
 
 def deepfool(
@@ -62,7 +62,7 @@ def deepfool(
     Source: Moosavi-Dezfooli et al., DeepFool: a simple and accurate method to fool deep neural networks, 2016,
     algorithm 2 and section 3.3 (other norms).
     """
-    chosen = choose_targets(model, images, labels, levels, targets, batch_size)
+    chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
     taken, _ = find_nearest(
         model,
         images,
@@ -78,7 +78,7 @@ def deepfool(
         claim=claim,
         search=_NearestBoundarySteps(model, images, labels, norm, chosen, 1 + overshoot),
     )
-    return taken + (levels > 0).long(), taken * chosen.shape[1]
+    return with_the_choice(taken), taken * chosen.shape[1]
 
 
 class _NearestBoundarySteps:

@@ -13,7 +13,7 @@ from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.pgd import Claim, Draw
-from lrrobust.attacks.targets import choose_targets
+from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.threat import distance
 
 #: Steps of the last search, along the line to the clean image; the paper's number.
@@ -68,7 +68,7 @@ def fab_t(
     section 3, algorithm 1; targeted as in Croce and Hein, Reliable Evaluation of Adversarial Robustness with an
     Ensemble of Diverse Parameter-free Attacks, 2020, section 5.
     """
-    chosen = choose_targets(model, images, labels, levels, targets, batch_size)
+    chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
     taken, looked = find_nearest(
         model,
         images,
@@ -83,7 +83,7 @@ def fab_t(
         claim=claim,
         search=_BoundarySteps(model, images, labels, norm, chosen, overshoot, largest_pull, backward_share),
     )
-    return 2 * taken + looked + (levels > 0).long(), taken
+    return with_the_choice(2 * taken) + looked, taken
 
 
 class _BoundarySteps:

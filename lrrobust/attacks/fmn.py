@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lrrobust.attacks.ball import dual_length, project, unit
-from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified
+from lrrobust.attacks.ball import dual_length, inside_box, project, unit
+from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified, rounding
 from lrrobust.attacks.losses import margin
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.pgd import Claim, Draw
@@ -36,8 +36,8 @@ def fmn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Look for the nearest adversarial image of each image with one gradient step after the other.
 
-    Until the image is misclassified for the first time, the ball reaches as far as the linearised boundary. From then
-    on its radius shrinks by a share where the iterate is adversarial, though not below the nearest one found, and
+    Until the image is misclassified for the first time, the ball reaches as far as the linearised boundary at least, and
+    grows in any case: the paper's can come to rest just before a boundary that bends away. From then on its radius shrinks by a share where the iterate is adversarial, though not below the nearest one found, and
     grows by that share where it is not. Each step goes along the gradient of the margin and is then projected onto ball
     and box. Step sizes and shares fall along a cosine from their first to their last values.
 
@@ -108,7 +108,7 @@ class _ShrinkingBall:
     def begin(self, starts: Sequence[Start]) -> State:
         iterate = self._images[[start.row for start in starts]]
         unknown = iterate.new_full((len(starts),), math.inf, dtype=torch.float64)
-        return {"iterate": iterate, "radius": unknown, "shortest": unknown}
+        return {"iterate": iterate, "radius": torch.zeros_like(unknown), "shortest": unknown}
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         """Nothing is carried on."""
@@ -121,9 +121,11 @@ class _ShrinkingBall:
         shortest = torch.where(is_wrong, torch.minimum(length, state["shortest"]), state["shortest"])
 
         change = self._changes[state["steps"]]
+        gradient = inside_box(gradient, iterate)
         slope = dual_length(gradient, self._norm).clamp_min(torch.finfo(torch.float64).tiny)
-        to_boundary = length + lead.abs() / slope
-        growing = torch.where(shortest.isfinite(), state["radius"] * (1 + change), to_boundary)
+        to_boundary = length + (2 * rounding(logits) - lead).clamp_min(0) / slope
+        growing = state["radius"] * (1 + change)
+        growing = torch.where(shortest.isfinite(), growing, torch.maximum(growing, to_boundary))
         shrinking = torch.minimum(state["radius"] * (1 - change), shortest)
         radius = torch.where(is_wrong, shrinking, growing).clamp_max(self._farthest)
 

@@ -84,32 +84,47 @@ class FgsmSpec(_Spec):
 class PgdSpec(_Spec):
     """Projected gradient descent along the gradient of the cross-entropy.
 
+    With a target the search goes towards that class, where the loss of other attacks may be flat; what counts does not
+    change: an image is broken when it is taken for any class but its own.
+
     Args:
         steps: gradient steps per restart.
         step_size_ratio: step size = step_size_ratio * eps / steps, so that the attack can cross the ball.
         random_start: start at a random point of the ball instead of at the image.
-        restarts: independent runs; only useful with a random start.
+        restarts: independent runs; only useful with a random start or target.
         precision: "bf16" runs the model under autocast to bfloat16, forward and backward.
+        target: "none", "random", "least_likely", "top_k", or the number of a class; see `lrrobust.attacks.targets`.
+        targets: how many classes "top_k" tries, each with `restarts` starts, K - 1 at most; without effect on others.
+        sparsity: share of the values that a step in l1 changes; without effect in other norms.
+        warm_start: begin the first restart at a larger budget where it ended at the one before.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018,
-    section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks).
+    section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks). l1: Tramer and Boneh, Adversarial
+    Training and Robustness for Multiple Perturbations, 2019, section 2.2. Targets: Kurakin et al., Adversarial Machine
+    Learning at Scale, 2017, section 3.
     """
 
     kind: Literal["pgd"]
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     steps: Annotated[int, Field(ge=1)]
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
     precision: Precision = "float32"
+    target: Literal["none", "random", "least_likely", "top_k"] | Annotated[int, Field(ge=0)] = "none"
+    targets: Annotated[int, Field(ge=1)] = 9
+    sparsity: Annotated[float, Field(gt=0, le=1)] = 0.01
+    warm_start: bool = False
 
     @property
     def max_forward_passes(self) -> int:
-        return len(self.eps) * self.steps * self.restarts
+        passes = len(self.eps) * self.steps * self.restarts * (self.targets if self.target == "top_k" else 1)
+        # Targets are chosen by a forward pass.
+        return passes if self.target == "none" else passes + 1
 
     @model_validator(mode="after")
     def _check_restarts_differ(self) -> PgdSpec:
-        if self.restarts > 1 and not self.random_start:
+        if self.restarts > 1 and not self.random_start and self.target != "random":
             raise PydanticCustomError(
                 "restarts",
                 "restarts: expected 1 with random_start: false, as every restart would be the same",

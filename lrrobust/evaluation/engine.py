@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
 #: run's identity, so that old and new rows never mix.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 
 #: Two forwards of the same images may differ by this much before the model counts as randomised; the
 #: bound AutoAttack uses.
