@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lrrobust.run import Evaluation, EvaluationRequest
 
 
+#: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
+_UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
 class _Interrupted(Exception):
     """Ctrl-C, under a name that typer does not handle in its own way; says what it leaves."""
 
@@ -117,8 +121,8 @@ def evaluate(
     eps: Annotated[
         Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
-    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's, in all that take steps.")] = None,
+    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's, in all that have some.")] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,
@@ -547,16 +551,31 @@ def attacks() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
-        app(arguments, prog_name="lrrobust")
+        # An exit code where the command chose one; what else commands return is None.
+        code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except _UsageError as error:
+        print(_explain_usage(error), file=sys.stderr)
         return 2
     except _Interrupted as interruption:
         print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
+    return code or 0
+
+
+def _explain_usage(error: _UsageError) -> str:
+    """One line; without a command its list, which is what was missing."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split())
+    if context is None:
+        return f"error: {message}"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.format_message()
+    return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lrrobust.diagnostics.table import diagnostics_table
@@ -78,12 +78,11 @@ def report_subset(images: EvaluationSet) -> None:
         _notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
 
 
-def _build_bar() -> Progress:
+def _build_bar(*columns: ProgressColumn | str) -> Progress:
     """A bar for long work on a terminal; `state` of its task is free text."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
-        disable=not _notices.is_terminal,
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), *columns,
+        console=_notices, disable=not _notices.is_terminal,
     )
 
 
@@ -103,7 +102,9 @@ class EvaluationProgress:
         self._finished_here = self._finished = 0
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
         self._made = self._present = 0
-        self._started = self._last_line = time.monotonic()
+        self._opened = self._last_line = time.monotonic()
+        #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
+        self._started: float | None = None
 
     def __enter__(self) -> EvaluationProgress:
         self._bar.start()
@@ -114,6 +115,10 @@ class EvaluationProgress:
         self._bar.stop()
 
     def on_forward(self, count: int) -> None:
+        if self._started is None:
+            # How long this one took is not known, so it does not count.
+            self._started = time.monotonic()
+            return
         self._present += count
         self._show()
 
@@ -133,28 +138,46 @@ class EvaluationProgress:
         self._show()
 
     def _show(self) -> None:
-        # What is left is known only as an upper bound; finished parts say how far above the truth it is.
-        share = self._made / self._finished_here if self._finished_here else 1.0
-        done, total = self._made + self._present, self._made + share * self._left
-        self._bar.update(self._task, completed=min(done, total), total=total, state=self._parts())
+        done = self._made + self._present
+        total = done + self._passes_left()
+        self._bar.update(self._task, completed=done, total=total, state=f"{self._parts()}{self._time_left()}")
         now = time.monotonic()
         if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
             return
         self._last_line = now
-        elapsed_s = now - self._started
-        # By finished parts alone: how much of the present one is left is not known.
-        estimate = f", about {elapsed_s * self._left / self._finished:.0f} s left" if self._finished else ""
-        _notice(f"{self._name}: {self._parts()}, {elapsed_s:.0f} s{estimate}")
+        _notice(f"{self._name}: {self._parts()}, {now - self._opened:.0f} s{self._time_left()}")
+
+    def _passes_left(self) -> float:
+        """Passes still to make here; what parts need is known only as an upper bound, and finished ones say how far off it is."""
+        share = self._made / self._finished_here if self._finished_here else 1.0
+        return max(share * self._left - self._present, 0.0)
+
+    def _time_left(self) -> str:
+        """By the speed of the passes made so far, those of others who share the work included."""
+        done = self._made + self._present
+        if not done or self._started is None:
+            return ""
+        seconds = (time.monotonic() - self._started) * self._passes_left() / done
+        if not self._finished_here:
+            return f", at most {_round_duration(seconds)} left"
+        return f", about {_round_duration(seconds * self._finished_here / self._finished)} left"
 
     def _parts(self) -> str:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"
+
+
+def _round_duration(seconds: float) -> str:
+    """As exact as an estimate is: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
 def diagnosing(evaluation: Evaluation) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for the diagnostics of one run; yields the callback that moves it."""
     name = f"{evaluation.manifest['model']['name']}: diagnostics"
-    with _build_bar() as bar:
+    with _build_bar("left", TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=None, state="")
         started = False
 
@@ -174,7 +197,7 @@ class TrainingProgress:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self._bar = _build_bar()
+        self._bar = _build_bar("left", TimeRemainingColumn())
 
     def __enter__(self) -> TrainingProgress:
         if self._training.step:

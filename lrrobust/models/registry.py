@@ -40,6 +40,9 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 #: `--weights none`: random weights, to try things out.
 NO_WEIGHTS = "none"
 
+#: `--weights DEFAULT`: those that a model has when none are asked for, as torchvision says it.
+OWN_WEIGHTS = "DEFAULT"
+
 #: Image size of a network whose weights do not state one.
 DEFAULT_INPUT_SIZE = 224
 
@@ -65,7 +68,7 @@ def load_classifier(
 
     Args:
         name: of the model.
-        weights: None for the model's own; "none" for random ones; the path of a safetensors file or
+        weights: None or "DEFAULT" for the model's own; "none" for random ones; the path of a safetensors file or
             checkpoint; or a name, such as IMAGENET1K_V2 of torchvision.
         classes: class list, for weights that do not carry one.
         input_size: side of the images in pixels, instead of what the weights state.
@@ -76,6 +79,9 @@ def load_classifier(
         ModelError: the model cannot be built, or needs a class list.
         WeightsError: its weights cannot be had, read, or fitted.
     """
+    # The name by which torchvision calls a model's own, where several models need a word in its place.
+    if weights == OWN_WEIGHTS:
+        weights = None
     if name.endswith(".py"):
         raise ModelError(f"{name} names no function: add the factory, as in {name}:build")
     if ".py:" in name:
@@ -175,6 +181,8 @@ def _load_torchvision(
     from torchvision import models
 
     if name not in models.list_models(module=models):
+        if ":" in name:
+            raise ModelError(f"unknown model {name!r}: expected path/to/file.py:factory, timm:NAME or torchvision:NAME")
         known = [*NETWORKS, *models.list_models(module=models), "timm:NAME", "path/to/file.py:factory"]
         raise UnknownNameError("model", name, known)
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
@@ -324,6 +332,8 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         )
     if weights is None:
         return made
+    if weights == NO_WEIGHTS:
+        raise ModelError(f"{name} brings its own weights, {weights!r} is for networks known by name: leave --weights out, or give {OWN_WEIGHTS}")
     state, _ = read_weights(Path(weights))
     fit_weights(made.module, state, weights)
     return Classifier(
