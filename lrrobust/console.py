@@ -19,6 +19,7 @@ from rich.table import Table
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report import format_eps, name_runs, render_table, summarise, warnings_of
 from lrrobust.results import load_run, write_file
+from lrrobust.stats import wilson_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -234,10 +235,26 @@ def _print_table(runs: Sequence[Run], summary: pd.DataFrame) -> None:
 def print_results(folders: Sequence[Path]) -> None:
     """The tables of the runs just made, and where they are."""
     runs = [load_run(folder) for folder in folders]
-    _print_table(runs, summarise(runs))
+    summary = summarise(runs)
+    _print_table(runs, summary)
     _print_diagnostics(runs)
+    for name, run in name_runs(runs).items():
+        if doubt := _doubt_accuracy(run, summary[summary["run"] == name]):
+            _notice(f"warning: {name}: {doubt}")
     for folder in folders:
         _notice(f"results: {folder}")
+
+
+def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
+    """A clean accuracy that is no better than guessing mostly means that labels or preprocessing are not the network's."""
+    clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
+    correct, classes = round(clean_accuracy * n), run.manifest["model"]["num_classes"]
+    if wilson_interval(correct, int(n))[0] > 1 / classes:
+        return None
+    return (
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list in "
+        "the order of the logits, are the weights trained, and does the network normalise as it did in training?"
+    )
 
 
 def _print_diagnostics(runs: Sequence[Run]) -> None:

@@ -96,7 +96,7 @@ def load_suite(
         if not any(key in type(spec).model_fields for spec in specs):
             raise ConfigError(f"{without}: no {key!r} to replace; leave this setting out")
         if without:
-            _log.warning("%s is not replaced in %s, which have no such setting", key, without)
+            _log.warning("%s: left as it is in what has no such setting: %s", key, without)
     return tuple(
         override(spec, **{key: value for key, value in changes.items() if key in type(spec).model_fields}) for spec in specs
     )
