@@ -98,7 +98,10 @@ def evaluate(
     skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and say which.")] = False,
     weights: Annotated[
         Optional[list[str]],
-        typer.Option(help="Weights file (.safetensors, .pt), torchvision weights name, or none; once for each --model."),
+        typer.Option(
+            help="Weights file (.safetensors, .pt), torchvision weights name, none (random), or DEFAULT (the model's own); once for "
+            "each --model."
+        ),
     ] = None,
     surrogate: Annotated[
         Optional[list[str]],

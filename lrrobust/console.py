@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,19 +98,23 @@ class EvaluationProgress:
         self._name = evaluation.manifest["model"]["name"] + (f" (attacking {surrogate['name']})" if surrogate else "")
         self._parts_done = 0
         self._is_resumed = False
-        #: Forward passes that the parts still to do need at most, and those that parts finished since the start, here
-        #: and anywhere, would have needed at most.
-        self._left = sum(task.cost for task in evaluation.tasks)
-        self._finished_here = self._finished = 0
+        #: Forward passes that the parts of each attack still to do need at most, and those that parts finished since the
+        #: start, here and anywhere, would have needed at most.
+        self._left: Counter[str] = Counter()
+        for task in evaluation.tasks:
+            self._left[task.spec.name] += task.cost
+        self._finished_here: Counter[str] = Counter()
+        self._finished = 0
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
-        self._made = self._present = 0
+        self._made: Counter[str] = Counter()
+        self._present = 0
         self._opened = self._last_line = time.monotonic()
         #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
         self._started: float | None = None
 
     def __enter__(self) -> EvaluationProgress:
         self._bar.start()
-        self._task = self._bar.add_task(self._name, total=self._left, state=self._parts())
+        self._task = self._bar.add_task(self._name, total=self._left.total(), state=self._parts())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,21 +130,21 @@ class EvaluationProgress:
 
     def on_task(self, task: Task, is_new: bool) -> None:
         self._parts_done += 1
-        self._left -= task.cost
+        self._left[task.spec.name] -= task.cost
         if is_new:
-            self._finished_here += task.cost
-            self._made += self._present
+            self._finished_here[task.spec.name] += task.cost
+            self._made[task.spec.name] += self._present
             self._present = 0
-        elif not self._is_resumed and not self._made + self._present:
+        elif not self._is_resumed and not self._done():
             _notice(f"going on with {self._evaluation.folder}")
             self._is_resumed = True
         # What is stored once the work has begun, others have done that share it.
-        if is_new or self._made + self._present:
+        if is_new or self._done():
             self._finished += task.cost
         self._show()
 
     def _show(self) -> None:
-        done = self._made + self._present
+        done = self._done()
         total = done + self._passes_left()
         self._bar.update(self._task, completed=done, total=total, state=f"{self._parts()}{self._time_left()}")
         now = time.monotonic()
@@ -148,20 +153,28 @@ class EvaluationProgress:
         self._last_line = now
         _notice(f"{self._name}: {self._parts()}, {now - self._opened:.0f} s{self._time_left()}")
 
+    def _done(self) -> int:
+        """Passes made since the start."""
+        return self._made.total() + self._present
+
     def _passes_left(self) -> float:
-        """Passes still to make here; what parts need is known only as an upper bound, and finished ones say how far off it is."""
-        share = self._made / self._finished_here if self._finished_here else 1.0
-        return max(share * self._left - self._present, 0.0)
+        """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
+        say how far off it is for that attack."""
+        needed = sum(
+            left * (self._made[name] / self._finished_here[name] if self._finished_here[name] else 1.0)
+            for name, left in self._left.items()
+        )
+        return max(needed - self._present, 0.0)
 
     def _time_left(self) -> str:
         """By the speed of the passes made so far, those of others who share the work included."""
-        done = self._made + self._present
-        if not done or self._started is None:
+        if not self._done() or self._started is None:
             return ""
-        seconds = (time.monotonic() - self._started) * self._passes_left() / done
-        if not self._finished_here:
-            return f", at most {_round_duration(seconds)} left"
-        return f", about {_round_duration(seconds * self._finished_here / self._finished)} left"
+        seconds = (time.monotonic() - self._started) * self._passes_left() / self._done()
+        if self._finished_here.total():
+            seconds *= self._finished_here.total() / self._finished
+        is_bound = any(left and not self._finished_here[name] for name, left in self._left.items())
+        return f", {'at most' if is_bound else 'about'} {_round_duration(seconds)} left"
 
     def _parts(self) -> str:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"

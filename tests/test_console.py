@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 
 def progress_over(*costs):
-    tasks = [SimpleNamespace(cost=cost) for cost in costs]
+    tasks = [SimpleNamespace(cost=cost, spec=SimpleNamespace(name=name)) for name, cost in costs]
     return EvaluationProgress(SimpleNamespace(tasks=tasks, manifest={"model": {"name": "tiny"}}, folder="runs/tiny")), tasks
 
 
@@ -35,7 +35,7 @@ def passes(progress, clock, count, each_s=1.0):
 
 
 def test_time_left_is_a_bound_at_first_and_an_estimate_once_a_part_is_done(clock):
-    progress, tasks = progress_over(100, 100, 100)
+    progress, tasks = progress_over(("pgd", 100), ("pgd", 100), ("pgd", 100))
     with progress:
         # What comes before the first pass, such as compiling, says nothing of the speed.
         passes(progress, clock, 1, each_s=500.0)
@@ -51,8 +51,21 @@ def test_time_left_is_a_bound_at_first_and_an_estimate_once_a_part_is_done(clock
         assert last_line(clock) == "tiny: 1/3 parts, 591 s, about 59 s left"
 
 
+def test_one_attack_says_nothing_of_another(clock):
+    progress, tasks = progress_over(("fgsm", 10), ("pgd", 100), ("fgsm", 10), ("pgd", 100))
+    with progress:
+        passes(progress, clock, 2)
+        progress.on_task(tasks[0], True)
+        passes(progress, clock, 29)
+        # Of 200 passes of pgd 29 are made; fgsm needs 1 of 10.
+        assert last_line(clock) == "tiny: 1/4 parts, 30 s, at most 3 min left"
+        progress.on_task(tasks[1], True)
+        passes(progress, clock, 30)
+        assert last_line(clock) == "tiny: 2/4 parts, 60 s, about 1 s left"
+
+
 def test_parts_of_others_shorten_the_time_left(clock):
-    progress, tasks = progress_over(100, 100, 100, 100)
+    progress, tasks = progress_over(("pgd", 100), ("pgd", 100), ("pgd", 100), ("pgd", 100))
     with progress:
         passes(progress, clock, 51)
         progress.on_task(tasks[0], True)
@@ -63,7 +76,7 @@ def test_parts_of_others_shorten_the_time_left(clock):
 
 
 def test_stored_parts_say_that_a_run_goes_on(clock):
-    progress, tasks = progress_over(100, 100)
+    progress, tasks = progress_over(("pgd", 100), ("pgd", 100))
     with progress:
         progress.on_task(tasks[0], False)
         passes(progress, clock, 60)
