@@ -565,6 +565,9 @@ def run(arguments: list[str]) -> int:
     except _Interrupted as interruption:
         print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:  # before a command began, or after it ended
+        print("interrupted", file=sys.stderr)
+        return 130
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return code or 0

@@ -228,6 +228,14 @@ def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert run("models", cwd=tmp_path) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
