@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -96,12 +97,16 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     """The summaries of `runs`, one after the other; runs are never pooled.
 
     Returns:
-        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ.
+        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ, and so does `model` where
+        files of one name hold different models.
 
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
     """
-    return _stacked([_summary(run, name) for name, run in name_runs(runs).items()], SUMMARY_COLUMNS)
+    named = name_runs(runs)
+    models = _name_models(named)
+    frames = [_summary(run, name).assign(model=models[name]) for name, run in named.items()]
+    return _stacked(frames, SUMMARY_COLUMNS)
 
 
 def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
@@ -412,6 +417,36 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
     while len(names := {"/".join(folder.parts[-depth:]): run for folder, run in zip(folders, runs)}) < len(runs):
         depth += 1
     return names
+
+
+def _name_models(named: Mapping[str, Run]) -> dict[str, str]:
+    """Run -> its model's name; a model of a user's file that shares it with other code has as much of the path as tells them apart.
+
+    The path is the one given on the command line, which manifests keep beside what identifies the run.
+    """
+    names = {run: manifest_value(of, "model", "name") for run, of in named.items()}
+    paths = {run: _model_path(of, names[run]) for run, of in named.items()}
+    for shared in set(names.values()):
+        runs = [run for run, name in names.items() if name == shared]
+        if len({named[run].manifest["model"].get("code_sha256") for run in runs}) < 2:
+            continue
+        given = {paths[run] for run in runs}
+        depth = 1
+        while len({path.parts[-depth:] for path in given}) < len(given):
+            depth += 1
+        names |= {run: "/".join(paths[run].parts[-depth:]) for run in runs}
+    return names
+
+
+def _model_path(run: Run, name: str) -> PurePath:
+    """What the command line called the model of a run; its name where the manifest does not say."""
+    request, position = run.manifest.get("request"), run.manifest.get("position")
+    if not isinstance(request, dict) or not isinstance(position, int):
+        return PurePath(name)
+    # Models one after the other, each with all surrogates.
+    place = position // max(1, len(request.get("surrogates", ())))
+    given = request.get("models", ())[place : place + 1]
+    return PurePath(os.path.normpath(given[0])) if given and PurePath(given[0]).name == name else PurePath(name)
 
 
 def _summary(run: Run, name: str) -> pd.DataFrame:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from lrrobust import cli
+from lrrobust.plots import label_runs
+from lrrobust.report import summarise
 from lrrobust.results import find_runs, load_run
 
 MODEL = """
@@ -184,6 +186,25 @@ def test_report_judges_claims_and_says_the_verdict_first(run, workplace, tmp_pat
         if row["population"] == "all":
             assert row["treatment_accuracy"] == table["model.py:build", row["eps"]]
             assert row["control_accuracy"] == table["model.py:build_other", row["eps"]]
+
+
+def test_files_of_one_name_are_told_apart(run, workplace, tmp_path):
+    other = MODEL.replace("manual_seed(0)", "manual_seed(1)")
+    for folder, text in (("mine", MODEL), ("theirs", other)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.py").write_text(text)
+    options = ("--dataset", workplace / "images", "--attack", "fgsm", "--no-diagnostics", "--out", tmp_path / "runs")
+    code, out, err = run("eval", "--model", "mine/model.py:build", "--model", "theirs/model.py:build", *options, cwd=tmp_path)
+    assert code == 0, err
+    assert "mine/model.py:build" in out and "theirs/model.py:build" in out
+    summary = summarise([load_run(folder) for folder in find_runs(tmp_path / "runs")])
+    accuracy = summary.drop_duplicates("model").set_index("model")["clean_accuracy"]
+    assert set(label_runs(summary).values()) == set(accuracy.index) == {"mine/model.py:build", "theirs/model.py:build"}
+    code, _, err = run("eval", "--model", "theirs/model.py:build", *options[:-1], tmp_path / "alone", cwd=tmp_path)
+    assert code == 0, err
+    alone = summarise([load_run(folder) for folder in find_runs(tmp_path / "alone")])
+    assert set(alone.model) == {"model.py:build"}
+    assert alone.clean_accuracy.iloc[0] == accuracy["theirs/model.py:build"] != accuracy["mine/model.py:build"]
 
 
 def timeless(folder):
