@@ -99,8 +99,8 @@ def evaluate(
     weights: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Weights file (.safetensors, .pt), torchvision weights name, none (random), or DEFAULT (the model's own); once for "
-            "each --model."
+            help="Weights file (.safetensors, .pt), torchvision weights name, none (random), or DEFAULT (the model's own); "
+            "once for each --model."
         ),
     ] = None,
     surrogate: Annotated[
@@ -125,7 +125,9 @@ def evaluate(
         Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
     ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's, in all that take steps.")] = None,
-    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's, in all that have some.")] = None,
+    restarts: Annotated[
+        Optional[int], typer.Option(min=1, help="Restarts instead of the attack's, in all that have some.")
+    ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,

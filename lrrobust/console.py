@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lrrobust.diagnostics.table import diagnostics_table
@@ -270,8 +278,8 @@ def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
     if wilson_interval(correct, int(n))[0] > 1 / classes:
         return None
     return (
-        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list in "
-        "the order of the logits, are the weights trained, and does the network normalise as it did in training?"
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
+        "in the order of the logits, are the weights trained, and does the network normalise as it did in training?"
     )
 
 
