@@ -420,7 +420,7 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
 
 
 def _name_models(named: Mapping[str, Run]) -> dict[str, str]:
-    """Run -> its model's name; a model of a user's file that shares it with other code has as much of the path as tells them apart.
+    """Run -> its model's name, with as much of the path as tells apart files of one name that hold other code.
 
     The path is the one given on the command line, which manifests keep beside what identifies the run.
     """

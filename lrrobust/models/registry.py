@@ -333,7 +333,10 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     if weights is None:
         return made
     if weights == NO_WEIGHTS:
-        raise ModelError(f"{name} brings its own weights, {weights!r} is for networks known by name: leave --weights out, or give {OWN_WEIGHTS}")
+        raise ModelError(
+            f"{name} brings its own weights, {weights!r} is for networks known by name: "
+            f"leave --weights out, or give {OWN_WEIGHTS}"
+        )
     state, _ = read_weights(Path(weights))
     fit_weights(made.module, state, weights)
     return Classifier(
