@@ -15,7 +15,7 @@ from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, breaking_eps, distances, manifest_value, write_file
-from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
+from lrrobust.stats import balanced_share, curve_over_passes, median_with_failures, passes_up_to, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ WORST_CASE = "worst_case"
 #: [0, 1], wall_s seconds, passes images through the network, the mean over images of what was spent on one up to
 #: that eps (`stats.passes_up_to`), NaN where not counted; dataset_sha256 tells apart datasets and subsets of one name.
 #: surrogate names the model that the images were made on, where it is not the model itself; robust_accuracy_quantized is
-#: NaN where it was not asked for.
+#: NaN where it was not asked for. The balanced accuracies are means over classes, effective_n says how many images that
+#: are spread evenly would tell as much (`stats.balanced_share`). is_cumulative: see `name_attack`.
 SUMMARY_COLUMNS = (
     "model",
     "weights",
@@ -42,11 +43,17 @@ SUMMARY_COLUMNS = (
     "robust_accuracy",
     "ci_low",
     "ci_high",
+    "balanced_clean_accuracy",
+    "balanced_robust_accuracy",
+    "balanced_ci_low",
+    "balanced_ci_high",
+    "effective_n",
     "robust_accuracy_quantized",
     "median_distance",
     "wall_s",
     "forward_passes",
     "backward_passes",
+    "is_cumulative",
     "is_complete",
     "run",
     "dataset_sha256",
@@ -83,8 +90,8 @@ def summarise_run(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns `SUMMARY_COLUMNS`. `median_distance` is over the images correct when clean, in the
-        norm of the attack, failures counted as infinity; `is_complete` is that of the run; `wall_s`
-        adds up the rows summarised.
+        norm of the attack, failures counted as infinity, and NaN where an earlier attack of the suite broke
+        images; `is_complete` is that of the run; `wall_s` adds up the rows summarised.
 
     Raises:
         StoreError: the manifest does not say what was evaluated.
@@ -166,8 +173,9 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"),
-    ...     "wall_s": 75.0, "forward_passes": 20.0, "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
+    ...     "ci_high": 0.531, "balanced_clean_accuracy": 0.7, "balanced_robust_accuracy": 0.5, "balanced_ci_low": 0.4,
+    ...     "balanced_ci_high": 0.6, "effective_n": 950.0, "is_cumulative": False, "surrogate": None,
+    ...     "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"), "wall_s": 75.0, "forward_passes": 20.0, "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
     '0.5/255'
     """
     return {
@@ -175,19 +183,36 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "weights": "-" if pd.isna(row["weights"]) or not row["weights"] else row["weights"],
         "images made on": "-" if pd.isna(row["surrogate"]) else row["surrogate"],
         "dataset": row["dataset"],
-        "attack": row["attack"],
+        "attack": name_attack(row["attack"], row["is_cumulative"]),
         "norm": row["norm"],
         "eps": format_eps(row["eps"], row["norm"]),
         "n": f"{row['n']}" if row["is_complete"] else f"{row['n']}*",
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
+        "balanced clean %": _unless_even(row, _percent(row["balanced_clean_accuracy"])),
+        "balanced %": _unless_even(row, _percent(row["balanced_robust_accuracy"])),
+        "balanced 95 % CI": _unless_even(row, f"{_percent(row['balanced_ci_low'])}-{_percent(row['balanced_ci_high'])}"),
         "8-bit robust %": "-" if pd.isna(row["robust_accuracy_quantized"]) else _percent(row["robust_accuracy_quantized"]),
         "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "passes": _format_passes(row["forward_passes"], row["backward_passes"]),
         "run": row["run"],
     }
+
+
+def name_attack(attack: str, is_cumulative: bool) -> str:
+    """An attack as tables call it, marked where its robust accuracy is not its own work alone.
+
+    An attack of a suite such as `strong` meets only what the attacks before it left standing, and what those broke
+    counts as broken in its rows.
+    """
+    return f"{attack}†" if is_cumulative else attack
+
+
+def _unless_even(row: Mapping[str, Any], text: str) -> str:
+    """Where images are spread evenly over classes, balanced accuracy says nothing that plain accuracy does not."""
+    return text if row["effective_n"] < _EVEN_SHARE * row["n"] else "-"
 
 
 def format_eps(eps: float, norm: str) -> str:
@@ -212,13 +237,15 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     shared = [name for name in _IDENTITY_HEADINGS[:-1] if len({row[name] for row in rows}) == 1]
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
-    caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
+    captions = [f"* incomplete, only the images finished so far: {', '.join(unfinished)}"] if unfinished else []
+    captions += [HOW_TO_READ_CUMULATIVE] if summary["is_cumulative"].any() else []
+    caption = "\n".join(captions)
     table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
     identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
     needs_run = len({row["run"] for row in rows}) > len(identities)
-    # Passes would make it wider than a terminal; files and the page have them.
-    hidden = {*shared, "passes", *_unused(rows), *(() if needs_run else ("run",))}
+    # What would make it wider than a terminal, files and the page have.
+    hidden = {*shared, *_FOR_FILES, *_unused(rows), *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
         # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
@@ -229,8 +256,14 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     return table
 
 
+#: Columns that a terminal has no room for.
+_FOR_FILES = ("passes", "balanced clean %", "balanced 95 % CI")
+
 #: Heading -> the column that a table is sorted by; other columns sort by what they show.
 _SORT_COLUMNS = {
+    "balanced clean %": "balanced_clean_accuracy",
+    "balanced %": "balanced_robust_accuracy",
+    "balanced 95 % CI": "balanced_ci_low",
     "eps": "eps",
     "n": "n",
     "clean %": "clean_accuracy",
@@ -387,8 +420,34 @@ HOW_TO_READ_QUANTIZED = (
     "and box, at the size that the model takes. The attacks do not know of the rounding: an upper bound."
 )
 
+#: What the mark of `name_attack` means.
+HOW_TO_READ_CUMULATIVE = (
+    "† attacked only what earlier attacks of its suite left standing: its robust accuracy counts what any of them broke."
+)
+
+#: What the balanced columns mean, where there are any.
+HOW_TO_READ_BALANCED = (
+    "Balanced: the mean of the classes' accuracies, as some classes have many more images here than others; intervals are "
+    "Wilson intervals of the effective number of images."
+)
+
 #: Headings that are left out where no row has anything to say under them.
-_OPTIONAL_HEADINGS = ("images made on", "8-bit robust %")
+_OPTIONAL_HEADINGS = ("images made on", "balanced clean %", "balanced %", "balanced 95 % CI", "8-bit robust %")
+
+#: Share of the images that those of even classes would make up before classes count as uneven.
+_EVEN_SHARE = 2 / 3
+
+
+def how_to_read(summary: pd.DataFrame) -> list[str]:
+    """What a reader of the table of a summary must know, in paragraphs."""
+    texts = [HOW_TO_READ]
+    if summary["is_cumulative"].any():
+        texts.append(HOW_TO_READ_CUMULATIVE)
+    if (summary["effective_n"] < _EVEN_SHARE * summary["n"]).any():
+        texts.append(HOW_TO_READ_BALANCED)
+    if summary["robust_accuracy_quantized"].notna().any():
+        texts.append(HOW_TO_READ_QUANTIZED)
+    return texts
 
 
 def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -416,13 +475,15 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
 
 def _summary(run: Run, name: str) -> pd.DataFrame:
     verdicts = _verdicts(run)
+    # As far as another attack had a hand in its rows.
+    cumulative = set(verdicts.loc[verdicts["is_broken_earlier"], "attack"])
     records = [
-        {"attack": attack, "norm": norm, "eps": eps} | _accuracies(group)
+        {"attack": attack, "norm": norm, "eps": eps, "is_cumulative": attack in cumulative} | _accuracies(group, attack in cumulative)
         for (attack, norm), of_attack in verdicts.groupby(["attack", "norm"], sort=False)
         for eps, group in of_attack.groupby("eps")
     ]
     for norm, of_norm in verdicts.groupby("norm", sort=False):
-        records.extend({"attack": WORST_CASE, "norm": norm} | record for record in _worst_cases(run, norm, of_norm))
+        records.extend({"attack": WORST_CASE, "norm": norm, "is_cumulative": False} | record for record in _worst_cases(run, norm, of_norm))
     identity = _identity(run, name)
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
@@ -436,9 +497,11 @@ def _verdicts(run: Run) -> pd.DataFrame:
     verdicts = pd.DataFrame(
         {
             "index": rows["index"].to_numpy(np.int64),
+            "label": rows["label"].to_numpy(np.int64),
             "attack": rows["attack"].to_numpy(object),
             "norm": rows["norm"].to_numpy(object),
             "eps": rows["eps"].to_numpy(np.float64),
+            "is_broken_earlier": (rows["outcome"] == "broken_by_earlier_attack").to_numpy(bool),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
             "is_broken_quantized": _is_broken_quantized(run),
@@ -466,8 +529,9 @@ def _is_broken_quantized(run: Run) -> np.ndarray:
     return (is_broken | ~rows["is_clean_correct"].to_numpy(bool)).astype(np.float64)
 
 
-def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
+def _accuracies(verdicts: pd.DataFrame, is_cumulative: bool = False) -> dict[str, Any]:
     """Numbers of one attack at one eps; `verdicts` has one row for each image, at least one."""
+    balanced = balanced_share(~verdicts["is_broken"], verdicts["label"])
     n, robust = len(verdicts), int((~verdicts["is_broken"]).sum())
     attacked = verdicts.loc[verdicts["is_clean_correct"], "distance"]
     low, high = wilson_interval(robust, n)
@@ -477,8 +541,14 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
         "robust_accuracy": robust / n,
         "ci_low": low,
         "ci_high": high,
+        "balanced_clean_accuracy": balanced_share(verdicts["is_clean_correct"], verdicts["label"]).share,
+        "balanced_robust_accuracy": balanced.share,
+        "balanced_ci_low": balanced.low,
+        "balanced_ci_high": balanced.high,
+        "effective_n": balanced.effective_n,
         "robust_accuracy_quantized": float(1 - verdicts["is_broken_quantized"].mean()),
-        "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
+        # What an earlier attack broke was not attacked: there is no distance, and that is no failure.
+        "median_distance": math.nan if is_cumulative else median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
         "wall_s": float(verdicts["wall_s"].sum()),
         "forward_passes": float(verdicts["forward_passes"].mean(skipna=False)),
         "backward_passes": float(verdicts["backward_passes"].mean(skipna=False)),
@@ -501,6 +571,8 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     np.minimum.at(nearest, image, verdicts["distance"].to_numpy())
     is_clean_correct = np.ones(len(images), dtype=bool)
     is_clean_correct[image[~verdicts["is_clean_correct"].to_numpy()]] = False
+    labels = np.zeros(len(images), dtype=np.int64)
+    labels[image] = verdicts["label"].to_numpy()
     # The distance of a rounded image is not in the rows: it counts from the eps of its row, at any distance at the latest.
     quantized = verdicts["is_broken_quantized"].to_numpy()
     row_eps = np.minimum(eps, np.finfo(np.float64).max)
@@ -517,6 +589,7 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
             for name in ("wall_s", "forward_passes", "backward_passes")
         }
         columns = {
+            "label": labels,
             "is_clean_correct": is_clean_correct,
             "is_broken": is_broken,
             "is_broken_quantized": is_quantized.astype(float) if is_asked else np.full(len(images), np.nan),
@@ -550,9 +623,7 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
-    lines = ["# Robust accuracy", "", HOW_TO_READ]
-    if summary["robust_accuracy_quantized"].notna().any():
-        lines += ["", HOW_TO_READ_QUANTIZED]
+    lines = ["# Robust accuracy", *(line for text in how_to_read(summary) for line in ("", text))]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
@@ -570,7 +641,9 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
 
 def _latex(summary: pd.DataFrame) -> str:
     return "\n".join(
-        to_latex(summary_table(of_dataset), f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {HOW_TO_READ}")
+        to_latex(
+            summary_table(of_dataset), f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {' '.join(how_to_read(of_dataset))}"
+        )
         for _, of_dataset in summary.groupby("dataset_sha256", sort=False)
     )
 

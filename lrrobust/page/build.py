@@ -24,10 +24,10 @@ from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
 from lrrobust.report import (
-    HOW_TO_READ,
+    HOW_TO_READ_CUMULATIVE,
     Drawing,
-    HOW_TO_READ_QUANTIZED,
     draw_runs,
+    how_to_read,
     mixed_metadata,
     name_runs,
     summarise,
@@ -63,6 +63,7 @@ class _Judged:
     informative: Table
     areas: Table
     norms: Table
+    is_cumulative: bool
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class _Dataset:
     sha256: str
     notices: Sequence[str]
     figures: Sequence[_Figure]
+    how_to_read: Sequence[str]
     summary: Table
-    is_quantized: bool
     transfer: Table
     transfer_findings: Sequence[str]
     diagnostics: Table
@@ -197,8 +198,7 @@ def _render(
         commands=_commands(runs, command),
         commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
         per_class=per_class,
-        how_to_read=HOW_TO_READ,
-        how_to_read_quantized=HOW_TO_READ_QUANTIZED,
+        how_to_read_cumulative=HOW_TO_READ_CUMULATIVE,
         how_to_read_transfer=HOW_TO_READ_TRANSFER,
         how_to_read_diagnostics=HOW_TO_READ_DIAGNOSTICS,
         diagnostic_results=RESULTS,
@@ -219,6 +219,7 @@ def _judge(result: ClaimResult, drawings: Sequence[Drawing]) -> _Judged:
         comparison_table([c for c in result.comparisons if not c.is_decisive]),
         area_table(result),
         norm_table(result),
+        any(c.is_cumulative for c in result.comparisons),
     )
 
 
@@ -253,8 +254,8 @@ def _datasets(
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             figures=[_figure(drawing) for drawing in drawings if drawing.dataset_sha256 == sha256],
+            how_to_read=how_to_read(rows),
             summary=summary_table(rows),
-            is_quantized=bool(rows["robust_accuracy_quantized"].notna().any()),
             transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
             transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],
             diagnostics=diagnostics_table(of_dataset),
