@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -161,6 +162,8 @@ def pass_curves(runs: Mapping[str, Run], eps: Mapping[str, float]) -> tuple[pd.D
             if spent.isna().any():
                 continue
             passes, accuracy = curve_over_passes(spent, group["is_clean_correct"], group["is_broken"])
+            if group["is_broken_earlier"].any():
+                attack += ", cumulative"
             curve = {"run": name, "attack": attack, "norm": norm, "eps": eps[norm], "passes": passes, "robust_accuracy": accuracy}
             curves.append(pd.DataFrame(curve))
     return _stacked(curves, PASS_COLUMNS), with_backward
@@ -368,8 +371,37 @@ def telling_eps(rows: pd.DataFrame) -> float | None:
     return float((means["robust_accuracy"] - means["clean_accuracy"] / 2).abs().idxmin())
 
 
+class Reproduction(NamedTuple):
+    """What makes a report again: the commits that its runs were made with, and every command once, the report's last."""
+
+    commits: Sequence[str]
+    commands: Sequence[str]
+
+    @property
+    def how(self) -> str:
+        if not self.commits:
+            return "With the versions given:"
+        return f"With the code at commit {', '.join(self.commits).replace('-dirty', ' with uncommitted changes')}:"
+
+
+def reproduction(runs: Sequence[Run], command: Sequence[str]) -> Reproduction:
+    """Args: runs in their order; command of the report itself, as in `sys.argv`."""
+    found = {str(commit) for run in runs if (commit := (run.manifest.get("provenance") or {}).get("commit"))}
+    evaluations = [format_command(run.manifest["command"]) for run in runs if run.manifest.get("command")]
+    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)])
+
+
+def format_command(command: Sequence[str]) -> str:
+    """A command line as a shell takes it; where the program lies is a matter of the machine."""
+    return shlex.join(["lrrobust", *map(str, command[1:])])
+
+
 def write_report(
-    runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None, summary: pd.DataFrame | None = None
+    runs: Sequence[Run],
+    out_dir: Path,
+    drawings: Sequence[Drawing] | None = None,
+    summary: pd.DataFrame | None = None,
+    command: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
@@ -380,6 +412,7 @@ def write_report(
         runs: at least one.
         out_dir: created where missing.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
+        command: of the report itself, as in `sys.argv`, for the head of the Markdown; None leaves that out.
 
     Returns:
         The files written.
@@ -401,7 +434,7 @@ def write_report(
 
     table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
-    write_file(text, _markdown(runs, summary, drawings).encode())
+    write_file(text, _markdown(runs, summary, drawings, command).encode())
     write_file(latex, _latex(summary).encode())
     return [table, text, latex, *figures]
 
@@ -618,12 +651,18 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing]) -> str:
+def _markdown(
+    runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str] | None
+) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
-    lines = ["# Robust accuracy", *(line for text in how_to_read(summary) for line in ("", text))]
+    lines = ["# Robust accuracy"]
+    if command is not None:
+        again = reproduction(runs, command)
+        lines += ["", again.how, "", *(f"    {line}" for line in again.commands)]
+    lines += [*(line for text in how_to_read(summary) for line in ("", text))]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
