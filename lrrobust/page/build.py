@@ -243,7 +243,9 @@ def _datasets(
     groups: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
         groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run
-    for place, (sha256, of_dataset) in enumerate(groups.items()):
+    # As the verdicts: the most images first.
+    ordered = sorted(groups.items(), key=lambda group: -next(iter(group[1].values())).manifest["dataset"]["n"])
+    for place, (sha256, of_dataset) in enumerate(ordered):
         dataset = next(iter(of_dataset.values())).manifest["dataset"]
         rows = summary[summary["dataset_sha256"] == sha256]
         # Runs without a finished part are in no summary.

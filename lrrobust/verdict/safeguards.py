@@ -195,7 +195,10 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
                 f"{format_eps(ladder[place], attack.norm)} in {attack.norm} broke {broken[place, 0]} more images of {claim.treatment} and "
                 f"{broken[place, 1]} more of {claim.control}"
             )
-            detail += ": the verdict would not stand." if undermined else ", where the two differ most: no difference that matters."
+            if undermined:
+                detail += f": a verdict of {' or '.join(undermined)} would rest on their absence."
+            else:
+                detail += ", where the two differ most: no difference that matters."
             yield Safeguard(
                 name="stronger_attacks", passed=not undermined, detail=detail, withholds=tuple(undermined) or _BOTH,
                 attack=besides[0] if len(besides) == 1 else None,
@@ -213,7 +216,10 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
         yield _valid_proposals(side, attack, withholds)
     for norm in dict.fromkeys(attack.norm for attack in attacks):
         yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
-    yield from _transfer(side, evidence.transfer, withholds)
+    # What images of another model show on some of these images, they show of the model.
+    on_fewer = [each.treatment if side is evidence.treatment else each.control for each in evidence.on_fewer]
+    runs = {str(run.folder): run for each in (side, *on_fewer) for run in each.runs}
+    yield from _transfer(side.model, list(runs.values()), evidence.transfer, withholds)
     for run, diagnostics in zip(side.runs, side.diagnostics):
         yield from _attack_diagnostics(side.model, run, diagnostics, withholds)
 
@@ -281,14 +287,14 @@ def _unbounded_attack(
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
 
 
-def _transfer(side: ModelOutcomes, transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:
+def _transfer(model: str, runs: Sequence[Run], transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:
     """Images made on another model may not break more than attacks that see the model's own gradient."""
-    models = [manifest_value(run, "model") for run in side.runs]
-    findings = find_transfer([*side.runs, *(run for run in transfer if manifest_value(run, "model") in models)])
+    models = [manifest_value(run, "model") for run in runs]
+    findings = find_transfer([*runs, *(run for run in transfer if manifest_value(run, "model") in models)])
     for finding in findings:
         yield Safeguard(name="transfer", passed=finding.passed, detail=finding.detail, withholds=withholds)
     if not findings:
-        detail = f"No images made on another model were judged on {side.model}: whether they break more is not known."
+        detail = f"No images made on another model were judged on {model}: whether they break more is not known."
         yield Safeguard(name="transfer", passed=None, detail=detail, withholds=withholds)
 
 

@@ -301,6 +301,13 @@ class TestTransfer:
         assert control.passed is None
         assert judge(evidence).verdict == "inconclusive"
 
+    def test_transfer_on_some_of_the_images_guards_all(self, make_claim, make_run):
+        on_all = [make_run(model, {"pgd": dict(distances=[INF] * 60)}) for model in "AB"]
+        runs = [*on_all, *self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10)]
+        (largest, _), _ = collect_evidence(make_claim(), runs)
+        assert len(largest.treatment.images) == 60
+        assert [guard.passed for guard in named(check_evidence(largest), "transfer")] == [False, None]
+
     def test_without_transfer_the_same_runs_support_the_claim(self, make_claim, make_run):
         runs = list(self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10))[:2]
         evidence, _ = self.check(make_claim, runs)
