@@ -349,6 +349,9 @@ def report(
         typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
+    gallery: Annotated[
+        bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
+    ] = True,
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
     from lrrobust.console import print_report, print_verdicts
@@ -379,8 +382,8 @@ def report(
     summary = summarise(loaded)
     drawings = draw_runs(loaded, summary=summary)
     written = [
-        *write_page(loaded, out, sys.argv, verdicts, drawings, summary),
-        *write_report(loaded, out, drawings, summary),
+        *write_page(loaded, out, sys.argv, verdicts, drawings, summary, with_gallery=gallery),
+        *write_report(loaded, out, drawings, summary, sys.argv),
         *write_transfer(loaded, out),
     ]
     print_report(loaded, summary, [out / "claim.json", *written])

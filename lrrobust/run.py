@@ -360,6 +360,8 @@ def _plan(
         "fingerprint": fingerprint,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
+        # Of no consequence for the rows, but for what they show.
+        **({"training": {"recipe": classifier.recipe}} if classifier.recipe else {}),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "request": request.record(),
