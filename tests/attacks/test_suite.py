@@ -183,6 +183,15 @@ def test_names_must_be_known_and_differ(folder):
         load_suite(["pgd", "pgd.yaml"])
 
 
+def test_attacks_without_a_setting_keep_theirs_and_this_is_said(caplog):
+    fgsm, pgd = load_suite(["quick"], steps=3)
+    assert (fgsm, pgd.steps) == (load_suite(["fgsm"])[0], 3)
+    assert "steps: left as it is in what has no such setting: fgsm" in caplog.text
+    caplog.clear()
+    assert [spec.eps for spec in load_suite(["quick"], eps=["1/255"])] == [(1 / 255,), (1 / 255,)]
+    assert not caplog.records
+
+
 def test_overrides_replace_and_are_checked():
     (pgd,) = load_suite(["pgd"])
     changed = override(pgd, eps=["1/255", 0.5], steps=7, restarts=3)
@@ -193,10 +202,10 @@ def test_overrides_replace_and_are_checked():
     (fgsm, _) = load_suite(["quick"], eps=("1/255",))
     assert fgsm.eps == (1 / 255,)
 
+    with pytest.raises(ConfigError, match="fgsm, cw: no 'restarts' to replace"):
+        load_suite(["fgsm", "cw"], restarts=3)
     with pytest.raises(ConfigError, match="fgsm: attacks of kind 'fgsm' have no 'steps' to replace"):
-        load_suite(["quick"], steps=3)
-    with pytest.raises(ConfigError, match="cw: attacks of kind 'cw' have no 'restarts'"):
-        load_suite(["cw"], restarts=3)
+        override(fgsm, steps=3)
     with pytest.raises(ConfigError, match="pgd: steps: expected greater than or equal to 1, found 0"):
         override(pgd, steps=0)
     with pytest.raises(ConfigError, match="pgd: eps.0: expected a number or a fraction .* found '4/'"):
