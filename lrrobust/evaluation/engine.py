@@ -649,7 +649,8 @@ def _rows(
             ever_broken, breaks_at, prediction, margin, linf, l2, l1, quantized_at, broken_earlier_at = found
             wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
-            was_broken_before = broken_earlier_at <= step.eps and not is_broken
+            # Infinity stands for never, also where the budget is infinite.
+            was_broken_before = math.isfinite(broken_earlier_at) and broken_earlier_at <= step.eps and not is_broken
             is_broken_quantized = None
             if in_8_bits and is_broken:
                 in_8_bits_at = min(quantized_at, broken_earlier_at)

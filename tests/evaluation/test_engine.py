@@ -409,6 +409,13 @@ def one_eps(eps):
     return PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(eps,), steps=1)
 
 
+def test_survivors_whose_nearest_image_is_not_found_stay_robust_without_a_budget(problem, tmp_path, attack_is):
+    attack_is(lambda model, images, labels: images)
+    cw = CW.model_copy(update={"survivors_only": True})
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [PGD_L2, cw], tmp_path / "run")
+    assert not rows.is_broken.any() and set(rows.outcome) == {"robust"}
+
+
 def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_path, attack_is):
     attack_is(lambda model, images, labels: 1 - images)
     flipped_labels = problem.model(1 - problem.images).argmax(1)
