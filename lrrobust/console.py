@@ -22,6 +22,7 @@ from lrrobust.results import load_run, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
@@ -54,6 +55,21 @@ def be_quiet() -> None:
 
 def _notice(text: str) -> None:
     _notices.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+#: A slower bfloat16 is worth a line from here on: below, what it saves in memory traffic may make up for it.
+_SLOW_BF16 = 2.0
+
+
+def _notice_slow_bf16(device: torch.device) -> None:
+    from lrrobust.half_precision import bf16_slowdown
+
+    slowdown = bf16_slowdown(device)
+    if slowdown > _SLOW_BF16:
+        _notice(
+            f"warning: this processor emulates bf16 (a matrix product takes {slowdown:.0f} times as long as in float32): "
+            "`--precision float32` is much faster here"
+        )
 
 
 @contextmanager
@@ -106,6 +122,8 @@ class EvaluationProgress:
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> EvaluationProgress:
+        if any(getattr(task.spec, "precision", None) == "bf16" for task in self._evaluation.tasks):
+            _notice_slow_bf16(self._evaluation.device)
         self._bar.start()
         self._task = self._bar.add_task(self._name, total=self._left, state=self._parts())
         return self
@@ -177,6 +195,8 @@ class TrainingProgress:
         self._bar = _build_bar()
 
     def __enter__(self) -> TrainingProgress:
+        if self._training.recipe.precision == "bf16":
+            _notice_slow_bf16(self._training.device)
         if self._training.step:
             _notice(f"going on at step {self._training.step} of {self._training.steps}")
         self._bar.start()

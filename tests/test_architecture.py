@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "eps": set(),
     "frozen": set(),
     "gradient_rules": set(),
+    "half_precision": set(),
     "torchvision_import": set(),
     "process_settings": set(),
     "lrrobust": set(),
@@ -69,7 +70,7 @@ MAY_IMPORT = {
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
     "cli": {"bench", "crosscheck", "learning_curves", "training.ranks"},
-    "console": {"bench", "check", "models", "attacks", "provenance"},
+    "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.
 ONLY_IN = {
