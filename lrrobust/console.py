@@ -311,13 +311,15 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
 
 
 def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path) -> None:
-    """The medians of a benchmark as a table; all its times, with the hardware, as CSV files in `out`."""
-    from lrrobust.bench.suites import format_cell
+    """The medians of a benchmark as a table; with date and hardware, as Markdown too, and all its times as CSV, in `out`."""
+    from lrrobust.bench.suites import format_cell, markdown_page
     from lrrobust.provenance import describe_environment
 
     environment = describe_environment(request.device)
+    environment["date"] = time.strftime("%Y-%m-%d")
     is_timed = result.times is not None
-    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name)
+    title = f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name
+    table = Table(title=title)
     for column in result.summary.columns:
         table.add_column(column)
     for row in result.summary.itertuples(index=False):
@@ -327,6 +329,9 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
         path = out / f"{name}-{kind}.csv"
         write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
         _notice(f"wrote {path}")
+    page = out / f"{name}.md"
+    write_file(page, markdown_page(title, result.summary, environment).encode())
+    _notice(f"wrote {page}")
 
 
 @contextmanager

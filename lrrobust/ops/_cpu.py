@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import event
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
@@ -754,6 +756,27 @@ def _backward_range(
             for lane in range(min(LANES, pairs - first)):
                 for t in range(taps):
                     grad_geometry[(first + lane) % groups, t] += dg[t * LANES + lane]
+
+
+# --- the first call ----------------------------------------------------------------------------------
+
+
+class _Announcement(event.Listener):
+    """Says on standard error what a first call waits for: half a minute of silence looks like a hang."""
+
+    def on_start(self, event) -> None:
+        dispatcher = event.data["dispatcher"]
+        if dispatcher in (_forward_range, _backward_range):
+            which = "forward" if dispatcher is _forward_range else "backward"
+            folder = dispatcher.stats.cache_path
+            kept = f"kept in {folder}" if folder else "not kept: no folder can be written, NUMBA_CACHE_DIR can name one"
+            print(f"lrrobust: compiling the local relation's {which} pass for this processor ({kept})", file=sys.stderr, flush=True)
+
+    def on_end(self, event) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())
 
 
 # --- threads -----------------------------------------------------------------------------------------
