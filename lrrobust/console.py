@@ -188,11 +188,12 @@ def diagnosing(evaluation: Evaluation) -> Iterator[Callable[[str, int, int], Non
 
 
 class TrainingProgress:
-    """Progress of a training run: loss, speed, time left; one line an epoch."""
+    """Progress of a training run: loss, speed, time left; one line an epoch, and without a terminal now and then."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._bar = _build_bar()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
         if self._training.recipe.precision == "bf16":
@@ -211,6 +212,10 @@ class TrainingProgress:
     def on_step(self, state: TrainingState) -> None:
         text = f"epoch {state.epoch}/{state.epochs} loss {state.loss:.3f} {state.images_per_s:.0f} img/s"
         self._bar.update(self._task, completed=state.step, state=text)
+        now = time.monotonic()
+        if not _notices.is_terminal and now - self._last_line >= _LINE_INTERVAL_S:
+            self._last_line = now
+            _notice(f"{self._training.model_name}: step {state.step}/{state.steps}, {text}")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         top1 = row["holdout_top1"]
