@@ -439,6 +439,9 @@ def train(
     initial_weights: Annotated[
         Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
     ] = None,
+    precision: Annotated[
+        Optional[str], typer.Option(help="float32 or bf16, instead of the recipe's; part of what the training is.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")
     ] = 8,
@@ -451,7 +454,7 @@ def train(
 
     folder = out if out is not None else Path("reports/training") / model
     request = TrainingRequest(
-        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers
+        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers, precision
     )
     with joined_ranks(choose_device(device)) as (ranks, own_device):
         if not ranks.is_first:

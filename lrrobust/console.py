@@ -32,6 +32,7 @@ from lrrobust.stats import wilson_interval
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
@@ -64,6 +65,21 @@ def be_quiet() -> None:
 
 def _notice(text: str) -> None:
     _notices.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+#: A slower bfloat16 is worth a line from here on: below, what it saves in memory traffic may make up for it.
+_SLOW_BF16 = 2.0
+
+
+def _notice_slow_bf16(device: torch.device) -> None:
+    from lrrobust.half_precision import bf16_slowdown
+
+    slowdown = bf16_slowdown(device)
+    if slowdown > _SLOW_BF16:
+        _notice(
+            f"warning: this processor emulates bf16 (a matrix product takes {slowdown:.0f} times as long as in float32): "
+            "`--precision float32` is much faster here"
+        )
 
 
 @contextmanager
@@ -121,6 +137,8 @@ class EvaluationProgress:
         self._started: float | None = None
 
     def __enter__(self) -> EvaluationProgress:
+        if any(getattr(task.spec, "precision", None) == "bf16" for task in self._evaluation.tasks):
+            _notice_slow_bf16(self._evaluation.device)
         self._bar.start()
         self._task = self._bar.add_task(self._name, total=self._left.total(), state=self._parts())
         return self
@@ -223,6 +241,8 @@ class TrainingProgress:
         self._last_line = time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
+        if self._training.recipe.precision == "bf16":
+            _notice_slow_bf16(self._training.device)
         if self._training.step:
             _notice(f"going on at step {self._training.step} of {self._training.steps}")
         self._bar.start()
@@ -357,13 +377,15 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
 
 
 def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path) -> None:
-    """The medians of a benchmark as a table; all its times, with the hardware, as CSV files in `out`."""
-    from lrrobust.bench.suites import format_cell
+    """The medians of a benchmark as a table; with date and hardware, as Markdown too, and all its times as CSV, in `out`."""
+    from lrrobust.bench.suites import format_cell, markdown_page
     from lrrobust.provenance import describe_environment
 
     environment = describe_environment(request.device)
+    environment["date"] = time.strftime("%Y-%m-%d")
     is_timed = result.times is not None
-    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name)
+    title = f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name
+    table = Table(title=title)
     for column in result.summary.columns:
         table.add_column(column)
     for row in result.summary.itertuples(index=False):
@@ -373,6 +395,9 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
         path = out / f"{name}-{kind}.csv"
         write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
         _notice(f"wrote {path}")
+    page = out / f"{name}.md"
+    write_file(page, markdown_page(title, result.summary, environment).encode())
+    _notice(f"wrote {page}")
 
 
 @contextmanager

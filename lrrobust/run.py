@@ -438,6 +438,7 @@ class TrainingRequest:
 
     Args:
         workers: processes that decode images while the network trains, where the recipe streams them; 0 for none.
+        precision: replaces that of the recipe.
     """
 
     model: str
@@ -449,6 +450,7 @@ class TrainingRequest:
     device: str = "auto"
     initial_weights: Path | None = None
     workers: int = 0
+    precision: str | None = None
 
 
 def prepare_training(
@@ -462,7 +464,7 @@ def prepare_training(
     Args:
         ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
     """
-    recipe: Recipe = load_recipe(request.recipe)
+    recipe: Recipe = load_recipe(request.recipe, request.precision)
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)

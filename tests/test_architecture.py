@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
     "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
-    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
+    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "eps": set(),
     "frozen": set(),
     "gradient_rules": set(),
+    "half_precision": set(),
     "torchvision_import": set(),
     "process_settings": set(),
     "lrrobust": set(),
@@ -69,7 +70,7 @@ MAY_IMPORT = {
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
     "cli": {"bench", "crosscheck", "learning_curves", "training.ranks"},
-    "console": {"bench", "check", "models", "attacks", "provenance"},
+    "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.
 ONLY_IN = {

@@ -4,9 +4,10 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-from lrrobust import console
+from lrrobust import console, half_precision
 from lrrobust.console import EvaluationProgress
 from lrrobust.training.trainer import Progress
 
@@ -22,7 +23,9 @@ def clock(monkeypatch):
 
 def progress_over(*costs):
     tasks = [SimpleNamespace(cost=cost, spec=SimpleNamespace(name=name)) for name, cost in costs]
-    return EvaluationProgress(SimpleNamespace(tasks=tasks, manifest={"model": {"name": "tiny"}}, folder="runs/tiny")), tasks
+    manifest = {"model": {"name": "tiny"}}
+    made = SimpleNamespace(tasks=tasks, manifest=manifest, folder="runs/tiny", device=torch.device("cpu"))
+    return EvaluationProgress(made), tasks
 
 
 def last_line(clock):
@@ -90,12 +93,35 @@ def test_durations_are_as_exact_as_estimates(seconds, text):
     assert console._round_duration(seconds) == text
 
 
+def training(precision="float32", steps=1):
+    recipe = SimpleNamespace(precision=precision)
+    device = torch.device("cpu")
+    return console.TrainingProgress(SimpleNamespace(recipe=recipe, device=device, step=0, steps=steps, model_name="resnet50"))
+
+
+def evaluation(precision):
+    specs = SimpleNamespace(name="pgd"), SimpleNamespace(name="pgd_bf16", precision=precision)
+    tasks = [SimpleNamespace(spec=spec, cost=1) for spec in specs]
+    manifest = {"model": {"name": "resnet50"}}
+    return console.EvaluationProgress(SimpleNamespace(manifest=manifest, tasks=tasks, device=torch.device("cpu")))
+
+
 def test_long_trainings_say_where_they_are(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0, 80.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    with console.TrainingProgress(SimpleNamespace(step=0, steps=100, model_name="resnet50")) as progress:
+    with training(steps=100) as progress:
         for step in range(1, 5):
             progress.on_step(Progress(epoch=1, epochs=2, step=step, steps=100, loss=3.5, images_per_s=60.0))
     # At 10 and at 50 seconds too little time has passed since the line before.
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"resnet50: step {step}/100, epoch 1/2 loss 3.500 60 img/s" for step in (2, 4)]
+
+
+@pytest.mark.parametrize("build", [training, evaluation])
+@pytest.mark.parametrize("precision, slowdown, is_said", [("bf16", 14.2, True), ("bf16", 1.5, False), ("float32", 14.2, False)])
+def test_bf16_that_is_emulated_is_said_with_its_cure(build, precision, slowdown, is_said, monkeypatch, capsys):
+    monkeypatch.setattr(half_precision, "bf16_slowdown", lambda device: slowdown)
+    with build(precision):
+        pass
+    err = capsys.readouterr().err
+    assert ("14 times as long as in float32" in err and "--precision float32" in err) == is_said
