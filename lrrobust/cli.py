@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lrrobust.run import Evaluation, EvaluationRequest
 
 
+#: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
+_UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
 class _Interrupted(Exception):
     """Ctrl-C, under a name that typer does not handle in its own way; says what it leaves."""
 
@@ -94,7 +98,10 @@ def evaluate(
     skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and say which.")] = False,
     weights: Annotated[
         Optional[list[str]],
-        typer.Option(help="Weights file (.safetensors, .pt), torchvision weights name, or none; once for each --model."),
+        typer.Option(
+            help="Weights file (.safetensors, .pt), torchvision weights name, none (random), or DEFAULT (the model's own); "
+            "once for each --model."
+        ),
     ] = None,
     surrogate: Annotated[
         Optional[list[str]],
@@ -117,8 +124,10 @@ def evaluate(
     eps: Annotated[
         Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
-    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's, in all that take steps.")] = None,
+    restarts: Annotated[
+        Optional[int], typer.Option(min=1, help="Restarts instead of the attack's, in all that have some.")
+    ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,
@@ -340,6 +349,9 @@ def report(
         typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
+    gallery: Annotated[
+        bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
+    ] = True,
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
     from lrrobust.console import print_report, print_verdicts
@@ -370,8 +382,8 @@ def report(
     summary = summarise(loaded)
     drawings = draw_runs(loaded, summary=summary)
     written = [
-        *write_page(loaded, out, sys.argv, verdicts, drawings, summary),
-        *write_report(loaded, out, drawings, summary),
+        *write_page(loaded, out, sys.argv, verdicts, drawings, summary, with_gallery=gallery),
+        *write_report(loaded, out, drawings, summary, sys.argv),
         *write_transfer(loaded, out),
     ]
     print_report(loaded, summary, [out / "claim.json", *written])
@@ -550,16 +562,34 @@ def attacks() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
-        app(arguments, prog_name="lrrobust")
+        # An exit code where the command chose one; what else commands return is None.
+        code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except _UsageError as error:
+        print(_explain_usage(error), file=sys.stderr)
         return 2
     except _Interrupted as interruption:
         print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:  # before a command began, or after it ended
+        print("interrupted", file=sys.stderr)
+        return 130
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
+    return code or 0
+
+
+def _explain_usage(error: _UsageError) -> str:
+    """One line; without a command its list, which is what was missing."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split())
+    if context is None:
+        return f"error: {message}"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.format_message()
+    return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
 
 
 def main() -> None:

@@ -234,27 +234,31 @@ def prepare_evaluations(
     for model in models:
         for surrogate in surrogates:
             _check_sizes(loaded[model], loaded[surrogate])
-    source = open_dataset(request.dataset)
+    first, *others = (loaded[model].classifier for model in models)
+    images = build_evaluation_set(
+        open_dataset(request.dataset),
+        first.classes,
+        _preprocessing(first),
+        known_classes=shared,
+        n=request.n,
+        seed=request.seed,
+        balanced=request.balanced,
+        indices=indices,
+        skip_corrupt=request.skip_corrupt,
+        on_progress=on_scan,
+    )
+    views = [images, *(images.seen_by(other.classes, _preprocessing(other)) for other in others)]
     evaluations = []
-    for model in models:
-        classifier = loaded[model].classifier
-        images = build_evaluation_set(
-            source,
-            classifier.classes,
-            Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation),
-            known_classes=shared,
-            n=request.n,
-            seed=request.seed,
-            balanced=request.balanced,
-            indices=indices,
-            skip_corrupt=request.skip_corrupt,
-            on_progress=on_scan,
-        )
+    for model, images in zip(models, views, strict=True):
         for surrogate in surrogates or [model]:
             # However it was asked for: a model attacked itself is no transfer.
             attacked = None if loaded[surrogate].record == loaded[model].record else loaded[surrogate]
             evaluations.append(_plan(len(evaluations), loaded[model], attacked, images, specs, request, device, command))
     return evaluations
+
+
+def _preprocessing(classifier: Classifier) -> Preprocessing:
+    return Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation)
 
 
 def _named_models(
@@ -356,6 +360,8 @@ def _plan(
         "fingerprint": fingerprint,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
+        # Of no consequence for the rows, but for what they show.
+        **({"training": {"recipe": classifier.recipe}} if classifier.recipe else {}),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "request": request.record(),
