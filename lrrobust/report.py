@@ -466,7 +466,7 @@ HOW_TO_READ_CUMULATIVE = (
 #: What the balanced columns mean, where there are any.
 HOW_TO_READ_BALANCED = (
     "Balanced: the mean of the classes' accuracies, as some classes have many more images here than others; intervals are "
-    "Wilson intervals of the effective number of images."
+    "put together from Wilson intervals of the classes with as many images."
 )
 
 #: Headings that are left out where no row has anything to say under them.

@@ -57,3 +57,15 @@ def test_covers_as_often_as_it_says(of_many, of_few):
         covered.append(found.low <= shares.mean() <= found.high)
     # Standard error 1 point.
     assert 0.92 <= np.mean(covered)
+
+
+@pytest.mark.parametrize(("images", "shares"), [([3, 300], [0.5, 0.999]), ([6, *[200] * 9], [0.3, *[0.0] * 9])])
+def test_a_few_images_of_a_rare_class_leave_much_open(images, shares):
+    """None of them may be a success by chance, and then nothing of the other classes says how many could be."""
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(500):
+        is_success = generator.random(sum(images)) < np.repeat(shares, images)
+        found = balanced_share(is_success, np.repeat(np.arange(len(images)), images))
+        covered.append(found.low <= np.mean(shares) <= found.high)
+    assert 0.92 <= np.mean(covered)
