@@ -99,9 +99,14 @@ class WeightsMetadata(BaseModel):
 
     @property
     def recipe_identity(self) -> str:
-        """The recipe's name, and a hash of all that it asks for but the seed, and of how long it was followed."""
+        """The recipe's name, and a hash of all that it asks for but the seed, of how long it was followed, and from where on.
+
+        Weights to go on from count by their name: each network has its own.
+        """
         asked = {key: value for key, value in self.recipe.items() if key not in ("name", "description", "seed")}
         followed = {key: self.training.get(key) for key in ("images", "steps")}
+        if (initial := self.training.get("initial_weights")) is not None:
+            followed["initial_weights"] = initial["name"]
         text = json.dumps([asked, followed], sort_keys=True)
         return f"{self.recipe.get('name', 'recipe')} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -14,6 +14,7 @@ A file holds the fields of `Claim` but the name, which is the file's own:
     power: 0.8
     smallest_difference: 0.02
     largest_clean_difference: 0.02
+    same_training: false              # without: recipes must not differ, as adversarial training makes any network robust
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ class Claim(Record):
     """Smallest difference of robust accuracy that matters."""
     largest_clean_difference: float = Field(ge=0, lt=1)
     """Largest difference of clean accuracy at which the two count as equally well trained."""
+    same_training: bool = True
+    """Both must have been trained by the same recipe; false for claims about trainings, or about models as they are."""
 
     @model_validator(mode="after")
     def _check(self) -> Claim:

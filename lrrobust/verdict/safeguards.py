@@ -101,12 +101,17 @@ def _same_training(evidence: Evidence) -> Safeguard:
         for side in (evidence.treatment, evidence.control)
     ]
     known = set.union(*recipes)
-    if None in known:
+    if not evidence.claim.same_training:
+        passed, detail = None, "The claim compares two models as they are, however they were trained: the recipes do not count."
+    elif None in known:
         passed, detail = None, "Not all weights say by which recipe they were trained: whether by the same is not known."
     elif len(known) > 1:
         ours, theirs = (", ".join(sorted(found)) for found in recipes)
         passed = False
-        detail = f"The two models were trained by different recipes ({ours}; {theirs}): these are compared, not the models."
+        detail = (
+            f"The two models were trained by different recipes ({ours}; {theirs}): these are compared, not the models; "
+            "a claim that means to says `same_training: false`."
+        )
     else:
         passed, detail = True, f"Both models were trained by the same recipe ({known.pop()})."
     return Safeguard(name="same_training", passed=passed, detail=detail, withholds=_BOTH)
@@ -172,7 +177,8 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
             sides = ((source.treatment, source.treatment_places), (source.control, source.control_places))
             made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side, _ in sides))
             besides = sorted(name for name, norm in made - judging if norm == attack.norm)
-            if not besides:
+            # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
+            if not besides or not any(norm == attack.norm for _, norm in made & judging):
                 continue
             own, of_all = (
                 [np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in chosen])

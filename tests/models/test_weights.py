@@ -304,6 +304,20 @@ def test_many_differences_are_counted():
 SHIPPED = [(name, weights) for name in SHIPPED_WEIGHTS for weights in SHIPPED_WEIGHTS[name]]
 
 
+def test_the_identity_of_a_recipe_is_what_was_done_not_what_it_is_called():
+    def identity(recipe={}, **training):
+        asked = {"name": "short", "description": "Short.", "seed": 0, "epochs": 3} | recipe
+        return METADATA.model_copy(update={"recipe": asked, "training": {"images": 100, "steps": 9} | training}).recipe_identity
+
+    plain = identity()
+    assert plain.startswith("short ") and plain == identity({"seed": 1, "description": "Other words."}, wall_s=3.0)
+    others = [identity({"epochs": 4}), identity(steps=8), identity(images=99)]
+    # Weights of an adversarial training, say, to go on from.
+    others += [identity(initial_weights={"name": name, "sha256": "ab"}) for name in ("V0", "ROBUST")]
+    assert len({plain, *others}) == 6
+    assert others[-1] == identity(initial_weights={"name": "ROBUST", "sha256": "cd"})
+
+
 @pytest.mark.parametrize(("name", "weights"), SHIPPED)
 def test_shipped_weights(name, weights):
     shipped = SHIPPED_WEIGHTS[name][weights]

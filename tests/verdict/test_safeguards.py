@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -79,10 +80,10 @@ def test_an_attack_that_only_one_model_met_is_a_difference(make_claim, make_run)
 
 
 def test_images_of_one_name_may_differ(check):
-    def replace(runs):
+    def rename(runs):
         runs[0].manifest["dataset"]["sha256"] = "01" * 32
 
-    safeguards = check(change=replace)
+    safeguards = check(change=rename)
     assert failed(safeguards) == [("same_images", None, BOTH)]
     assert "same names for both models, but other hashes" in named(safeguards, "same_images")[0].detail
 
@@ -120,6 +121,16 @@ def test_models_of_different_recipes_are_not_compared(check, recipes, passed, te
     safeguards = check(treatment=ours, control=theirs)
     (found,) = named(safeguards, "same_training")
     assert found.passed is passed and text in found.detail and found.withholds == BOTH
+
+
+def test_a_claim_may_mean_the_trainings(make_claim, make_run):
+    distances = {"pgd": dict(distances=[INF] * 200)}, {"pgd": dict(distances=[PIXEL / 2] * 200)}
+    runs = [make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))]
+    for same_training, passed, verdict in ((True, False, "inconclusive"), (False, None, "supported")):
+        (evidence,), _ = collect_evidence(make_claim(same_training=same_training), runs)
+        (found,) = named(check_evidence(evidence), "same_training")
+        assert found.passed is passed and judge(evidence).verdict == verdict
+        assert ("`same_training: false`" in found.detail) == same_training
 
 
 def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
@@ -175,6 +186,15 @@ class TestStrongerAttacks:
         assert found.withholds == ("supported",) and "On 100 of these images strong was made too" in found.detail
         assert not named(check_evidence(some), "stronger_attacks")
         assert [attack.name for attack in some.attacks] == ["pgd", "strong", "worst_case"]
+
+    def test_unfinished_runs_may_lack_the_attacks_that_judge(self, make_claim, make_run):
+        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
+        runs += [make_run(model, {"strong": dict(distances=[PIXEL] * 100)}) for model in "AB"]
+        runs[1] = replace(runs[1], rows=runs[1].rows[runs[1].rows["index"] < 20].reset_index(drop=True), is_complete=False)
+        found, refused = collect_evidence(make_claim(), runs)
+        assert [len(evidence.treatment_places) for evidence in found] == [100, 20] and not refused
+        for evidence in found:
+            assert not named(check_evidence(evidence), "stronger_attacks")
 
 
 def test_a_run_given_twice_for_one_model_is_a_difference(make_claim, make_run):
