@@ -573,7 +573,7 @@ def run(arguments: list[str]) -> int:
     except _Interrupted as interruption:
         print(f"interrupted: {interruption}", file=sys.stderr)
         return 130
-    except KeyboardInterrupt:  # before a command began, or after it ended
+    except (KeyboardInterrupt, typer.Abort):  # before a command began, or after it ended; some releases of typer rename it
         print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as done:

@@ -187,7 +187,7 @@ class EvaluationProgress:
         """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
         say how far off it is for that attack."""
         needed = sum(
-            left * (self._made[name] / self._finished_here[name] if self._finished_here[name] else 1.0)
+            left * (self._made[name] / self._finished_here[name] if self._made[name] else 1.0)
             for name, left in self._left.items()
         )
         return max(needed - self._present, 0.0)
@@ -199,7 +199,7 @@ class EvaluationProgress:
         seconds = (time.monotonic() - self._started) * self._passes_left() / self._done()
         if self._finished_here.total():
             seconds *= self._finished_here.total() / self._finished
-        is_bound = any(left and not self._finished_here[name] for name, left in self._left.items())
+        is_bound = any(left and not self._made[name] for name, left in self._left.items())
         return f", {'at most' if is_bound else 'about'} {_round_duration(seconds)} left"
 
     def _parts(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from PIL import Image
 
 from lrrobust import cli
@@ -249,9 +250,10 @@ def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, typer.Abort])
+def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch, error):
     def interrupt(*_, **__):
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(cli, "app", interrupt)
     assert run("models", cwd=tmp_path) == (130, "", "interrupted\n")

@@ -68,6 +68,14 @@ def test_one_attack_says_nothing_of_another(clock):
         assert last_line(clock) == "tiny: 2/4 parts, 60 s, about 1 s left"
 
 
+def test_parts_without_anything_to_attack_say_nothing(clock):
+    progress, tasks = progress_over(("pgd", 100), ("pgd", 100))
+    with progress:
+        progress.on_task(tasks[0], True)
+        passes(progress, clock, 32)
+        assert last_line(clock).endswith(", at most 71 s left")
+
+
 def test_parts_of_others_shorten_the_time_left(clock):
     progress, tasks = progress_over(("pgd", 100), ("pgd", 100), ("pgd", 100), ("pgd", 100))
     with progress:
