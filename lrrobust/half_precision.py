@@ -13,8 +13,8 @@ _SIDE = 256
 def bf16_slowdown(device: torch.device) -> float:
     """How many times as long as in float32 a matrix product takes in bfloat16; below 1 where it is faster.
 
-    Measured, since no list of instructions says what a library makes of them. 1 where the device is no CPU: GPUs
-    without bfloat16 are refused by torch itself.
+    Measured, since no list of instructions says what a library makes of them. 1 where the device is no CPU, which is
+    not looked into: torch emulates bfloat16 on GPUs older than Ampere.
     """
     if device.type != "cpu":
         return 1.0

@@ -62,9 +62,10 @@ def pgd(
 
     At budget eps an image takes `steps` steps of length step_size_ratio * eps / steps along the sign
     of the gradient (linf), the gradient divided by its length (l2), or the sign of its largest values
-    (l1), each followed by the projection onto the ball and onto [0, 1]. Iterates that the model misclassifies are claimed on the way, the
-    last iterate of every start in any case. A broken image leaves the batch and is attacked at no
-    larger budget; its place goes to the next image that waits, which may stand at another budget.
+    (l1), each followed by the projection onto the ball and onto [0, 1]. Iterates that the model
+    misclassifies are claimed on the way, the last iterate of every start in any case. A broken image
+    leaves the batch and is attacked at no larger budget; its place goes to the next image that waits,
+    which may stand at another budget.
 
     The loss is log sum_{k != y} exp(z_k) - z_y. Its gradient is that of the cross-entropy divided by
     1 - p_y, which sign and length take no notice of; but it does not vanish where the label's
@@ -73,8 +74,8 @@ def pgd(
     With a target the loss is log p_t / (1 - p_t) instead, which rises as the target's probability does. The
     target is where the search goes, not what it is asked for: an image is broken by any class but its own.
 
-    Random starts are those of torchattacks: uniform in the linf ball; in l2 and l1 of a uniform direction and
-    a uniform share of eps as length. They follow from `draw` alone: which images share a batch changes
+    Random starts are those of torchattacks: uniform in the linf ball; in l2 of a uniform direction and a uniform share
+    of eps as length, and in l1, which it does not have, likewise. They follow from `draw` alone: which images share a batch changes
     nothing but the rounding of the model.
 
     Args:
