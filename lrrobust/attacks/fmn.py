@@ -38,8 +38,8 @@ def fmn(
 
     Until the image is misclassified for the first time, the ball reaches as far as the linearised boundary at least, and
     grows in any case: the paper's can come to rest just before a boundary that bends away. From then on its radius
-    shrinks by a share where the iterate is adversarial, to the nearest one found at most, and grows by that share where
-    it is not. Each step goes along the gradient of the margin and is then projected onto ball
+    shrinks by a share where the iterate is adversarial, and to the nearest one found where that is less, and grows by
+    that share where it is not. Each step goes along the gradient of the margin and is then projected onto ball
     and box. Step sizes and shares fall along a cosine from their first to their last values.
 
     Step sizes are in units of the radius, where the paper's are lengths: it tunes them to each data set, and near

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,7 +8,7 @@ from torch import nn
 from lrrobust.attacks.build import Attack, Effort
 from lrrobust.evaluation.chunks import start_seed
 from lrrobust.evaluation.judge import Judge
-from lrrobust.threat import ThreatModel
+from lrrobust.threat import ThreatModel, distance
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -93,3 +94,23 @@ def attack_with():
         return attacked
 
     return run
+
+
+@pytest.fixture
+def path_of(linear_problem, attack_with):
+    """How far from the clean image the model is asked, in units of the nearest adversarial one; two classes, linear."""
+
+    def path(spec):
+        problem = linear_problem(1, classes=2)
+        model, image, seen = deepcopy(problem.model).double(), problem.images.double(), []
+
+        class Watched(nn.Module):
+            def forward(self, images):
+                seen.append(distance(image, images.detach(), spec.norm).item())
+                return model(images)
+
+        attack_with(spec, Watched(), image, problem.labels)
+        # The first is the harness asking how many classes there are.
+        return [length / problem.nearest(spec.norm).item() for length in seen[1:]]
+
+    return path
