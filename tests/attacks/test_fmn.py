@@ -16,3 +16,11 @@ def test_the_ball_shrinks_beyond_the_boundary_and_grows_before_it(path_of):
         expected.append(radius)
     assert path_of(spec)[:12] == pytest.approx(expected, rel=1e-3)
     assert min(expected[2:]) < 0.9 and max(expected) > 1.02
+
+
+def test_the_ball_holds_nothing_farther_than_the_nearest_found(path_of):
+    # Short steps: the ball has grown far beyond the boundary by the time that it is crossed.
+    sizes = {"first_step_size": 0.1, "last_step_size": 0.1, "first_change": 0.2, "last_change": 0.2}
+    path = path_of(FmnSpec(kind="fmn", name="fmn", norm="l2", eps=(0.1,), steps=15, **sizes))
+    crossed = next(step for step, length in enumerate(path) if length > 1)
+    assert 3 < crossed < 12 and max(path) == pytest.approx(path[crossed])
