@@ -136,7 +136,7 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
     """Raises ModelError unless logits are a floating tensor (n, num_classes)."""
     expected = f"expected logits of shape ({n}, {num_classes}), one for each class of the model"
     if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"the model returns {type(logits).__name__}: {expected}")
+        raise ModelError(f"the model returns {type(logits).__name__}: {expected}; wrap it in a module that returns these alone")
     if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
         raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
 
