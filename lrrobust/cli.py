@@ -465,7 +465,7 @@ def train(
 @app.command()
 def bench(
     what: Annotated[
-        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, store, report; all if none.")
+        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, sharing, store, report; all if none.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,

@@ -322,7 +322,9 @@ def load_adversarial(run: Run) -> Iterator[tuple[str, list[AdversarialImage]]]:
     return _load_images(run, _ADVERSARIAL, ADVERSARIAL_SCHEMA, table_to_adversarial)
 
 
-def _load_images(run: Run, kind: str, schema: pa.Schema, convert: Callable[[pa.Table], list[T]]) -> Iterator[tuple[str, list[T]]]:
+def _load_images(
+    run: Run, kind: str, schema: pa.Schema, convert: Callable[[pa.Table], list[T]]
+) -> Iterator[tuple[str, list[T]]]:
     for part in sorted(_listed_parts(run.folder, kind)):
         # Images are written before the rows that they belong to, and are nothing without those.
         if part.stem not in run.part_metadata:
@@ -333,7 +335,8 @@ def _load_images(run: Run, kind: str, schema: pa.Schema, convert: Callable[[pa.T
         except FileNotFoundError:
             continue
         except (_DamagedPart, ValueError) as damage:
-            _log.warning("%s %s; its images are left out", path, damage if isinstance(damage, _DamagedPart) else _foreign(damage))
+            reason = damage if isinstance(damage, _DamagedPart) else _foreign(damage)
+            _log.warning("%s %s; its images are left out", path, reason)
             continue
         yield part.attack, images
 
