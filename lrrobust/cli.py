@@ -31,13 +31,17 @@ if TYPE_CHECKING:
     from lrrobust.run import Evaluation, EvaluationRequest
 
 
+#: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
+_UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
 class _Interrupted(Exception):
     """Ctrl-C or a signal that ends, under a name that typer does not handle in its own way; says what it leaves."""
 
-    def __init__(self, leaves: str, cause: KeyboardInterrupt) -> None:
+    def __init__(self, cause: KeyboardInterrupt, leaves: str | None = None) -> None:
         signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
         how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
-        super().__init__(f"{how}: {leaves}")
+        super().__init__(how if leaves is None else f"{how}: {leaves}")
         self.exit_code = 128 + signum
 
 
@@ -46,7 +50,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as cause:
-            raise _Interrupted("what was finished is kept, the same command goes on from there", cause) from None
+            raise _Interrupted(cause, "what was finished is kept, the same command goes on from there") from None
 
 
 app = typer.Typer(
@@ -102,7 +106,10 @@ def evaluate(
     skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and say which.")] = False,
     weights: Annotated[
         Optional[list[str]],
-        typer.Option(help="Weights file (.safetensors, .pt), torchvision weights name, or none; once for each --model."),
+        typer.Option(
+            help="Weights file (.safetensors, .pt), torchvision weights name, none (random), or DEFAULT (the model's own); "
+            "once for each --model."
+        ),
     ] = None,
     surrogate: Annotated[
         Optional[list[str]],
@@ -125,8 +132,10 @@ def evaluate(
     eps: Annotated[
         Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's.")] = None,
-    restarts: Annotated[Optional[int], typer.Option(min=1, help="Restarts instead of the attack's.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's, in all that take steps.")] = None,
+    restarts: Annotated[
+        Optional[int], typer.Option(min=1, help="Restarts instead of the attack's, in all that have some.")
+    ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,
@@ -234,7 +243,7 @@ def _fresh_folder(out: Path | None) -> Iterator[Path]:
         try:
             yield Path(folder)
         except KeyboardInterrupt as cause:
-            raise _Interrupted("nothing was compared or kept; with --out FOLDER a check can be resumed", cause) from None
+            raise _Interrupted(cause, "nothing was compared or kept; with --out FOLDER a check can be resumed") from None
 
 
 @app.command()
@@ -348,6 +357,9 @@ def report(
         typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
+    gallery: Annotated[
+        bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
+    ] = True,
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
     from lrrobust.console import print_report, print_verdicts
@@ -378,8 +390,8 @@ def report(
     summary = summarise(loaded)
     drawings = draw_runs(loaded, summary=summary)
     written = [
-        *write_page(loaded, out, sys.argv, verdicts, drawings, summary),
-        *write_report(loaded, out, drawings, summary),
+        *write_page(loaded, out, sys.argv, verdicts, drawings, summary, with_gallery=gallery),
+        *write_report(loaded, out, drawings, summary, sys.argv),
         *write_transfer(loaded, out),
     ]
     print_report(loaded, summary, [out / "claim.json", *written])
@@ -435,6 +447,9 @@ def train(
     initial_weights: Annotated[
         Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
     ] = None,
+    precision: Annotated[
+        Optional[str], typer.Option(help="float32 or bf16, instead of the recipe's; part of what the training is.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")
     ] = 8,
@@ -447,7 +462,7 @@ def train(
 
     folder = out if out is not None else Path("reports/training") / model
     request = TrainingRequest(
-        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers
+        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers, precision
     )
     with joined_ranks(choose_device(device)) as (ranks, own_device):
         if not ranks.is_first:
@@ -555,13 +570,25 @@ def attacks() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
-        app(arguments, prog_name="lrrobust")
+        # An exit code where the command chose one; what else commands return is None.
+        code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except _UsageError as error:
+        print(_explain_usage(error), file=sys.stderr)
         return 2
     except _Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_code
+    except KeyboardInterrupt as cause:  # before a command began, or after it ended
+        interruption = _Interrupted(cause)
+        print(interruption, file=sys.stderr)
+        return interruption.exit_code
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends.
+        sys.stdout = open(os.devnull, "w")
+        return 1
     except OSError as error:
         # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
         where = f" {error.filename}" if error.filename is not None else ""
@@ -573,7 +600,18 @@ def run(arguments: list[str]) -> int:
         return 2
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
+    return code or 0
+
+
+def _explain_usage(error: _UsageError) -> str:
+    """One line; without a command its list, which is what was missing."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split())
+    if context is None:
+        return f"error: {message}"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.format_message()
+    return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,25 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report import format_eps, name_runs, render_table, summarise, warnings_of
 from lrrobust.results import load_run, write_file
+from lrrobust.stats import wilson_interval
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from lrrobust.bench.suites import BenchRequest, BenchResult
     from lrrobust.check.baseline import Baseline
@@ -56,6 +67,21 @@ def _notice(text: str) -> None:
     _notices.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+#: A slower bfloat16 is worth a line from here on: below, what it saves in memory traffic may make up for it.
+_SLOW_BF16 = 2.0
+
+
+def _notice_slow_bf16(device: torch.device) -> None:
+    from lrrobust.half_precision import bf16_slowdown
+
+    slowdown = bf16_slowdown(device)
+    if slowdown > _SLOW_BF16:
+        _notice(
+            f"warning: this processor emulates bf16 (a matrix product takes {slowdown:.0f} times as long as in float32): "
+            "`--precision float32` is much faster here"
+        )
+
+
 @contextmanager
 def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading images, gone when it is done; yields the callback that moves it."""
@@ -78,12 +104,11 @@ def report_subset(images: EvaluationSet) -> None:
         _notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
 
 
-def _build_bar() -> Progress:
+def _build_bar(*columns: ProgressColumn | str) -> Progress:
     """A bar for long work on a terminal; `state` of its task is free text."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_notices,
-        disable=not _notices.is_terminal,
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), *columns,
+        console=_notices, disable=not _notices.is_terminal,
     )
 
 
@@ -97,64 +122,102 @@ class EvaluationProgress:
         self._name = evaluation.manifest["model"]["name"] + (f" (attacking {surrogate['name']})" if surrogate else "")
         self._parts_done = 0
         self._is_resumed = False
-        #: Forward passes that the parts still to do need at most, and those that parts finished since the start, here
-        #: and anywhere, would have needed at most.
-        self._left = sum(task.cost for task in evaluation.tasks)
-        self._finished_here = self._finished = 0
+        #: Forward passes that the parts of each attack still to do need at most, and those that parts finished since the
+        #: start, here and anywhere, would have needed at most.
+        self._left: Counter[str] = Counter()
+        for task in evaluation.tasks:
+            self._left[task.spec.name] += task.cost
+        self._finished_here: Counter[str] = Counter()
+        self._finished = 0
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
-        self._made = self._present = 0
-        self._started = self._last_line = time.monotonic()
+        self._made: Counter[str] = Counter()
+        self._present = 0
+        self._opened = self._last_line = time.monotonic()
+        #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
+        self._started: float | None = None
 
     def __enter__(self) -> EvaluationProgress:
+        if any(getattr(task.spec, "precision", None) == "bf16" for task in self._evaluation.tasks):
+            _notice_slow_bf16(self._evaluation.device)
         self._bar.start()
-        self._task = self._bar.add_task(self._name, total=self._left, state=self._parts())
+        self._task = self._bar.add_task(self._name, total=self._left.total(), state=self._parts())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def on_forward(self, count: int) -> None:
+        if self._started is None:
+            # How long this one took is not known, so it does not count.
+            self._started = time.monotonic()
+            return
         self._present += count
         self._show()
 
     def on_task(self, task: Task, is_new: bool) -> None:
         self._parts_done += 1
-        self._left -= task.cost
+        self._left[task.spec.name] -= task.cost
         if is_new:
-            self._finished_here += task.cost
-            self._made += self._present
+            self._finished_here[task.spec.name] += task.cost
+            self._made[task.spec.name] += self._present
             self._present = 0
-        elif not self._is_resumed and not self._made + self._present:
+        elif not self._is_resumed and not self._done():
             _notice(f"going on with {self._evaluation.folder}")
             self._is_resumed = True
         # What is stored once the work has begun, others have done that share it.
-        if is_new or self._made + self._present:
+        if is_new or self._done():
             self._finished += task.cost
         self._show()
 
     def _show(self) -> None:
-        # What is left is known only as an upper bound; finished parts say how far above the truth it is.
-        share = self._made / self._finished_here if self._finished_here else 1.0
-        done, total = self._made + self._present, self._made + share * self._left
-        self._bar.update(self._task, completed=min(done, total), total=total, state=self._parts())
+        done = self._done()
+        total = done + self._passes_left()
+        self._bar.update(self._task, completed=done, total=total, state=f"{self._parts()}{self._time_left()}")
         now = time.monotonic()
         if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
             return
         self._last_line = now
-        elapsed_s = now - self._started
-        # By finished parts alone: how much of the present one is left is not known.
-        estimate = f", about {elapsed_s * self._left / self._finished:.0f} s left" if self._finished else ""
-        _notice(f"{self._name}: {self._parts()}, {elapsed_s:.0f} s{estimate}")
+        _notice(f"{self._name}: {self._parts()}, {now - self._opened:.0f} s{self._time_left()}")
+
+    def _done(self) -> int:
+        """Passes made since the start."""
+        return self._made.total() + self._present
+
+    def _passes_left(self) -> float:
+        """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
+        say how far off it is for that attack."""
+        needed = sum(
+            left * (self._made[name] / self._finished_here[name] if self._finished_here[name] else 1.0)
+            for name, left in self._left.items()
+        )
+        return max(needed - self._present, 0.0)
+
+    def _time_left(self) -> str:
+        """By the speed of the passes made so far, those of others who share the work included."""
+        if not self._done() or self._started is None:
+            return ""
+        seconds = (time.monotonic() - self._started) * self._passes_left() / self._done()
+        if self._finished_here.total():
+            seconds *= self._finished_here.total() / self._finished
+        is_bound = any(left and not self._finished_here[name] for name, left in self._left.items())
+        return f", {'at most' if is_bound else 'about'} {_round_duration(seconds)} left"
 
     def _parts(self) -> str:
         return f"{self._parts_done}/{len(self._evaluation.tasks)} parts"
+
+
+def _round_duration(seconds: float) -> str:
+    """As exact as an estimate is: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
 def diagnosing(evaluation: Evaluation) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for the diagnostics of one run; yields the callback that moves it."""
     name = f"{evaluation.manifest['model']['name']}: diagnostics"
-    with _build_bar() as bar:
+    with _build_bar("left", TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=None, state="")
         started = False
 
@@ -170,13 +233,16 @@ def diagnosing(evaluation: Evaluation) -> Iterator[Callable[[str, int, int], Non
 
 
 class TrainingProgress:
-    """Progress of a training run: loss, speed, time left; one line an epoch."""
+    """Progress of a training run: loss, speed, time left; one line an epoch, and without a terminal now and then."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self._bar = _build_bar()
+        self._bar = _build_bar("left", TimeRemainingColumn())
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
+        if self._training.recipe.precision == "bf16":
+            _notice_slow_bf16(self._training.device)
         if self._training.step:
             _notice(f"going on at step {self._training.step} of {self._training.steps}")
         self._bar.start()
@@ -191,6 +257,10 @@ class TrainingProgress:
     def on_step(self, state: TrainingState) -> None:
         text = f"epoch {state.epoch}/{state.epochs} loss {state.loss:.3f} {state.images_per_s:.0f} img/s"
         self._bar.update(self._task, completed=state.step, state=text)
+        now = time.monotonic()
+        if not _notices.is_terminal and now - self._last_line >= _LINE_INTERVAL_S:
+            self._last_line = now
+            _notice(f"{self._training.model_name}: step {state.step}/{state.steps}, {text}")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         top1 = row["holdout_top1"]
@@ -211,10 +281,26 @@ def _print_table(runs: Sequence[Run], summary: pd.DataFrame) -> None:
 def print_results(folders: Sequence[Path]) -> None:
     """The tables of the runs just made, and where they are."""
     runs = [load_run(folder) for folder in folders]
-    _print_table(runs, summarise(runs))
+    summary = summarise(runs)
+    _print_table(runs, summary)
     _print_diagnostics(runs)
+    for name, run in name_runs(runs).items():
+        if doubt := _doubt_accuracy(run, summary[summary["run"] == name]):
+            _notice(f"warning: {name}: {doubt}")
     for folder in folders:
         _notice(f"results: {folder}")
+
+
+def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
+    """A clean accuracy that is no better than guessing mostly means that labels or preprocessing are not the network's."""
+    clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
+    correct, classes = round(clean_accuracy * n), run.manifest["model"]["num_classes"]
+    if wilson_interval(correct, int(n))[0] > 1 / classes:
+        return None
+    return (
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
+        "in the order of the logits, are the weights trained, and does the network normalise as it did in training?"
+    )
 
 
 def _print_diagnostics(runs: Sequence[Run]) -> None:
@@ -291,13 +377,15 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
 
 
 def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path) -> None:
-    """The medians of a benchmark as a table; all its times, with the hardware, as CSV files in `out`."""
-    from lrrobust.bench.suites import format_cell
+    """The medians of a benchmark as a table; with date and hardware, as Markdown too, and all its times as CSV, in `out`."""
+    from lrrobust.bench.suites import format_cell, markdown_page
     from lrrobust.provenance import describe_environment
 
     environment = describe_environment(request.device)
+    environment["date"] = time.strftime("%Y-%m-%d")
     is_timed = result.times is not None
-    table = Table(title=f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name)
+    title = f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name
+    table = Table(title=title)
     for column in result.summary.columns:
         table.add_column(column)
     for row in result.summary.itertuples(index=False):
@@ -307,6 +395,9 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
         path = out / f"{name}-{kind}.csv"
         write_file(path, frame.assign(**{key: str(value) for key, value in environment.items()}).to_csv(index=False).encode())
         _notice(f"wrote {path}")
+    page = out / f"{name}.md"
+    write_file(page, markdown_page(title, result.summary, environment).encode())
+    _notice(f"wrote {page}")
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class UnknownNameError(LrRobustError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        spelled = {each.lower(): each for each in known}
+        near = [spelled[each] for each in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
         super().__init__(f"unknown {kind} {name!r}: {hint}")

@@ -16,10 +16,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     Afterwards, also after an exception, every module's mode and every parameter's flag is as it was.
     """
-    training = {module: module.training for module in model.modules()}
+    # A frozen TorchScript module has no mode.
+    training = {module: module.training for module in model.modules() if hasattr(module, "training")}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
+        if model in training:
+            model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, Run, breaking_eps, distances, manifest_value, write_file
-from lrrobust.stats import curve_over_passes, median_with_failures, passes_up_to, wilson_interval
+from lrrobust.stats import balanced_share, curve_over_passes, median_with_failures, passes_up_to, wilson_interval
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ WORST_CASE = "worst_case"
 #: [0, 1], wall_s seconds, passes images through the network, the mean over images of what was spent on one up to
 #: that eps (`stats.passes_up_to`), NaN where not counted; dataset_sha256 tells apart datasets and subsets of one name.
 #: surrogate names the model that the images were made on, where it is not the model itself; robust_accuracy_quantized is
-#: NaN where it was not asked for.
+#: NaN where it was not asked for. The balanced accuracies are means over classes, effective_n says how many images that
+#: are spread evenly would tell as much (`stats.balanced_share`). is_cumulative: see `name_attack`.
 SUMMARY_COLUMNS = (
     "model",
     "weights",
@@ -42,11 +45,17 @@ SUMMARY_COLUMNS = (
     "robust_accuracy",
     "ci_low",
     "ci_high",
+    "balanced_clean_accuracy",
+    "balanced_robust_accuracy",
+    "balanced_ci_low",
+    "balanced_ci_high",
+    "effective_n",
     "robust_accuracy_quantized",
     "median_distance",
     "wall_s",
     "forward_passes",
     "backward_passes",
+    "is_cumulative",
     "is_complete",
     "run",
     "dataset_sha256",
@@ -83,8 +92,8 @@ def summarise_run(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns `SUMMARY_COLUMNS`. `median_distance` is over the images correct when clean, in the
-        norm of the attack, failures counted as infinity; `is_complete` is that of the run; `wall_s`
-        adds up the rows summarised.
+        norm of the attack, failures counted as infinity, and NaN where an earlier attack of the suite broke
+        images; `is_complete` is that of the run; `wall_s` adds up the rows summarised.
 
     Raises:
         StoreError: the manifest does not say what was evaluated.
@@ -96,12 +105,16 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     """The summaries of `runs`, one after the other; runs are never pooled.
 
     Returns:
-        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ.
+        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ, and so does `model` where
+        files of one name hold different models.
 
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
     """
-    return _stacked([_summary(run, name) for name, run in name_runs(runs).items()], SUMMARY_COLUMNS)
+    named = name_runs(runs)
+    models = _name_models(named)
+    frames = [_summary(run, name).assign(model=models[name]) for name, run in named.items()]
+    return _stacked(frames, SUMMARY_COLUMNS)
 
 
 def minimal_norm_curves(runs: Sequence[Run]) -> pd.DataFrame:
@@ -154,6 +167,8 @@ def pass_curves(runs: Mapping[str, Run], eps: Mapping[str, float]) -> tuple[pd.D
             if spent.isna().any():
                 continue
             passes, accuracy = curve_over_passes(spent, group["is_clean_correct"], group["is_broken"])
+            if group["is_broken_earlier"].any():
+                attack += ", cumulative"
             curve = {"run": name, "attack": attack, "norm": norm, "eps": eps[norm], "passes": passes, "robust_accuracy": accuracy}
             curves.append(pd.DataFrame(curve))
     return _stacked(curves, PASS_COLUMNS), with_backward
@@ -166,8 +181,9 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     >>> format_row({"model": "lrnet", "weights": None, "dataset": "sample", "attack": "pgd", "norm": "linf",
     ...     "eps": 0.5 / 255, "n": 1000, "clean_accuracy": 0.76, "robust_accuracy": 0.5, "ci_low": 0.469,
-    ...     "ci_high": 0.531, "surrogate": None, "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"),
-    ...     "wall_s": 75.0, "forward_passes": 20.0, "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
+    ...     "ci_high": 0.531, "balanced_clean_accuracy": 0.7, "balanced_robust_accuracy": 0.5, "balanced_ci_low": 0.4,
+    ...     "balanced_ci_high": 0.6, "effective_n": 950.0, "is_cumulative": False, "surrogate": None,
+    ...     "robust_accuracy_quantized": float("nan"), "median_distance": float("inf"), "wall_s": 75.0, "forward_passes": 20.0, "backward_passes": 20.0, "is_complete": True, "run": "first"})["eps"]
     '0.5/255'
     """
     return {
@@ -175,19 +191,36 @@ def format_row(row: Mapping[str, Any]) -> dict[str, str]:
         "weights": "-" if pd.isna(row["weights"]) or not row["weights"] else row["weights"],
         "images made on": "-" if pd.isna(row["surrogate"]) else row["surrogate"],
         "dataset": row["dataset"],
-        "attack": row["attack"],
+        "attack": name_attack(row["attack"], row["is_cumulative"]),
         "norm": row["norm"],
         "eps": format_eps(row["eps"], row["norm"]),
         "n": f"{row['n']}" if row["is_complete"] else f"{row['n']}*",
         "clean %": _percent(row["clean_accuracy"]),
         "robust %": _percent(row["robust_accuracy"]),
         "95 % CI": f"{_percent(row['ci_low'])}-{_percent(row['ci_high'])}",
+        "balanced clean %": _unless_even(row, _percent(row["balanced_clean_accuracy"])),
+        "balanced %": _unless_even(row, _percent(row["balanced_robust_accuracy"])),
+        "balanced 95 % CI": _unless_even(row, f"{_percent(row['balanced_ci_low'])}-{_percent(row['balanced_ci_high'])}"),
         "8-bit robust %": "-" if pd.isna(row["robust_accuracy_quantized"]) else _percent(row["robust_accuracy_quantized"]),
         "median distance": format_distance(row["median_distance"], row["norm"]),
         "time": _format_duration(row["wall_s"]),
         "passes": _format_passes(row["forward_passes"], row["backward_passes"]),
         "run": row["run"],
     }
+
+
+def name_attack(attack: str, is_cumulative: bool) -> str:
+    """An attack as tables call it, marked where its robust accuracy is not its own work alone.
+
+    An attack of a suite such as `strong` meets only what the attacks before it left standing, and what those broke
+    counts as broken in its rows.
+    """
+    return f"{attack}†" if is_cumulative else attack
+
+
+def _unless_even(row: Mapping[str, Any], text: str) -> str:
+    """Where images are spread evenly over classes, balanced accuracy says nothing that plain accuracy does not."""
+    return text if row["effective_n"] < _EVEN_SHARE * row["n"] else "-"
 
 
 def format_eps(eps: float, norm: str) -> str:
@@ -212,13 +245,15 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     shared = [name for name in _IDENTITY_HEADINGS[:-1] if len({row[name] for row in rows}) == 1]
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
-    caption = f"* incomplete, only the images finished so far: {', '.join(unfinished)}" if unfinished else ""
+    captions = [f"* incomplete, only the images finished so far: {', '.join(unfinished)}"] if unfinished else []
+    captions += [HOW_TO_READ_CUMULATIVE] if summary["is_cumulative"].any() else []
+    caption = "\n".join(captions)
     table = TerminalTable(box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None)
     # Folder names are long; only runs that nothing else tells apart need them.
     identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
     needs_run = len({row["run"] for row in rows}) > len(identities)
-    # Passes would make it wider than a terminal; files and the page have them.
-    hidden = {*shared, "passes", *_unused(rows), *(() if needs_run else ("run",))}
+    # What would make it wider than a terminal, files and the page have.
+    hidden = {*shared, *_FOR_FILES, *_unused(rows), *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
     for heading in shown:
         # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
@@ -229,8 +264,14 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     return table
 
 
+#: Columns that a terminal has no room for.
+_FOR_FILES = ("passes", "balanced clean %", "balanced 95 % CI")
+
 #: Heading -> the column that a table is sorted by; other columns sort by what they show.
 _SORT_COLUMNS = {
+    "balanced clean %": "balanced_clean_accuracy",
+    "balanced %": "balanced_robust_accuracy",
+    "balanced 95 % CI": "balanced_ci_low",
     "eps": "eps",
     "n": "n",
     "clean %": "clean_accuracy",
@@ -335,8 +376,37 @@ def telling_eps(rows: pd.DataFrame) -> float | None:
     return float((means["robust_accuracy"] - means["clean_accuracy"] / 2).abs().idxmin())
 
 
+class Reproduction(NamedTuple):
+    """What makes a report again: the commits that its runs were made with, and every command once, the report's last."""
+
+    commits: Sequence[str]
+    commands: Sequence[str]
+
+    @property
+    def how(self) -> str:
+        if not self.commits:
+            return "With the versions given:"
+        return f"With the code at commit {', '.join(self.commits).replace('-dirty', ' with uncommitted changes')}:"
+
+
+def reproduction(runs: Sequence[Run], command: Sequence[str]) -> Reproduction:
+    """Args: runs in their order; command of the report itself, as in `sys.argv`."""
+    found = {str(commit) for run in runs if (commit := (run.manifest.get("provenance") or {}).get("commit"))}
+    evaluations = [format_command(run.manifest["command"]) for run in runs if run.manifest.get("command")]
+    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)])
+
+
+def format_command(command: Sequence[str]) -> str:
+    """A command line as a shell takes it; where the program lies is a matter of the machine."""
+    return shlex.join(["lrrobust", *map(str, command[1:])])
+
+
 def write_report(
-    runs: Sequence[Run], out_dir: Path, drawings: Sequence[Drawing] | None = None, summary: pd.DataFrame | None = None
+    runs: Sequence[Run],
+    out_dir: Path,
+    drawings: Sequence[Drawing] | None = None,
+    summary: pd.DataFrame | None = None,
+    command: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
@@ -347,6 +417,7 @@ def write_report(
         runs: at least one.
         out_dir: created where missing.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
+        command: of the report itself, as in `sys.argv`, for the head of the Markdown; None leaves that out.
 
     Returns:
         The files written.
@@ -368,7 +439,7 @@ def write_report(
 
     table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
-    write_file(text, _markdown(runs, summary, drawings).encode())
+    write_file(text, _markdown(runs, summary, drawings, command).encode())
     write_file(latex, _latex(summary).encode())
     return [table, text, latex, *figures]
 
@@ -387,8 +458,34 @@ HOW_TO_READ_QUANTIZED = (
     "and box, at the size that the model takes. The attacks do not know of the rounding: an upper bound."
 )
 
+#: What the mark of `name_attack` means.
+HOW_TO_READ_CUMULATIVE = (
+    "† attacked only what earlier attacks of its suite left standing: its robust accuracy counts what any of them broke."
+)
+
+#: What the balanced columns mean, where there are any.
+HOW_TO_READ_BALANCED = (
+    "Balanced: the mean of the classes' accuracies, as some classes have many more images here than others; intervals are "
+    "Wilson intervals of the effective number of images."
+)
+
 #: Headings that are left out where no row has anything to say under them.
-_OPTIONAL_HEADINGS = ("images made on", "8-bit robust %")
+_OPTIONAL_HEADINGS = ("images made on", "balanced clean %", "balanced %", "balanced 95 % CI", "8-bit robust %")
+
+#: Share of the images that those of even classes would make up before classes count as uneven.
+_EVEN_SHARE = 2 / 3
+
+
+def how_to_read(summary: pd.DataFrame) -> list[str]:
+    """What a reader of the table of a summary must know, in paragraphs."""
+    texts = [HOW_TO_READ]
+    if summary["is_cumulative"].any():
+        texts.append(HOW_TO_READ_CUMULATIVE)
+    if (summary["effective_n"] < _EVEN_SHARE * summary["n"]).any():
+        texts.append(HOW_TO_READ_BALANCED)
+    if summary["robust_accuracy_quantized"].notna().any():
+        texts.append(HOW_TO_READ_QUANTIZED)
+    return texts
 
 
 def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -414,15 +511,47 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
     return names
 
 
+def _name_models(named: Mapping[str, Run]) -> dict[str, str]:
+    """Run -> its model's name, with as much of the path as tells apart files of one name that hold other code.
+
+    The path is the one given on the command line, which manifests keep beside what identifies the run.
+    """
+    names = {run: manifest_value(of, "model", "name") for run, of in named.items()}
+    paths = {run: _model_path(of, names[run]) for run, of in named.items()}
+    for shared in set(names.values()):
+        runs = [run for run, name in names.items() if name == shared]
+        if len({named[run].manifest["model"].get("code_sha256") for run in runs}) < 2:
+            continue
+        given = {paths[run] for run in runs}
+        depth = 1
+        while len({path.parts[-depth:] for path in given}) < len(given):
+            depth += 1
+        names |= {run: "/".join(paths[run].parts[-depth:]) for run in runs}
+    return names
+
+
+def _model_path(run: Run, name: str) -> PurePath:
+    """What the command line called the model of a run; its name where the manifest does not say."""
+    request, position = run.manifest.get("request"), run.manifest.get("position")
+    if not isinstance(request, dict) or not isinstance(position, int):
+        return PurePath(name)
+    # Models one after the other, each with all surrogates.
+    place = position // max(1, len(request.get("surrogates", ())))
+    given = request.get("models", ())[place : place + 1]
+    return PurePath(os.path.normpath(given[0])) if given and PurePath(given[0]).name == name else PurePath(name)
+
+
 def _summary(run: Run, name: str) -> pd.DataFrame:
     verdicts = _verdicts(run)
+    # As far as another attack had a hand in its rows.
+    cumulative = set(verdicts.loc[verdicts["is_broken_earlier"], "attack"])
     records = [
-        {"attack": attack, "norm": norm, "eps": eps} | _accuracies(group)
+        {"attack": attack, "norm": norm, "eps": eps, "is_cumulative": attack in cumulative} | _accuracies(group, attack in cumulative)
         for (attack, norm), of_attack in verdicts.groupby(["attack", "norm"], sort=False)
         for eps, group in of_attack.groupby("eps")
     ]
     for norm, of_norm in verdicts.groupby("norm", sort=False):
-        records.extend({"attack": WORST_CASE, "norm": norm} | record for record in _worst_cases(run, norm, of_norm))
+        records.extend({"attack": WORST_CASE, "norm": norm, "is_cumulative": False} | record for record in _worst_cases(run, norm, of_norm))
     identity = _identity(run, name)
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
@@ -436,9 +565,11 @@ def _verdicts(run: Run) -> pd.DataFrame:
     verdicts = pd.DataFrame(
         {
             "index": rows["index"].to_numpy(np.int64),
+            "label": rows["label"].to_numpy(np.int64),
             "attack": rows["attack"].to_numpy(object),
             "norm": rows["norm"].to_numpy(object),
             "eps": rows["eps"].to_numpy(np.float64),
+            "is_broken_earlier": (rows["outcome"] == "broken_by_earlier_attack").to_numpy(bool),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
             "is_broken_quantized": _is_broken_quantized(run),
@@ -466,8 +597,9 @@ def _is_broken_quantized(run: Run) -> np.ndarray:
     return (is_broken | ~rows["is_clean_correct"].to_numpy(bool)).astype(np.float64)
 
 
-def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
+def _accuracies(verdicts: pd.DataFrame, is_cumulative: bool = False) -> dict[str, Any]:
     """Numbers of one attack at one eps; `verdicts` has one row for each image, at least one."""
+    balanced = balanced_share(~verdicts["is_broken"], verdicts["label"])
     n, robust = len(verdicts), int((~verdicts["is_broken"]).sum())
     attacked = verdicts.loc[verdicts["is_clean_correct"], "distance"]
     low, high = wilson_interval(robust, n)
@@ -477,8 +609,14 @@ def _accuracies(verdicts: pd.DataFrame) -> dict[str, Any]:
         "robust_accuracy": robust / n,
         "ci_low": low,
         "ci_high": high,
+        "balanced_clean_accuracy": balanced_share(verdicts["is_clean_correct"], verdicts["label"]).share,
+        "balanced_robust_accuracy": balanced.share,
+        "balanced_ci_low": balanced.low,
+        "balanced_ci_high": balanced.high,
+        "effective_n": balanced.effective_n,
         "robust_accuracy_quantized": float(1 - verdicts["is_broken_quantized"].mean()),
-        "median_distance": median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
+        # What an earlier attack broke was not attacked: there is no distance, and that is no failure.
+        "median_distance": math.nan if is_cumulative else median_with_failures(attacked[np.isfinite(attacked)], len(attacked)),
         "wall_s": float(verdicts["wall_s"].sum()),
         "forward_passes": float(verdicts["forward_passes"].mean(skipna=False)),
         "backward_passes": float(verdicts["backward_passes"].mean(skipna=False)),
@@ -501,6 +639,8 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
     np.minimum.at(nearest, image, verdicts["distance"].to_numpy())
     is_clean_correct = np.ones(len(images), dtype=bool)
     is_clean_correct[image[~verdicts["is_clean_correct"].to_numpy()]] = False
+    labels = np.zeros(len(images), dtype=np.int64)
+    labels[image] = verdicts["label"].to_numpy()
     # The distance of a rounded image is not in the rows: it counts from the eps of its row, at any distance at the latest.
     quantized = verdicts["is_broken_quantized"].to_numpy()
     row_eps = np.minimum(eps, np.finfo(np.float64).max)
@@ -517,6 +657,7 @@ def _worst_cases(run: Run, norm: str, verdicts: pd.DataFrame) -> Iterator[dict[s
             for name in ("wall_s", "forward_passes", "backward_passes")
         }
         columns = {
+            "label": labels,
             "is_clean_correct": is_clean_correct,
             "is_broken": is_broken,
             "is_broken_quantized": is_quantized.astype(float) if is_asked else np.full(len(images), np.nan),
@@ -545,14 +686,18 @@ def _stacked(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataF
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing]) -> str:
+def _markdown(
+    runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str] | None
+) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
-    lines = ["# Robust accuracy", "", HOW_TO_READ]
-    if summary["robust_accuracy_quantized"].notna().any():
-        lines += ["", HOW_TO_READ_QUANTIZED]
+    lines = ["# Robust accuracy"]
+    if command is not None:
+        again = reproduction(runs, command)
+        lines += ["", again.how, "", *(f"    {line}" for line in again.commands)]
+    lines += [*(line for text in how_to_read(summary) for line in ("", text))]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
@@ -570,7 +715,9 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
 
 def _latex(summary: pd.DataFrame) -> str:
     return "\n".join(
-        to_latex(summary_table(of_dataset), f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {HOW_TO_READ}")
+        to_latex(
+            summary_table(of_dataset), f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {' '.join(how_to_read(of_dataset))}"
+        )
         for _, of_dataset in summary.groupby("dataset_sha256", sort=False)
     )
 

@@ -234,27 +234,31 @@ def prepare_evaluations(
     for model in models:
         for surrogate in surrogates:
             _check_sizes(loaded[model], loaded[surrogate])
-    source = open_dataset(request.dataset)
+    first, *others = (loaded[model].classifier for model in models)
+    images = build_evaluation_set(
+        open_dataset(request.dataset),
+        first.classes,
+        _preprocessing(first),
+        known_classes=shared,
+        n=request.n,
+        seed=request.seed,
+        balanced=request.balanced,
+        indices=indices,
+        skip_corrupt=request.skip_corrupt,
+        on_progress=on_scan,
+    )
+    views = [images, *(images.seen_by(other.classes, _preprocessing(other)) for other in others)]
     evaluations = []
-    for model in models:
-        classifier = loaded[model].classifier
-        images = build_evaluation_set(
-            source,
-            classifier.classes,
-            Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation),
-            known_classes=shared,
-            n=request.n,
-            seed=request.seed,
-            balanced=request.balanced,
-            indices=indices,
-            skip_corrupt=request.skip_corrupt,
-            on_progress=on_scan,
-        )
+    for model, images in zip(models, views, strict=True):
         for surrogate in surrogates or [model]:
             # However it was asked for: a model attacked itself is no transfer.
             attacked = None if loaded[surrogate].record == loaded[model].record else loaded[surrogate]
             evaluations.append(_plan(len(evaluations), loaded[model], attacked, images, specs, request, device, command))
     return evaluations
+
+
+def _preprocessing(classifier: Classifier) -> Preprocessing:
+    return Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation)
 
 
 def _named_models(
@@ -356,6 +360,8 @@ def _plan(
         "fingerprint": fingerprint,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
+        # Of no consequence for the rows, but for what they show.
+        **({"training": {"recipe": classifier.recipe}} if classifier.recipe else {}),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "request": request.record(),
@@ -432,6 +438,7 @@ class TrainingRequest:
 
     Args:
         workers: processes that decode images while the network trains, where the recipe streams them; 0 for none.
+        precision: replaces that of the recipe.
     """
 
     model: str
@@ -443,6 +450,7 @@ class TrainingRequest:
     device: str = "auto"
     initial_weights: Path | None = None
     workers: int = 0
+    precision: str | None = None
 
 
 def prepare_training(
@@ -456,7 +464,7 @@ def prepare_training(
     Args:
         ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
     """
-    recipe: Recipe = load_recipe(request.recipe)
+    recipe: Recipe = load_recipe(request.recipe, request.precision)
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)

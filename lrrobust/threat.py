@@ -54,6 +54,11 @@ def distance(images: torch.Tensor, adversarial: torch.Tensor, norm: Norm) -> tor
     return torch.linalg.vector_norm(delta, _ORDERS[norm], dim=1)
 
 
+def box_diameter(norm: Norm, pixels: int) -> float:
+    """The distance from a black image to a white one of so many values."""
+    return float(pixels ** (1 / _ORDERS[norm]))
+
+
 def is_in_box(images: torch.Tensor) -> torch.Tensor:
     """Which images (N, C, H, W) are finite and lie in [0, 1] up to the tolerance; bool (N,)."""
     flat = images.flatten(1)

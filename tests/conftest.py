@@ -38,7 +38,7 @@ class LinearProblem:
             logits = self.model(self.images).double()
         own = logits.gather(1, self.labels[:, None])
         difference = self.weight.double()[self.labels][:, None] - self.weight.double()[None]
-        dual = difference.norm(p=1 if norm == "linf" else 2, dim=2)
+        dual = difference.norm(p={"linf": 1, "l2": 2, "l1": float("inf")}[norm], dim=2)
         return ((own - logits) / dual).scatter(1, self.labels[:, None], float("inf")).amin(1)
 
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
-    "console": {"report", "results", "verdict", "diagnostics.table"},
+    "console": {"report", "results", "stats", "verdict", "diagnostics.table"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
     "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
-    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "errors", "torchvision_import"},
+    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "eps": set(),
     "frozen": set(),
     "gradient_rules": set(),
+    "half_precision": set(),
     "torchvision_import": set(),
     "interrupts": set(),
     "process_settings": set(),
@@ -70,7 +71,7 @@ MAY_IMPORT = {
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
     "cli": {"bench", "crosscheck", "learning_curves", "training.ranks"},
-    "console": {"bench", "check", "models", "attacks", "provenance"},
+    "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.
 ONLY_IN = {

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from lrrobust import cli
+from lrrobust.plots import label_runs
+from lrrobust.report import summarise
 from lrrobust.results import find_runs, load_run
 
 MODEL = """
@@ -135,12 +137,6 @@ def test_eval_prints_the_table_and_keeps_the_rows(run, workplace, tmp_path):
 
 
 def test_several_models_see_the_same_images_and_report_draws_them(run, workplace, tmp_path):
-    code, _, err = run(
-        *EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--steps", 3, "--out", tmp_path / "runs",
-        cwd=workplace,
-    )
-    # fgsm has no steps to replace: said at once, before anything runs.
-    assert_one_line(code, err, "fgsm.*'steps'")
     code, _, err = run(*EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace)
     assert code == 0, err
     runs = [load_run(folder) for folder in find_runs(tmp_path / "runs")]
@@ -192,6 +188,25 @@ def test_report_judges_claims_and_says_the_verdict_first(run, workplace, tmp_pat
             assert row["control_accuracy"] == table["model.py:build_other", row["eps"]]
 
 
+def test_files_of_one_name_are_told_apart(run, workplace, tmp_path):
+    other = MODEL.replace("manual_seed(0)", "manual_seed(1)")
+    for folder, text in (("mine", MODEL), ("theirs", other)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.py").write_text(text)
+    options = ("--dataset", workplace / "images", "--attack", "fgsm", "--no-diagnostics", "--out", tmp_path / "runs")
+    code, out, err = run("eval", "--model", "mine/model.py:build", "--model", "theirs/model.py:build", *options, cwd=tmp_path)
+    assert code == 0, err
+    assert "mine/model.py:build" in out and "theirs/model.py:build" in out
+    summary = summarise([load_run(folder) for folder in find_runs(tmp_path / "runs")])
+    accuracy = summary.drop_duplicates("model").set_index("model")["clean_accuracy"]
+    assert set(label_runs(summary).values()) == set(accuracy.index) == {"mine/model.py:build", "theirs/model.py:build"}
+    code, _, err = run("eval", "--model", "theirs/model.py:build", *options[:-1], tmp_path / "alone", cwd=tmp_path)
+    assert code == 0, err
+    alone = summarise([load_run(folder) for folder in find_runs(tmp_path / "alone")])
+    assert set(alone.model) == {"model.py:build"}
+    assert alone.clean_accuracy.iloc[0] == accuracy["theirs/model.py:build"] != accuracy["mine/model.py:build"]
+
+
 def timeless(folder):
     rows = load_run(folder).rows
     return rows.drop(columns="wall_s").reset_index(drop=True)
@@ -237,6 +252,14 @@ def test_ctrl_c_and_schedulers_are_told_what_is_kept(workplace, tmp_path, signum
     assert "Traceback" not in err
 
 
+def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert run("models", cwd=tmp_path) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
@@ -260,6 +283,14 @@ def test_ctrl_c_and_schedulers_are_told_what_is_kept(workplace, tmp_path, signum
         ((*EVAL, "--weights", "a", "--weights", "b"), "--weights must be given once for each"),
         ((*EVAL, "--weights", "model.py"), "model.py is neither a safetensors"),
         ((*EVAL, "--indices", "indices.txt"), "indices.txt"),
+        ((*EVAL, "--attack", "fgsm", "--steps", 3), "fgsm: no 'steps' to replace"),
+        ((*EVAL, "--weights", "none"), "brings its own weights"),
+        (("eval",), r"Missing option '--model'.*\(see `lrrobust eval --help`\)"),
+        ((*EVAL, "--n", "many"), "Invalid value for '--n'.*see `lrrobust eval --help`"),
+        ((*EVAL, "--n", 0), "'--n'.*1"),
+        ((*EVAL, "--stps", 3), "No such option: --stps.*--steps"),
+        ((*EVAL, "extra"), "unexpected extra argument.*extra"),
+        (("evl", "--model", "x"), "No such command 'evl'"),
         (("report", "empty"), "no runs in empty"),
         (("report", "empty", "--claim", "no_such"), "unknown claim 'no_such': known: lrnet_more_robust"),
         (("train", "--model", "resnet26", "--data", "images", "--recipe", "no_such"), "unknown recipe 'no_such'"),
@@ -283,7 +314,12 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, argum
 def test_output_that_nobody_can_take_loses_nothing(workplace, tmp_path):
     arguments = [str(argument) for argument in (*EVAL, "--attack", "fgsm", "--out", tmp_path / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    for shell, code, said in (('"$@" > /dev/full', 2, "error: the system refused"), ('"$@" >&-', 0, "results: ")):
+    cases = [
+        ('"$@" > /dev/full', 2, "error: the system refused"),
+        ('"$@" >&-', 0, "results: "),
+        ('"$@" | true; exit ${PIPESTATUS[0]}', 1, "going on with "),
+    ]
+    for shell, code, said in cases:
         command = ["bash", "-c", shell, "-", sys.executable, "-m", "lrrobust", *arguments]
         done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -344,7 +380,31 @@ def test_version_and_help_answer(run, tmp_path):
     assert all(command in out for command in ("eval", "report", "train", "models", "attacks"))
 
 
-def test_unknown_option_is_refused(run, tmp_path):
-    code, _, err = run("eval", "--modle", "x", cwd=tmp_path)
+def test_no_command_at_all_gets_the_list(run, tmp_path):
+    code, out, err = run(cwd=tmp_path)
     assert code == 2
-    assert "--modle" in err
+    assert all(command in out + err for command in ("eval", "report", "train", "models", "attacks"))
+
+
+def test_an_accuracy_of_guesses_is_doubted_aloud(run, workplace, tmp_path):
+    options = ("--attack", "fgsm", "--no-diagnostics", "--out", tmp_path / "runs")
+    code, _, err = run(*EVAL, *options, cwd=workplace)
+    assert code == 0, err
+    correct = round(24 * load_run(find_runs(tmp_path / "runs")[0]).rows["is_clean_correct"].mean())
+    # Random images, random weights.
+    assert f"{correct} of 24 images are correct when clean, as guessing among 3 classes might be" in err
+    perfect = tmp_path / "perfect"
+    for name, level in (("ant", 0), ("bee", 1), ("cat", 2)):
+        (perfect / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.zeros((16, 16, 3), np.uint8)
+            pixels[..., level] = 200 + i
+            Image.fromarray(pixels).save(perfect / name / f"{i}.png")
+    (tmp_path / "colour.py").write_text(
+        "import torch\nfrom lrrobust.models import Classifier\n"
+        "def build():\n    pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+        "    return Classifier(pool, ('ant', 'bee', 'cat'), input_size=16)\n"
+    )
+    code, out, err = run("eval", "--model", tmp_path / "colour.py:build", "--dataset", perfect, *options, cwd=tmp_path)
+    assert code == 0, err
+    assert "100.0" in out and "guessing" not in err

@@ -134,6 +134,32 @@ class TestSummary:
         assert numbers(summary, "worst_case", LADDER[1])["median_distance"] == pytest.approx(1.35 / 255)
         assert numbers(summary, "worst_case", LADDER[0])["median_distance"] == INF
 
+    def test_balanced_accuracy_counts_every_class_alike(self):
+        run = make_run()
+        # Images 0 and 4, wrong when clean and never broken, are the only ones of their classes.
+        run.rows["label"] = run.rows["index"].map({0: 1, 1: 3, 2: 3, 3: 3, 4: 2})
+        summary = summarise_run(run)
+        one = numbers(summary, "pgd", LADDER[0])
+        assert (one["balanced_clean_accuracy"], one["balanced_robust_accuracy"]) == pytest.approx(((0 + 1 + 1) / 3, (0 + 1 / 3 + 1) / 3))
+        assert one["effective_n"] == pytest.approx(9 / (1 + 1 + 1 / 3))
+        assert numbers(summary, "worst_case", LADDER[1])["balanced_robust_accuracy"] == pytest.approx(1 / 3)
+        assert one["balanced_ci_low"] < one["balanced_robust_accuracy"] < one["balanced_ci_high"]
+
+    def test_what_earlier_attacks_broke_is_marked_and_no_failure(self):
+        run = make_run(distances={"apgd": ("linf", LADDER, [0.5 / 255, 1.5 / 255, INF]), "square": ("linf", LADDER, [INF, INF, 0.7 / 255])})
+        is_earlier = (run.rows["attack"] == "square") & (run.rows["index"] == 0)
+        run.rows.loc[is_earlier, ["is_broken", "outcome"]] = [True, "broken_by_earlier_attack"]
+        summary = summarise_run(run)
+        assert summary.drop_duplicates("attack").set_index("attack")["is_cumulative"].to_dict() == {
+            "apgd": False, "square": True, "worst_case": False
+        }
+        # Of three images one was broken before and one is broken by squares: no median distance of two thirds failed.
+        assert numbers(summary, "square", LADDER[0])["robust_accuracy"] == 1 / 3
+        assert math.isnan(numbers(summary, "square", LADDER[0])["median_distance"])
+        assert numbers(summary, "worst_case", LADDER[0])["median_distance"] == pytest.approx(0.7 / 255)
+        assert "square†" in rendered(summary) and "its robust accuracy counts what any of them broke" in rendered(summary)
+        assert report.how_to_read(summary)[1:] == [report.HOW_TO_READ_CUMULATIVE]
+
     def test_worst_case_counts_what_any_eps_or_minimal_norm_proves(self):
         distances = {
             "cw": ("l2", (INF,), [0.3, 0.6, INF]),
@@ -231,6 +257,12 @@ def test_doctests():
         ({"forward_passes": math.nan, "backward_passes": math.nan}, "passes", "-"),
         ({}, "images made on", "-"),
         ({"surrogate": "other"}, "images made on", "other"),
+        ({}, "attack", "pgd"),
+        ({"is_cumulative": True}, "attack", "pgd†"),
+        ({}, "balanced %", "-"),
+        ({"effective_n": 60.0}, "balanced %", "25.0"),
+        ({"effective_n": 60.0}, "balanced clean %", "70.0"),
+        ({"effective_n": 60.0}, "balanced 95 % CI", "15.0-45.0"),
         ({}, "8-bit robust %", "-"),
         ({"robust_accuracy_quantized": 0.4}, "8-bit robust %", "40.0"),
     ],
@@ -243,6 +275,12 @@ def test_format_row(changes, heading, text):
         "weights": "V1",
         "surrogate": None,
         "robust_accuracy_quantized": math.nan,
+        "balanced_clean_accuracy": 0.7,
+        "balanced_robust_accuracy": 0.25,
+        "balanced_ci_low": 0.15,
+        "balanced_ci_high": 0.45,
+        "effective_n": 90.0,
+        "is_cumulative": False,
         "dataset": "sample",
         "attack": "pgd",
         "norm": "linf",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.errors import ConfigError, DataError
 from lrrobust.run import EvaluationRequest, choose_device, fingerprint_of, prepare_evaluations
 
@@ -126,6 +127,14 @@ def test_labels_follow_each_model_and_images_are_shared(request_for):
     assert [first.classifier.classes[label] for label in first.images.labels] == list(first.images.wnids)
     assert [second.classifier.classes[label] for label in second.images.labels] == list(second.images.wnids)
     assert first.images.labels != second.images.labels
+
+
+def test_images_are_read_once_for_all_models(request_for, monkeypatch):
+    scans = []
+    monkeypatch.setattr("lrrobust.run.build_evaluation_set", lambda *given, **options: scans.append(given) or build_evaluation_set(*given, **options))
+    first, second = prepare_evaluations(request_for("build", "build_other_classes", n=4, balanced=True), ["test"])
+    assert len(scans) == 1
+    assert torch.equal(first.images.load(range(4))[0], second.images.load(range(4))[0])
 
 
 def test_manifest_says_what_was_asked(request_for):

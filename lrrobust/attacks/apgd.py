@@ -11,8 +11,9 @@ from torch import nn
 
 from lrrobust.attacks.ball import project, surface_start, unit
 from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
-from lrrobust.attacks.losses import dlr, likely_targets, log_odds, targeted_dlr
+from lrrobust.attacks.losses import dlr, log_odds, targeted_dlr
 from lrrobust.attacks.pgd import Claim, Draw
+from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
 ApgdLoss = Literal["ce", "dlr", "targeted_dlr"]
@@ -79,7 +80,7 @@ def apgd(
     """
     chosen = None
     if loss == "targeted_dlr":
-        chosen = _choose_targets(model, images, labels, levels, targets, batch_size)
+        chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
     search = _Ascent(model, images, labels, norm, loss, chosen, steps, rho, restarts, warm_start, ladder, draw)
     backward = climb(
         images,
@@ -91,25 +92,7 @@ def apgd(
         claim=claim,
         search=search,
     )
-    forward = backward.clone()
-    if chosen is not None:
-        first = (backward > 0).int().argmax(0)
-        attacked = (backward > 0).any(0).nonzero().flatten()
-        forward[first[attacked], attacked] += 1
-    return forward, backward
-
-
-def _choose_targets(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, levels: torch.Tensor, count: int, batch_size: int
-) -> torch.Tensor:
-    """Targets (N, T) of the images that are attacked; nothing of use for the others."""
-    rows = levels.nonzero().flatten().to(images.device)
-    if not len(rows):
-        return labels[:, None]
-    with torch.no_grad():
-        parts = [likely_targets(model(images[part]), labels[part], count) for part in rows.split(batch_size)]
-    likely = torch.cat(parts)
-    return labels[:, None].repeat(1, likely.shape[1]).index_copy(0, rows, likely)
+    return backward if chosen is None else with_the_choice(backward), backward
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from lrrobust.attacks.piecewise_linear import find_crossing
 from lrrobust.threat import Norm
 
 
 def unit(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """The steepest direction of length 1 in the norm; zero where the gradient is."""
+    """The steepest direction of length 1 in linf or l2; zero where the gradient is. For l1 see `sparse_unit`."""
     if norm == "linf":
         return gradient.sign()
     # In float64, where squares of small numbers are no zeros.
@@ -16,9 +19,47 @@ def unit(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     return (gradient / length.clamp_min(torch.finfo(torch.float64).tiny)).to(gradient)
 
 
+def inside_box(gradient: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The gradient, zero for values at an end of the box that it points out of: there is no step that way."""
+    return gradient.where(torch.where(gradient > 0, images < 1, images > 0), 0)
+
+
+def sparse_unit(gradient: torch.Tensor, images: torch.Tensor, share: float) -> torch.Tensor:
+    """A steep direction of length 1 in l1, which changes a share of the values alike; zero where the gradient is.
+
+    The steepest changes a single value, and a search would take thousands of steps. Values that the box keeps from
+    going the way of their gradient are passed over: they would waste the step.
+
+    Args:
+        images: where the gradient was taken, (n, C, H, W) in [0, 1].
+        share: of the values, more than 0 and at most 1; one value changes at least.
+
+    Source: Tramer and Boneh, Adversarial Training and Robustness for Multiple Perturbations, 2019, section 2.2
+    (sparse l1 descent).
+    """
+    sign = gradient.sign()
+    steepness = inside_box(gradient, images).abs().flatten(1)
+    steepest = steepness.topk(math.ceil(share * steepness.shape[1]), dim=1)
+    chosen = torch.zeros_like(steepness).scatter(1, steepest.indices, (steepest.values > 0).to(steepness))
+    chosen = chosen / chosen.sum(1, keepdim=True).clamp_min(1)
+    return sign * chosen.view_as(sign)
+
+
+def dual_length(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """What a step of length 1 in the norm gains at most in the linear model; float64 (n,)."""
+    order = {"linf": 1, "l2": 2, "l1": math.inf}[norm]
+    return torch.linalg.vector_norm(gradient.flatten(1), order, dim=1, dtype=torch.float64)
+
+
 def project(images: torch.Tensor, moved: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Back into the ball of radius eps (n, 1, 1, 1), then into the box, which lengthens no perturbation."""
+    """Back into ball and box: the ball of radius eps (n, 1, 1, 1), then the box, which lengthens no perturbation.
+
+    In l1 onto what ball and box have in common, at once: the box cuts off most of a perturbation that is large in few
+    values, and budget would be lost.
+    """
     delta = moved - images
+    if norm == "l1":
+        return _project_l1(images, delta, eps)
     if norm == "linf":
         delta = torch.minimum(torch.maximum(delta, -eps), eps)
     else:
@@ -27,8 +68,38 @@ def project(images: torch.Tensor, moved: torch.Tensor, eps: torch.Tensor, norm: 
     return (images + delta).clamp(0, 1)
 
 
+def _project_l1(images: torch.Tensor, delta: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Every value gives up the same length, but for those that the box has cut by more; computed in float64.
+
+    Source: Croce and Hein, Mind the box: l1-APGD for sparse adversarial attacks on image classifiers, 2021, section 2.
+    """
+    shape, points = images.shape, images.flatten(1).double()
+    delta, budget = delta.flatten(1).double(), eps.view(-1).double()
+    room = torch.where(delta > 0, 1 - points, points)
+    length = delta.abs()
+    kept = torch.minimum(length, room)
+    is_long = kept.sum(1) > budget
+    if is_long.any():
+        # What is given up falls from the longest value to 0; t is its negative, each value has a share from its length on.
+        first, last = -length[is_long], room[is_long] - length[is_long]
+        changes = torch.ones_like(first)
+        given_up = -find_crossing(torch.cat([first, last], 1), torch.cat([changes, -changes], 1), budget[is_long])
+        kept[is_long] = (length[is_long] - given_up[:, None]).clamp_min(0).minimum(room[is_long])
+    ended = points + kept * delta.sign()
+    projected = ended.to(images.dtype)
+    # Rounding every value to the nearest number adds up to more than the tolerance: they are rounded towards the image.
+    is_beyond = (projected.double() - points).abs() > kept
+    return torch.where(is_beyond, projected.nextafter(points.to(images.dtype)), projected).view(shape)
+
+
+def l1_direction(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """A uniform direction of length 1 in l1. Drawn on the CPU in float32."""
+    lengths = torch.empty(shape).exponential_(generator=generator)
+    return lengths * (2.0 * torch.randint(2, shape, generator=generator) - 1) / lengths.sum()
+
+
 def surface_start(image: torch.Tensor, norm: Norm, eps: float, generator: torch.Generator) -> torch.Tensor:
-    """A random image (C, H, W) at distance eps, before the box cuts it. Drawn on the CPU in float32."""
+    """A random image (C, H, W) at distance eps in linf or l2, before the box cuts it. Drawn on the CPU in float32."""
     if norm == "linf":
         noise = 2 * torch.rand(image.shape, generator=generator) - 1
         noise = noise / noise.abs().max()

@@ -14,9 +14,24 @@ from torch import nn
 from lrrobust.attacks.adaptive import attack_by_rules
 from lrrobust.attacks.apgd import apgd
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
+from lrrobust.attacks.deepfool import deepfool
+from lrrobust.attacks.fab import fab_t
+from lrrobust.attacks.fmn import fmn
 from lrrobust.attacks.momentum import mi_fgsm
 from lrrobust.attacks.pgd import Claim, Draw, pgd
-from lrrobust.attacks.specs import ApgdSpec, AttackSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import (
+    ApgdSpec,
+    AttackSpec,
+    CwSpec,
+    DeepFoolSpec,
+    FabSpec,
+    FgsmSpec,
+    FmnSpec,
+    MiFgsmSpec,
+    PgdAdaptiveSpec,
+    PgdSpec,
+    SquareSpec,
+)
 from lrrobust.attacks.square import square
 from lrrobust.frozen import frozen
 from lrrobust.gradient_rules import GradientRule
@@ -131,11 +146,6 @@ def _run_fgsm(spec: FgsmSpec, task: _Task) -> _Passes:
     )
 
 
-def _run_pgd(spec: PgdSpec, task: _Task) -> _Passes:
-    settings = {"norm", "steps", "step_size_ratio", "random_start", "restarts", "precision"}
-    return pgd(**task.arguments(), **spec.model_dump(include=settings))
-
-
 def _run_pgd_adaptive(spec: PgdAdaptiveSpec, task: _Task) -> _Passes:
     return attack_by_rules(
         pgd,
@@ -169,9 +179,11 @@ def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
 def _with_settings(attack: Callable[..., _Passes]) -> Callable[[Any, _Task], _Passes]:
     """Runs an attack whose settings are called as in its spec."""
 
-    def run(spec: BaseModel, task: _Task) -> _Passes:
+    def run(spec: AttackSpec, task: _Task) -> _Passes:
         settings = set(type(spec).model_fields) - _NO_SETTINGS
-        return attack(**task.arguments(), **spec.model_dump(include=settings))
+        # Who is only asked what survives need not look for anything nearer than what breaks the image at every eps.
+        given = {"enough": spec.eps[0] if spec.survivors_only else 0.0} if spec.minimises else {}
+        return attack(**task.arguments(), **given, **spec.model_dump(include=settings))
 
     return run
 
@@ -181,12 +193,15 @@ _NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
 
 _RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
     FgsmSpec: _run_fgsm,
-    PgdSpec: _run_pgd,
+    PgdSpec: _with_settings(pgd),
     PgdAdaptiveSpec: _run_pgd_adaptive,
     CwSpec: _run_carlini_wagner,
     ApgdSpec: _with_settings(apgd),
     SquareSpec: _with_settings(square),
     MiFgsmSpec: _with_settings(mi_fgsm),
+    FabSpec: _with_settings(fab_t),
+    FmnSpec: _with_settings(fmn),
+    DeepFoolSpec: _with_settings(deepfool),
 }
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from lrrobust.attacks.climb import is_clearly_misclassified
+
 #: Share of [-1, 1] that the arc sine is applied to: at the ends its derivative is infinite, and a
 #: pixel of exactly 0 or 1 would never move.
 _SHRINK = 1 - 1e-6
@@ -21,9 +23,6 @@ _LARGEST_STEP = 0.1
 
 #: The authors' bound of c; beyond it float32 overflows after a few more factors of ten.
 _LARGEST_C = 1e10
-
-#: Logits of the same image in different batches differ by about this share of the largest.
-_ROUNDING = 1e-6
 
 _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
 
@@ -182,10 +181,7 @@ def _evaluate(
         squared_distance = (iterate - images).flatten(1).square().sum(1)
         loss = squared_distance + c * (confidence - margin).clamp_min(0)
         (gradient,) = torch.autograd.grad(loss.sum(), w)
-    # A tie is no success, nor is a margin within rounding: the judge sees the image in another batch,
-    # where the last bits of its logits differ.
-    rounding = _ROUNDING * logits.abs().amax(1)
-    is_success = (margin > rounding) & (margin >= confidence) & logits.isfinite().all(1)
+    is_success = is_clearly_misclassified(logits, labels) & (margin >= confidence)
     gradient = gradient.where(gradient.isfinite(), 0)
     return iterate.detach(), squared_distance.detach().sqrt(), is_success, loss.detach(), gradient
 

@@ -8,10 +8,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from lrrobust.attacks.losses import margin
 from lrrobust.attacks.pgd import Claim
 
 #: What a search knows of the images of a batch: tensors whose first dimension is the image's place in it.
 State = dict[str, torch.Tensor]
+
+
+#: Logits of the same image in different batches differ by about this share of the largest.
+_ROUNDING = 1e-6
 
 
 class Start(NamedTuple):
@@ -171,3 +176,17 @@ def evaluate(model: Callable[[torch.Tensor], torch.Tensor], iterates: torch.Tens
 def is_misclassified(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Which images another class won with finite logits; bool (n,)."""
     return (logits.argmax(1) != labels) & logits.isfinite().all(1)
+
+
+def rounding(logits: torch.Tensor) -> torch.Tensor:
+    """By about how much the logits (n, K) of an image differ from batch to batch, (n,)."""
+    return _ROUNDING * logits.abs().amax(1)
+
+
+def is_clearly_misclassified(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which images another class won by more than rounding, with finite logits; bool (n,).
+
+    For attacks that end at the boundary: the judge sees the image in another batch, where the last bits of its logits
+    differ. A tie is no success either.
+    """
+    return (margin(logits, labels) > rounding(logits)) & logits.isfinite().all(1)

@@ -23,6 +23,12 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return others - logits.gather(1, own).squeeze(1)
 
 
+def lead_of(logits: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The logit of one class minus that of another; classes and labels (n,) int64."""
+    logits = logits.double()
+    return (logits.gather(1, classes[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+
 def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """log (1 - p_y) / p_y, with p the softmax: the cross-entropy on another scale.
 
@@ -62,11 +68,10 @@ def targeted_dlr(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tens
 
     Source: Croce and Hein, 2020, section 4.1, equation 7.
     """
-    logits = logits.double()
-    towards = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+    towards = lead_of(logits, targets, labels)
     if logits.shape[1] < 4:
         return towards
-    top = logits.topk(4, dim=1).values
+    top = logits.double().topk(4, dim=1).values
     return towards / (top[:, 0] - top[:, 2:].mean(1)).clamp_min(_LEAST_SCALE)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lrrobust.attacks.ball import project, unit
+from lrrobust.attacks.ball import l1_direction, project, sparse_unit, unit
 from lrrobust.attacks.losses import log_odds
+from lrrobust.attacks.targets import Target, choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
 #: Told of proposals: their rows among the attacked images, the proposals (M, C, H, W), the budget of each,
@@ -29,9 +30,11 @@ class _Climb:
     level: int
     #: First level at which it is not attacked any more.
     stop: int
-    restart: int = 0
+    #: Number of the start at this level: the restarts towards one target, then those towards the next.
+    start: int = 0
     step: int = 0
     iterate: torch.Tensor | None = None
+    target: int | None = None
 
 
 def pgd(
@@ -50,12 +53,16 @@ def pgd(
     batch_size: int,
     claim: Claim,
     draw: Draw,
+    target: Target = "none",
+    targets: int = 1,
+    sparsity: float = 0.01,
+    warm_start: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attack images at every budget, from the smallest up, until they are broken.
 
     At budget eps an image takes `steps` steps of length step_size_ratio * eps / steps along the sign
-    of the gradient (linf) or the gradient divided by its length (l2), each followed by the projection
-    onto the ball and onto [0, 1]. Iterates that the model misclassifies are claimed on the way, the
+    of the gradient (linf), the gradient divided by its length (l2), or the sign of its largest values
+    (l1), each followed by the projection onto the ball and onto [0, 1]. Iterates that the model misclassifies are claimed on the way, the
     last iterate of every start in any case. A broken image leaves the batch and is attacked at no
     larger budget; its place goes to the next image that waits, which may stand at another budget.
 
@@ -63,7 +70,10 @@ def pgd(
     1 - p_y, which sign and length take no notice of; but it does not vanish where the label's
     probability p_y rounds to 1, as the cross-entropy does on confident models.
 
-    Random starts are those of torchattacks: uniform in the linf ball; in l2 of a uniform direction and
+    With a target the loss is log p_t / (1 - p_t) instead, which rises as the target's probability does. The
+    target is where the search goes, not what it is asked for: an image is broken by any class but its own.
+
+    Random starts are those of torchattacks: uniform in the linf ball; in l2 and l1 of a uniform direction and
     a uniform share of eps as length. They follow from `draw` alone: which images share a batch changes
     nothing but the rounding of the model.
 
@@ -71,27 +81,62 @@ def pgd(
         model: images to logits (n, K), K >= 2, in evaluation mode.
         images: (N, C, H, W) in [0, 1], float32 or float64.
         labels: (N,) int64, the classes to leave.
+        norm: "linf", "l2" or "l1".
         ladder: budgets in pixel units of [0, 1], ascending. Nothing is claimed at a budget of 0.
         levels: (N,) int64, how many budgets of the ladder, from the smallest, each image is attacked at.
         precision: "bf16" runs the model under autocast to bfloat16; iterates and steps stay as `images`.
         batch_size: images passed through the model at once.
         claim: judges; may be asked about any number of images up to `batch_size` at once, each once.
-        draw: for random starts.
+        draw: for random starts, and random targets.
+        target: "none", or which class to go to, see `lrrobust.attacks.targets`.
+        targets: how many "top_k" makes `restarts` starts for each; without effect on others.
+        sparsity: share of the values that a step in l1 changes; without effect in other norms.
+        warm_start: begin the first restart at a larger budget where it ended at the one before, the perturbation
+            stretched to the larger ball.
 
     Returns:
-        Forward and backward passes by budget and image, int64 (len(ladder), N): as many of the ones as of the
-        others, one each a gradient step.
+        Forward and backward passes by budget and image, int64 (len(ladder), N): one each a gradient step, and a
+        forward pass to choose targets.
 
-    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, section 2.1.
+    Raises:
+        ConfigError: there is no such target.
+
+    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, section 2.1; l1: Tramer
+    and Boneh, Adversarial Training and Robustness for Multiple Perturbations, 2019, section 2.2; targets: Kurakin et
+    al., Adversarial Machine Learning at Scale, 2017, section 3.
     """
     passes = torch.zeros(len(ladder), len(images), dtype=torch.int64)
     first = next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
+    classes = None
+    if target != "none":
+        attacked = torch.where(levels > first, levels, 0)
+        classes = choose_targets(model, images, labels, attacked, target, targets, batch_size)
+    starts = restarts * (classes.shape[1] if target == "top_k" else 1)
+    #: Perturbations at the budget before, in units of it, by row and number of the start.
+    ended: dict[tuple[int, int], torch.Tensor] = {}
+
+    def begin(climb: _Climb) -> _Climb:
+        """Gives an image that has none a first iterate and, where one is wanted, a target."""
+        if climb.iterate is None:
+            image, eps = images[climb.row], ladder[climb.level]
+            generator = draw(climb.row, eps, climb.start)
+            if classes is not None:
+                climb.target = _choose_one(classes[climb.row], target, climb.start // restarts, generator)
+            before = ended.pop((climb.row, climb.start), None)
+            climb.step = 0
+            if before is not None:
+                ball = images.new_full((1, 1, 1, 1), eps)
+                climb.iterate = project(image[None], (image + eps * before)[None], ball, norm)[0]
+            else:
+                climb.iterate = _start(image, norm, eps, generator) if random_start else image
+        return climb
+
     waiting = deque(_Climb(row, first, stop) for row, stop in enumerate(levels.tolist()) if first < stop)
     active: list[_Climb] = []
     claims: list[tuple[_Climb, torch.Tensor, bool]] = []
     while waiting or active or claims:
         while waiting and len(active) < batch_size:
-            active.append(_started(waiting.popleft(), images, norm, ladder, random_start, draw))
+            active.append(begin(waiting.popleft()))
         # Claims are judged together: when they fill a batch, or the batch needs who comes back from them.
         # Few do but those whose start came to its end.
         is_short = len(active) < batch_size and (not active or any(is_last for *_, is_last in claims))
@@ -100,16 +145,23 @@ def pgd(
             for climb, is_last in _unbroken(judged, ladder, claim):
                 if not is_last and climb.step == steps:
                     claims.append((climb, climb.iterate, True))
-                elif not is_last or _goes_on(climb, restarts):
+                elif not is_last:
                     waiting.append(climb)
+                else:
+                    if warm_start and climb.start % restarts == 0:
+                        ended[climb.row, climb.start] = (climb.iterate - images[climb.row]) / ladder[climb.level]
+                    if _goes_on(climb, starts):
+                        waiting.append(climb)
             continue
         rows = torch.tensor([climb.row for climb in active], device=images.device)
         budgets = [ladder[climb.level] for climb in active]
         eps = images.new_tensor(budgets)[:, None, None, None]
         length = images.new_tensor([step_size_ratio * budget / steps for budget in budgets])[:, None, None, None]
         iterates = torch.stack([climb.iterate for climb in active])
-        logits, gradient = _evaluate(model, iterates, labels[rows], precision)
-        stepped = project(images[rows], iterates + length * unit(gradient, norm), eps, norm)
+        aims = None if classes is None else torch.tensor([climb.target for climb in active], device=images.device)
+        logits, gradient = _evaluate(model, iterates, labels[rows], aims, precision)
+        direction = sparse_unit(gradient, iterates, sparsity) if norm == "l1" else unit(gradient, norm)
+        stepped = project(images[rows], iterates + length * direction, eps, norm)
         is_candidate = (logits.argmax(1) != labels[rows]) & logits.isfinite().all(1)
         still = []
         for climb, now, then, is_claimed in zip(active, iterates, stepped, is_candidate.tolist(), strict=True):
@@ -123,26 +175,25 @@ def pgd(
             else:
                 still.append(climb)
         active = still
-    return passes, passes
+    return passes if classes is None else with_the_choice(passes), passes
 
 
-def _started(
-    climb: _Climb, images: torch.Tensor, norm: Norm, ladder: Sequence[float], random_start: bool, draw: Draw
-) -> _Climb:
-    if climb.iterate is None:
-        image, eps = images[climb.row], ladder[climb.level]
-        climb.step = 0
-        climb.iterate = _start(image, norm, eps, draw(climb.row, eps, climb.restart)) if random_start else image
-    return climb
+def _choose_one(classes: torch.Tensor, target: Target, number: int, generator: torch.Generator) -> int:
+    """The class that one start goes to, of those (T,) chosen for its image."""
+    if target == "random":
+        number = int(torch.randint(len(classes), (), generator=generator))
+    return int(classes[number])
 
 
 def _start(image: torch.Tensor, norm: Norm, eps: float, generator: torch.Generator) -> torch.Tensor:
     """A random image (C, H, W) of ball and box. Drawn on the CPU in float32: the same on every device."""
     if norm == "linf":
         noise = (2 * torch.rand(image.shape, generator=generator) - 1) * eps
-    else:
+    elif norm == "l2":
         direction = torch.randn(image.shape, generator=generator)
         noise = direction * (torch.rand((), generator=generator) * eps / direction.norm())
+    else:
+        noise = l1_direction(image.shape, generator) * (torch.rand((), generator=generator) * eps)
     return (image + noise.to(image)).clamp(0, 1)
 
 
@@ -160,22 +211,23 @@ def _unbroken(
     return [(climb, last) for climb, last, broken in zip(climbs, is_last, is_broken, strict=True) if not broken]
 
 
-def _goes_on(climb: _Climb, restarts: int) -> bool:
-    """Moves an image to its next restart or budget; False when there is none."""
+def _goes_on(climb: _Climb, starts: int) -> bool:
+    """Moves an image to its next start or budget; False when there is none."""
     climb.iterate = None
-    climb.restart += 1
-    if climb.restart == restarts:
-        climb.restart = 0
+    climb.start += 1
+    if climb.start == starts:
+        climb.start = 0
         climb.level += 1
     return climb.level < climb.stop
 
 
 def _evaluate(
-    model: nn.Module, iterates: torch.Tensor, labels: torch.Tensor, precision: str
+    model: nn.Module, iterates: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor | None, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward and backward: logits (n, K) and the gradient of the loss by the iterates."""
     iterates = iterates.detach().requires_grad_()
     with torch.autocast(iterates.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(iterates)
-    (gradient,) = torch.autograd.grad(log_odds(logits, labels).sum(), iterates)
+    losses = log_odds(logits, labels) if aims is None else -log_odds(logits, aims)
+    (gradient,) = torch.autograd.grad(losses.sum(), iterates)
     return logits.detach(), gradient

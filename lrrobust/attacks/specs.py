@@ -84,32 +84,47 @@ class FgsmSpec(_Spec):
 class PgdSpec(_Spec):
     """Projected gradient descent along the gradient of the cross-entropy.
 
+    With a target the search goes towards that class, where the loss of other attacks may be flat; what counts does not
+    change: an image is broken when it is taken for any class but its own.
+
     Args:
         steps: gradient steps per restart.
         step_size_ratio: step size = step_size_ratio * eps / steps, so that the attack can cross the ball.
         random_start: start at a random point of the ball instead of at the image.
-        restarts: independent runs; only useful with a random start.
+        restarts: independent runs; only useful with a random start or target.
         precision: "bf16" runs the model under autocast to bfloat16, forward and backward.
+        target: "none", "random", "least_likely", "top_k", or the number of a class; see `lrrobust.attacks.targets`.
+        targets: how many classes "top_k" tries, each with `restarts` starts, K - 1 at most; without effect on others.
+        sparsity: share of the values that a step in l1 changes; without effect in other norms.
+        warm_start: begin the first restart at a larger budget where it ended at the one before.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018,
-    section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks).
+    section 2.1; step size 2.5 eps/steps from section 5 (L2-bounded attacks). l1: Tramer and Boneh, Adversarial
+    Training and Robustness for Multiple Perturbations, 2019, section 2.2. Targets: Kurakin et al., Adversarial Machine
+    Learning at Scale, 2017, section 3.
     """
 
     kind: Literal["pgd"]
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     steps: Annotated[int, Field(ge=1)]
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
     precision: Precision = "float32"
+    target: Literal["none", "random", "least_likely", "top_k"] | Annotated[int, Field(ge=0)] = "none"
+    targets: Annotated[int, Field(ge=1)] = 9
+    sparsity: Annotated[float, Field(gt=0, le=1)] = 0.01
+    warm_start: bool = False
 
     @property
     def max_forward_passes(self) -> int:
-        return len(self.eps) * self.steps * self.restarts
+        passes = len(self.eps) * self.steps * self.restarts * (self.targets if self.target == "top_k" else 1)
+        # Targets are chosen by a forward pass.
+        return passes if self.target == "none" else passes + 1
 
     @model_validator(mode="after")
     def _check_restarts_differ(self) -> PgdSpec:
-        if self.restarts > 1 and not self.random_start:
+        if self.restarts > 1 and not self.random_start and self.target != "random":
             raise PydanticCustomError(
                 "restarts",
                 "restarts: expected 1 with random_start: false, as every restart would be the same",
@@ -259,6 +274,94 @@ class MiFgsmSpec(_Spec):
         return len(self.eps) * self.steps
 
 
+class FabSpec(_Spec):
+    """FAB, targeted: from linearised boundary to linearised boundary, each time nearer to the clean image.
+
+    Runs once, and `eps` says where its distances are read off. In a suite for survivors an image is done once it is
+    broken at the smallest eps.
+
+    Args:
+        targets: how many of the likeliest other classes are tried in turn, K - 1 at most.
+        steps: steps towards each of them.
+        overshoot: how far a step goes, in units of the way to the linearised boundary; the paper's eta.
+        largest_pull: largest weight of the way from the clean image; the paper's alpha_max.
+        backward_share: share of an adversarial perturbation that is kept for the next step; the paper's beta.
+
+    Source: Croce and Hein, Minimally distorted Adversarial Attacks with a Fast Adaptive Boundary Attack, 2020,
+    section 3; defaults of AutoAttack.
+    """
+
+    minimises: ClassVar[bool] = True
+
+    kind: Literal["fab_t"]
+    norm: Literal["linf", "l2"]
+    targets: Annotated[int, Field(ge=1)] = 9
+    steps: Annotated[int, Field(ge=1)] = 100
+    overshoot: Annotated[float, Field(ge=1)] = 1.05
+    largest_pull: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    backward_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    @property
+    def max_forward_passes(self) -> int:
+        # One to choose targets, and five on the line to the clean image.
+        return 6 + 2 * self.targets * self.steps
+
+
+class FmnSpec(_Spec):
+    """FMN: gradient steps in a ball whose radius follows from whether the image is adversarial.
+
+    Runs once, and `eps` says where its distances are read off.
+
+    Args:
+        steps: gradient steps.
+        first_step_size, last_step_size: of the steps, in units of the radius; the paper's alpha is a length.
+        first_change, last_change: shares by which the radius changes with a step; the paper's gamma.
+
+    Source: Pintor et al., Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints, 2021, section 2.
+    """
+
+    minimises: ClassVar[bool] = True
+
+    kind: Literal["fmn"]
+    norm: Literal["linf", "l2", "l1"]
+    steps: Annotated[int, Field(ge=1)] = 100
+    first_step_size: Annotated[float, Field(gt=0)] = 1.0
+    last_step_size: Annotated[float, Field(gt=0)] = 0.01
+    first_change: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    last_change: Annotated[float, Field(gt=0, lt=1)] = 0.001
+
+    @property
+    def max_forward_passes(self) -> int:
+        return self.steps
+
+
+class DeepFoolSpec(_Spec):
+    """DeepFool: across the nearest of the linearised boundaries, until the class is left.
+
+    Runs once, and `eps` says where its distances are read off.
+
+    Args:
+        targets: how many of the likeliest other classes are looked at, K - 1 at most.
+        steps: at most so many; most images take two or three.
+        overshoot: how much farther than to the boundary a step goes, as a share of its way.
+
+    Source: Moosavi-Dezfooli et al., DeepFool: a simple and accurate method to fool deep neural networks, 2016.
+    """
+
+    minimises: ClassVar[bool] = True
+
+    kind: Literal["deepfool"]
+    norm: Literal["linf", "l2"]
+    targets: Annotated[int, Field(ge=1)] = 9
+    steps: Annotated[int, Field(ge=1)] = 50
+    overshoot: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def max_forward_passes(self) -> int:
+        return 2 + self.steps
+
+
 AttackSpec = Annotated[
-    Union[FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec], Field(discriminator="kind")
+    Union[FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec, FabSpec, FmnSpec, DeepFoolSpec],
+    Field(discriminator="kind"),
 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from lrrobust.attacks.specs import AttackSpec, Description, Precision
 from lrrobust.config_file import brief, read_mapping
 from lrrobust.errors import ConfigError, UnknownNameError
+
+_log = logging.getLogger(__name__)
 
 _ATTACK: TypeAdapter[AttackSpec] = TypeAdapter(AttackSpec)
 _SPEC_CLASSES = {
@@ -65,11 +68,12 @@ def load_suite(
     Args:
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
             .yaml or .yml, or contains a path separator.
-        eps, steps, restarts, precision: replace these settings in every attack, see `override`.
+        eps, steps, restarts, precision: replace these settings in every attack that has them, see `override`; those
+            that have not stay as they are.
 
     Raises:
         ConfigError: a file cannot be read or is wrong, two files share a name, a suite includes
-            itself, or an override does not fit all attacks.
+            itself, or no attack has a setting that is to be replaced.
         UnknownNameError: no such attack or suite is shipped.
     """
     if not names:
@@ -85,7 +89,17 @@ def load_suite(
             "eps cannot be replaced in attacks of several norms at once"
             f" ({', '.join(f'{spec.name}: {spec.norm}' for spec in specs)}); evaluate each norm by itself"
         )
-    return tuple(override(spec, eps=eps, steps=steps, restarts=restarts, precision=precision) for spec in specs)
+    given = {"eps": eps, "steps": steps, "restarts": restarts, "precision": precision}
+    changes = {key: value for key, value in given.items() if value is not None}
+    for key in changes:
+        without = ", ".join(spec.name for spec in specs if key not in type(spec).model_fields)
+        if not any(key in type(spec).model_fields for spec in specs):
+            raise ConfigError(f"{without}: no {key!r} to replace; leave this setting out")
+        if without:
+            _log.warning("%s: left as it is in what has no such setting: %s", key, without)
+    return tuple(
+        override(spec, **{key: value for key, value in changes.items() if key in type(spec).model_fields}) for spec in specs
+    )
 
 
 def override(

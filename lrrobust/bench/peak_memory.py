@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrrobust.bench.resident_memory import resident_bytes
+from lrrobust.bench.resident_memory import forget_freed_memory, resident_bytes
 
 #: Called in a process of its own with the arguments given; returns a small run that loads everything there is
 #: to load, and the run that is measured.
@@ -46,6 +46,7 @@ def _measure(sender: Connection, threads: int, prepare: Preparation, arguments: 
     torch.set_num_threads(threads)
     warm_up, run = prepare(*arguments)
     warm_up()
+    forget_freed_memory()
     before = resident_bytes("VmRSS")
     run()
     sender.send(resident_bytes("VmHWM") - before)

@@ -26,6 +26,7 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.errors import UnknownNameError
 from lrrobust.models import load_classifier
 from lrrobust.models.folding import fold_constants
+from lrrobust.tables import Cell, Column, Table, to_markdown
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,33 @@ class BenchResult:
     summary: pd.DataFrame
 
 
-def _with_memory(times: pd.DataFrame, summary: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+def _with_memory(times: pd.DataFrame, summary: pd.DataFrame, by: str) -> pd.DataFrame:
     """Adds the peaks, which are measured once, to the medians."""
     columns = [column for column in ("peak_bytes", "io_bytes") if column in times]
-    return summary.join(times.groupby([*by, "name"], sort=False)[columns].first(), on=[*by, "name"])
+    return summary.join(times.groupby([by, "name"], sort=False)[columns].first(), on=[by, "name"])
 
 
 def bench_operation(request: BenchRequest) -> BenchResult:
-    """The local relation operation at the stages of LR-Net-50, forward and backward; ratios to `unfold`."""
+    """The local relation operation at the stages of LR-Net-50, forward and backward.
+
+    Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients.
+    """
     times = compare_operations(repeats=request.repeats, device=request.device)
-    return BenchResult(times, _with_memory(times, summarise_times(times, ["stage"], "unfold"), ["stage"]))
+    fused = "triton" if request.device.type == "cuda" else "cpu"
+    summary = _with_memory(times, summarise_times(times, ["stage"], fused), "stage")
+    if "peak_bytes" in summary:
+        summary["peak_ratio"] = summary["peak_bytes"] / summary["io_bytes"]
+    return BenchResult(times, summary)
 
 
 def bench_gradient_step(request: BenchRequest) -> BenchResult:
-    """A gradient step on whole networks; ratios to the convolutional control."""
+    """A gradient step on whole networks; ratios, of times and of peaks, to the convolutional control."""
     times = compare_gradient_steps(repeats=request.repeats, device=request.device)
-    return BenchResult(times, _with_memory(times, summarise_times(times, ["size"], CONTROL), ["size"]))
+    summary = _with_memory(times, summarise_times(times, ["size"], CONTROL), "size")
+    if "peak_bytes" in summary:
+        of_control = summary[summary["name"] == CONTROL].set_index("size")["peak_bytes"]
+        summary["peak_ratio"] = summary["peak_bytes"] / summary["size"].map(of_control)
+    return BenchResult(times, summary)
 
 
 def bench_attack_loop(request: BenchRequest) -> BenchResult:
@@ -146,3 +158,15 @@ def format_cell(column: str, value: object) -> str:
     if column in ("spread", "overhead") or column.startswith("robust_accuracy"):
         return f"{100 * value:.1f} %"
     return f"{value:.2f}"
+
+
+def markdown_page(title: str, summary: pd.DataFrame, environment: Mapping[str, object]) -> str:
+    """A summary as a page: when, on what and by what it was measured, and the table."""
+    columns = [Column(name, is_text=not pd.api.types.is_numeric_dtype(summary[name])) for name in summary.columns]
+    rows = [[Cell(format_cell(name, value), "") for name, value in row.items()] for row in summary.to_dict("records")]
+    where = (
+        f"{environment['date']}, {environment['processor']}, {environment['threads']} threads, "
+        f"device {environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}."
+    )
+    meaning = "`ratio` is taken within rounds; `spread` is the range of the times by their median."
+    return "\n".join([f"# {title}", "", where, meaning if "spread" in summary else "", "", *to_markdown(Table(columns, rows)), ""])

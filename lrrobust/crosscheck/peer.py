@@ -7,12 +7,12 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
 
-from lrrobust.attacks.specs import AttackSpec
+from lrrobust.attacks.specs import AttackSpec, PgdSpec
 from lrrobust.threat import Norm
 
 
@@ -82,6 +82,11 @@ class Peer:
             ImportError, or whatever its own code raises: it is not installed, or does not work here.
         """
         return importlib.import_module(f"lrrobust.crosscheck.{self.adapter}")
+
+
+def is_plain_pgd(spec: AttackSpec) -> TypeGuard[PgdSpec]:
+    """Whether an attack is PGD as libraries have it: away from the label, in linf or l2, each start anew."""
+    return isinstance(spec, PgdSpec) and spec.norm in ("linf", "l2") and spec.target == "none" and not spec.warm_start
 
 
 def predicts_otherwise(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
-from lrrobust.crosscheck.peer import PeerAttack, Proposal
+from lrrobust.crosscheck.peer import PeerAttack, Proposal, is_plain_pgd
 from lrrobust.threat import Norm
 
 
@@ -23,7 +23,7 @@ def find_attack(spec: AttackSpec) -> PeerAttack | None:
     attacks = foolbox.attacks
     if isinstance(spec, FgsmSpec):
         return _attack_with(attacks.LinfFastGradientAttack())
-    if isinstance(spec, PgdSpec) and spec.norm in ("linf", "l2"):
+    if is_plain_pgd(spec):
         return _attack_with(build_pgd(spec))
     if isinstance(spec, CwSpec):
         return _attack_with(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
-from lrrobust.crosscheck.peer import PeerAttack, Proposal, predicts_otherwise
+from lrrobust.crosscheck.peer import PeerAttack, Proposal, is_plain_pgd, predicts_otherwise
 from lrrobust.threat import Norm
 from lrrobust.torchvision_import import import_torchvision
 
@@ -24,7 +24,7 @@ import torchattacks  # noqa: E402
 def find_attack(spec: AttackSpec) -> PeerAttack | None:
     if isinstance(spec, FgsmSpec):
         return _attack_with(lambda model, eps: torchattacks.FGSM(model, eps=eps))
-    if isinstance(spec, PgdSpec) and spec.norm in ("linf", "l2"):
+    if is_plain_pgd(spec):
         return _attack_with(lambda model, eps: build_pgd(model, spec, eps))
     if isinstance(spec, CwSpec):
         settings = {"c": spec.initial_c, "kappa": spec.confidence, "steps": spec.steps, "lr": spec.lr}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ class EvaluationSet:
                 )
             images[row] = self._preprocessing(self._source.decode(index, encoded))
         return images, torch.tensor([self.labels[position] for position in positions], dtype=torch.int64)
+
+    def seen_by(self, classes: Sequence[str], preprocessing: Preprocessing) -> EvaluationSet:
+        """The same images for another model that knows their classes; nothing is read or checked again."""
+        label_of = {wnid: label for label, wnid in enumerate(classes)}
+        return replace(self, labels=tuple(label_of[wnid] for wnid in self.wnids), _preprocessing=preprocessing)
 
     def record(self) -> dict[str, Any]:
         """What a result has to say about its images, JSON-ready."""

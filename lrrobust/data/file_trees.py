@@ -168,8 +168,10 @@ class ZipTree(FileTree):
             self._zip = zipfile.ZipFile(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        except (*_DAMAGE, NotImplementedError, UnicodeDecodeError) as error:
+        except (*_DAMAGE, UnicodeDecodeError) as error:
             raise _damaged_archive(path, error) from error
+        except RuntimeError as error:  # written for a later version of zip
+            raise DataError(f"{path}: cannot unpack this zip ({error}); pack it anew") from error
         weakref.finalize(self, self._zip.close)
         for info in self._zip.infolist():
             # Not `is_dir`, which fails on an empty name.
@@ -190,7 +192,7 @@ class ZipTree(FileTree):
             raise DataError(f"cannot read {self.path}: {error.strerror}") from error
         except _DAMAGE as error:
             raise CorruptImageError(f"{self.path}: {name!r} is damaged ({error}); replace or remove it") from error
-        except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
+        except RuntimeError as error:  # encrypted, or an unknown compression
             raise DataError(f"{self.path}: cannot unpack {name!r} ({error}); pack the zip anew") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import posixpath
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from lrrobust.data.layouts import LAYOUT_SUFFIXES, label_files
 from lrrobust.errors import DataError
 
 __all__ = ["PHOTOS", "FileImages", "ImageSource", "open_dataset"]
+
+_log = logging.getLogger(__name__)
 
 #: The data set that needs no files of the user.
 PHOTOS = "photos"
@@ -67,6 +70,8 @@ def open_dataset(spec: str | Path) -> ImageSource:
             archive is damaged, or the photos cannot be fetched.
     """
     if spec == PHOTOS:
+        if os.path.exists(PHOTOS):
+            _log.warning("'%s' is the data set of that name, not what lies in ./%s: write ./%s to read that", *[PHOTOS] * 3)
         return open_photos()
     spool = Spool()
     names: list[str] = []

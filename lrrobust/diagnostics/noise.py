@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from lrrobust.attacks.ball import l1_direction
 from lrrobust.threat import Norm
 
 
@@ -24,8 +25,7 @@ def draw_noise(norm: Norm, eps: float, shape: torch.Size, generator: torch.Gener
     if norm == "l2":
         direction = torch.randn(shape, generator=generator)
         return direction * (eps / direction.norm())
-    direction = torch.empty(shape).exponential_(generator=generator) * (2.0 * torch.randint(2, shape, generator=generator) - 1)
-    return direction * (eps / direction.abs().sum())
+    return l1_direction(shape, generator) * eps
 
 
 def inner_radius(norm: Norm, eps: float, pixels: int) -> float:

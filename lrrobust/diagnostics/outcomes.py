@@ -37,7 +37,7 @@ class Outcomes:
         breaking_eps: (N,), smallest eps at which a row proves an image broken, infinity where none does.
         clean_margin: (N,), logits.
         last_margin: (L, N), of the last proposal for images that withstood; NaN where there is none.
-        forward_passes: (L, N); NaN where not counted.
+        backward_passes: (L, N); NaN where not counted.
     """
 
     spec: AttackSpec
@@ -47,7 +47,7 @@ class Outcomes:
     breaking_eps: NDArray[np.float64]
     clean_margin: NDArray[np.float64]
     last_margin: NDArray[np.float64]
-    forward_passes: NDArray[np.float64]
+    backward_passes: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:
     columns = {name: rows[name].to_numpy(bool) for name in ("is_clean_correct", "is_broken")}
     columns |= {"outcome": rows["outcome"].to_numpy(object)}
     columns |= {"distance": distances(rows)}
-    for name in ("clean_margin", "adversarial_margin", "forward_passes"):
+    for name in ("clean_margin", "adversarial_margin", "backward_passes"):
         columns[name] = rows[name].to_numpy(np.float64, na_value=np.nan)
     return tuple(ladder.tolist()), {name: column[order].reshape(len(ladder), -1) for name, column in columns.items()}
 
@@ -126,5 +126,5 @@ def _outcomes(spec: AttackSpec, eps: tuple[float, ...], grid: dict[str, NDArray]
         breaking_eps=breaking.min(0),
         clean_margin=grid["clean_margin"][0],
         last_margin=np.where(is_broken, np.nan, grid["adversarial_margin"]),
-        forward_passes=grid["forward_passes"],
+        backward_passes=grid["backward_passes"],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +12,7 @@ from lrrobust.diagnostics.outcomes import Outcomes
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, has_pgd
 from lrrobust.report import format_eps
+from lrrobust.threat import box_diameter
 
 #: Steps of the attack that repeats the run's with more effort: twice as many, within these bounds. PGD of 40 steps
 #: that may cross the ball has converged on sound networks; beyond 200 steps an evaluation costs more than it says.
@@ -56,11 +56,11 @@ def late_breaks(outcomes: Outcomes, eps: float) -> str | None:
     if not isinstance(spec, PgdSpec) or spec.steps < 4 or eps not in outcomes.eps:
         return None
     level = outcomes.eps.index(eps)
-    is_new = outcomes.is_broken[level] & outcomes.is_attacked[level] & (outcomes.forward_passes[level] > 0)
+    is_new = outcomes.is_broken[level] & outcomes.is_attacked[level] & (outcomes.backward_passes[level] > 0)
     if not is_new.any():
         return None
     # Steps of the start that broke the image, 1 to `steps`.
-    step = (outcomes.forward_passes[level][is_new] - 1) % spec.steps + 1
+    step = (outcomes.backward_passes[level][is_new] - 1) % spec.steps + 1
     return f"{int((step > 0.75 * spec.steps).sum())} of {int(is_new.sum())} breaks of {spec.name} there came in the last quarter of its steps"
 
 
@@ -75,8 +75,7 @@ def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
         if norm.strongest is None:
             continue
         attack = norm.strongest.spec
-        pixels = subject.images[0].numel()
-        eps = {"linf": 0.5, "l2": 0.5 * math.sqrt(pixels), "l1": 0.5 * pixels}[norm.norm]
+        eps = box_diameter(norm.norm, subject.images[0].numel()) / 2
         spec = attack.model_copy(update={"steps": max(attack.steps, LARGE_STEPS)})
         survivors = int((~subject.strike(spec, eps, np.arange(len(subject))).is_broken).sum())
         passed = is_tolerable(survivors, len(subject))

@@ -50,10 +50,12 @@ class Subject:
 
     @property
     def norms(self) -> list[NormOutcomes]:
+        """Those in which something was attacked: a budget of 0 leaves nothing to find."""
         found: dict[Norm, list[Outcomes]] = {}
         for outcomes in self.outcomes:
             found.setdefault(outcomes.spec.norm, []).append(outcomes)
-        return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items()]
+        has_budget = {outcomes.spec.norm for outcomes in self.outcomes if any(0 < eps < np.inf for eps in outcomes.eps)}
+        return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items() if norm in has_budget]
 
     def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
         """Places in the sample of the images that no attack of the norm broke within eps."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from lrrobust.attacks.ball import dual_length
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.outcomes import is_white_box
@@ -23,9 +24,6 @@ NEAR_ZERO = 1e-6
 
 #: Share of images without a gradient that a sound attack may meet: a dead rectifier here and there.
 TOLERATED_ZEROS = 0.01
-
-#: How the largest first-order change in a ball follows from the gradient: the order of the dual norm.
-_DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": math.inf}
 
 
 def loss_of(spec: AttackSpec) -> Loss:
@@ -57,7 +55,7 @@ def promised_rise(subject: Subject, points: torch.Tensor, loss: Loss, norm: Norm
             else:
                 value, lead = logits.logsumexp(1) - own, torch.full_like(own, math.log(2))
             (gradient,) = torch.autograd.grad(value.sum(), images)
-        slope = torch.linalg.vector_norm(gradient.flatten(1), _DUAL[norm], dim=1, dtype=torch.float64)
+        slope = dual_length(gradient, norm)
         share = eps * slope / lead.detach().double().clamp_min(torch.finfo(torch.float32).tiny)
         shares.append(share.where(logits.argmax(1) == labels, math.inf))
     return torch.cat(shares)

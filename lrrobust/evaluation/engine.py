@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
 #: run's identity, so that old and new rows never mix.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 
 #: Two forwards of the same images may differ by this much before the model counts as randomised; the
 #: bound AutoAttack uses.
@@ -284,9 +284,18 @@ def check_model(
         What the results must say of the model: {"randomised": ...} where two forwards differ.
 
     Raises:
-        ModelError: it fails, does not return (N, num_classes) logits, gives no gradient, or lets the
-            images of a batch influence each other.
+        ModelError: it fails, does not return (N, num_classes) logits, gives no gradient, changes the images it is
+            given, or lets those of a batch influence each other.
     """
+    shown = images[:4].clone()
+    with torch.no_grad():
+        before = call_model(model, shown)
+        check_logits(before, len(shown), num_classes)
+    if not torch.equal(shown, images[:4]):
+        raise ModelError(
+            "the model changes the images it is given, so that nothing can be compared with them afterwards: "
+            "let forward work on a copy, as in (images - mean) / std instead of images.sub_(mean).div_(std)"
+        )
     few = images[:4].clone().requires_grad_()
     with torch.enable_grad():
         first = call_model(model, few)
@@ -299,11 +308,9 @@ def check_model(
         if first.requires_grad:
             torch.autograd.grad(first.sum(), few, allow_unused=True)
     with torch.no_grad():
-        second = call_model(model, images[:4])
         half = call_model(model, images[: -(-len(few) // 2)])
-    check_logits(second, len(few), num_classes)
     check_logits(half, -(-len(few) // 2), num_classes)
-    difference = (first - second).abs().max().item()
+    difference = (first - before).abs().max().item()
     if difference > RANDOMISED_TOLERANCE:
         _log.warning(
             "two forward passes of the same images differ by %.2g: the model is randomised, and attacks that "
@@ -311,7 +318,7 @@ def check_model(
             difference,
         )
         return {"randomised": "yes: robustness is overstated"}
-    if (half - second[: len(half)]).abs().max() > BATCH_TOLERANCE * second.abs().max().clamp_min(1e-3):
+    if (half - before[: len(half)]).abs().max() > BATCH_TOLERANCE * before.abs().max().clamp_min(1e-3):
         raise ModelError(
             "the model's logits of an image depend on the other images of the batch "
             "(BatchNorm without running statistics?): no accuracy of such a model means anything"
@@ -642,7 +649,8 @@ def _rows(
             ever_broken, breaks_at, prediction, margin, linf, l2, l1, quantized_at, broken_earlier_at = found
             wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
-            was_broken_before = broken_earlier_at <= step.eps and not is_broken
+            # Infinity stands for never, also where the budget is infinite.
+            was_broken_before = math.isfinite(broken_earlier_at) and broken_earlier_at <= step.eps and not is_broken
             is_broken_quantized = None
             if in_8_bits and is_broken:
                 in_8_bits_at = min(quantized_at, broken_earlier_at)

@@ -128,15 +128,24 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
             raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: {reason}"
+            f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: "
+            f"{reason}{_explain_dtype(model, images)}"
         ) from error
+
+
+def _explain_dtype(model: nn.Module, images: torch.Tensor) -> str:
+    """What most often is the matter with parameters of another type, else nothing."""
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), images.dtype)
+    if dtype == images.dtype:
+        return ""
+    return f" (its parameters are {dtype}, the images {images.dtype}: call .float() on it, or convert inside forward)"
 
 
 def check_logits(logits: object, n: int, num_classes: int) -> None:
     """Raises ModelError unless logits are a floating tensor (n, num_classes)."""
     expected = f"expected logits of shape ({n}, {num_classes}), one for each class of the model"
     if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"the model returns {type(logits).__name__}: {expected}; wrap it in a module that returns these alone")
+        raise ModelError(f"the model returns {type(logits).__name__}: {expected}; let forward return them alone")
     if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
         raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
 
@@ -144,7 +153,7 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
 def check_evaluation_mode(model: nn.Module) -> None:
     """Raises ModelError when a part of the model is in training mode, where batches change predictions."""
     for name, module in model.named_modules():
-        if module.training:
+        if getattr(module, "training", False):
             raise ModelError(
                 f"the model's part {name or 'itself'!r} is in training mode during evaluation: "
                 "do not call .train() inside forward"

@@ -23,6 +23,7 @@ class Classifier:
             `input_size` itself where None.
         interpolation: how images are resized.
         weights: where the weights come from, for people.
+        recipe: name and hash of how they were trained, where the weights say; empty where not known.
     """
 
     module: nn.Module
@@ -31,6 +32,7 @@ class Classifier:
     resize_size: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     weights: str = ""
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))

@@ -40,6 +40,9 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 #: `--weights none`: random weights, to try things out.
 NO_WEIGHTS = "none"
 
+#: `--weights DEFAULT`: those that a model has when none are asked for, as torchvision says it.
+OWN_WEIGHTS = "DEFAULT"
+
 #: Image size of a network whose weights do not state one.
 DEFAULT_INPUT_SIZE = 224
 
@@ -65,7 +68,7 @@ def load_classifier(
 
     Args:
         name: of the model.
-        weights: None for the model's own; "none" for random ones; the path of a safetensors file or
+        weights: None or "DEFAULT" for the model's own; "none" for random ones; the path of a safetensors file or
             checkpoint; or a name, such as IMAGENET1K_V2 of torchvision.
         classes: class list, for weights that do not carry one.
         input_size: side of the images in pixels, instead of what the weights state.
@@ -76,6 +79,9 @@ def load_classifier(
         ModelError: the model cannot be built, or needs a class list.
         WeightsError: its weights cannot be had, read, or fitted.
     """
+    # The name by which torchvision calls a model's own, where several models need a word in its place.
+    if weights == OWN_WEIGHTS:
+        weights = None
     if name.endswith(".py"):
         raise ModelError(f"{name} names no function: add the factory, as in {name}:build")
     if ".py:" in name:
@@ -110,17 +116,17 @@ def _load_own(
         if input_size is None:
             raise ModelError(f"{path.name} does not state the size of its images: add --input-size, as in --input-size 64")
         network, size, resize, interpolation = build_network(name, len(known)), input_size, None, "bilinear"
-        label = path.name
+        label, recipe = path.name, ""
     else:
         if metadata.model != name:
             raise WeightsError(f"{path} holds weights of {metadata.model}, not of {name}: use --model {metadata.model}")
-        known, label = metadata.classes, metadata.name
+        known, label, recipe = metadata.classes, metadata.name, metadata.recipe_identity
         network = build_network(name, len(known), metadata.stem)
         size, resize, interpolation = metadata.input_size, metadata.resize_size, metadata.interpolation
     fit_weights(network, state, str(path))
     # On the CPU and on tensor cores convolutions run faster with channels innermost.
     network = network.to(memory_format=torch.channels_last)
-    return Classifier(network, tuple(known), size, resize, interpolation, weights=label)
+    return Classifier(network, tuple(known), size, resize, interpolation, weights=label, recipe=recipe)
 
 
 def _shipped_path(name: str, weights: str | None) -> Path:
@@ -175,6 +181,8 @@ def _load_torchvision(
     from torchvision import models
 
     if name not in models.list_models(module=models):
+        if ":" in name:
+            raise ModelError(f"unknown model {name!r}: expected path/to/file.py:factory, timm:NAME or torchvision:NAME")
         known = [*NETWORKS, *models.list_models(module=models), "timm:NAME", "path/to/file.py:factory"]
         raise UnknownNameError("model", name, known)
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
@@ -324,6 +332,11 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         )
     if weights is None:
         return made
+    if weights == NO_WEIGHTS:
+        raise ModelError(
+            f"{name} brings its own weights, {weights!r} is for networks known by name: "
+            f"leave --weights out, or give {OWN_WEIGHTS}"
+        )
     state, _ = read_weights(Path(weights))
     fit_weights(made.module, state, weights)
     return Classifier(

@@ -97,6 +97,14 @@ class WeightsMetadata(BaseModel):
     #: Of the stored tensors; guards against damage.
     tensors_sha256: str = ""
 
+    @property
+    def recipe_identity(self) -> str:
+        """The recipe's name, and a hash of all that it asks for but the seed, and of how long it was followed."""
+        asked = {key: value for key, value in self.recipe.items() if key not in ("name", "description", "seed")}
+        followed = {key: self.training.get(key) for key in ("images", "steps")}
+        text = json.dumps([asked, followed], sort_keys=True)
+        return f"{self.recipe.get('name', 'recipe')} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
 
 def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """int8 with one scale per output channel (first axis) for large matrices; the rest unchanged."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,17 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import event
 from numba.extending import intrinsic, models, register_model
+from torch import Tensor
 
 #: Lanes of a vector: one AVX-512 register, or one of AVX2 and narrower machines' register pairs.
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 #: Channels aggregated together; wider groups are run as several slabs of this many channels.
 SLAB = 8
+#: Channels of a slab whose sums are in registers at once: with two windows, eight sums hide the latency of the
+#: arithmetic, and the sixteen registers of AVX2 hold them together with what they are computed from.
+QUAD = 4
 
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
 
@@ -431,15 +437,16 @@ def _window_weights(
 
 
 @_compiled_inline
-def _store_slab(target, at, scale, s0, s1, s2, s3, s4, s5, s6, s7):
+def _load_quad(source, at):
+    return _load(source, at), _load(source, at + LANES), _load(source, at + 2 * LANES), _load(source, at + 3 * LANES)
+
+
+@_compiled_inline
+def _store_quad(target, at, scale, s0, s1, s2, s3):
     _store(target, at, _mul(s0, scale))
     _store(target, at + LANES, _mul(s1, scale))
     _store(target, at + 2 * LANES, _mul(s2, scale))
     _store(target, at + 3 * LANES, _mul(s3, scale))
-    _store(target, at + 4 * LANES, _mul(s4, scale))
-    _store(target, at + 5 * LANES, _mul(s5, scale))
-    _store(target, at + 6 * LANES, _mul(s6, scale))
-    _store(target, at + 7 * LANES, _mul(s7, scale))
 
 
 @_compiled_inline
@@ -463,6 +470,7 @@ def _forward_row(
     one = _splat(np.float32(1.0))
     together, shift = _pairing(kernel_size, stride, dilation)
     columns = kernel_size + shift
+    quads = slabs * (SLAB // QUAD)
     for ox in range(0, out_width, together):
         cx = ox * stride
         x0, x1 = _tap_range(cx, width, kernel_size, dilation)
@@ -485,13 +493,12 @@ def _forward_row(
             _store(maximum, (at + ox + 1) * LANES, largest)
             _store(normaliser, (at + ox + 1) * LANES, next_inverse)
             x1 = n1 + shift
-        for slab in range(slabs):
-            s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-            n0, n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero, zero
+        for quad in range(quads):
+            s0, s1, s2, s3, n0, n1, n2, n3 = zero, zero, zero, zero, zero, zero, zero, zero
             for ty in range(y0, y1):
                 base = rows[ty] + cx - radius * dilation
                 for u in range(x0, x1):
-                    b = ((base + u * dilation) * slabs + slab) * SLAB * LANES
+                    b = ((base + u * dilation) * quads + quad) * QUAD * LANES
                     weight = _load(weights, (ty * columns + u) * LANES)
                     next_weight = _load(next_weights, (ty * columns + u) * LANES)
                     value = _load(v, b)
@@ -502,19 +509,9 @@ def _forward_row(
                     s2, n2 = _fma(weight, value, s2), _fma(next_weight, value, n2)
                     value = _load(v, b + 3 * LANES)
                     s3, n3 = _fma(weight, value, s3), _fma(next_weight, value, n3)
-                    value = _load(v, b + 4 * LANES)
-                    s4, n4 = _fma(weight, value, s4), _fma(next_weight, value, n4)
-                    value = _load(v, b + 5 * LANES)
-                    s5, n5 = _fma(weight, value, s5), _fma(next_weight, value, n5)
-                    value = _load(v, b + 6 * LANES)
-                    s6, n6 = _fma(weight, value, s6), _fma(next_weight, value, n6)
-                    value = _load(v, b + 7 * LANES)
-                    s7, n7 = _fma(weight, value, s7), _fma(next_weight, value, n7)
-            _store_slab(y, (ox * slabs + slab) * SLAB * LANES, inverse, s0, s1, s2, s3, s4, s5, s6, s7)
+            _store_quad(y, (ox * quads + quad) * QUAD * LANES, inverse, s0, s1, s2, s3)
             if has_next:
-                _store_slab(
-                    y, ((ox + 1) * slabs + slab) * SLAB * LANES, next_inverse, n0, n1, n2, n3, n4, n5, n6, n7
-                )
+                _store_quad(y, ((ox + 1) * quads + quad) * QUAD * LANES, next_inverse, n0, n1, n2, n3)
 
 
 @_compiled
@@ -572,6 +569,7 @@ def _backward_row(
     zero = _splat(np.float32(0.0))
     together, shift = _pairing(kernel_size, stride, dilation)
     columns = kernel_size + shift
+    quads = slabs * (SLAB // QUAD)
     for ox in range(0, out_width, together):
         cx = ox * stride
         x0, x1 = _tap_range(cx, width, kernel_size, dilation)
@@ -592,36 +590,26 @@ def _backward_row(
             )
         else:
             next_weights[:] = 0.0
-        for slab in range(slabs):
-            b = (ox * slabs + slab) * SLAB * LANES
-            d0, d1, d2, d3 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
-            b += 4 * LANES
-            d4, d5, d6, d7 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
-            n0, n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero, zero
+        for quad in range(quads):
+            d0, d1, d2, d3 = _load_quad(grad_y, (ox * quads + quad) * QUAD * LANES)
+            n0, n1, n2, n3 = zero, zero, zero, zero
             if has_next:
-                b = ((ox + 1) * slabs + slab) * SLAB * LANES
-                n0, n1, n2, n3 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
-                b += 4 * LANES
-                n4, n5, n6, n7 = _load(grad_y, b), _load(grad_y, b + LANES), _load(grad_y, b + 2 * LANES), _load(grad_y, b + 3 * LANES)
+                n0, n1, n2, n3 = _load_quad(grad_y, ((ox + 1) * quads + quad) * QUAD * LANES)
             for ty in range(y0, y1):
                 base = rows[ty] + cx - radius * dilation
                 for u in range(x0, stop):
-                    b = ((base + u * dilation) * slabs + slab) * SLAB * LANES
+                    b = ((base + u * dilation) * quads + quad) * QUAD * LANES
                     tap = (ty * columns + u) * LANES
                     w, m = _load(weights, tap), _load(next_weights, tap)
                     even, next_even = zero, zero
-                    if slab > 0:
+                    if quad > 0:
                         even, next_even = _load(grad_weights, tap), _load(next_grad_weights, tap)
-                    # Two partial sums each: one chain of eight dependent additions would be latency-bound.
+                    # Two partial sums each: one chain of dependent additions would be latency-bound.
                     odd, next_odd = zero, zero
                     even, next_even = _channel_backward(v, grad_v, b, w, m, d0, n0, even, next_even)
                     odd, next_odd = _channel_backward(v, grad_v, b + LANES, w, m, d1, n1, odd, next_odd)
                     even, next_even = _channel_backward(v, grad_v, b + 2 * LANES, w, m, d2, n2, even, next_even)
                     odd, next_odd = _channel_backward(v, grad_v, b + 3 * LANES, w, m, d3, n3, odd, next_odd)
-                    even, next_even = _channel_backward(v, grad_v, b + 4 * LANES, w, m, d4, n4, even, next_even)
-                    odd, next_odd = _channel_backward(v, grad_v, b + 5 * LANES, w, m, d5, n5, odd, next_odd)
-                    even, next_even = _channel_backward(v, grad_v, b + 6 * LANES, w, m, d6, n6, even, next_even)
-                    odd, next_odd = _channel_backward(v, grad_v, b + 7 * LANES, w, m, d7, n7, odd, next_odd)
                     _store(grad_weights, tap, _add(even, odd))
                     _store(next_grad_weights, tap, _add(next_even, next_odd))
         query_grad = _query_backward(
@@ -770,6 +758,27 @@ def _backward_range(
                     grad_geometry[(first + lane) % groups, t] += dg[t * LANES + lane]
 
 
+# --- the first call ----------------------------------------------------------------------------------
+
+
+class _Announcement(event.Listener):
+    """Says on standard error what a first call waits for: half a minute of silence looks like a hang."""
+
+    def on_start(self, event) -> None:
+        dispatcher = event.data["dispatcher"]
+        if dispatcher in (_forward_range, _backward_range):
+            which = "forward" if dispatcher is _forward_range else "backward"
+            folder = dispatcher.stats.cache_path
+            kept = f"kept in {folder}" if folder else "not kept: no folder can be written, NUMBA_CACHE_DIR can name one"
+            print(f"lrrobust: compiling the local relation's {which} pass for this processor ({kept})", file=sys.stderr, flush=True)
+
+    def on_end(self, event) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())
+
+
 # --- threads -----------------------------------------------------------------------------------------
 
 
@@ -809,81 +818,110 @@ class _Threads:
 _threads = _Threads()
 
 
-def _flat(tensor: torch.Tensor) -> np.ndarray:
+def _flat(tensor: Tensor) -> np.ndarray:
     """float32, channels-last, one-dimensional; a view of the tensor where it is laid out so already."""
     # `reshape` alone keeps strides other than one, as of an expanded gradient; the tiles read past them.
     return tensor.detach().to(torch.float32).permute(0, 2, 3, 1).reshape(-1).contiguous().numpy()
 
 
-def _rows(geometry: torch.Tensor) -> np.ndarray:
+def _rows(geometry: Tensor) -> np.ndarray:
     """float32 (G, k * k)."""
     return geometry.detach().to(torch.float32).flatten(1).contiguous().numpy()
 
 
-def _sizes(query: torch.Tensor, value: torch.Tensor) -> tuple[int, ...]:
+def _sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
     batch, channels, height, width = value.shape
     return batch, channels, height, width, query.shape[2], query.shape[3]
 
 
-def _empty_like(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+def _empty_like(tensor: Tensor, *shape: int) -> Tensor:
     """float32 (N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
     batch, channels, height, width = shape or tensor.shape
-    return torch.empty(batch, height, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)
+    return tensor.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-class _LocalRelation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, geometry, stride, dilation, similarity, per_group):
-        batch, groups, out_height, out_width = query.shape
-        blocks = -(-batch * groups // LANES)
-        arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
-        out = _empty_like(value, batch, value.shape[1], out_height, out_width)
-        maximum = torch.empty(blocks, out_height * out_width * LANES)
-        normaliser = torch.empty_like(maximum)
-        options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
-        results = (_flat(out), maximum.numpy(), normaliser.numpy())
-        _threads.run(lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), blocks)
-        ctx.save_for_backward(query, key, value, geometry, maximum, normaliser)
-        ctx.options = options
-        return out.to(value.dtype)
+@torch.library.custom_op("lrrobust::local_relation_cpu", mutates_args=(), device_types="cpu")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor,
+    stride: int, dilation: int, similarity: str, per_group: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, and of every window the maximum of its scores and the inverse of its normaliser."""
+    out, maximum, normaliser = _allocate_outputs(query, value)
+    arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
+    options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
+    results = (_flat(out), maximum.numpy(), normaliser.numpy())
+    _threads.run(lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), len(maximum))
+    return out.to(value.dtype), maximum, normaliser
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
-        query, key, value, geometry, maximum, normaliser = ctx.saved_tensors
-        blocks, shares = maximum.shape[0], torch.get_num_threads()
-        arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
-        needs_geometry = ctx.needs_input_grad[3]
 
-        grads = [_empty_like(tensor) for tensor in (query, key, value)]
-        # One accumulator a thread, added at the end: the geometry is shared by all images.
-        grad_geometry = torch.zeros(shares, geometry.shape[0], geometry[0].numel())
-        saved = (maximum.numpy(), normaliser.numpy(), _flat(grad_out))
-        targets = tuple(map(_flat, grads))
-        per_thread = grad_geometry.numpy()
+def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, groups, *size = query.shape
+    maximum = query.new_empty((-(-batch * groups // LANES), size[0] * size[1] * LANES), dtype=torch.float32)
+    return _empty_like(value, batch, value.shape[1], *size), maximum, torch.empty_like(maximum)
 
-        def work(share: int, start: int, stop: int) -> None:
-            _backward_range(
-                start, stop, *arrays, *ctx.options, *saved, *targets, per_thread[share], needs_geometry
-            )
 
-        _threads.run(work, blocks)
-        grads.append(grad_geometry.sum(0).view_as(geometry) if needs_geometry else None)
-        inputs = (query, key, value, geometry)
-        typed = [grad if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
-        return *typed, None, None, None, None
+@_forward.register_fake
+def _(query, key, value, geometry, stride, dilation, similarity, per_group):
+    out, maximum, normaliser = _allocate_outputs(query, value)
+    return out.to(value.dtype), maximum, normaliser
+
+
+@torch.library.custom_op("lrrobust::local_relation_cpu_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, maximum: Tensor, normaliser: Tensor, grad_out: Tensor,
+    stride: int, dilation: int, similarity: str, per_group: int, needs_geometry: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value and geometry; that of the geometry is empty if it is not needed."""
+    arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
+    options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
+    grads = [_empty_like(tensor) for tensor in (query, key, value)]
+    # One accumulator a thread, added at the end: the geometry is shared by all images.
+    by_thread = torch.zeros(torch.get_num_threads(), *geometry.flatten(1).shape)
+    saved = (maximum.numpy(), normaliser.numpy(), _flat(grad_out))
+    targets, accumulators = tuple(map(_flat, grads)), by_thread.numpy()
+
+    def work(share: int, start: int, stop: int) -> None:
+        _backward_range(start, stop, *arrays, *options, *saved, *targets, accumulators[share], needs_geometry)
+
+    _threads.run(work, len(maximum))
+    grads.append(by_thread.sum(0).view_as(geometry) if needs_geometry else geometry.new_empty(0))
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, geometry), strict=True))
+
+
+@_backward.register_fake
+def _(query, key, value, geometry, maximum, normaliser, grad_out, stride, dilation, similarity, per_group, needs_geometry):
+    grads = [_empty_like(x).to(x.dtype) for x in (query, key, value)]
+    return *grads, geometry.new_empty(geometry.shape if needs_geometry else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_maximum, grad_normaliser):
+    if grad_out is None:
+        return (None,) * 8
+    needs_geometry = ctx.needs_input_grad[3]
+    options = (ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group)
+    *grads, grad_geometry = _backward(*ctx.saved_tensors, grad_out, *options, needs_geometry)
+    return *grads, grad_geometry if needs_geometry else None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def local_relation_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    geometry: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
     *,
     stride: int,
     dilation: int,
     similarity: str,
     channels_per_group: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Same arguments and result as `local_relation`, which checks them first. Computes in float32."""
-    return _LocalRelation.apply(query, key, value, geometry, stride, dilation, similarity, channels_per_group)
+    return _forward(query, key, value, geometry, stride, dilation, similarity, channels_per_group)[0]

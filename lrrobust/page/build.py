@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,17 +18,20 @@ import lrrobust
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import RESULTS, diagnostics_table
 from lrrobust.page.claim_figures import draw_claim
-from lrrobust.page.gallery import Gallery, build_gallery
+from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
 from lrrobust.report import (
-    HOW_TO_READ,
+    HOW_TO_READ_CUMULATIVE,
     Drawing,
-    HOW_TO_READ_QUANTIZED,
     draw_runs,
+    how_to_read,
     mixed_metadata,
+    format_command,
+    name_attack,
     name_runs,
+    reproduction,
     summarise,
     summary_table,
     warnings_of,
@@ -63,6 +65,7 @@ class _Judged:
     informative: Table
     areas: Table
     norms: Table
+    is_cumulative: bool
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class _Dataset:
     sha256: str
     notices: Sequence[str]
     figures: Sequence[_Figure]
+    how_to_read: Sequence[str]
     summary: Table
-    is_quantized: bool
     transfer: Table
     transfer_findings: Sequence[str]
     diagnostics: Table
@@ -111,6 +114,8 @@ def write_page(
     verdicts: Verdicts | None = None,
     drawings: Sequence[Drawing] | None = None,
     summary: pd.DataFrame | None = None,
+    *,
+    with_gallery: bool = True,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
 
@@ -120,9 +125,10 @@ def write_page(
     Args:
         runs: at least one; runs on different images are never compared.
         out_dir: created where missing.
-        command: of the report itself, as in `sys.argv`; the page ends with it.
+        command: of the report itself, as in `sys.argv`; the last of those that reproduce the page.
         verdicts: of the claims judged on these runs; None when none was.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
+        with_gallery: show images; without, no pixel of any image is in the page.
 
     Returns:
         The files written.
@@ -138,7 +144,7 @@ def write_page(
     drawings = draw_runs(runs, ["svg"], summary) if drawings is None else drawings
     judged = [] if verdicts is None else [(result, draw_claim(result)) for result in verdicts.results]
     not_judged = () if verdicts is None else verdicts.not_judged
-    write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings).encode())
+    write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings, with_gallery).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]
 
 
@@ -173,6 +179,7 @@ def _render(
     judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]],
     not_judged: Sequence[NotJudged],
     drawings: Sequence[Drawing],
+    with_gallery: bool,
 ) -> str:
     """The page's text; the same input gives the same text."""
     environment = jinja2.Environment(
@@ -192,13 +199,11 @@ def _render(
         script_sha256=digest,
         judged=[_judge(result, of_claim) for result, of_claim in judged],
         not_judged=not_judged,
-        datasets=list(_datasets(runs, summary, classes, drawings, per_class)),
+        datasets=list(_datasets(runs, summary, classes, drawings, per_class, with_gallery)),
         provenance=[_provenance(name, run) for name, run in runs.items()],
-        commands=_commands(runs, command),
-        commits=sorted({str(commit) for run in runs.values() if (commit := (run.manifest.get("provenance") or {}).get("commit"))}),
+        reproduction=reproduction(list(runs.values()), command),
         per_class=per_class,
-        how_to_read=HOW_TO_READ,
-        how_to_read_quantized=HOW_TO_READ_QUANTIZED,
+        how_to_read_cumulative=HOW_TO_READ_CUMULATIVE,
         how_to_read_transfer=HOW_TO_READ_TRANSFER,
         how_to_read_diagnostics=HOW_TO_READ_DIAGNOSTICS,
         diagnostic_results=RESULTS,
@@ -219,6 +224,7 @@ def _judge(result: ClaimResult, drawings: Sequence[Drawing]) -> _Judged:
         comparison_table([c for c in result.comparisons if not c.is_decisive]),
         area_table(result),
         norm_table(result),
+        any(c.is_cumulative for c in result.comparisons),
     )
 
 
@@ -232,11 +238,14 @@ def _datasets(
     classes: pd.DataFrame,
     drawings: Sequence[Drawing],
     per_class: dict[str, dict[str, Any]],
+    with_gallery: bool,
 ) -> Iterator[_Dataset]:
     groups: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
         groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run
-    for place, (sha256, of_dataset) in enumerate(groups.items()):
+    # As the verdicts: the most images first.
+    ordered = sorted(groups.items(), key=lambda group: -next(iter(group[1].values())).manifest["dataset"]["n"])
+    for place, (sha256, of_dataset) in enumerate(ordered):
         dataset = next(iter(of_dataset.values())).manifest["dataset"]
         rows = summary[summary["dataset_sha256"] == sha256]
         # Runs without a finished part are in no summary.
@@ -245,7 +254,8 @@ def _datasets(
         for (name, attack), group in classes[classes["run"].isin(list(of_dataset))].groupby(["run", "attack"], sort=False):
             key = f"classes-{len(per_class)}"
             per_class[key] = compact(group)
-            tables.append(_Classes(key, labels[name], attack, group["label"].nunique()))
+            is_cumulative = bool(rows.loc[(rows["run"] == name) & (rows["attack"] == attack), "is_cumulative"].any())
+            tables.append(_Classes(key, labels[name], name_attack(attack, is_cumulative), group["label"].nunique()))
         yield _Dataset(
             anchor=f"images-{place}",
             name=dataset["name"],
@@ -253,12 +263,12 @@ def _datasets(
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             figures=[_figure(drawing) for drawing in drawings if drawing.dataset_sha256 == sha256],
+            how_to_read=how_to_read(rows),
             summary=summary_table(rows),
-            is_quantized=bool(rows["robust_accuracy_quantized"].notna().any()),
             transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
             transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],
             diagnostics=diagnostics_table(of_dataset),
-            gallery=build_gallery(of_dataset, labels),
+            gallery=build_gallery(of_dataset, labels) if with_gallery else NO_GALLERY,
             examples_from=_examples_from(of_dataset),
             classes=tables,
         )
@@ -313,16 +323,5 @@ def _provenance(name: str, run: Run) -> _Provenance:
         facts["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     command = manifest.get("command")
     return _Provenance(
-        name, {term: str(fact) for term, fact in facts.items() if fact is not None}, _shell(command) if command else None
+        name, {term: str(fact) for term, fact in facts.items() if fact is not None}, format_command(command) if command else None
     )
-
-
-def _commands(runs: Mapping[str, Run], command: Sequence[str]) -> list[str]:
-    """Every command once, in the order of the runs, the report's last."""
-    evaluations = [_shell(run.manifest["command"]) for run in runs.values() if run.manifest.get("command")]
-    return [*dict.fromkeys(evaluations), _shell(command)]
-
-
-def _shell(command: Sequence[str]) -> str:
-    # Where the program lies is a matter of the machine.
-    return shlex.join(["lrrobust", *map(str, command[1:])])

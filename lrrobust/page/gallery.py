@@ -55,6 +55,9 @@ class Gallery:
     reason: str | None
 
 
+NO_GALLERY = Gallery({}, (), "Images were left out on request (--no-gallery).")
+
+
 def build_gallery(runs: Mapping[str, Run], labels: Mapping[str, str]) -> Gallery:
     """The first images of the subset that every run classifies correctly, among those that runs keep.
 
@@ -122,6 +125,8 @@ def _show(
 
 def _attempt(label: str, example: Example, run: Run, rows: Sequence[Mapping[str, object]]) -> Attempt:
     broken = [row for row in rows if pd.notna(row[f"{row['norm']}_distance"]) and pd.notna(row["adversarial_prediction"])]
+    if example.perturbation is None and any(row["outcome"] == "broken_by_earlier_attack" for row in rows):
+        return Attempt(label, None, None, None, None, "not attacked: an earlier attack of the suite had broken it")
     if example.perturbation is None or not broken:
         finite = [row for row in rows if math.isfinite(row["eps"])]
         largest = max(finite or rows, key=lambda row: row["eps"], default=None)

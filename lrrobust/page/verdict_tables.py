@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lrrobust.report import format_distance, format_eps
+from lrrobust.report import format_distance, format_eps, name_attack
 from lrrobust.tables import Cell, Column, Table
 from lrrobust.verdict.records import ClaimResult, Comparison
 
@@ -28,7 +28,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         detectable = math.inf if c.smallest_detectable is None else c.smallest_detectable
         rows.append(
             [
-                _text(c.attack), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps), _text(_POPULATIONS[c.population]),
+                _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps), _text(_POPULATIONS[c.population]),
                 _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
                 _points(c.difference), _interval(c.low, c.high), _count(c.treatment_only), _count(c.control_only),
                 _p(c.p_value), _p(c.p_holm), Cell("none" if math.isinf(detectable) else f"{100 * detectable:.1f}", detectable),
@@ -45,7 +45,7 @@ def area_table(result: ClaimResult) -> Table:
     ]  # fmt: skip
     rows = [
         [
-            _text(c.attack), _text(c.norm), _text(_POPULATIONS[c.population]), _count(c.n),
+            _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), _text(_POPULATIONS[c.population]), _count(c.n),
             Cell(format_eps(c.eps[0], c.norm), c.eps[0]), Cell(format_eps(c.eps[-1], c.norm), c.eps[-1]),
             _percent(c.treatment_area), _percent(c.control_area), _points(c.difference), _interval(c.low, c.high),
         ]  # fmt: skip

@@ -70,8 +70,10 @@ def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: 
     labels = label_runs(summary)
     axis = build_axis(summary["eps"], farthest=steps["eps"].max())
     columns = min(3, len(attacks))
+    # Where attacks met only what others had left standing, the curve is not theirs alone.
+    cumulative = set(summary.loc[summary["is_cumulative"], "attack"]) if "is_cumulative" in summary else set()
     figure, panels = build_panels(
-        [attack.replace("_", " ") for attack in attacks], columns, labels=list(labels.values()), ylabel="robust accuracy (%)",
+        [attack.replace("_", " ") + (", cumulative" if attack in cumulative else "") for attack in attacks], columns, labels=list(labels.values()), ylabel="robust accuracy (%)",
         title=f"{summary['dataset'].iloc[0]}, {NORM_LABELS.get(norm, norm)}, n = {span(summary['n'])}",
         xlabels=dict.fromkeys(lowest_panels(len(attacks), columns), axis_label(norm)),
     )  # fmt: skip

@@ -7,7 +7,7 @@ import math
 from scipy.special import bdtrc, ndtri
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Interval for the proportion behind `successes` of `n` independent trials.
 
     With p = successes / n and z the two-sided normal quantile:
@@ -15,7 +15,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     in [0, 1] and keeps a width at p = 0 and 1.
 
     Args:
-        successes: 0 to n.
+        successes: 0 to n; no whole number where images weigh differently.
         n: number of trials; without any, nothing is known and the interval is (0, 1).
         confidence: between 0 and 1, both excluded.
 

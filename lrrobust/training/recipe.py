@@ -92,15 +92,21 @@ class Recipe(BaseModel):
         raise ValueError(f"the recipe {self.name} has {self.epochs} epochs, there is no epoch {epoch + self.epochs}")
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
+def load_recipe(name_or_path: str | Path, precision: str | None = None) -> Recipe:
     """A shipped recipe by name, or one in a YAML file.
+
+    Args:
+        precision: replaces the recipe's, for processors on which its own is slow.
 
     Raises:
         UnknownNameError: neither a shipped recipe nor a file.
-        ConfigError: names the file, the key, and what was expected there.
+        ConfigError: names the file (or the option), the key, and what was expected there.
     """
     shipped = {path.stem: path for path in RECIPES_FOLDER.glob("*.yaml")}
     path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise UnknownNameError("recipe", str(name_or_path), shipped)
-    return check_keys(read_mapping(path, str(path), example="batch_size: 128"), Recipe, str(path))
+    recipe = check_keys(read_mapping(path, str(path), example="batch_size: 128"), Recipe, str(path))
+    if precision is None:
+        return recipe
+    return check_keys({**recipe.model_dump(mode="json"), "precision": precision}, Recipe, "--precision")

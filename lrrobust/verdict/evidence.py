@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class AttackOutcomes:
         rises: for each neighbouring pair of eps, how many images were robust and then broken, and how many broken
             and then robust, (len(eps) - 1, 2).
         rejected: images for which only proposals outside the ball or the box were made, at some eps.
+        is_cumulative: what earlier attacks of a suite had broken was not attacked again, and counts as broken.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AttackOutcomes:
     breaking_eps: NDArray[np.float64]
     rises: NDArray[np.int64]
     rejected: int
+    is_cumulative: bool
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,20 @@ class ModelOutcomes:
     """What runs of one model say, image by image.
 
     Attributes:
-        runs: on one set of images, or on several of one data set.
+        runs: on these images, or on more of the same data set.
         images: (N,) identities, class and key; sorted, each once.
         is_clean_correct: (N,).
+        labels, clean_predictions: (N,) class numbers.
+        contradictions: images that runs predict differently when clean.
         attacks: those of all runs; one that several runs made counts as one, broken by any of them.
     """
 
     runs: tuple[Run, ...]
     images: NDArray[np.object_]
     is_clean_correct: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+    clean_predictions: NDArray[np.int64]
+    contradictions: int
     attacks: tuple[AttackOutcomes, ...]
 
     @property
@@ -83,6 +90,8 @@ class Evidence:
     control_places: NDArray[np.int64]
     #: Runs that judge images made on other models; no comparison rests on them.
     transfer: tuple[Run, ...] = ()
+    #: Evidence on some of these images alone, where more attacks were made.
+    on_fewer: tuple[Evidence, ...] = ()
 
     @cached_property
     def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
@@ -106,6 +115,7 @@ class Evidence:
                 tuple(sorted(set(attack.eps) & set(other.eps))),
                 attack.breaking_eps[self.treatment_places],
                 other.breaking_eps[self.control_places],
+                attack.is_cumulative or other.is_cumulative,
             )
             for attack in self.treatment.attacks
             if (other := theirs.get((attack.name, attack.norm))) is not None
@@ -149,6 +159,7 @@ class PairedAttack:
     eps: tuple[float, ...]
     treatment: NDArray[np.float64]
     control: NDArray[np.float64]
+    is_cumulative: bool = False
 
     @property
     def is_finished(self) -> NDArray[np.bool_]:
@@ -189,9 +200,11 @@ def match_accuracy(
 def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence], list[NotJudged]]:
     """Pairs the runs of the claim's models, data set by data set and subset by subset.
 
-    Runs on the same images belong together; where the two models share no subset of a data set, all their runs on
-    it do, and the images in common judge. Weights are paired by name, and a single one with a single other. Runs on images
-    made on another model are left to the safeguards: an attack made on one side alone would be no fair comparison.
+    Every set of images that both models have a run on is judged by itself, by these runs and by those on more images of
+    the data set that hold all of these: costly attacks may be made on a part of the images, and are then judged there
+    together with the others. Where the two models share no subset of a data set, the images in common judge.
+    Weights are paired by name, and a single one with a single other. Runs on images made on another model are left to
+    the safeguards: an attack made on one side alone would be no fair comparison.
 
     Returns:
         Evidence, those with most images first, and for what there is none, why.
@@ -219,15 +232,17 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     idle = [run for run in treatment + control if claim.dataset in (None, dataset_of(run))]
     for dataset in sorted(datasets):
         on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
-        for subset in _subsets(*on_dataset):
-            for ours, theirs in _same_weights(*subset):
-                evidence = _join(claim, ours, theirs, transfer)
+        for pair in _same_weights(*on_dataset):
+            of_pair = []
+            for images, ours, theirs in _subsets(*pair):
+                evidence = _join(claim, images, ours, theirs, transfer)
                 problem = _lacks(evidence)
                 if problem is None:
-                    found.append(evidence)
+                    of_pair.append(evidence)
                 else:
                     refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
                 idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
+            found += [replace(evidence, on_fewer=_on_fewer(evidence, of_pair)) for evidence in of_pair]
     if idle:
         names = ", ".join(run.folder.name for run in idle)
         reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."
@@ -235,16 +250,21 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     return sorted(found, key=lambda evidence: -len(evidence.treatment_places)), refused
 
 
-def gather(runs: Sequence[Run]) -> ModelOutcomes:
-    """The outcomes of the runs of one model; at least one run."""
+def gather(runs: Sequence[Run], images: frozenset[str] | None = None) -> ModelOutcomes:
+    """The outcomes of the runs of one model, at least one run, on the images named; None: on all."""
     rows = pd.concat([_plain_rows(run, place) for place, run in enumerate(runs)], ignore_index=True)
-    codes, images = pd.factorize(rows["image"], sort=True)
-    correct = np.ones(len(images), dtype=bool)
+    if images is not None:
+        rows = rows[rows["image"].isin(images)].reset_index(drop=True)
+    codes, names = pd.factorize(rows["image"], sort=True)
+    correct = np.ones(len(names), dtype=bool)
     correct[codes[~rows["is_clean_correct"].to_numpy()]] = False
+    labels, predictions = np.zeros((2, len(names)), dtype=np.int64)
+    labels[codes], predictions[codes] = rows["label"].to_numpy(), rows["clean_prediction"].to_numpy()
+    differs = rows["clean_prediction"].to_numpy() != predictions[codes]
     attacks = []
     for (name, norm), places in rows.groupby(["attack", "norm"], sort=False).indices.items():
         of_attack, image = rows.iloc[places], codes[places]
-        breaking = np.full(len(images), np.nan)
+        breaking = np.full(len(names), np.nan)
         breaking[image] = np.inf
         np.minimum.at(breaking, image, of_attack["breaking_eps"].to_numpy())
         attacks.append(
@@ -254,10 +274,14 @@ def gather(runs: Sequence[Run]) -> ModelOutcomes:
                 tuple(np.unique(of_attack["eps"]).tolist()),
                 breaking,
                 _rises(of_attack, image),
-                len(np.unique(image[of_attack["is_rejected"].to_numpy()])),
+                len(np.unique(image[(of_attack["outcome"] == "rejected").to_numpy()])),
+                bool((of_attack["outcome"] == "broken_by_earlier_attack").any()),
             )
         )
-    return ModelOutcomes(tuple(runs), np.asarray(images, dtype=object), correct, tuple(attacks))
+    contradictions = len(np.unique(codes[differs]))
+    return ModelOutcomes(
+        tuple(runs), np.asarray(names, dtype=object), correct, labels, predictions, contradictions, tuple(attacks)
+    )
 
 
 def model_of(run: Run) -> str:
@@ -274,17 +298,23 @@ def _plain_rows(run: Run, place: int) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "run": place,
-            # The class tells apart images of equal names; labels depend on the model's list of classes.
-            "image": (rows["wnid"] + "\n" + rows["key"]).to_numpy(object),
+            "image": _image_names(rows),
             "attack": rows["attack"].to_numpy(object),
             "norm": rows["norm"].to_numpy(object),
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
-            "is_rejected": (rows["outcome"] == "rejected").to_numpy(bool),
+            "outcome": rows["outcome"].to_numpy(object),
+            "label": rows["label"].to_numpy(np.int64),
+            "clean_prediction": rows["clean_prediction"].to_numpy(np.int64),
             "breaking_eps": breaking_eps(rows),
         }
     )
+
+
+def _image_names(rows: pd.DataFrame) -> NDArray[np.object_]:
+    # The class tells apart images of equal names; labels depend on the model's list of classes.
+    return (rows["wnid"] + "\n" + rows["key"]).to_numpy(object)
 
 
 def _rises(rows: pd.DataFrame, image: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -300,8 +330,10 @@ def _rises(rows: pd.DataFrame, image: NDArray[np.int64]) -> NDArray[np.int64]:
     return counts[:-1]
 
 
-def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
-    """Runs of both on one data set, grouped by the images they cover."""
+def _subsets(
+    treatment: list[Run], control: list[Run]
+) -> list[tuple[frozenset[str] | None, list[Run], list[Run]]]:
+    """Sets of images (None: all there are) of one data set that both models have runs on, and the runs that hold them."""
 
     def by_images(runs: list[Run]) -> dict[str, list[Run]]:
         groups: dict[str, list[Run]] = {}
@@ -310,7 +342,26 @@ def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], 
         return groups
 
     ours, theirs = by_images(treatment), by_images(control)
-    return [(ours[sha256], theirs[sha256]) for sha256 in ours if sha256 in theirs] or [(treatment, control)]
+    shared = [sha256 for sha256 in ours if sha256 in theirs]
+    if not shared:
+        return [(None, treatment, control)]
+    if len({*ours, *theirs}) == 1:
+        return [(None, treatment, control)]
+    held = [(run, frozenset(_image_names(run.rows))) for run in treatment + control]
+    found = []
+    for sha256 in shared:
+        own = [*ours[sha256], *theirs[sha256]]
+        images = frozenset().union(*(names for run, names in held if any(run is each for each in own)))
+        # A run on other images of the same names is none on more images.
+        holding = [run for run, names in held if any(run is each for each in own) or images < names]
+        sides = ([run for run in side if any(run is each for each in holding)] for side in (treatment, control))
+        found.append((images, *sides))
+    return found
+
+
+def _on_fewer(evidence: Evidence, others: Sequence[Evidence]) -> tuple[Evidence, ...]:
+    images = set(evidence.treatment.images[evidence.treatment_places])
+    return tuple(other for other in others if images > set(other.treatment.images[other.treatment_places]))
 
 
 def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
@@ -328,8 +379,10 @@ def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[R
     return [(ours[name], theirs[name]) for name in ours if name in theirs]
 
 
-def _join(claim: Claim, treatment: list[Run], control: list[Run], transfer: tuple[Run, ...]) -> Evidence:
-    ours, theirs = gather(treatment), gather(control)
+def _join(
+    claim: Claim, images: frozenset[str] | None, treatment: list[Run], control: list[Run], transfer: tuple[Run, ...]
+) -> Evidence:
+    ours, theirs = gather(treatment, images), gather(control, images)
     _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
     return Evidence(claim, ours, theirs, our_places, their_places, transfer)
 

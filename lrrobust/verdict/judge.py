@@ -65,7 +65,7 @@ def judge_claims(claims: Sequence[Claim], runs: Sequence[Run]) -> Verdicts:
         if len(judged) > 1:
             # Whoever picks the best of several has more chances to be wrong.
             note = (
-                f"This is one of {len(judged)} verdicts on the claim, on other images or weights: each is wrong with at most "
+                f"This is one of {len(judged)} verdicts on the claim, on other images, attacks or weights: each is wrong with at most "
                 f"{100 * claim.significance:g} % probability, but any one of them with up to {len(judged)} times that."
             )
             judged = [result.model_copy(update={"reasons": (*result.reasons, note)}) for result in judged]
@@ -160,6 +160,7 @@ def _comparisons(
                     eps=eps,
                     population=population,
                     is_decisive=is_decisive,
+                    is_cumulative=attack.is_cumulative,
                     n=n,
                     treatment_accuracy=float((attack.treatment[members] > eps).mean()),
                     control_accuracy=float((attack.control[members] > eps).mean()),
@@ -210,6 +211,7 @@ def _curves(evidence: Evidence) -> list[CurveComparison]:
                     attack=attack.name,
                     norm=attack.norm,
                     population=population,
+                    is_cumulative=attack.is_cumulative,
                     n=int(members.sum()),
                     eps=ladder,
                     treatment_robust=tuple(treatment.mean(0).tolist()),
@@ -228,7 +230,8 @@ def _curves(evidence: Evidence) -> list[CurveComparison]:
 def _norms(evidence: Evidence) -> list[NormComparison]:
     found = []
     for attack in evidence.attacks:
-        if not np.isinf(attack.eps[-1]):
+        # What an earlier attack of the suite broke has no distance of this one's.
+        if not np.isinf(attack.eps[-1]) or attack.is_cumulative:
             continue
         for population in POPULATIONS:
             members = evidence.populations[population] & attack.is_finished

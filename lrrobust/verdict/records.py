@@ -16,7 +16,7 @@ from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.eps import Ladder
 
 #: Raised whenever a field is added, dropped or changes its meaning.
-VERDICT_SCHEMA_VERSION = 1
+VERDICT_SCHEMA_VERSION = 2
 
 Norm = Literal["linf", "l2", "l1"]
 
@@ -91,6 +91,8 @@ class Comparison(Record):
     population: Population
     is_decisive: bool
     """The verdict rests on this row; the others are for information."""
+    is_cumulative: bool
+    """The attack met only what earlier attacks of its suite had left standing: what those broke counts as broken."""
     n: int
     """Images, one or more."""
     treatment_accuracy: float
@@ -124,6 +126,8 @@ class CurveComparison(Record):
     """Name of the attack, or `worst_case`."""
     norm: Norm
     population: Population
+    is_cumulative: bool
+    """As in `Comparison`."""
     n: int
     eps: tuple[float, ...]
     """The ladder, at least two, ascending."""
@@ -184,7 +188,7 @@ class Safeguard(Record):
     """A condition that evidence must meet before it may support a claim."""
 
     name: str
-    """Such as `same_images`, `monotone_curves`, `unbounded_attack`, `transfer`, `attack_diagnostics`, `clean_accuracy`."""
+    """Such as `same_images`, `same_training`, `clean_accuracy`, `unbounded_attack`, `stronger_attacks`, `attack_diagnostics`."""
     passed: bool | None
     """None: could not be checked, and `detail` says why; only False withholds a verdict."""
     withholds: tuple[Literal["supported", "refuted"], ...]

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import bdtrc
 
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.report import WORST_CASE, format_eps, warnings_of
 from lrrobust.results import Run, manifest_value
+from lrrobust.stats import binomial_p_value
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
 from lrrobust.verdict.records import Safeguard
@@ -27,6 +29,9 @@ _BOTH: Withheld = ("supported", "refuted")
 
 #: Share of images for which only forbidden proposals may be made before an attack counts as failed.
 REJECTED_SHARE = 0.01
+
+#: Share of images that runs of one network may predict differently when clean, as other hardware makes them.
+CONTRADICTED_SHARE = 0.01
 
 #: What of a model's manifest decides which images it sees, beside the data set.
 _INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
@@ -42,9 +47,11 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
     return (
         _same_images(evidence),
         _one_network(evidence),
+        _same_training(evidence),
         _same_configuration(evidence),
         _complete_runs(evidence),
         _clean_accuracy(evidence),
+        *_stronger_attacks(evidence),
         *_of_model(evidence, evidence.treatment, is_claimed=is_more),
         *_of_model(evidence, evidence.control, is_claimed=not is_more),
     )
@@ -70,15 +77,39 @@ def _same_images(evidence: Evidence) -> Safeguard:
 
 def _one_network(evidence: Evidence) -> Safeguard:
     """Runs of one name may be of several trainings: each may fail where the other is strong."""
+    sides = (evidence.treatment, evidence.control)
     several = [
         side.model
-        for side in (evidence.treatment, evidence.control)
+        for side in sides
         if len({tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs}) > 1
     ]
+    # What hashes do not cover, such as code that a model's file imports, shows in what it predicts.
+    changed = [side for side in sides if side.contradictions > CONTRADICTED_SHARE * len(side.images)]
     detail = "All runs of a model are of one network."
     if several:
         detail = f"The runs of {' and of '.join(several)} are of different parameters or code: report each network by itself."
-    return Safeguard(name="one_network", passed=not several, detail=detail, withholds=_BOTH)
+    elif changed:
+        counts = ", ".join(f"{side.contradictions} of {len(side.images)} images by {side.model}" for side in changed)
+        detail = f"Runs of one model predict the same clean images differently ({counts}): models or images differ."
+    return Safeguard(name="one_network", passed=not several and not changed, detail=detail, withholds=_BOTH)
+
+
+def _same_training(evidence: Evidence) -> Safeguard:
+    """A recipe alone can make any network more robust: adversarial training does."""
+    recipes = [
+        {manifest_value(run, "training", "recipe") if run.manifest.get("training") else None for run in side.runs}
+        for side in (evidence.treatment, evidence.control)
+    ]
+    known = set.union(*recipes)
+    if None in known:
+        passed, detail = None, "Not all weights say by which recipe they were trained: whether by the same is not known."
+    elif len(known) > 1:
+        ours, theirs = (", ".join(sorted(found)) for found in recipes)
+        passed = False
+        detail = f"The two models were trained by different recipes ({ours}; {theirs}): these are compared, not the models."
+    else:
+        passed, detail = True, f"Both models were trained by the same recipe ({known.pop()})."
+    return Safeguard(name="same_training", passed=passed, detail=detail, withholds=_BOTH)
 
 
 def _same_configuration(evidence: Evidence) -> Safeguard:
@@ -101,7 +132,7 @@ def _configuration(side: ModelOutcomes, attacks: tuple[str, ...] | None) -> Coun
         for key in _INPUT_KEYS:
             found[key, repr(manifest_value(run, "model").get(key))] = 1
         settings: Mapping[str, Any] = run.manifest | {"chunk_size": run.manifest.get("plan", {}).get("chunk_size")}
-        for key in ("seed", "chunk_size", "precision", "rows_version", "torchattacks"):
+        for key in ("seed", "chunk_size", "precision", "rows_version", "real_pixels"):
             found[key, repr(settings.get(key))] = 1
     return found
 
@@ -128,18 +159,86 @@ def _clean_accuracy(evidence: Evidence) -> Safeguard:
     return Safeguard(name="clean_accuracy", passed=passed, detail=detail, withholds=_BOTH)
 
 
+def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
+    """Attacks that do not judge here but were made: those a claim leaves out, or that were made on some images only.
+
+    What they break besides may be as much of either model; if it is more of the one, by what matters, then the
+    verdict would have been another one with them.
+    """
+    claim, sign = evidence.claim, 1 if evidence.claim.direction == "more_robust" else -1
+    judging = {(attack.name, attack.norm) for attack in evidence.attacks}
+    for attack in evidence.decisive:
+        for source in (evidence, *evidence.on_fewer):
+            sides = ((source.treatment, source.treatment_places), (source.control, source.control_places))
+            made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side, _ in sides))
+            besides = sorted(name for name, norm in made - judging if norm == attack.norm)
+            if not besides:
+                continue
+            own, of_all = (
+                [np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in chosen])
+                 for side, places in sides]
+                for chosen in ({key for key in judging & made if key[1] == attack.norm}, {key for key in made if key[1] == attack.norm})
+            )  # fmt: skip
+            finished = ~np.isnan(of_all[0] + of_all[1])
+            if not finished.any():
+                continue
+            ladder = evidence.ladder(attack)
+            broken = np.array([[((o > eps) & (a <= eps))[finished].sum() for o, a in zip(own, of_all)] for eps in ladder])
+            lost = sign * (broken[:, 0] - broken[:, 1]) / finished.sum()
+            undermined = [
+                verdict for verdict, share in (("supported", lost.max()), ("refuted", -lost.min()))
+                if share >= claim.smallest_difference - 1e-12
+            ]
+            place = int(np.argmax(abs(lost)))
+            detail = (
+                f"On {finished.sum()} of these images {', '.join(besides)} {'was' if len(besides) == 1 else 'were'} made too, and at eps "
+                f"{format_eps(ladder[place], attack.norm)} in {attack.norm} broke {broken[place, 0]} more images of {claim.treatment} and "
+                f"{broken[place, 1]} more of {claim.control}"
+            )
+            if undermined:
+                detail += f": a verdict of {' or '.join(undermined)} would rest on their absence."
+            else:
+                detail += ", where the two differ most: no difference that matters."
+            yield Safeguard(
+                name="stronger_attacks", passed=not undermined, detail=detail, withholds=tuple(undermined) or _BOTH,
+                attack=besides[0] if len(besides) == 1 else None,
+            )
+
+
 def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iterator[Safeguard]:
     withholds: Withheld = ("supported",) if is_claimed else ("refuted",)
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
     attacks = [attack for attack in side.attacks if (attack.name, attack.norm) in judging]
+    places = evidence.treatment_places if side is evidence.treatment else evidence.control_places
+    yield _better_than_chance(side, places, evidence.claim.significance, withholds)
     for attack in attacks:
         yield _monotone_curve(side.model, attack, evidence.claim.significance, withholds)
         yield _valid_proposals(side, attack, withholds)
     for norm in dict.fromkeys(attack.norm for attack in attacks):
         yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
-    yield from _transfer(side, evidence.transfer, withholds)
+    # What images of another model show on some of these images, they show of the model.
+    on_fewer = [each.treatment if side is evidence.treatment else each.control for each in evidence.on_fewer]
+    runs = {str(run.folder): run for each in (side, *on_fewer) for run in each.runs}
+    yield from _transfer(side.model, list(runs.values()), evidence.transfer, withholds)
     for run, diagnostics in zip(side.runs, side.diagnostics):
         yield from _attack_diagnostics(side.model, run, diagnostics, withholds)
+
+
+def _better_than_chance(
+    side: ModelOutcomes, places: NDArray[np.int64], significance: float, withholds: Withheld
+) -> Safeguard:
+    """Whoever always says the same cannot be made to say anything else, and is right as often as that is true.
+
+    By chance, a model that says each class as often as this one would be right on the sum over classes of what share
+    of images is of it times what share is said to be (Cohen, A coefficient of agreement for nominal scales, 1960).
+    """
+    labels, said = side.labels[places], side.clean_predictions[places]
+    n, right = len(labels), int(side.is_clean_correct[places].sum())
+    chance = sum(float((labels == label).mean() * (said == label).mean()) for label in np.unique(labels))
+    passed = right > 0 and chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
+    detail = f"Clean, {side.model} is right on {right} of {n} images; by chance, with the same answers, it would be on {chance * n:.1f}"
+    detail += "." if passed else ": it cannot be told from guessing, which no attack breaks."
+    return Safeguard(name="better_than_chance", passed=passed, detail=detail, withholds=withholds)
 
 
 def _monotone_curve(model: str, attack: AttackOutcomes, significance: float, withholds: Withheld) -> Safeguard:
@@ -188,14 +287,14 @@ def _unbounded_attack(
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
 
 
-def _transfer(side: ModelOutcomes, transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:
+def _transfer(model: str, runs: Sequence[Run], transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:
     """Images made on another model may not break more than attacks that see the model's own gradient."""
-    models = [manifest_value(run, "model") for run in side.runs]
-    findings = find_transfer([*side.runs, *(run for run in transfer if manifest_value(run, "model") in models)])
+    models = [manifest_value(run, "model") for run in runs]
+    findings = find_transfer([*runs, *(run for run in transfer if manifest_value(run, "model") in models)])
     for finding in findings:
         yield Safeguard(name="transfer", passed=finding.passed, detail=finding.detail, withholds=withholds)
     if not findings:
-        detail = f"No images made on another model were judged on {side.model}: whether they break more is not known."
+        detail = f"No images made on another model were judged on {model}: whether they break more is not known."
         yield Safeguard(name="transfer", passed=None, detail=detail, withholds=withholds)
 
 
@@ -207,8 +306,9 @@ def _attack_diagnostics(
     for warning in warnings_of(run):
         yield Safeguard(name=name, passed=False, detail=f"{run.folder.name}: {warning}.", withholds=withholds)
     if diagnostics is None:
+        # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
         detail = f"{run.folder.name} carries no diagnostics: whether its attacks worked on {model} was not looked into."
-        yield Safeguard(name=name, passed=None, detail=detail, withholds=withholds)
+        yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
     for found in diagnostics or ():
         detail = f"{run.folder.name}, {found.name}: {found.detail}"
         yield Safeguard(name=name, passed=found.passed, detail=detail, withholds=withholds, attack=found.attack)

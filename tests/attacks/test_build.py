@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.build import Attack
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FabSpec, FgsmSpec, FmnSpec, MiFgsmSpec, PgdSpec, SquareSpec
 from lrrobust.threat import ThreatModel, is_in_box
 
 FGSM = FgsmSpec(kind="fgsm", name="fgsm", eps=(0.01,))
@@ -16,10 +16,17 @@ CW = CwSpec(kind="cw", name="cw", eps=(0.1,), binary_search_steps=2, steps=10, l
 APGD = ApgdSpec(kind="apgd", name="apgd", norm="linf", loss="dlr", eps=(0.01,), steps=20)
 SQUARE = SquareSpec(kind="square", name="square", norm="linf", eps=(0.01,), queries=20)
 MI_FGSM = MiFgsmSpec(kind="mi_fgsm", name="mi_fgsm", norm="linf", eps=(0.01,))
+PGD_L1 = PgdSpec(kind="pgd", name="pgd_l1", norm="l1", eps=(2.0,), steps=20)
+PGD_TARGETED = PgdSpec(kind="pgd", name="pgd_targeted", norm="linf", eps=(0.01,), steps=20, target="least_likely")
+FAB = FabSpec(kind="fab_t", name="fab_t", norm="l2", eps=(0.1,), targets=2, steps=5)
+FMN = FmnSpec(kind="fmn", name="fmn", norm="linf", eps=(0.1,), steps=10)
+DEEPFOOL = DeepFoolSpec(kind="deepfool", name="deepfool", norm="l2", eps=(0.1,), targets=2, steps=5)
 
-BUDGETED = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2], ids=lambda spec: spec.name)
+BUDGETED = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, PGD_L1], ids=lambda spec: spec.name)
 BY_GRADIENT = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW, APGD, MI_FGSM], ids=lambda spec: spec.name)
-EVERY = pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW, APGD, SQUARE, MI_FGSM], ids=lambda spec: spec.name)
+EVERY = pytest.mark.parametrize(
+    "spec", [FGSM, PGD, PGD_L2, PGD_L1, PGD_TARGETED, CW, APGD, SQUARE, MI_FGSM, FAB, FMN, DEEPFOOL], ids=lambda spec: spec.name
+)
 
 
 def at(spec, *ladder):
@@ -82,7 +89,7 @@ def test_at_a_budget_of_zero_nothing_is_claimed(spec, small_cnn, images, labels,
 
 
 def test_ladder_of_a_minimal_attack_is_infinity():
-    assert Attack(CW).ladder == (math.inf,)
+    assert all(Attack(spec).ladder == (math.inf,) for spec in (CW, FAB, FMN, DEEPFOOL))
     assert Attack(PGD).ladder == PGD.eps
 
 

@@ -8,14 +8,17 @@ from torch import nn
 
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import PgdSpec
-from lrrobust.threat import ThreatModel
+from lrrobust.errors import ConfigError
+from lrrobust.threat import ThreatModel, is_in_box
 from lrrobust.torchvision_import import import_torchvision
 
 import_torchvision()
 import torchattacks  # noqa: E402
 
 LADDERS = {"linf": (0.004, 0.01, 0.02, 0.04), "l2": (0.05, 0.1, 0.25, 0.5)}
+L1_LADDER = (0.3, 1.0, 2.5, 6.0)
 NORMS = pytest.mark.parametrize("norm", LADDERS)
+TARGETS = pytest.mark.parametrize("target", ["random", "least_likely", "top_k", 2])
 
 
 def pgd(norm, *ladder, **settings):
@@ -233,3 +236,124 @@ def test_a_gradient_of_zero_leaves_the_image(grey, attack_with):
     images, labels = grey
     attacked = attack_with(pgd("l2", 0.5, random_start=False), Flat(1), images, labels)
     assert torch.equal(attacked.proposals[0], images)
+
+
+def test_in_l1_sparse_steps_break_what_they_can(linear_problem, attack_with):
+    """The nearest adversarial image changes one value alone, as far as the box lets it: budgets tell of no more."""
+    problem = linear_problem(8, classes=2, slope=30.0)
+    for row, nearest in enumerate(problem.nearest("l1").tolist()):
+        one = slice(row, row + 1)
+        spec = pgd("l1", 0.98 * nearest, 1.1 * nearest, sparsity=0.005)
+        attacked = attack_with(spec, problem.model, problem.images[one], problem.labels[one])
+        assert attacked.is_broken.flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_l1_box_and_budget_hold_and_more_breaks_more(dtype, trained, attack_with):
+    model, images, labels = trained[0].to(dtype), trained[1][:60].to(dtype), trained[2][:60]
+    images[::2] = images[::2].round()
+    try:
+        with torch.no_grad():
+            labels[::2] = model(images[::2]).argmax(1)
+        attacked = attack_with(pgd("l1", *L1_LADDER), model, images, labels)
+    finally:
+        model.float()
+    for eps, proposals in zip(L1_LADDER, attacked.proposals, strict=True):
+        assert ThreatModel("l1", eps).is_in_ball(images, proposals).all() and is_in_box(proposals).all()
+    broken = attacked.is_broken.float().mean(1).tolist()
+    assert broken[0] < 0.3 and broken[-1] > 0.7 and broken == sorted(broken)
+
+
+def test_random_starts_in_l1_fill_the_ball(grey, attack_with):
+    starts = attack_with(pgd("l1", 2.0, steps=1), Flat(1), *grey).proposals[0] - grey[0]
+    lengths = starts.abs().sum((1, 2, 3))
+    assert lengths.max() <= 2 + 1e-5 and lengths.min() < 0.5 and lengths.max() > 1.5
+    assert len(starts.flatten(1).unique(dim=0)) == 32
+
+
+class Fixed(nn.Module):
+    """Shows what it is asked for: logit k rises with pixel k alone, and no image is taken for another class."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :4] * 1e-3 + torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+
+@TARGETS
+def test_a_target_is_where_the_search_goes(target, attack_with):
+    images, labels = torch.full((6, 3, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
+    settings = {"targets": 2, "steps": 3, "random_start": False, "target": target}
+    attacked = attack_with(pgd("linf", 0.1, 0.2, **settings), Fixed(), images, labels)
+    starts = 2 if target == "top_k" else 1
+    # What was proposed last went up for the target, and down for all others.
+    raised = (attacked.proposals[1].flatten(1)[:, :4] - 0.5).argmax(1)
+    expected = {"least_likely": {3}, "top_k": {2}, 2: {2}, "random": {1, 2, 3}}[target]
+    assert set(raised.tolist()) <= expected and not attacked.is_broken.any()
+    assert (attacked.effort.backward_passes == 3 * starts).all()
+    assert attacked.effort.forward_passes.tolist() == [[3 * starts + 1] * 6, [3 * starts] * 6]
+    assert sum(is_last for _, _, is_last, _ in attacked.claims) == 2 * 6 * starts
+
+
+def test_random_targets_differ_from_start_to_start(attack_with):
+    images, labels = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+    seen = []
+
+    class Watched(Fixed):
+        def forward(self, images):
+            seen.append(images.detach().flatten(1)[:, :4].argmax(1).item())
+            return super().forward(images)
+
+    spec = pgd("linf", 0.1, steps=2, random_start=False, target="random", restarts=30)
+    attack_with(spec, Watched(), images, labels)
+    # The second iterate of a start went up for its target alone.
+    assert set(seen) >= {1, 2, 3}
+
+
+@TARGETS
+def test_any_wrong_class_breaks_the_image_whatever_the_target(target, trained, attack_with):
+    model, images, labels = trained[0], trained[1][:40], trained[2][:40]
+    spec = pgd("linf", 0.04, target=target, targets=2)
+    attacked = attack_with(spec, model, images, labels)
+    with torch.no_grad():
+        found = model(attacked.proposals[0]).argmax(1)
+    # The least likely class is the hardest to reach, and others are seldom met on the way.
+    least = 0.05 if target == "least_likely" else 0.3
+    assert torch.equal(attacked.is_broken[0], found != labels) and attacked.is_broken.float().mean() > least
+    plain = attack_with(pgd("linf", 0.04), model, images, labels).is_broken
+    assert target != "top_k" or attacked.is_broken.sum() >= plain.sum() - 2
+
+
+def test_a_target_that_the_model_does_not_know_is_refused(trained, attack_with):
+    model, images, labels = trained
+    with pytest.raises(ConfigError, match="target: expected a class from 0 to 4"):
+        attack_with(pgd("linf", 0.1, target=5), model, images[:2], labels[:2])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_warm_start_stretches_where_the_start_before_ended(norm, attack_with):
+    seen = []
+
+    class Shown(Flat):
+        """Keeps what it is shown; moves nothing."""
+
+        def forward(self, images):
+            seen.append(images.detach())
+            return super().forward(images)
+
+    image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    for warm_start in (True, False):
+        seen.clear()
+        attack_with(pgd(norm, 0.1, 0.2, steps=1, restarts=2, warm_start=warm_start), Shown(1), image, label)
+        # Of every start the iterate is shown, then its last one to the judge; the clean image was shown before.
+        shown = [each - image for each in seen[1:]]
+        assert len(shown) == 8
+        assert torch.allclose(shown[4], 2 * shown[1], atol=1e-6) == warm_start
+        assert not torch.allclose(shown[6], 2 * shown[3], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_warm_starts_break_no_fewer_images(norm, trained, attack_with):
+    model, images, labels = trained[0], trained[1][:80], trained[2][:80]
+    cold, warm = (attack_with(pgd(norm, steps=5, warm_start=warm), model, images, labels) for warm in (False, True))
+    assert warm.is_broken.sum() >= cold.is_broken.sum() - 2
+    for eps, proposals in zip(LADDERS[norm], warm.proposals, strict=True):
+        assert ThreatModel(norm, eps).is_in_ball(images, proposals).all() and is_in_box(proposals).all()

@@ -13,6 +13,9 @@ ADAPTIVE = {
     "temperature": 4, "steps": 20,
 }
 CW = {"kind": "cw", "name": "cw", "eps": [1], "binary_search_steps": 5, "steps": 100, "lr": 0.01, "initial_c": 1}
+FAB = {"kind": "fab_t", "name": "fab_t", "norm": "linf", "eps": ["1/255"]}
+FMN = {"kind": "fmn", "name": "fmn", "norm": "l1", "eps": [1]}
+DEEPFOOL = {"kind": "deepfool", "name": "deepfool", "norm": "l2", "eps": [1]}
 
 
 def load(data):
@@ -64,7 +67,7 @@ def test_json_numbers_that_are_not_finite_are_refused(value):
         ({**FGSM, "steps": 3}, "Extra"),
         ({**FGSM, "name": "../fgsm"}, "file name"),
         ({**FGSM, "name": "fgsm\n"}, "file name"),
-        ({**PGD, "norm": "l1"}, "linf"),
+        ({**PGD, "norm": "l3"}, "linf"),
         ({**PGD, "steps": 0}, "greater than or equal to 1"),
         ({**PGD, "steps": True}, "integer"),
         ({**PGD, "steps": "20"}, "integer"),
@@ -72,6 +75,16 @@ def test_json_numbers_that_are_not_finite_are_refused(value):
         ({**PGD, "step_size_ratio": 0}, "greater than 0"),
         ({**PGD, "restarts": 2, "random_start": False}, "restarts"),
         ({**PGD, "precision": "fp16"}, "float32"),
+        ({**PGD, "target": "likely"}, "least_likely"),
+        ({**PGD, "target": -1}, "greater than or equal to 0"),
+        ({**PGD, "target": True}, "integer"),
+        ({**PGD, "targets": 0}, "greater than or equal to 1"),
+        ({**PGD, "sparsity": 0}, "greater than 0"),
+        ({**FAB, "norm": "l1"}, "linf"),
+        ({**FAB, "overshoot": 0.9}, "greater than or equal to 1"),
+        ({**FAB, "backward_share": 1.1}, "less than or equal to 1"),
+        ({**FMN, "first_change": 1}, "less than 1"),
+        ({**DEEPFOOL, "overshoot": 0}, "greater than 0"),
         ({**ADAPTIVE, "gradients": []}, "at least 1 item"),
         ({**ADAPTIVE, "gradients": ["exact", "exact"]}, "each gradient once"),
         ({**ADAPTIVE, "gradients": ["smooth"]}, "absolute_difference"),
@@ -80,7 +93,7 @@ def test_json_numbers_that_are_not_finite_are_refused(value):
         ({**CW, "confidence": -1}, "greater than or equal to 0"),
         ({**CW, "initial_c": 0}, "greater than 0"),
         ({**CW, "abort_early": 1}, "boolean"),
-        ({**CW, "kind": "deepfool"}, "kind"),
+        ({**CW, "kind": "boundary"}, "kind"),
     ],
 )
 def test_bad_specs_are_refused(data, message):
@@ -120,6 +133,10 @@ RESOLVED = {
         "random_start": True,
         "restarts": 1,
         "precision": "float32",
+        "target": "none",
+        "targets": 9,
+        "sparsity": 0.01,
+        "warm_start": False,
     },
     "pgd_adaptive": {
         "name": "pgd_adaptive",
@@ -149,10 +166,22 @@ RESOLVED = {
         "confidence": 0.0,
         "abort_early": True,
     },
+    "fab_t": {
+        "name": "fab_t", "description": "", "eps": [1 / 255], "survivors_only": False, "kind": "fab_t", "norm": "linf",
+        "targets": 9, "steps": 100, "overshoot": 1.05, "largest_pull": 0.1, "backward_share": 0.9,
+    },
+    "fmn": {
+        "name": "fmn", "description": "", "eps": [1.0], "survivors_only": False, "kind": "fmn", "norm": "l1",
+        "steps": 100, "first_step_size": 1.0, "last_step_size": 0.01, "first_change": 0.05, "last_change": 0.001,
+    },
+    "deepfool": {
+        "name": "deepfool", "description": "", "eps": [1.0], "survivors_only": False, "kind": "deepfool", "norm": "l2",
+        "targets": 9, "steps": 50, "overshoot": 0.02,
+    },
 }
 
 
-@pytest.mark.parametrize("data", [FGSM, PGD, ADAPTIVE, CW], ids=lambda data: data["kind"])
+@pytest.mark.parametrize("data", [FGSM, PGD, ADAPTIVE, CW, FAB, FMN, DEEPFOOL], ids=lambda data: data["kind"])
 def test_the_resolved_form_is_stable_and_reads_back(data):
     spec = load(data)
     resolved = spec.model_dump(mode="json")

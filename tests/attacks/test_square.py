@@ -174,5 +174,6 @@ def test_no_weaker_than_torchattacks(norm, trained, attack_with):
     )
     with torch.no_grad():
         theirs = (model(peer(images, labels)).argmax(1) != labels).sum()
-    assert 10 < theirs < 58
+    # Few as they may be, on some processors other images than on others.
+    assert 3 < theirs < 58
     assert ours >= theirs - 1

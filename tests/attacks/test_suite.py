@@ -5,14 +5,14 @@ import pytest
 
 from lrrobust.attacks import suite as suite_module
 from lrrobust.attacks.build import Attack
-from lrrobust.attacks.specs import CwSpec, PgdSpec
+from lrrobust.attacks.specs import PgdSpec
 from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override
 from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "attacks_configs").glob("*.yaml"))
 LINF = tuple(grey / 255 for grey in (0.125, 0.25, 0.5, 1, 2, 4))
-L2 = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+LADDERS = {"linf": LINF, "l2": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "l1": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)}
 PGD = "kind: pgd\nnorm: linf\neps: [1/255]\nsteps: 5\n"
 
 
@@ -28,10 +28,20 @@ def test_every_shipped_configuration_loads_and_builds():
     for name in SHIPPED:
         for spec in load_suite([name]):
             # All on one ladder, so that attacks can be compared and their worst case taken.
-            assert set(spec.eps) <= set(LINF if spec.norm == "linf" else L2)
-            assert spec.name not in ("fgsm", "pgd", "pgd_l2", "cw") or spec.eps in (LINF, L2)
+            assert set(spec.eps) <= set(LADDERS[spec.norm])
+            assert spec.name not in ("fgsm", "pgd", "pgd_l2", "pgd_l1", "cw") or spec.eps == LADDERS[spec.norm]
             assert spec.description
-            assert Attack(spec).ladder == ((math.inf,) if isinstance(spec, CwSpec) else spec.eps)
+            assert Attack(spec).ladder == ((math.inf,) if spec.minimises else spec.eps)
+
+
+@pytest.mark.parametrize(("suite", "end"), [("strong", ""), ("strong_l2", "_l2")])
+def test_the_strong_suites_are_the_recipe_of_autoattack(suite, end):
+    ce, targeted, fab, square = specs = load_suite([suite])
+    assert [spec.name for spec in specs] == [f"{name}{end}" for name in ("apgd_ce", "apgd_t", "fab_t", "square")]
+    assert all(spec.survivors_only and spec.eps == ce.eps and spec.norm == ce.norm for spec in specs)
+    assert (ce.loss, ce.steps, targeted.loss, targeted.targets, targeted.steps) == ("ce", 100, "targeted_dlr", 9, 100)
+    assert (fab.targets, fab.steps, fab.overshoot, fab.largest_pull, fab.backward_share) == (9, 100, 1.05, 0.1, 0.9)
+    assert (square.queries, square.p_init, square.rescale_schedule) == (5000, 0.8, False)
 
 
 def test_the_listing_shows_attacks_first_and_suites_with_their_norms():
@@ -173,6 +183,15 @@ def test_names_must_be_known_and_differ(folder):
         load_suite(["pgd", "pgd.yaml"])
 
 
+def test_attacks_without_a_setting_keep_theirs_and_this_is_said(caplog):
+    fgsm, pgd = load_suite(["quick"], steps=3)
+    assert (fgsm, pgd.steps) == (load_suite(["fgsm"])[0], 3)
+    assert "steps: left as it is in what has no such setting: fgsm" in caplog.text
+    caplog.clear()
+    assert [spec.eps for spec in load_suite(["quick"], eps=["1/255"])] == [(1 / 255,), (1 / 255,)]
+    assert not caplog.records
+
+
 def test_overrides_replace_and_are_checked():
     (pgd,) = load_suite(["pgd"])
     changed = override(pgd, eps=["1/255", 0.5], steps=7, restarts=3)
@@ -183,10 +202,10 @@ def test_overrides_replace_and_are_checked():
     (fgsm, _) = load_suite(["quick"], eps=("1/255",))
     assert fgsm.eps == (1 / 255,)
 
+    with pytest.raises(ConfigError, match="fgsm, cw: no 'restarts' to replace"):
+        load_suite(["fgsm", "cw"], restarts=3)
     with pytest.raises(ConfigError, match="fgsm: attacks of kind 'fgsm' have no 'steps' to replace"):
-        load_suite(["quick"], steps=3)
-    with pytest.raises(ConfigError, match="cw: attacks of kind 'cw' have no 'restarts'"):
-        load_suite(["cw"], restarts=3)
+        override(fgsm, steps=3)
     with pytest.raises(ConfigError, match="pgd: steps: expected greater than or equal to 1, found 0"):
         override(pgd, steps=0)
     with pytest.raises(ConfigError, match="pgd: eps.0: expected a number or a fraction .* found '4/'"):

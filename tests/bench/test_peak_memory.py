@@ -17,6 +17,13 @@ def prepare_blocks(megabytes):
     return lambda: run(1 << 10), lambda: run(megabytes << 20)
 
 
+def prepare_after_rubbish(megabytes):
+    """A block beside much that the preparation has held in small pieces and freed but for the last."""
+    pieces = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(16 * 2 * megabytes)]
+    del pieces[:-1]
+    return lambda: pieces, lambda: torch.ones(megabytes << 20, dtype=torch.uint8)
+
+
 def prepare_exit():
     return lambda: sys.exit(3), lambda: None
 
@@ -24,6 +31,11 @@ def prepare_exit():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
 def test_peak_is_what_was_held_at_once():
     assert measure_peak_bytes(prepare_blocks, 100) == pytest.approx(200 << 20, rel=0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_what_the_preparation_has_freed_makes_room_for_nothing():
+    assert measure_peak_bytes(prepare_after_rubbish, 100) == pytest.approx(100 << 20, rel=0.05)
 
 
 def test_a_failure_there_is_said_here():

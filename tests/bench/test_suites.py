@@ -1,10 +1,11 @@
 import pandas as pd
 import pytest
+import torch
 
 from lrrobust import cli
 from lrrobust.bench import suites
 from lrrobust.bench.local_relation import Stage, compare_operations
-from lrrobust.bench.suites import format_cell
+from lrrobust.bench.suites import BenchRequest, format_cell
 
 
 def test_command_writes_times_with_the_hardware(tmp_path, monkeypatch, capsys):
@@ -16,8 +17,22 @@ def test_command_writes_times_with_the_hardware(tmp_path, monkeypatch, capsys):
     times = pd.read_csv(tmp_path / "operation-times.csv")
     assert (times.groupby("name").size() == 3).all() and times.processor.notna().all() and times.threads.notna().all()
     summary = pd.read_csv(tmp_path / "operation-summary.csv").set_index("name")
-    assert summary.ratio["unfold"] == 1
+    assert summary.ratio["cpu"] == 1
     assert summary.median_s["cpu"] == times[times.name == "cpu"].wall_s.median()
+    page = (tmp_path / "operation.md").read_text()
+    assert summary.date.iloc[0] in page and summary.processor.iloc[0] in page and "the range of the times" in page
+    assert f"| tiny | unfold | {1e3 * summary.median_s['unfold']:.1f} ms | " in page and f" | {summary.ratio['unfold']:.2f} |" in page
+
+
+def test_peaks_are_set_beside_what_they_are_measured_by(monkeypatch):
+    request = BenchRequest(2, 1, (), "pgd", "photos", torch.device("cpu"))
+    common = {"repeat": 0, "wall_s": 1.0}
+    steps = [{"size": 64, "name": name, "peak_bytes": peak, **common} for name, peak in (("resnet50", 4.0), ("lr_resnet50", 5.0))]
+    monkeypatch.setattr(suites, "compare_gradient_steps", lambda **options: pd.DataFrame(steps))
+    assert list(suites.bench_gradient_step(request).summary.peak_ratio) == [1, 1.25]
+    calls = [{"stage": "tiny", "name": "cpu", "peak_bytes": 3.0, "io_bytes": 2, **common}]
+    monkeypatch.setattr(suites, "compare_operations", lambda **options: pd.DataFrame(calls))
+    assert list(suites.bench_operation(request).summary.peak_ratio) == [1.5]
 
 
 def test_attack_loop_needs_no_more_than_names(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.build import Attack
+from lrrobust.attacks.specs import CwSpec, FabSpec, FgsmSpec, FmnSpec, PgdSpec
 from lrrobust.crosscheck.peer import PEERS
 from lrrobust.threat import TOLERANCE, distance
 
@@ -19,6 +20,8 @@ EPS = 0.06
 PGD = {norm: PgdSpec(kind="pgd", name="pgd", norm=norm, eps=(EPS,), steps=5, step_size_ratio=2.0) for norm in ("linf", "l2")}
 FGSM = FgsmSpec(kind="fgsm", name="fgsm", eps=(EPS,))
 CW = CwSpec(kind="cw", name="cw", eps=(0.5,), binary_search_steps=3, steps=20, lr=0.02, initial_c=1.5, confidence=0.1)
+FAB = FabSpec(kind="fab_t", name="fab_t", norm="l2", eps=(0.5,), targets=3, steps=30)
+FMN = FmnSpec(kind="fmn", name="fmn", norm="linf", eps=(0.1,), steps=30)
 
 
 @pytest.fixture
@@ -82,6 +85,31 @@ def test_minimal_norm_attacks_find_near_images(name, attacked):
     assert ((lengths > 0) & (lengths < 2) & found.is_claimed).sum() >= 3
 
 
+@pytest.mark.parametrize("spec", [FAB, FMN], ids=lambda spec: spec.name)
+def test_adv_lib_finds_images_about_as_near_as_ours(spec, attacked):
+    model, images, labels = attacked
+    found = real("adv-lib").find_attack(spec)(model, images.clone(), labels, math.inf)
+    nearest = images.clone()
+
+    def claim(rows, proposed, eps, is_last):
+        nearest[rows] = proposed
+        return [True] * len(rows)
+
+    Attack(spec)(model, images, labels, batch_size=6, claim=claim, draw=None)
+    ours, theirs = (distance(images, each, spec.norm) for each in (nearest, found.images))
+    assert found.is_claimed.all() and (ours <= 1.05 * theirs).all()
+
+
+def test_pgd_of_our_own_kind_has_no_counterpart(stand_in, monkeypatch):
+    attacks = ModuleType("adv_lib.attacks")
+    monkeypatch.setitem(sys.modules, "adv_lib.attacks", attacks)
+    adapters = [real("torchattacks"), stand_in("adv-lib", "adv_lib", attacks=attacks)]
+    for adapter in adapters:
+        assert adapter.find_attack(PGD["linf"]) is not None
+        for change in ({"target": "top_k"}, {"target": 3}, {"warm_start": True}, {"norm": "l1"}):
+            assert adapter.find_attack(PGD["linf"].model_copy(update=change)) is None
+
+
 def test_autoattack_runs_its_standard_evaluation(linear_problem):
     adapter = real("autoattack")
     problem = linear_problem(4, 10)
@@ -141,7 +169,8 @@ def test_foolbox_gets_the_settings_of_the_attack(stand_in, attacked):
 def test_adv_lib_gets_the_settings_of_the_attack(stand_in, attacked, monkeypatch):
     model, images, labels = attacked
     attacks = ModuleType("adv_lib.attacks")
-    attacks.pgd_linf, attacks.carlini_wagner_l2 = (Recorded(lambda model, x, *_, **__: x) for _ in range(2))
+    for name in ("pgd_linf", "carlini_wagner_l2", "fab", "fmn"):
+        setattr(attacks, name, Recorded(lambda model, x, *_, **__: x))
     monkeypatch.setitem(sys.modules, "adv_lib.attacks", attacks)
     adapter = stand_in("adv-lib", "adv_lib", attacks=attacks)
     assert adapter.find_attack(FGSM) is None and adapter.find_attack(PGD["l2"]) is None
@@ -155,6 +184,12 @@ def test_adv_lib_gets_the_settings_of_the_attack(stand_in, attacked, monkeypatch
         "confidence": 0.1, "learning_rate": 0.02, "initial_const": 1.5, "binary_search_steps": 3, "max_iterations": 20,
         "abort_early": True,
     }
+    for spec in (FAB, FMN):
+        assert not adapter.find_attack(spec)(model, images, labels, math.inf).is_claimed.any()
+    assert attacks.fab.given[0][1] == {
+        "norm": 2, "n_iter": 30, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9, "restarts": 3, "targeted_restarts": True,
+    }
+    assert attacks.fmn.given[0][1] == {"norm": math.inf, "steps": 30, "γ_init": 0.05, "γ_final": 0.001}
 
 
 @pytest.mark.parametrize("is_original", [True, False])

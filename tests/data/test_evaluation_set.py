@@ -42,6 +42,15 @@ def test_load_gives_images_and_labels_in_the_order_asked_for(source):
     torch.testing.assert_close(images[1], expected, rtol=0, atol=0)
 
 
+def test_another_model_sees_the_same_images_with_its_own_labels_and_size(source):
+    ours = build_evaluation_set(source, CLASSES, EXACT, n=3)
+    theirs = ours.seen_by(("dog", "cat"), Preprocessing(4))
+    again = build_evaluation_set(source, ("dog", "cat"), Preprocessing(4), known_classes=CLASSES, n=3)
+    assert theirs.record() == ours.record() == again.record()
+    assert theirs.labels == again.labels != ours.labels
+    torch.testing.assert_close(theirs.load([0, 2]), again.load([0, 2]), rtol=0, atol=0)
+
+
 def test_load_of_nothing_is_empty(source):
     images, labels = build_evaluation_set(source, CLASSES, EXACT).load([])
     assert images.shape == (0, 3, 8, 8) and labels.shape == (0,)

@@ -125,6 +125,15 @@ def test_unknown_kind_names_the_known_ones(tmp_path):
         _open(tmp_path / "x.rar")
 
 
+def test_a_zip_of_a_later_version_is_said_to_be_one(tmp_path, pack_zip):
+    raw = pack_zip(tmp_path / "x.zip", {"a/1.jpg": b"good"}).read_bytes()
+    directory = raw.index(b"PK\1\2")
+    # "Version needed to extract": 9.9.
+    (tmp_path / "x.zip").write_bytes(raw[: directory + 6] + b"\x63" + raw[directory + 7 :])
+    with pytest.raises(DataError, match="cannot unpack this zip .*9.9.*; pack it anew"):
+        _open(tmp_path / "x.zip")
+
+
 def test_damaged_zip_member_is_corrupt(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.jpg", b"the content of the file")

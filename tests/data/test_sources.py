@@ -24,6 +24,16 @@ def test_class_folders_in_every_container(tmp_path, container, pack, pets, expec
     assert source.name == container
 
 
+def test_a_local_folder_called_photos_is_not_taken_for_the_data_set(tmp_path, monkeypatch, caplog, pack_folder, pets, expected):
+    monkeypatch.setattr("lrrobust.data.sources.open_photos", lambda: "the 500")
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset("photos") == "the 500" and not caplog.records
+    pack_folder(tmp_path / "photos", pets)
+    assert open_dataset("photos") == "the 500"
+    assert "not what lies in ./photos: write ./photos to read that" in caplog.text
+    assert _content(open_dataset("./photos")) == expected
+
+
 def test_images_decode(tmp_path, pack_zip, pets):
     source = open_dataset(pack_zip(tmp_path / "pets.zip", pets))
     assert len(source) == 5

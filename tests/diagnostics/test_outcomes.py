@@ -50,7 +50,7 @@ def test_rows_become_arrays_in_the_order_of_the_run(evaluated, sound_linear):
         for level, eps in enumerate(found.eps):
             of_level = rows[rows["eps"] == eps].set_index("index").loc[data.indices]
             assert found.is_broken[level].tolist() == of_level["is_broken"].tolist()
-            assert np.array_equal(found.forward_passes[level], of_level["forward_passes"].to_numpy(float))
+            assert np.array_equal(found.backward_passes[level], of_level["backward_passes"].to_numpy(float))
         assert 0 < found.is_broken.mean() < 1
         assert (np.isfinite(found.breaking_eps) == found.is_broken.any(0)).all()
         # Of images that withstood, the last margin is known for attacks with a budget.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lrrobust import cli
-from lrrobust.attacks.specs import FgsmSpec
+from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, load_diagnostics
 from lrrobust.diagnostics.stage import CHECKS, diagnose
 from lrrobust.results import find_runs, load_run
@@ -175,6 +175,14 @@ def test_no_image_correct_when_clean(evaluated, sound_linear):
     found = diagnose(sound_linear, 5, data, (spec,), dataclasses.replace(finished, rows=rows), torch.device("cpu"))
     (result,) = found.results
     assert result.passed is None and "No image is classified correctly" in result.detail and found.sample == ()
+
+
+def test_a_budget_of_nothing_leaves_nothing_to_find(evaluated, sound_linear):
+    spec = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(0.0,), steps=3)
+    data, finished = evaluated(sound_linear, (spec,))
+    found = diagnose(sound_linear, 5, data, (spec,), finished, torch.device("cpu"))
+    assert {result.name for result in found.results} == {"determinism", "float64"}
+    assert all(result.passed for result in found.results)
 
 
 def test_an_incomplete_run_is_refused(evaluated, sound_linear):

@@ -315,6 +315,25 @@ class Detached(nn.Module):
         return self.model(images.detach())
 
 
+class InPlace(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        with torch.no_grad():
+            images.clamp_(0.5, 0.6)
+        return self.model(images)
+
+
+class InPlaceUnseen(InPlace):
+    """Neither autograd nor the tensor's version hears of it."""
+
+    def forward(self, images):
+        images.data.mul_(0.5)
+        return self.model(images)
+
+
 class NeedsMemory(nn.Module):
     """Has room for no image at all."""
 
@@ -331,6 +350,8 @@ class NeedsMemory(nn.Module):
     [
         (BatchNormOfTheBatch, "depend on the other images of the batch"),
         (Detached, "carry no gradient"),
+        (InPlace, "changes the images it is given.*let forward work on a copy"),
+        (InPlaceUnseen, "changes the images it is given"),
         (NeedsMemory, "out of memory on cpu with a single image: use smaller images, or another device"),
     ],
 )
@@ -386,6 +407,13 @@ def attack_is(monkeypatch):
 
 def one_eps(eps):
     return PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(eps,), steps=1)
+
+
+def test_survivors_whose_nearest_image_is_not_found_stay_robust_without_a_budget(problem, tmp_path, attack_is):
+    attack_is(lambda model, images, labels: images)
+    cw = CW.model_copy(update={"survivors_only": True})
+    rows = run(problem.model, 3, ImagesInMemory(problem.images, problem.labels), [PGD_L2, cw], tmp_path / "run")
+    assert not rows.is_broken.any() and set(rows.outcome) == {"robust"}
 
 
 def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_path, attack_is):

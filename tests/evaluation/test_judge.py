@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import Judge, check_evaluation_mode
+from lrrobust.evaluation.judge import Judge, call_model, check_evaluation_mode
 from lrrobust.frozen import frozen
 from lrrobust.threat import ThreatModel
 
@@ -96,6 +96,24 @@ def test_a_part_in_training_mode_is_named():
     model[1].train()
     with pytest.raises(ModelError, match="'1' is in training mode"):
         check_evaluation_mode(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_frozen_script_modules_have_no_mode_and_are_in_evaluation():
+    script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()))
+    model = nn.Sequential(script)
+    for each in (script, model):
+        with frozen(each):
+            check_evaluation_mode(each)
+    assert model.training
+
+
+def test_parameters_of_another_dtype_are_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    with pytest.raises(ModelError, match=r"its parameters are torch.float64, the images torch.float32: call .float\(\) on it"):
+        call_model(model, torch.zeros(2, 3, 2, 2))
+    with pytest.raises(ModelError, match="shapes cannot be multiplied[^:]*$"):
+        call_model(model.float(), torch.zeros(2, 3, 3, 2))
 
 
 def test_frozen_restores_modes_and_gradients_even_after_an_error():

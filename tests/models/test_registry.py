@@ -60,6 +60,7 @@ def test_names_of_our_networks():
         (lambda: load("vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
         (lambda: load("torchvision:vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
         (lambda: load("zzzzzz"), "unknown model 'zzzzzz': known: .*lr_resnet26.*path/to/file.py:factory.*timm:NAME"),
+        (lambda: load("VGG16"), "unknown model 'VGG16': did you mean vgg16"),
         # Models of torchvision for other tasks are no classifiers.
         (lambda: load("fcn_resnet50"), "unknown model 'fcn_resnet50'"),
     ],
@@ -359,6 +360,15 @@ def test_user_factory_with_weights(user_file, tmp_path):
     torch.save(nn.Linear(2, 3).state_dict(), path)
     with pytest.raises(WeightsError, match="mine.pt does not fit the network"):
         load(f"{user_file}:build", weights=str(path))
+    # For a place among several models, some of which need --weights.
+    assert load(f"{user_file}:build", weights="DEFAULT").weights == load(f"{user_file}:build").weights
+    with pytest.raises(ModelError, match="build brings its own weights.*leave --weights out, or give DEFAULT"):
+        load(f"{user_file}:build", weights="none")
+
+
+def test_a_colon_without_a_file_is_no_model():
+    with pytest.raises(ModelError, match="unknown model 'model:build': expected path/to/file.py:factory, timm:NAME or torchvision:NAME"):
+        load("model:build")
 
 
 @pytest.mark.parametrize("is_relative", [False, True])

@@ -450,8 +450,46 @@ def test_cpu_backend_refuses_to_be_differentiated_twice():
     leaves = [x.requires_grad_() for x in make_inputs(case, torch.float32)]
     out = local_relation(*leaves, **case.options(), backend="cpu")
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice.*once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
+
+
+def test_cpu_operations_are_registered_as_torch_wants():
+    case = Case(height=3, width=3, kernel_size=3, stride=2)
+    inputs = [x.requires_grad_() for x in make_inputs(case, torch.float32)]
+    options = (2, 1, "squared_difference", 8)
+    torch.library.opcheck(torch.ops.lrrobust.local_relation_cpu.default, (*inputs, *options))
+    detached = [x.detach() for x in inputs]
+    out, *saved = torch.ops.lrrobust.local_relation_cpu(*detached, *options)
+    for needs_geometry in (False, True):
+        arguments = (*detached, *saved, torch.ones_like(out), *options, needs_geometry)
+        torch.library.opcheck(torch.ops.lrrobust.local_relation_cpu_backward.default, arguments)
+
+
+def test_cpu_backend_compiles_to_one_graph():
+    case = Case(height=4, width=5, kernel_size=3)
+    inputs = [x.requires_grad_() for x in make_inputs(case, torch.float32)]
+
+    def op(*tensors):
+        return local_relation(*(2 * x for x in tensors), **case.options(), backend="cpu")
+
+    out = torch.compile(op, fullgraph=True, backend="aot_eager")(*inputs)
+    expected = op(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs), rtol=0, atol=0)
+
+
+def test_first_call_says_that_it_compiles(capsys):
+    from lrrobust.ops import _cpu
+
+    # As numba tells of it: nothing that is found on disk, and helpers of ours besides what is called.
+    for dispatcher in (_cpu._score, _cpu._forward_range, _cpu._backward_range):
+        with _cpu.event.trigger_event("numba:compile", data={"dispatcher": dispatcher}):
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"lrrobust: compiling the local relation's {p} pass") for line, p in zip(lines, ("forward", "backward")))
 
 
 # --- threads and processes ---------------------------------------------------------------------------

@@ -104,12 +104,12 @@ def verdicts():
         smallest_difference=0.02, largest_clean_difference=0.02,
     )  # fmt: skip
     comparison = records.Comparison(
-        attack="pgd", norm="linf", eps=1 / 255, population="all", is_decisive=True, n=6, treatment_accuracy=0.25,
+        attack="pgd", norm="linf", eps=1 / 255, population="all", is_decisive=True, is_cumulative=False, n=6, treatment_accuracy=0.25,
         control_accuracy=0.5, difference=-0.25, low=-0.6, high=0.2, treatment_only=1, control_only=3, p_value=0.625,
         p_holm=1.0, smallest_detectable=None,
     )  # fmt: skip
     curve = records.CurveComparison(
-        attack="pgd", norm="linf", population="all", n=6, eps=LADDER, treatment_robust=(0.25, 0.1), control_robust=(0.5, 0.2),
+        attack="pgd", norm="linf", population="all", is_cumulative=False, n=6, eps=LADDER, treatment_robust=(0.25, 0.1), control_robust=(0.5, 0.2),
         treatment_area=0.175, control_area=0.35, difference=-0.175, low=-0.3, high=0.1, resamples=1000,
     )  # fmt: skip
     norms = records.NormComparison(

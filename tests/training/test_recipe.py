@@ -32,6 +32,14 @@ def test_own_file(tmp_path, recipe):
     assert load_recipe(str(write(tmp_path, recipe, description="another"))).description == "another"
 
 
+def test_precision_replaces_that_of_the_recipe():
+    own = load_recipe("tiny_imagenet_short")
+    assert own.precision == "bf16"
+    assert load_recipe("tiny_imagenet_short", "float32") == own.model_copy(update={"precision": "float32"})
+    with pytest.raises(ConfigError, match="^--precision: precision: Input should be 'float32' or 'bf16', found 'fp16'"):
+        load_recipe("tiny_imagenet_short", "fp16")
+
+
 def test_what_yaml_takes_for_a_date_is_text(tmp_path, recipe):
     path = write(tmp_path, recipe)
     path.write_text(path.read_text().replace("two short epochs", "2024-05-01"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lrrobust.diagnostics.records import Diagnostic, Diagnostics, write_diagnostics
 from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
 from lrrobust.verdict.records import Claim
 
+SOUND = Diagnostic(name="zero_gradient", passed=True, detail="All images have a gradient.", attack=None)
 LADDER = (0.5 / 255, 1 / 255, 2 / 255)
 
 
@@ -41,12 +43,12 @@ def columns(name: str, attack: Attack, images: Sequence[int]) -> dict[str, Any]:
     return {
         "index": index,
         "key": [f"ant/{i}.png" for i in index.tolist()],
-        "label": np.zeros(n * m, np.int32),
+        "label": (label := (index % 10).astype(np.int32)),
         "wnid": ["ant"] * (n * m),
         "attack": [name] * (n * m),
         "norm": [attack.norm] * (n * m),
         "eps": eps,
-        "clean_prediction": np.zeros(n * m, np.int32),
+        "clean_prediction": np.where(is_correct, label, (label + 1) % 10).astype(np.int32),
         "is_clean_correct": is_correct,
         "adversarial_prediction": np.zeros(n * m, np.int32),
         "is_broken": is_found | ~is_correct,
@@ -76,8 +78,9 @@ def build_run(
     is_complete: bool = True,
     part_metadata: Mapping[str, dict[str, str]] | None = None,
     surrogate: str | None = None,
+    recipe: str | None = "short 1234",
 ) -> Run:
-    """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images."""
+    """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images, one class in ten each."""
     specs = {name: Attack(**attack) for name, attack in attacks.items()}
     n = max(len(attack.distances) for attack in specs.values())
     images = range(n) if images is None else images
@@ -100,6 +103,7 @@ def build_run(
             "plan": {"chunk_size": 50},
             "seed": seed,
             **({} if surrogate is None else {"surrogate": {"name": surrogate, "weights": weights}}),
+            **({} if recipe is None else {"training": {"recipe": recipe}}),
             "provenance": {"commit": "1234abc"},
         },
         rows=rows,
@@ -109,8 +113,17 @@ def build_run(
 
 
 @pytest.fixture
-def make_run():
-    return build_run
+def make_run(tmp_path):
+    """`build_run`, in folders with diagnostics that passed."""
+
+    def make(model: str, attacks: Mapping[str, Mapping[str, Any]], *, folder: Path | None = None, **options: Any) -> Run:
+        run = build_run(model, attacks, folder=folder, **options)
+        if folder is None:
+            run = replace(run, folder=tmp_path / run.folder.relative_to("/results"))
+            write_diagnostics(run, Diagnostics(fingerprint="ab" * 32, sample=(0,), wall_s=1, results=(SOUND,)))
+        return run
+
+    return make
 
 
 @pytest.fixture

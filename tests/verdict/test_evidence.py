@@ -108,6 +108,34 @@ class TestCollect:
         found, _ = collect_evidence(make_claim(), small + self.pair(make_run))
         assert [len(evidence.treatment_places) for evidence in found] == [3, 1]
 
+    def test_attacks_on_more_images_judge_a_subset_too(self, make_claim, make_run):
+        """A cheap attack on all images, a costly one on the first two."""
+        runs = [run for model in "AB" for run in (
+            make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}),
+            make_run(model, {"cw": dict(distances=[0.3, 0.1], norm="l2", eps=(0.2, INF))}, images=[0, 1]),
+        )]
+        found, refused = collect_evidence(make_claim(), runs)
+        assert not refused
+        judged = [([attack.name for attack in evidence.attacks], len(evidence.treatment.images), len(evidence.treatment.runs)) for evidence in found]
+        assert judged == [(["pgd"], 3, 1), (["pgd", "cw"], 2, 2)]
+        assert [len(evidence.on_fewer) for evidence in found] == [1, 0] and len(found[0].on_fewer[0].treatment.images) == 2
+        assert found[1].attacks[0].treatment == pytest.approx([INF, PIXEL])
+
+    def test_overlapping_subsets_do_not_lend_each_other_attacks(self, make_claim, make_run):
+        runs = [run for model in "AB" for run in (
+            make_run(model, {"pgd": dict(distances=[INF, PIXEL, INF])}),
+            make_run(model, {"fgsm": dict(distances=[INF, PIXEL])}, images=[2, 7]),
+        )]
+        found, _ = collect_evidence(make_claim(), runs)
+        assert [([attack.name for attack in evidence.attacks], evidence.on_fewer) for evidence in found] == [(["pgd"], ()), (["fgsm"], ())]
+
+    def test_images_of_the_same_names_are_no_larger_set(self, make_claim, make_run):
+        runs = [*self.pair(make_run), *self.pair(make_run)]
+        for run in runs[2:]:
+            run.manifest["dataset"]["sha256"] = "01" * 32
+        found, _ = collect_evidence(make_claim(), runs)
+        assert [len(evidence.treatment.runs) for evidence in found] == [1, 1]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

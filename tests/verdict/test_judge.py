@@ -254,7 +254,7 @@ def test_few_images_support_only_what_the_exact_test_grants(judged):
 def test_provenance_names_the_runs(supported):
     ours, theirs = supported.runs
     assert (ours.role, ours.model, ours.weights, ours.commit) == ("treatment", "A", "V1", "1234abc")
-    assert theirs.role == "control" and theirs.diagnostics is None
+    assert theirs.role == "control" and [check.name for check in theirs.diagnostics] == ["zero_gradient"]
     assert ours.attacks == ("fgsm", "pgd", "pgd_l2", "cw")
 
 

@@ -39,9 +39,7 @@ def failed(safeguards):
 def test_sound_evidence_passes_and_says_what_was_not_looked_into(check):
     safeguards = check()
     assert not failed(safeguards)
-    unknown = {"unbounded_attack", "transfer", "attack_diagnostics"}
-    assert {guard.name for guard in safeguards if guard.passed is None} == unknown
-    assert "carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
+    assert {guard.name for guard in safeguards if guard.passed is None} == {"unbounded_attack", "transfer"}
     assert [guard.passed for guard in named(safeguards, "unbounded_attack")] == [None, True] * 2
     assert all(guard.detail.endswith(".") for guard in safeguards)
 
@@ -75,7 +73,7 @@ def test_attacks_must_have_the_same_settings(check, make_claim):
 
 
 def test_an_attack_that_only_one_model_met_is_a_difference(make_claim, make_run):
-    runs = [make_run("A", GOOD), make_run("B", GOOD | {"extra": dict(distances=[INF] * 4)})]
+    runs = [make_run("A", GOOD), make_run("B", GOOD | {"extra": dict(distances=[INF, INF, INF, 0])})]
     (evidence,), _ = collect_evidence(make_claim(), runs)
     assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
 
@@ -96,6 +94,87 @@ def test_runs_of_two_trainings_are_no_model(make_claim, make_run, key):
     (evidence,), _ = collect_evidence(make_claim(), runs)
     assert failed(check_evidence(evidence)) == [("one_network", None, BOTH)]
     assert "The runs of A are of different parameters" in named(check_evidence(evidence), "one_network")[0].detail
+
+
+def test_runs_of_one_network_predict_alike(make_claim, make_run):
+    for count, passed in ((1, True), (2, False)):
+        attacks = {"pgd": dict(distances=[INF] * 100), "fgsm": dict(distances=[INF] * 100)}
+        runs = [make_run("A", {name: attack}) for name, attack in attacks.items()] + [make_run("B", attacks)]
+        runs[1].rows.loc[runs[1].rows["index"] < count, "clean_prediction"] = 7
+        (evidence,), _ = collect_evidence(make_claim(), runs)
+        (found,) = named(check_evidence(evidence), "one_network")
+        assert found.passed is passed and (passed or "2 of 100 images by A" in found.detail)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "passed", "text"),
+    [
+        (("short 12", "short 12"), True, "the same recipe (short 12)"),
+        (("short 12", "fast_at 34"), False, "different recipes (short 12; fast_at 34)"),
+        (("short 12", None), None, "not known"),
+        ((None, None), None, "not known"),
+    ],
+)
+def test_models_of_different_recipes_are_not_compared(check, recipes, passed, text):
+    ours, theirs = ({"recipe": recipe} for recipe in recipes)
+    safeguards = check(treatment=ours, control=theirs)
+    (found,) = named(safeguards, "same_training")
+    assert found.passed is passed and text in found.detail and found.withholds == BOTH
+
+
+def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
+    def says_only_zero(runs):
+        rows = runs[0].rows
+        rows["clean_prediction"] = 0
+        rows["is_clean_correct"] = rows["label"] == 0
+
+    for change, passed in ((lambda runs: None, True), (says_only_zero, False)):
+        runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
+        change(runs)
+        (evidence,), _ = collect_evidence(make_claim(largest_clean_difference=0.95), runs)
+        ours, theirs = named(check_evidence(evidence), "better_than_chance")
+        assert (ours.passed, theirs.passed) == (passed, True) and ours.withholds == ("supported",)
+    assert "right on 10 of 100 images; by chance, with the same answers, it would be on 10.0" in ours.detail
+
+
+class TestStrongerAttacks:
+    """What attacks break that do not judge: on the same images, or on some of them."""
+
+    def found(self, make_claim, make_run, strong, few=None, **claim):
+        """pgd breaks nothing of 200 images; `strong` of the models, (A, B), breaks the first ones."""
+        runs = []
+        for model, count in zip("AB", strong):
+            runs.append(make_run(model, {"pgd": dict(distances=[INF] * 200)}))
+            distances = ([PIXEL] * count + [INF] * 200)[:few or 200]
+            runs.append(make_run(model, {"strong": dict(distances=distances)}))
+        found, refused = collect_evidence(make_claim(**claim), runs)
+        assert not refused
+        return found
+
+    def test_attacks_that_judge_leave_nothing_out(self, make_claim, make_run):
+        (evidence,) = self.found(make_claim, make_run, (9, 0))
+        assert not named(check_evidence(evidence), "stronger_attacks")
+
+    @pytest.mark.parametrize(
+        ("strong", "undermined"), [((0, 0), ()), ((3, 0), ()), ((4, 0), ("supported",)), ((54, 50), ("supported",)), ((0, 4), ("refuted",))]
+    )
+    @pytest.mark.parametrize("direction", ["more_robust", "less_robust"])
+    def test_attacks_left_out_by_the_claim(self, make_claim, make_run, strong, undermined, direction):
+        (evidence,) = self.found(make_claim, make_run, strong, attacks=("pgd",), direction=direction)
+        (found,) = named(check_evidence(evidence), "stronger_attacks")
+        if direction == "less_robust":
+            undermined = tuple({"supported": "refuted", "refuted": "supported"}[verdict] for verdict in undermined)
+        assert found.passed is (not undermined) and found.withholds == (undermined or BOTH)
+        if undermined:
+            assert f"On 200 of these images strong was made too" in found.detail
+            assert f"broke {strong[0]} more images of A and {strong[1]} more of B" in found.detail
+
+    def test_attacks_made_on_some_of_the_images(self, make_claim, make_run):
+        all_images, some = self.found(make_claim, make_run, (4, 0), few=100)
+        (found,) = named(check_evidence(all_images), "stronger_attacks")
+        assert found.withholds == ("supported",) and "On 100 of these images strong was made too" in found.detail
+        assert not named(check_evidence(some), "stronger_attacks")
+        assert [attack.name for attack in some.attacks] == ["pgd", "strong", "worst_case"]
 
 
 def test_a_run_given_twice_for_one_model_is_a_difference(make_claim, make_run):
@@ -183,6 +262,12 @@ def test_what_the_engine_noticed_counts(check):
     assert any("nonfinite gradients: yes: the attack was not at full strength" in guard.detail for guard in safeguards)
 
 
+def test_runs_that_were_not_looked_into_support_nothing(check, tmp_path):
+    safeguards = check(treatment={"folder": tmp_path / "other"})
+    assert failed(safeguards) == [("attack_diagnostics", None, ("supported",))]
+    assert "other carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
+
+
 def test_diagnostics_of_runs_count(check, tmp_path):
     for passed in (True, False, None):
         found = {"name": "zero_gradient", "passed": passed, "detail": "40 % of images have none.", "attack": "pgd"}
@@ -215,6 +300,13 @@ class TestTransfer:
         assert "Transfer beats the white-box attacks" in treatment.detail and "break 30 of 40 images" in treatment.detail
         assert control.passed is None
         assert judge(evidence).verdict == "inconclusive"
+
+    def test_transfer_on_some_of_the_images_guards_all(self, make_claim, make_run):
+        on_all = [make_run(model, {"pgd": dict(distances=[INF] * 60)}) for model in "AB"]
+        runs = [*on_all, *self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10)]
+        (largest, _), _ = collect_evidence(make_claim(), runs)
+        assert len(largest.treatment.images) == 60
+        assert [guard.passed for guard in named(check_evidence(largest), "transfer")] == [False, None]
 
     def test_without_transfer_the_same_runs_support_the_claim(self, make_claim, make_run):
         runs = list(self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10))[:2]

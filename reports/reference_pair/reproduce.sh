@@ -1,0 +1,31 @@
+#!/bin/sh
+# Evaluates the pair that comes with the package, and writes the two reports beside this file:
+#
+#     sh reports/reference_pair/reproduce.sh path/to/val-a.tar.xz
+#
+# Started again after an interruption it goes on where it stopped. val-a.tar.xz: 25 images of each class of
+# Tiny-ImageNet-200's validation set, in class folders. N images of it meet the cheap attacks, the FEW first drawn of
+# these the costly ones, as do all photos and FEW of them. Further arguments go to every evaluation, such as --share.
+set -eu
+VAL_A=$1
+shift
+N=${N:-1000}
+FEW=${FEW:-200}
+PHOTOS=${PHOTOS:-500}
+RUNS=${RUNS:-reports/runs/reference_pair}
+OUT=${OUT:-reports/reference_pair}
+PAIR="--model lr_resnet50 --model resnet50"
+
+# Attacks on the models themselves, then images made on one and judged on the other.
+lrrobust eval $PAIR --dataset "$VAL_A" --attack fgsm --attack pgd --attack pgd_l2 --n "$N" --out "$RUNS/val_a" "$@"
+lrrobust eval $PAIR --dataset "$VAL_A" --attack cw --n "$FEW" --out "$RUNS/val_a" "$@"
+lrrobust eval $PAIR --dataset "$VAL_A" --suite strong --n "$FEW" --out "$RUNS/val_a" "$@"
+lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/val_a" "$@"
+
+lrrobust eval $PAIR --dataset photos --suite standard --n "$PHOTOS" --out "$RUNS/photos" "$@"
+lrrobust eval $PAIR --dataset photos --suite strong --n "$FEW" --out "$RUNS/photos" "$@"
+lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset photos --attack pgd --n "$FEW" --out "$RUNS/photos" "$@"
+
+# Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence).
+lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
+lrrobust report "$RUNS/photos" --out "$OUT/photos"
