@@ -14,7 +14,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "compare_sharing", lambda _, repeats: compare_sharing(SMALL, repeats=1))
     assert cli.run(["bench", "sharing", "--out", str(tmp_path)]) == 0
     assert "2 processes" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sharing-summary.csv", "sharing-times.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sharing-summary.csv", "sharing-times.csv", "sharing.md"]
 
 
 def test_other_rows_are_an_error(monkeypatch, tmp_path):
