@@ -64,9 +64,9 @@ class PartId(NamedTuple):
         return f"{self.attack}-{self.start:06d}-{self.stop:06d}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A run as read from disk.
+    """A run as read from disk; not to be changed, as what is derived from one may be kept beside it.
 
     Args:
         folder: where it lies.
@@ -475,7 +475,8 @@ def _read_part(
     for key, expected in identity.items():
         if metadata.pop(key, None) != expected:
             raise _DamagedPart(f"was written for another {key.replace('_', ' ')}")
-    table = file.read()
+    # A part is so small that threads cost more than they save.
+    table = file.read(use_threads=False)
     if not table.schema.equals(schema):
         raise _DamagedPart("has other columns than this version of lrrobust")
     return table, metadata
