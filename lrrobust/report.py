@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -556,11 +557,22 @@ def _summary(run: Run, name: str) -> pd.DataFrame:
     return pd.DataFrame([identity | record for record in records], columns=list(SUMMARY_COLUMNS))
 
 
+#: Run -> its verdicts, which tables, exact curves and curves over passes all start from.
+_VERDICTS: WeakKeyDictionary[Run, pd.DataFrame] = WeakKeyDictionary()
+
+
 def _verdicts(run: Run) -> pd.DataFrame:
     """What the numbers need of a run's rows, in plain dtypes; `distance` is infinite where none is known.
 
-    Passes are those up to the row's eps, see `stats.passes_up_to`; `breaking_eps` as `breaking_eps` says.
+    Passes are those up to the row's eps, see `stats.passes_up_to`; `breaking_eps` as `breaking_eps` says. Made once for
+    each run: not to be changed.
     """
+    if run not in _VERDICTS:
+        _VERDICTS[run] = _plain_verdicts(run)
+    return _VERDICTS[run]
+
+
+def _plain_verdicts(run: Run) -> pd.DataFrame:
     rows = run.rows
     verdicts = pd.DataFrame(
         {

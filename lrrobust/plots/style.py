@@ -89,7 +89,8 @@ def build_panels(
     )  # fmt: skip
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for panel, name in zip(panels, titles):
-        panel.set_title(name)
+        # At a place of its own: to find one, matplotlib lays out all axes once more each time it draws.
+        panel.set_title(name, y=1.0)
     for place, label in xlabels.items():
         panels[place].set_xlabel(label)
     for panel in panels[len(titles) :]:

@@ -70,9 +70,9 @@ class PartId(NamedTuple):
         return f"{self.attack}-{self.start:06d}-{self.stop:06d}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A run as read from disk.
+    """A run as read from disk; not to be changed, as what is derived from one may be kept beside it.
 
     Args:
         folder: where it lies.
