@@ -1,7 +1,7 @@
 """The command line: parse, call, say what came of it, choose the exit code.
 
 Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the
-message explains, 130 interrupted.
+message explains, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 from lrrobust import __version__
 from lrrobust.errors import LrRobustError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
+from lrrobust.interrupts import Stopped, raise_on_signals
 from lrrobust.process_settings import settle_process
 
 if TYPE_CHECKING:
@@ -34,15 +36,21 @@ _UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ 
 
 
 class _Interrupted(Exception):
-    """Ctrl-C, under a name that typer does not handle in its own way; says what it leaves."""
+    """Ctrl-C or a signal that ends, under a name that typer does not handle in its own way; says what it leaves."""
+
+    def __init__(self, cause: KeyboardInterrupt, leaves: str | None = None) -> None:
+        signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
+        how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+        super().__init__(how if leaves is None else f"{how}: {leaves}")
+        self.exit_code = 128 + signum
 
 
 class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Interrupted("what was finished is kept, the same command goes on from there") from None
+        except KeyboardInterrupt as cause:
+            raise _Interrupted(cause, "what was finished is kept, the same command goes on from there") from None
 
 
 app = typer.Typer(
@@ -234,8 +242,8 @@ def _fresh_folder(out: Path | None) -> Iterator[Path]:
     with TemporaryDirectory(prefix="lrrobust-check-") as folder:
         try:
             yield Path(folder)
-        except KeyboardInterrupt:
-            raise _Interrupted("nothing was compared or kept; with --out FOLDER a check can be resumed") from None
+        except KeyboardInterrupt as cause:
+            raise _Interrupted(cause, "nothing was compared or kept; with --out FOLDER a check can be resumed") from None
 
 
 @app.command()
@@ -472,7 +480,7 @@ def train(
 @app.command()
 def bench(
     what: Annotated[
-        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, store, report; all if none.")
+        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, sharing, store, report; all if none.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
@@ -571,11 +579,25 @@ def run(arguments: list[str]) -> int:
         print(_explain_usage(error), file=sys.stderr)
         return 2
     except _Interrupted as interruption:
-        print(f"interrupted: {interruption}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:  # before a command began, or after it ended
-        print("interrupted", file=sys.stderr)
-        return 130
+        print(interruption, file=sys.stderr)
+        return interruption.exit_code
+    except KeyboardInterrupt as cause:  # before a command began, or after it ended
+        interruption = _Interrupted(cause)
+        print(interruption, file=sys.stderr)
+        return interruption.exit_code
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends.
+        sys.stdout = open(os.devnull, "w")
+        return 1
+    except OSError as error:
+        # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
+        where = f" {error.filename}" if error.filename is not None else ""
+        print(
+            f"error: the system refused{where} ({error.strerror or error}); what was finished is kept; mend this and run the "
+            "same command again",
+            file=sys.stderr,
+        )
+        return 2
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return code or 0
@@ -594,6 +616,10 @@ def _explain_usage(error: _UsageError) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
+    raise_on_signals()
     settle_process()
+    # A closed standard output or error is none at all to Python, and nobody listens: results are in files.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     sys.exit(run(sys.argv[1:]))

@@ -18,7 +18,7 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
     "console": {"report", "results", "stats", "verdict", "diagnostics.table"},
     "check": {"report", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
-    "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "provenance", "config_file", "errors"},
+    "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "errors"},
@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "gradient_rules": set(),
     "half_precision": set(),
     "torchvision_import": set(),
+    "interrupts": set(),
     "process_settings": set(),
     "lrrobust": set(),
     # What a user's own file may use.

@@ -235,17 +235,20 @@ def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
     assert len(json.loads((killed / "manifest.json").read_text())["sessions"]) == 3
 
 
-def test_ctrl_c_says_what_is_kept(workplace, tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "how"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")], ids=["SIGINT", "SIGTERM"]
+)
+def test_ctrl_c_and_schedulers_are_told_what_is_kept(workplace, tmp_path, signum, how):
     process = start(
         "eval", "--model", "model.py:build_slow", "--dataset", "images", "--attack", "pgd", "--chunk-size", 4,
         "--out", tmp_path / "runs", cwd=workplace,
     )
     while process.poll() is None and not list(tmp_path.glob("runs/*/parts/*.parquet")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     code, _, err = finish(process)
-    assert code == 130, err
-    assert "the same command goes on" in err
+    assert code == 128 + signum, err
+    assert f"{how}: what was finished is kept, the same command goes on from there" in err
     assert "Traceback" not in err
 
 
@@ -305,6 +308,23 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, argum
     options = ("--out", tmp_path / "out")
     code, _, err = run(*arguments, *options, cwd=workplace)
     assert_one_line(code, err, pattern)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_nobody_can_take_loses_nothing(workplace, tmp_path):
+    arguments = [str(argument) for argument in (*EVAL, "--attack", "fgsm", "--out", tmp_path / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    cases = [
+        ('"$@" > /dev/full', 2, "error: the system refused"),
+        ('"$@" >&-', 0, "results: "),
+        ('"$@" | true; exit ${PIPESTATUS[0]}', 1, "going on with "),
+    ]
+    for shell, code, said in cases:
+        command = ["bash", "-c", shell, "-", sys.executable, "-m", "lrrobust", *arguments]
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        (folder,) = find_runs(tmp_path / "runs")
+        assert load_run(folder).is_complete
 
 
 def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):

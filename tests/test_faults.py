@@ -78,7 +78,8 @@ def evaluation(workplace, out, factory="build", dataset="images"):
 
 def _run_with(environment, arguments):
     os.environ |= {name: str(value) for name, value in environment.items()}
-    sys.exit(cli.run(arguments))
+    sys.argv = ["lrrobust", *arguments]
+    cli.main()
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,21 @@ def test_torchrun(workplace, alone, tmp_path):
     # One of both speaks for all.
     assert done.stdout.count("fgsm") == load_run(folder).rows.query("attack == 'fgsm'")["eps"].nunique()
     assert done.stderr.count("results: ") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda signum: signum.name)
+def test_a_process_asked_to_end_gives_back_what_it_holds(workplace, alone, processes, run, tmp_path, signum):
+    """SIGTERM is what SLURM and Kubernetes send before they kill; SIGHUP comes from a terminal that closes."""
+    arguments = (*half(workplace, tmp_path), "--share")
+    process = processes(*arguments)
+    wait_for_parts(tmp_path, 3, process)
+    os.kill(process.pid, signum)
+    process.join(60)
+    assert process.exitcode == 128 + signum
+    kept = len(parts_in(tmp_path))
+    assert 3 <= kept < 24 and leases_in(tmp_path) == [] and not list(tmp_path.rglob("*.tmp"))
+    assert run(*arguments)[0] == 0
+    assert timeless(find_runs(tmp_path)[0]).equals(alone[0])
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LRROBUST_LEASE_S"])

@@ -18,6 +18,7 @@ from lrrobust.bench.interleaved import summarise_times
 from lrrobust.bench.local_relation import compare_operations
 from lrrobust.bench.report_build import measure_reports
 from lrrobust.bench.run_store import Scale, simulate_run
+from lrrobust.bench.sharing import SharedWork, compare_sharing
 from lrrobust.data.class_lists import IMAGENET_1K
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
@@ -121,10 +122,17 @@ def bench_report(request: BenchRequest) -> BenchResult:
     return BenchResult(times, cases[["wall_s", "cpu_s", "peak_bytes"]].median().reset_index())
 
 
+def bench_sharing(request: BenchRequest) -> BenchResult:
+    """One evaluation by one process and by two that share it, on a thread each; ratios to one. Rows that differ are an error."""
+    times = compare_sharing(SharedWork(), repeats=request.repeats).assign(case="PGD")
+    return BenchResult(times, summarise_times(times, ["case"], "1 process"))
+
+
 BENCHES: Mapping[str, Callable[[BenchRequest], BenchResult]] = {
     "operation": bench_operation,
     "gradient-step": bench_gradient_step,
     "attack-loop": bench_attack_loop,
+    "sharing": bench_sharing,
     "store": bench_store,
     "report": bench_report,
 }

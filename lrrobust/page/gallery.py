@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from lrrobust.report import format_distance, format_eps
@@ -72,8 +73,10 @@ def build_gallery(runs: Mapping[str, Run], labels: Mapping[str, str]) -> Gallery
     missing = [labels[name] for name in runs if name not in kept]
     if not kept:
         return Gallery({}, missing, "These runs kept no adversarial images: they were made before runs did, or are at their start.")
+    # Images that no row speaks of are none of ours.
+    known = (set(runs[name].rows["index"].unique()) for name in kept)
     common = sorted(
-        set.intersection(*({e.index for found in examples.values() for e in found} for examples in kept.values()))
+        set.intersection(*({e.index for found in examples.values() for e in found} for examples in kept.values()), *known)
     )
     if not common:
         return Gallery({}, missing, "No image at the beginning of the subset is classified correctly by every model.")
@@ -121,7 +124,7 @@ def _show(
 
 
 def _attempt(label: str, example: Example, run: Run, rows: Sequence[Mapping[str, object]]) -> Attempt:
-    broken = [row for row in rows if row["is_broken"]]
+    broken = [row for row in rows if pd.notna(row[f"{row['norm']}_distance"]) and pd.notna(row["adversarial_prediction"])]
     if example.perturbation is None and any(row["outcome"] == "broken_by_earlier_attack" for row in rows):
         return Attempt(label, None, None, None, None, "not attacked: an earlier attack of the suite had broken it")
     if example.perturbation is None or not broken:

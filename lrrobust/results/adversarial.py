@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
+from lrrobust.results.examples import unpack_pixels
+
 ADVERSARIAL_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),
@@ -68,9 +70,10 @@ def adversarial_to_table(images: Sequence[AdversarialImage]) -> pa.Table:
 
 
 def table_to_adversarial(table: pa.Table) -> list[AdversarialImage]:
+    """Raises ValueError where the table is none that `adversarial_to_table` makes."""
     images = []
     for row in table.to_pylist():
-        shape = row.pop("height"), row.pop("width"), 3
-        pixels = {name: np.frombuffer(row[name], np.uint8).reshape(shape) for name in ("clean", "adversarial")}
+        size = row.pop("height"), row.pop("width")
+        pixels = {name: unpack_pixels(row[name], "u1", *size) for name in ("clean", "adversarial")}
         images.append(AdversarialImage(**{**row, **pixels}))
     return images

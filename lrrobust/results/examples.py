@@ -67,11 +67,20 @@ def examples_to_table(examples: Sequence[Example]) -> pa.Table:
 
 
 def table_to_examples(table: pa.Table) -> list[Example]:
-    return [
-        Example(row["index"], _array(row["clean"], "u1", row), _array(row["perturbation"], "<f2", row))
-        for row in table.to_pylist()
-    ]
+    """Raises ValueError where the table is none that `examples_to_table` makes."""
+    examples = []
+    for row in table.to_pylist():
+        size = row["height"], row["width"]
+        perturbation = None if row["perturbation"] is None else unpack_pixels(row["perturbation"], "<f2", *size)
+        if perturbation is not None and not (abs(perturbation) <= 1).all():
+            raise ValueError(f"the perturbation of image {row['index']} must lie in [-1, 1]")
+        examples.append(Example(row["index"], unpack_pixels(row["clean"], "u1", *size), perturbation))
+    return examples
 
 
-def _array(content: bytes | None, kind: str, row: dict[str, int]) -> np.ndarray | None:
-    return None if content is None else np.frombuffer(content, kind).reshape(row["height"], row["width"], 3)
+def unpack_pixels(content: bytes, kind: str, height: int, width: int) -> np.ndarray:
+    """Pixels (height, width, 3) of their bytes; raises ValueError where these are more, or fewer, or none."""
+    pixels = np.frombuffer(content, kind)
+    if height < 1 or width < 1 or pixels.size != height * width * 3:
+        raise ValueError(f"expected {height} x {width} pixels of 3 values, found {pixels.size} values")
+    return pixels.reshape(height, width, 3)

@@ -167,7 +167,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> pa.T
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns must have one length, got {lengths}")
     table = pa.Table.from_arrays(arrays, schema=SCHEMA)
-    _check_values(table)
+    check_values(table)
     return table
 
 
@@ -210,7 +210,8 @@ def _is_acceptable(found: pa.DataType, wanted: pa.DataType) -> bool:
     return found == wanted
 
 
-def _check_values(table: pa.Table) -> None:
+def check_values(table: pa.Table) -> None:
+    """Raises ValueError where values of a table of `SCHEMA` contradict each other, or are not what their columns hold."""
     outcome, norm, eps = table["outcome"], table["norm"], table["eps"]
     _check_all(_is_in(outcome, OUTCOMES), outcome, f"outcome must be one of {', '.join(OUTCOMES)}")
     _check_all(_is_in(norm, NORMS), norm, f"norm must be one of {', '.join(NORMS)}")

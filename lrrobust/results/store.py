@@ -17,11 +17,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -30,23 +30,29 @@ import pyarrow.parquet as pq
 from lrrobust.errors import StoreError
 from lrrobust.results.adversarial import ADVERSARIAL_SCHEMA, AdversarialImage, adversarial_to_table, table_to_adversarial
 from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, examples_to_table, table_to_examples
-from lrrobust.results.files import explaining, write_file
+from lrrobust.results.files import explaining, read_file, write_file
 from lrrobust.results.folder_lock import FolderLock
 from lrrobust.results.leases import LEASES, Leases, clear_leases
-from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION
+from lrrobust.results.manifest import ATTACK_NAME, parse_manifest
+from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION, check_values
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _PARTS, _EXAMPLES, _ADVERSARIAL = "parts", "examples", "adversarial"
 _PART_NAME = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})\.parquet")
-_ATTACK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_ATTACK_NAME = re.compile(ATTACK_NAME)
 
 # Parquet checksums its pages at most, never its headers and footer. The seal covers every byte: it
 # is the SHA-256 of the file with zeros in place of the digest itself.
 _SEAL = b"lrrobust-part-sha256:"
 _SEALED = re.compile(re.escape(_SEAL) + rb"([0-9a-f]{64})")
 _UNSEALED = _SEAL + b"0" * 64
+
+#: A part may unpack to no more (its two columns of images hold 2 GiB each at most), and is unpacked by so many rows.
+_MOST_BYTES, _ROWS_AT_ONCE = 1 << 32, 4096
 
 #: Keys of a manifest that tell sessions apart rather than runs.
 _SESSION_KEYS = {"fingerprint", "provenance", "sessions"}
@@ -204,7 +210,7 @@ class RunStore:
         part = PartId(attack, start, stop)
         path = self._path(part)
         try:
-            _read_part(path, self._identity(part))
+            _read_rows(self.folder, self.manifest, part)
         except FileNotFoundError:
             return False
         except _DamagedPart as damage:
@@ -232,7 +238,7 @@ class RunStore:
         """
         part = PartId(attack, start, stop)
         try:
-            return _read_part(self._path(part), self._identity(part))[0]
+            return _read_rows(self.folder, self.manifest, part)[0]
         except (FileNotFoundError, _DamagedPart) as damage:
             raise StoreError(f"{self._path(part)} {damage}: it was whole a moment ago; run the same command again") from None
 
@@ -265,14 +271,19 @@ def load_run(folder: Path) -> Run:
         key=lambda part: (order.get(part.attack, len(order)), part.attack, part.start),
     )
     tables, metadata = [], {}
+    ladders: dict[str, set[float]] = {}
     for part in parts:
         path = _part_path(folder, part)
         try:
-            table, found = _read_part(path, _identity(manifest, part))
+            table, found = _read_rows(folder, manifest, part)
         except FileNotFoundError:
             continue
         except _DamagedPart as damage:
             _log.warning("%s %s; left out, run the same command again to compute it anew", path, damage)
+            continue
+        eps = set(table["eps"].unique().to_pylist())
+        if eps != ladders.setdefault(part.attack, eps):
+            _log.warning("%s holds other eps than the parts before it; left out", path)
             continue
         tables.append(table)
         metadata[part.stem] = found
@@ -295,8 +306,8 @@ def load_examples(run: Run) -> dict[str, list[Example]]:
         StoreError: a file is there and cannot be read.
     """
     examples: dict[str, list[Example]] = {}
-    for part, table in _load_images(run, _EXAMPLES, EXAMPLE_SCHEMA):
-        examples.setdefault(part.attack, []).extend(table_to_examples(table))
+    for attack, found in _load_images(run, _EXAMPLES, EXAMPLE_SCHEMA, table_to_examples):
+        examples.setdefault(attack, []).extend(found)
     return {attack: sorted(found, key=lambda example: example.index) for attack, found in examples.items()}
 
 
@@ -308,19 +319,26 @@ def load_adversarial(run: Run) -> Iterator[tuple[str, list[AdversarialImage]]]:
     Raises:
         StoreError: a file is there and cannot be read.
     """
-    for part, table in _load_images(run, _ADVERSARIAL, ADVERSARIAL_SCHEMA):
-        yield part.attack, table_to_adversarial(table)
+    return _load_images(run, _ADVERSARIAL, ADVERSARIAL_SCHEMA, table_to_adversarial)
 
 
-def _load_images(run: Run, kind: str, schema: pa.Schema) -> Iterator[tuple[PartId, pa.Table]]:
+def _load_images(
+    run: Run, kind: str, schema: pa.Schema, convert: Callable[[pa.Table], list[T]]
+) -> Iterator[tuple[str, list[T]]]:
     for part in sorted(_listed_parts(run.folder, kind)):
+        # Images are written before the rows that they belong to, and are nothing without those.
+        if part.stem not in run.part_metadata:
+            continue
         path = _part_path(run.folder, part, kind)
         try:
-            table, _ = _read_part(path, _identity(run.manifest, part, kind), schema)
-        except _DamagedPart as damage:
-            _log.warning("%s %s; its images are left out", path, damage)
+            images = convert(_read_part(path, _identity(run.manifest, part, kind), schema)[0])
+        except FileNotFoundError:
             continue
-        yield part, table
+        except (_DamagedPart, ValueError) as damage:
+            reason = damage if isinstance(damage, _DamagedPart) else _foreign(damage)
+            _log.warning("%s %s; its images are left out", path, reason)
+            continue
+        yield part.attack, images
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -366,9 +384,7 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         with explaining("read", path):
-            manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest, dict) or not {"schema_version", "fingerprint"} <= set(manifest):
-            raise ValueError("it must hold schema_version and fingerprint")
+            manifest = parse_manifest(read_file(path))
     except FileNotFoundError:
         raise StoreError(f"expected a run in {folder}, found no {_MANIFEST}: give the folder of a run") from None
     except ValueError as error:
@@ -432,9 +448,15 @@ def _check_part(part: PartId, table: pa.Table) -> None:
     images = len(table["index"].unique())
     if images != part.stop - part.start:
         raise ValueError(f"part {part.stem} must hold {part.stop - part.start} images, got {images}")
+    # What a row says of its image it says at every eps.
+    of_images = table.group_by(["index", "key", "label", "wnid", "norm", "clean_prediction", "is_clean_correct"])
+    if of_images.aggregate([]).num_rows != images:
+        raise ValueError(f"part {part.stem} says two things of the same image")
     rows = table.group_by(["index", "eps"]).aggregate([]).num_rows
     if rows != table.num_rows:
         raise ValueError(f"part {part.stem} has {table.num_rows - rows} rows twice for the same image and eps")
+    if rows != images * len(table["eps"].unique()):
+        raise ValueError(f"part {part.stem} must hold a row for every image and eps")
 
 
 def _sealed_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
@@ -452,6 +474,31 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
+def _read_rows(folder: Path, manifest: Mapping[str, Any], part: PartId) -> tuple[pa.Table, dict[str, str]]:
+    """As `_read_part`, for a part that must also hold the rows which its name promises."""
+    table, metadata = _read_part(_part_path(folder, part), _identity(manifest, part))
+    try:
+        check_values(table)
+        _check_part(part, table)
+    except ValueError as error:
+        raise _foreign(error) from None
+    return table, metadata
+
+
+def _foreign(error: Exception) -> _DamagedPart:
+    return _DamagedPart(f"holds what no evaluation writes ({' '.join(str(error).split())[:150]})")
+
+
+def _bounded(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, of which a few bytes can say that they are billions."""
+    size = 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE):
+        size += batch.nbytes
+        if size > _MOST_BYTES:
+            raise _DamagedPart(f"unpacks to more than {_MOST_BYTES:,} bytes")
+        yield batch
+
+
 def _read_part(
     path: Path, identity: Mapping[str, str], schema: pa.Schema = SCHEMA
 ) -> tuple[pa.Table, dict[str, str]]:
@@ -462,22 +509,27 @@ def _read_part(
         _DamagedPart: its bytes are not those written, or were written for another part or run.
     """
     with explaining("read", path):
-        content = path.read_bytes()
+        content = read_file(path)
     seals = _SEALED.findall(content)
     if len(seals) != 1 or _digest(content.replace(_SEAL + seals[0], _UNSEALED)) != seals[0]:
         raise _DamagedPart("is truncated or damaged")
-    file = pq.ParquetFile(pa.BufferReader(content))
-    metadata = {
-        key.decode(): value.decode()
-        for key, value in file.metadata.metadata.items()
-        if key not in (b"ARROW:schema", b"seal")
-    }
-    for key, expected in identity.items():
-        if metadata.pop(key, None) != expected:
-            raise _DamagedPart(f"was written for another {key.replace('_', ' ')}")
-    table = file.read()
-    if not table.schema.equals(schema):
-        raise _DamagedPart("has other columns than this version of lrrobust")
+    # Anybody can seal: what follows trusts nothing that it finds.
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        metadata = {
+            key.decode(): value.decode()
+            for key, value in (file.metadata.metadata or {}).items()
+            if key not in (b"ARROW:schema", b"seal")
+        }
+        for key, expected in identity.items():
+            if metadata.pop(key, None) != expected:
+                raise _DamagedPart(f"was written for another {key.replace('_', ' ')}")
+        if not file.schema_arrow.equals(schema):
+            raise _DamagedPart("has other columns than this version of lrrobust")
+        table = pa.Table.from_batches(_bounded(file), file.schema_arrow)
+        table.validate(full=True)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise _foreign(error) from None
     return table, metadata
 
 

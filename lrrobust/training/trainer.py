@@ -29,7 +29,7 @@ from lrrobust.training.batches import STARTS, augmented_batches, seeded
 from lrrobust.training.checkpoint import read_checkpoint, write_checkpoint
 from lrrobust.training.export import export_weights
 from lrrobust.training.images import TrainingImages
-from lrrobust.training.interrupts import interrupts_held_back
+from lrrobust.interrupts import interrupts_held_back
 from lrrobust.training.optimizers import build_optimizer, learning_rate
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe

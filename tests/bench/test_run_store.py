@@ -24,7 +24,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "Scale", lambda: SMALL)
     assert cli.run(["bench", "store", "--out", str(tmp_path)]) == 0
     assert "2nd session" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["store-summary.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"store.md", "store-summary.csv"}
 
 
 def test_a_part_computed_twice_is_an_error(tmp_path, monkeypatch):

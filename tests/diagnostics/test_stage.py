@@ -135,8 +135,11 @@ def test_a_failed_attack_withholds_the_verdict_and_the_report_says_so(run, tmp_p
         (result,) = judge_claims(claims, [load_run(folder) for folder in find_runs(tmp_path / "runs")]).results
         return result
 
-    # Without a look at the attacks, masked gradients pass for robustness.
-    assert verdict().verdict == "supported"
+    # Without a look at the attacks masked gradients pass for robustness, but that nobody looked withholds it.
+    assert verdict().verdict == "inconclusive"
+    failed = [safeguard for safeguard in verdict().safeguards if safeguard.passed is False]
+    assert {safeguard.name for safeguard in failed} == {"attack_diagnostics"}
+    assert all("carries no diagnostics" in safeguard.detail for safeguard in failed)
     assert run(*arguments)[0] == 0
     assert verdict().verdict == "inconclusive"
     assert any("zero_gradient" in reason for reason in verdict().reasons)

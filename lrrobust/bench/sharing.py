@@ -1,0 +1,124 @@
+"""How much faster an evaluation is when processes share it, and whether the rows stay the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+
+from lrrobust.attacks.suite import load_suite
+from lrrobust.evaluation.engine import Surrogate, evaluate, plan_tasks
+from lrrobust.evaluation.task_queue import Sharing
+from lrrobust.models.registry import NETWORKS
+from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
+
+_CLASSES = 10
+_FINGERPRINT = "5ba7e5ba7e"
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What is evaluated: PGD on random images under a network with random weights, on one thread in each process.
+
+    The attack goes on to its last step on every image, as that of a transfer does, so that the work does not depend on
+    what breaks.
+
+    Args:
+        network: one of `NETWORKS`.
+        images, side: how many, and their sides in pixels.
+        steps: of PGD.
+        chunk_size: images of a part.
+    """
+
+    network: str = "resnet26"
+    images: int = 96
+    side: int = 64
+    steps: int = 10
+    chunk_size: int = 8
+
+
+class _RandomImages:
+    def __init__(self, count: int, side: int) -> None:
+        self.pixels = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
+        self.indices = range(count)
+        self.keys = [f"{index}.png" for index in self.indices]
+        self.wnids = ["random"] * count
+        self.labels = [0] * count
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = list(positions)
+        return self.pixels[chosen], torch.tensor([self.labels[position] for position in chosen])
+
+
+def compare_sharing(work: SharedWork = SharedWork(), *, processes: int = 2, repeats: int) -> pd.DataFrame:
+    """Times the same evaluation by one process and by several that share it, in turns.
+
+    Starting processes and loading is not timed: they wait for each other before they begin. On a device there would be one
+    process on each; this is about the CPU, and needs as many idle cores as processes.
+
+    Returns:
+        One row for each round and number of processes: `name`, `repeat`, `wall_s` until the last was done.
+
+    Raises:
+        RuntimeError: the rows differ in any bit, or a process failed.
+    """
+    found, rows = [], None
+    for repeat in range(repeats):
+        for count in (1, processes):
+            with TemporaryDirectory(prefix="lrrobust-bench-") as folder:
+                wall_s = _time_shared(work, Path(folder) / "run", count)
+                now = load_run(Path(folder) / "run")
+            timeless = now.rows.drop(columns="wall_s")
+            if not now.is_complete or not (rows is None or timeless.equals(rows)):
+                raise RuntimeError(f"{count} processes made other rows than one")
+            rows = timeless
+            found.append({"name": "1 process" if count == 1 else f"{count} processes", "repeat": repeat, "wall_s": wall_s})
+    return pd.DataFrame(found)
+
+
+def _time_shared(work: SharedWork, folder: Path, count: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    begin = context.Barrier(count + 1)
+    workers = [context.Process(target=_evaluate, args=(work, folder, rank, count, begin)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    begin.wait(timeout=300)
+    started = time.perf_counter()
+    for worker in workers:
+        worker.join()
+    wall_s = time.perf_counter() - started
+    if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+        raise RuntimeError(f"a process that shared the work ended with exit code {failed[0]}")
+    return wall_s
+
+
+def _evaluate(work: SharedWork, folder: Path, rank: int, count: int, begin: Barrier) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = NETWORKS[work.network](_CLASSES).eval()
+    images = _RandomImages(work.images, work.side)
+    with torch.no_grad():
+        # What the network says is right: every image is attacked.
+        images.labels = torch.cat([network(part).argmax(1) for part in images.pixels.split(work.chunk_size)]).tolist()
+    specs = load_suite(("pgd",), eps=("4/255",), steps=work.steps)
+    tasks = plan_tasks(specs, len(images), work.chunk_size)
+    manifest = {
+        "schema_version": SCHEMA_VERSION, "fingerprint": _FINGERPRINT,
+        "attacks": [{"name": spec.name, "norm": spec.norm} for spec in specs],
+        "plan": {"parts": [list(task.part) for task in tasks]},
+    }
+    begin.wait(timeout=300)
+    with RunStore.create_or_resume(folder, manifest, is_shared=True) as store:
+        evaluate(
+            network, _CLASSES, images, tasks, store, fingerprint=_FINGERPRINT, device=torch.device("cpu"), part_metadata={},
+            batch_size=work.chunk_size, surrogate=Surrogate(network, _CLASSES, images.labels), sharing=Sharing(rank, count),
+        )
