@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lrrobust.models.lrnet import GeometryPrior, LocalRelationLayer
+from lrrobust.models.recomputation import recompute_in_backward
 from lrrobust.models.residual import ResidualNetwork
 
 
@@ -23,11 +24,36 @@ class ConstantGeometry(nn.Module):
         return self.scores
 
 
+class RecomputedStem(nn.Sequential):
+    """Layers that begin with pointwise ones and a local relation layer; results of the pointwise ones are not kept.
+
+    In the stem these have 64 channels, and as many again for queries and keys at a quarter of it, at the full
+    resolution of the image: a quarter of what a gradient step would keep. They come from 3 channels at little cost.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        layers = list(self)
+        at = next(i for i, layer in enumerate(layers) if isinstance(layer, LocalRelationLayer))
+        relation = layers[at]
+
+        def compute_features(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = images
+            for layer in layers[:at]:
+                features = layer(features)
+            return relation.query_key(features), features
+
+        features = recompute_in_backward(compute_features, relation.aggregate, images)
+        for layer in layers[at + 1 :]:
+            features = layer(features)
+        return features
+
+
 def fold_constants(network: nn.Module) -> nn.Module:
     """The same function up to rounding, cheaper: an attack takes thousands of gradients of unchanging weights.
 
     Batch normalisation, an affine map once its statistics are fixed, goes into the convolution before it,
-    and geometry networks become their values. Networks of other people are returned as they are: how theirs
+    and geometry networks become their values. The beginning of an LR-Net is computed again in the backward pass:
+    with constant weights that is exact, and it saves memory. Networks of other people are returned as they are: how theirs
     are built, and what they do in evaluation mode, is not known here.
 
     Args:
@@ -47,6 +73,8 @@ def fold_constants(network: nn.Module) -> nn.Module:
         if isinstance(module, nn.ReLU):
             # In place it would now change a view of a matrix product, for which autograd copies gradients twice.
             module.inplace = False
+    if any(isinstance(layer, LocalRelationLayer) for layer in folded.stem):
+        folded.stem = RecomputedStem(*folded.stem)
     return folded.to(memory_format=torch.channels_last)
 
 

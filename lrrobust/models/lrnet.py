@@ -84,7 +84,11 @@ class LocalRelationLayer(nn.Module):
         self.output = PointwiseConvolution(channels, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        query, key = self.query_key(features).split(self.groups, dim=1)
+        return self.aggregate(self.query_key(features), features)
+
+    def aggregate(self, query_key: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The layer from its queries and keys (N, 2 * groups, H, W) on."""
+        query, key = query_key.split(self.groups, dim=1)
         rule = self.gradient_rule
         relate = local_relation if rule is None else partial(local_relation_with_gradient, rule)
         aggregated = relate(
