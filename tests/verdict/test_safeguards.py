@@ -156,7 +156,8 @@ def test_chance_is_that_of_the_answers_given(make_claim, make_run):
         run.rows["clean_prediction"] = 0
     (evidence,), _ = collect_evidence(make_claim(), runs)
     ours, theirs = named(check_evidence(evidence), "better_than_chance")
-    assert ours.passed is theirs.passed is False and "right on 90 of 100 images; by chance, with the same answers, it would be on 90.0" in ours.detail
+    assert ours.passed is theirs.passed is False
+    assert "right on 90 of 100 images; by chance, with the same answers, it would be on 90.0" in ours.detail
 
 
 class TestStrongerAttacks:
