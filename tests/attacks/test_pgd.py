@@ -357,3 +357,17 @@ def test_warm_starts_break_no_fewer_images(norm, trained, attack_with):
     assert warm.is_broken.sum() >= cold.is_broken.sum() - 2
     for eps, proposals in zip(LADDERS[norm], warm.proposals, strict=True):
         assert ThreatModel(norm, eps).is_in_ball(images, proposals).all() and is_in_box(proposals).all()
+
+
+class Band(nn.Module):
+    """On the way to class 1, which is never reached, images are taken for class 2 for a while."""
+
+    def forward(self, images):
+        grey = images[:, 0, 0, 0]
+        return torch.stack([0 * grey + 1, 100 * (grey - 1), 1.02 - 30 * (grey - 0.54).abs()], 1)
+
+
+def test_another_class_than_the_target_counts_when_it_is_met_on_the_way(attack_with):
+    images, labels = torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
+    spec = pgd("linf", 0.1, target=1, steps=10, step_size_ratio=1.0, random_start=False)
+    assert attack_with(spec, Band(), images, labels).is_broken.all()

@@ -148,6 +148,18 @@ def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
     assert "right on 10 of 100 images; by chance, with the same answers, it would be on 10.0" in ours.detail
 
 
+def test_chance_is_that_of_the_answers_given(make_claim, make_run):
+    """Nine of ten images are of one class: whoever says it most often is right most often."""
+    runs = [make_run(model, {"pgd": dict(distances=[INF] * 90 + [0] * 10)}) for model in "AB"]
+    for run in runs:
+        run.rows["label"] = (run.rows["index"] >= 90).astype("int32")
+        run.rows["clean_prediction"] = 0
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    ours, theirs = named(check_evidence(evidence), "better_than_chance")
+    assert ours.passed is theirs.passed is False
+    assert "right on 90 of 100 images; by chance, with the same answers, it would be on 90.0" in ours.detail
+
+
 class TestStrongerAttacks:
     """What attacks break that do not judge: on the same images, or on some of them."""
 
