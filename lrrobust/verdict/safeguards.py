@@ -202,7 +202,7 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
                 f"{broken[place, 1]} more of {claim.control}"
             )
             if undermined:
-                detail += f": a verdict of {' or '.join(undermined)} would rest on their absence."
+                detail += f": a verdict of {' or '.join(undermined)} would rest on their absence, so make it on all of the images."
             else:
                 detail += ", where the two differ most: no difference that matters."
             yield Safeguard(
