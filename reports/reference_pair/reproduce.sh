@@ -29,3 +29,7 @@ lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset photo
 # Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence).
 lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
 lrrobust report "$RUNS/photos" --out "$OUT/photos"
+
+for set in val_a photos; do
+    (cd "$OUT/$set" && python3 -m zipfile -c report.zip report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+done
