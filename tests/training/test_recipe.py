@@ -19,8 +19,8 @@ def test_shipped_recipes(path):
     assert recipe.name == path.stem
     assert recipe == load_recipe(path)
     assert load_class_list(recipe.classes)
-    # What is trained last is what the weights are used at.
-    assert recipe.phases[-1].size == recipe.image_size
+    # What is trained last is about what the weights are used at: random crops show things larger than they are.
+    assert 0.75 * recipe.image_size <= recipe.phases[-1].size <= recipe.image_size
 
 
 def test_some_recipe_is_shipped():
