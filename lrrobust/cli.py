@@ -82,7 +82,9 @@ def _options(
 def evaluate(
     model: Annotated[
         list[str],
-        typer.Option("--model", "-m", help="lr_resnet50, resnet50, a torchvision name, timm:NAME, or file.py:factory; repeatable."),
+        typer.Option(
+            "--model", "-m", help="lr_resnet50, resnet50, a torchvision name, timm:NAME, or file.py:factory; repeatable."
+        ),
     ],
     attack: Annotated[
         Optional[list[str]],
@@ -147,17 +149,23 @@ def evaluate(
         bool,
         typer.Option("--save-adversarial", help="Keep the rounded images that are still adversarial, for `lrrobust export`."),
     ] = False,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Images stored together; part of a run's identity.")] = DEFAULT_CHUNK_SIZE,
+    chunk_size: Annotated[
+        int, typer.Option(min=1, help="Images stored together; part of a run's identity.")
+    ] = DEFAULT_CHUNK_SIZE,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images passed through the model at once; part of a run's identity.")
     ] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
     share: Annotated[
-        bool, typer.Option("--share", help="Share the work with other processes given the same command; those of torchrun do so anyway.")
+        bool,
+        typer.Option(
+            "--share", help="Share the work with other processes given the same command; those of torchrun do so anyway."
+        ),
     ] = False,
     diagnostics: Annotated[
-        bool, typer.Option("--diagnostics/--no-diagnostics", help="Look into whether the attacks worked, once the rows are there.")
+        bool,
+        typer.Option("--diagnostics/--no-diagnostics", help="Look into whether the attacks worked, once the rows are there."),
     ] = True,
 ) -> None:
     """Attack models and tell how many images stay correct.
@@ -365,7 +373,9 @@ def report(
     from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
-    from lrrobust.report import draw_runs, summarise, write_report
+    from lrrobust.report.figures import draw_runs
+    from lrrobust.report.files import write_report
+    from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
@@ -442,7 +452,10 @@ def train(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the weights, as in TINY_IMAGENET_V1.")] = "CUSTOM",
     note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
-    out: Annotated[Optional[Path], typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL")] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     initial_weights: Annotated[
         Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
@@ -484,7 +497,10 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
-    model: Annotated[Optional[list[str]], typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50")] = None,
+    model: Annotated[
+        Optional[list[str]],
+        typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50"),
+    ] = None,
     attack: Annotated[str, typer.Option("--attack", "-a", help="With which attack of the PGD family.")] = "pgd",
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="With which images.")] = "photos",
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.", show_default="as torch")] = None,
@@ -509,7 +525,9 @@ def bench(
 @app.command()
 def crosscheck(
     model: Annotated[list[str], typer.Option("--model", "-m", help="As for eval; repeatable.")],
-    attack: Annotated[Optional[list[str]], typer.Option("--attack", "-a", help="As for eval; repeatable.", show_default="pgd")] = None,
+    attack: Annotated[
+        Optional[list[str]], typer.Option("--attack", "-a", help="As for eval; repeatable.", show_default="pgd")
+    ] = None,
     suite: Annotated[Optional[list[str]], typer.Option(help="As for eval; repeatable.")] = None,
     peer: Annotated[
         Optional[list[str]],

@@ -26,7 +26,11 @@ from rich.progress import (
 from rich.table import Table
 
 from lrrobust.diagnostics.table import diagnostics_table
-from lrrobust.report import format_eps, name_runs, render_table, summarise, warnings_of
+from lrrobust.report.formatting import format_eps
+from lrrobust.report.naming import name_runs
+from lrrobust.report.notices import warnings_of
+from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import render_table
 from lrrobust.results import load_run, write_file
 from lrrobust.stats import wilson_interval
 

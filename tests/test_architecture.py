@@ -20,7 +20,7 @@ MAY_IMPORT = {
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
     "console": {"report", "results", "stats", "verdict", "diagnostics.table"},
-    "check": {"report", "results", "stats", "errors"},
+    "check": {"report.formatting", "report.notices", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
         "data", "attacks", "evaluation", "diagnostics", "models", "results", "training", "provenance", "threat", "config_file",
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
@@ -41,10 +41,13 @@ MAY_IMPORT = {
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "errors"},
     "transfer": {"results", "stats"},
-    "transfer_report": {"transfer", "report", "tables", "results"},
+    "transfer_report": {"transfer", "report.formatting", "tables", "results"},
     "tables": set(),
     # Of the report only how it names and formats things.
-    "verdict": {"results", "report", "transfer", "transfer_report", "stats", "diagnostics.records", "config_file", "eps", "errors"},
+    "verdict": {
+        "results", "report.naming", "report.formatting", "report.notices", "transfer", "transfer_report", "stats",
+        "diagnostics.records", "config_file", "eps", "errors",
+    },
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},

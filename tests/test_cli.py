@@ -17,7 +17,7 @@ from PIL import Image
 
 from lrrobust import cli
 from lrrobust.plots import label_runs
-from lrrobust.report import summarise
+from lrrobust.report.summary import summarise
 from lrrobust.results import find_runs, load_run
 
 MODEL = """

@@ -23,7 +23,7 @@ import numpy as np
 
 from lrrobust.check.baseline import Baseline, Measurement, Record, Rule, in_request_order, measure, protocol_of
 from lrrobust.errors import BaselineError
-from lrrobust.report import warnings_of
+from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
 from lrrobust.stats import holm, mcnemar_p_value
 

@@ -11,7 +11,7 @@ from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.outcomes import Outcomes
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, has_pgd
-from lrrobust.report import format_eps
+from lrrobust.report.formatting import format_eps
 from lrrobust.threat import box_diameter
 
 #: Steps of the attack that repeats the run's with more effort: twice as many, within these bounds. PGD of 40 steps

@@ -14,7 +14,7 @@ from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, is_multi_step,
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, has_pgd, single_step
-from lrrobust.report import format_eps
+from lrrobust.report.formatting import format_eps
 from lrrobust.threat import ThreatModel
 
 #: Draws of noise for each image, half of either sort.

@@ -22,20 +22,12 @@ from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
-from lrrobust.report import (
-    HOW_TO_READ_CUMULATIVE,
-    Drawing,
-    draw_runs,
-    how_to_read,
-    mixed_metadata,
-    format_command,
-    name_attack,
-    name_runs,
-    reproduction,
-    summarise,
-    summary_table,
-    warnings_of,
-)
+from lrrobust.report.figures import Drawing, draw_runs
+from lrrobust.report.naming import name_attack, name_runs
+from lrrobust.report.notices import mixed_metadata, warnings_of
+from lrrobust.report.reproduction import format_command, reproduction
+from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, how_to_read, summary_table
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
 from lrrobust.transfer import transfer_matrix
@@ -323,5 +315,7 @@ def _provenance(name: str, run: Run) -> _Provenance:
         facts["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     command = manifest.get("command")
     return _Provenance(
-        name, {term: str(fact) for term, fact in facts.items() if fact is not None}, format_command(command) if command else None
+        name,
+        {term: str(fact) for term, fact in facts.items() if fact is not None},
+        format_command(command) if command else None,
     )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lrrobust.plots import render_differences, render_distances
-from lrrobust.report import WORST_CASE, Drawing, slug
+from lrrobust.report.figures import Drawing
+from lrrobust.report.naming import WORST_CASE, slug
 from lrrobust.verdict.records import ClaimResult
 
 _KINDS = ("png", "svg", "pdf")
@@ -53,7 +54,8 @@ def distance_curves(result: ClaimResult, norm: str) -> pd.DataFrame:
             minimal[found.attack] = found.survival
     for found in result.curves:
         if (found.norm, found.population) == (norm, "all") and found.attack not in (WORST_CASE, *minimal):
-            treatment, control = (pairing.treatment_clean, *found.treatment_robust), (pairing.control_clean, *found.control_robust)
+            treatment = (pairing.treatment_clean, *found.treatment_robust)
+            control = (pairing.control_clean, *found.control_robust)
             add(found.attack, (0.0, *found.eps), treatment, control, is_minimal=False)
     for attack, points in minimal.items():
         if points:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lrrobust.report import format_distance, format_eps
+from lrrobust.report.formatting import format_distance, format_eps
 from lrrobust.results import Example, Run, load_examples
 
 #: Images shown at most, and pictures on a page at most, whatever the number of runs and attacks.
@@ -72,7 +72,8 @@ def build_gallery(runs: Mapping[str, Run], labels: Mapping[str, str]) -> Gallery
     kept = {name: examples for name, examples in loaded.items() if examples}
     missing = [labels[name] for name in runs if name not in kept]
     if not kept:
-        return Gallery({}, missing, "These runs kept no adversarial images: they were made before runs did, or are at their start.")
+        reason = "These runs kept no adversarial images: they were made before runs did, or are at their start."
+        return Gallery({}, missing, reason)
     # Images that no row speaks of are none of ours.
     known = (set(runs[name].rows["index"].unique()) for name in kept)
     common = sorted(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lrrobust.page.gallery import class_name
-from lrrobust.report import format_eps
+from lrrobust.report.formatting import format_eps
 from lrrobust.results import Run
 from lrrobust.stats import wilson_interval
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lrrobust.report import format_distance, format_eps, name_attack
+from lrrobust.report.formatting import format_distance, format_eps
+from lrrobust.report.naming import name_attack
 from lrrobust.tables import Cell, Column, Table
 from lrrobust.verdict.records import ClaimResult, Comparison
 
@@ -28,8 +29,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         detectable = math.inf if c.smallest_detectable is None else c.smallest_detectable
         rows.append(
             [
-                _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps), _text(_POPULATIONS[c.population]),
-                _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
+                _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps),
+                _text(_POPULATIONS[c.population]), _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
                 _points(c.difference), _interval(c.low, c.high), _count(c.treatment_only), _count(c.control_only),
                 _p(c.p_value), _p(c.p_holm), Cell("none" if math.isinf(detectable) else f"{100 * detectable:.1f}", detectable),
             ]  # fmt: skip

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
-from lrrobust.report import WORST_CASE
+from lrrobust.report.naming import WORST_CASE
 from lrrobust.results import Run, breaking_eps, manifest_value
 from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, NotJudged, Norm, Population

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lrrobust.report import format_eps
+from lrrobust.report.formatting import format_eps
 from lrrobust.results import Run, manifest_value, write_file
 from lrrobust.stats import (
     bootstrap_mean_interval,
@@ -65,8 +65,8 @@ def judge_claims(claims: Sequence[Claim], runs: Sequence[Run]) -> Verdicts:
         if len(judged) > 1:
             # Whoever picks the best of several has more chances to be wrong.
             note = (
-                f"This is one of {len(judged)} verdicts on the claim, on other images, attacks or weights: each is wrong with at most "
-                f"{100 * claim.significance:g} % probability, but any one of them with up to {len(judged)} times that."
+                f"This is one of {len(judged)} verdicts on the claim, on other images, attacks or weights: each is wrong with "
+                f"at most {100 * claim.significance:g} % probability, but any one of them with up to {len(judged)} times that."
             )
             judged = [result.model_copy(update={"reasons": (*result.reasons, note)}) for result in judged]
         results += judged

@@ -190,7 +190,7 @@ class Safeguard(Record):
     """A condition that evidence must meet before it may support a claim."""
 
     name: str
-    """Such as `same_images`, `same_training`, `clean_accuracy`, `unbounded_attack`, `stronger_attacks`, `attack_diagnostics`."""
+    """Such as `same_images`, `same_training`, `clean_accuracy`, `unbounded_attack`, `stronger_attacks`."""
     passed: bool | None
     """None: could not be checked, and `detail` says why; only False withholds a verdict."""
     withholds: tuple[Literal["supported", "refuted"], ...]

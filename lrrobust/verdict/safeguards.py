@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from scipy.special import bdtrc
 
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.report import WORST_CASE, format_eps, warnings_of
+from lrrobust.report.formatting import format_eps
+from lrrobust.report.naming import WORST_CASE
+from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run, manifest_value
 from lrrobust.stats import binomial_p_value
 from lrrobust.transfer_report import find_transfer
@@ -242,7 +244,10 @@ def _better_than_chance(
     n, right = len(labels), int(side.is_clean_correct[places].sum())
     chance = sum(float((labels == label).mean() * (said == label).mean()) for label in np.unique(labels))
     passed = right > 0 and chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
-    detail = f"Clean, {side.model} is right on {right} of {n} images; by chance, with the same answers, it would be on {chance * n:.1f}"
+    detail = (
+        f"Clean, {side.model} is right on {right} of {n} images; by chance, with the same answers, it would be on "
+        f"{chance * n:.1f}"
+    )
     detail += "." if passed else ": it cannot be told from guessing, which no attack breaks."
     return Safeguard(name="better_than_chance", passed=passed, detail=detail, withholds=withholds)
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from lrrobust.errors import LrRobustError
 from lrrobust.page import write_page
-from lrrobust.report import mixed_metadata, summarise, warnings_of
+from lrrobust.report.notices import mixed_metadata, warnings_of
+from lrrobust.report.summary import summarise
 from lrrobust.results import load_examples, load_run, store
 from lrrobust.results.store import _sealed_parquet
 from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim

@@ -1,0 +1,74 @@
+"""Runs -> figures, for each set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from lrrobust.report.curves import minimal_norm_curves, pass_curves, telling_eps
+from lrrobust.report.formatting import format_eps
+from lrrobust.report.naming import name_runs, slug
+from lrrobust.report.summary import summarise
+from lrrobust.results import Run
+
+
+class Drawing(NamedTuple):
+    """A figure of the runs on one set of images: what it shows in words, and kind ("png", "svg", "pdf") -> content."""
+
+    dataset_sha256: str
+    stem: str
+    description: str
+    files: Mapping[str, bytes]
+
+
+def draw_runs(
+    runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
+) -> list[Drawing]:
+    """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
+
+    Args:
+        runs: of any sets of images.
+        kinds: of "png", "svg", "pdf".
+        summary: made by `summarise` of the same runs; None makes it.
+
+    Raises:
+        StoreError: a manifest does not say what was evaluated, or a folder is given twice.
+    """
+    # Matplotlib takes most of a second to load; tables do without.
+    from lrrobust.plots import render_robustness_curves
+
+    named, curves = name_runs(runs), minimal_norm_curves(runs)
+    summary = summarise(runs) if summary is None else summary
+    drawings = []
+    # Attacks on the model itself alone: transfer has its own tables.
+    summary = summary[summary["surrogate"].isna()]
+    for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
+        models = ", ".join(dict.fromkeys(of_dataset["model"]))
+        stem = f"{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}"
+        for norm in of_dataset["norm"].unique():
+            if files := render_robustness_curves(of_dataset, norm, kinds, curves):
+                description = f"Robust accuracy against {norm} eps: {models}"
+                drawings.append(Drawing(sha256, f"robust_accuracy_{stem}_{norm}", description, files))
+        if files := _draw_passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset, kinds):
+            drawings.append(Drawing(sha256, f"passes_{stem}", f"Robust accuracy against passes: {models}", files))
+    return drawings
+
+
+def _draw_passes(runs: Mapping[str, Run], summary: pd.DataFrame, kinds: Sequence[str]) -> dict[str, bytes]:
+    """A panel for each norm and run of a dataset, at one eps of each norm; nothing where no passes were counted."""
+    from lrrobust.plots import label_runs, render_passes
+
+    eps = {norm: found for norm, rows in summary.groupby("norm", sort=False) if (found := telling_eps(rows)) is not None}
+    curves, with_backward = pass_curves(runs, eps)
+    if curves.empty:
+        return {}
+    labels = label_runs(summary)
+    budgets = {norm: f", {norm} {format_eps(found, norm)}" for norm, found in eps.items()}
+    panel = curves["run"].map(labels) + curves["norm"].map(budgets)
+    # All runs of a norm side by side.
+    curves = curves.assign(panel=panel).sort_values("norm", key=lambda norms: norms.map(list(eps).index), kind="stable")
+    what = "forward and backward passes" if with_backward else "forward passes"
+    title = f"{summary['dataset'].iloc[0]}: robust accuracy against {what}"
+    return render_passes(curves, title, f"{what}, an image", min(3, len(runs)), kinds)

@@ -1,0 +1,124 @@
+"""Runs -> tables and figures as files: CSV, Markdown, LaTeX, PNG, SVG and PDF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
+from lrrobust.diagnostics.table import diagnostics_table
+from lrrobust.errors import StoreError
+from lrrobust.report.figures import Drawing, draw_runs
+from lrrobust.report.naming import name_runs
+from lrrobust.report.notices import mixed_metadata, warnings_of
+from lrrobust.report.reproduction import reproduction
+from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import how_to_read, summary_table
+from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
+from lrrobust.tables import to_latex, to_markdown
+
+
+def write_report(
+    runs: Sequence[Run],
+    out_dir: Path,
+    drawings: Sequence[Drawing] | None = None,
+    summary: pd.DataFrame | None = None,
+    command: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
+
+    The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
+    dataset, fingerprints and versions above the numbers. Figures come as PNG, SVG and PDF.
+
+    Args:
+        runs: at least one.
+        out_dir: created where missing.
+        drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
+        command: of the report itself, as in `sys.argv`, for the head of the Markdown; None leaves that out.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StoreError: there are no runs, a manifest does not say what was evaluated, or `out_dir` cannot
+            be written.
+    """
+    if not runs:
+        raise StoreError("expected at least one run to report, found none: give the folder of a run")
+    out_dir = Path(out_dir)
+    summary = summarise(runs) if summary is None else summary
+    figures = []
+    drawings = draw_runs(runs, summary=summary) if drawings is None else drawings
+    for drawing in drawings:
+        for kind, content in drawing.files.items():
+            figures.append(out_dir / f"{drawing.stem}.{kind}")
+            write_file(figures[-1], content)
+
+    table, text, latex = (out_dir / f"robust_accuracy.{suffix}" for suffix in ("csv", "md", "tex"))
+    write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
+    write_file(text, _markdown(runs, summary, drawings, command).encode())
+    write_file(latex, _latex(summary).encode())
+    return [table, text, latex, *figures]
+
+
+def _markdown(
+    runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str] | None
+) -> str:
+    by_dataset: dict[str, dict[str, Run]] = {}
+    for name, run in name_runs(runs).items():
+        by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
+
+    lines = ["# Robust accuracy"]
+    if command is not None:
+        again = reproduction(runs, command)
+        lines += ["", again.how, "", *(f"    {line}" for line in again.commands)]
+    lines += [*(line for text in how_to_read(summary) for line in ("", text))]
+    for sha256, of_dataset in by_dataset.items():
+        any_run = next(iter(of_dataset.values()))
+        name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
+        lines += ["", f"## {name}, n = {n}", ""]
+        lines += [f"Dataset sha256 `{sha256}`.", ""]
+        lines += [f"* {_describe(run, name)}" for name, run in of_dataset.items()]
+        table = summary_table(summary[summary["dataset_sha256"] == sha256])
+        lines += ["", *(to_markdown(table) if table.rows else ["No part is finished yet."])]
+        lines += [f"\n![{drawing.description}]({drawing.stem}.png)" for drawing in drawings if drawing.dataset_sha256 == sha256]
+        diagnostics = diagnostics_table(of_dataset)
+        if diagnostics.rows:
+            lines += ["", "### Did the attacks work?", "", HOW_TO_READ_DIAGNOSTICS, "", *to_markdown(diagnostics)]
+    return "\n".join(lines) + "\n"
+
+
+def _latex(summary: pd.DataFrame) -> str:
+    return "\n".join(
+        to_latex(
+            summary_table(of_dataset),
+            f"Robust accuracy on {of_dataset['dataset'].iloc[0]}. {' '.join(how_to_read(of_dataset))}",
+        )
+        for _, of_dataset in summary.groupby("dataset_sha256", sort=False)
+    )
+
+
+def _describe(run: Run, name: str) -> str:
+    """One line on a run: identity, versions, and all that a reader must know to trust its numbers."""
+    manifest = run.manifest
+    text = f"`{name}`: {manifest['model']['name']}, weights {manifest['model']['weights'] or '-'}"
+    if manifest.get("surrogate"):
+        text += f", judging images made on {manifest['surrogate']['name']}"
+    text += f", fingerprint `{manifest['fingerprint']}`, schema {SCHEMA_VERSION}"
+    provenance = manifest.get("provenance") or {}
+    versions = provenance.get("versions")
+    if isinstance(versions, Mapping):
+        text += ", " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    if provenance.get("commit"):
+        text += f", commit `{provenance['commit']}`"
+    for warning in warnings_of(run):
+        text += f"; **WARNING: {warning}**"
+    for key, values in sorted(mixed_metadata(run).items()):
+        text += f"; **computed with mixed {key}:** {', '.join(values)}"
+    if not run.is_complete:
+        planned = len(manifest.get("plan", {}).get("parts", []))
+        text += f"; **INCOMPLETE:** {len(run.part_metadata)} of {planned} parts, "
+        text += "numbers (marked * at n) cover only the images finished by each attack"
+    return text

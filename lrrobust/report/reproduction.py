@@ -1,0 +1,34 @@
+"""How runs and the report on them are made again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lrrobust.results import Run
+
+
+class Reproduction(NamedTuple):
+    """What makes a report again: the commits that its runs were made with, and every command once, the report's last."""
+
+    commits: Sequence[str]
+    commands: Sequence[str]
+
+    @property
+    def how(self) -> str:
+        if not self.commits:
+            return "With the versions given:"
+        return f"With the code at commit {', '.join(self.commits).replace('-dirty', ' with uncommitted changes')}:"
+
+
+def reproduction(runs: Sequence[Run], command: Sequence[str]) -> Reproduction:
+    """Args: runs in their order; command of the report itself, as in `sys.argv`."""
+    found = {str(commit) for run in runs if (commit := (run.manifest.get("provenance") or {}).get("commit"))}
+    evaluations = [format_command(run.manifest["command"]) for run in runs if run.manifest.get("command")]
+    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)])
+
+
+def format_command(command: Sequence[str]) -> str:
+    """A command line as a shell takes it; where the program lies is a matter of the machine."""
+    return shlex.join(["lrrobust", *map(str, command[1:])])

@@ -1,0 +1,124 @@
+import doctest
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from lrrobust.report import formatting, summary_table
+from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, format_row, how_to_read, render_table
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("module", [formatting, summary_table], ids=lambda module: module.__name__)
+def test_doctests(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "changes, heading, text",
+    [
+        ({}, "eps", "0.5/255"),
+        ({"eps": 4 / 255}, "eps", "4/255"),
+        ({"eps": 0.05, "norm": "l2"}, "eps", "0.05"),
+        ({"eps": INF}, "eps", "any"),
+        ({"eps": 0.0}, "eps", "0"),
+        ({}, "robust %", "34.5"),
+        ({}, "95 % CI", "30.0-40.1"),
+        ({}, "n", "100"),
+        ({"is_complete": False}, "n", "100*"),
+        ({}, "median distance", "0.5/255"),
+        ({"median_distance": INF}, "median distance", "inf"),
+        ({"median_distance": math.nan}, "median distance", "-"),
+        ({"median_distance": 0.1234, "norm": "l2"}, "median distance", "0.123"),
+        ({}, "time", "12.3 s"),
+        ({"wall_s": 600.0}, "time", "10.0 min"),
+        ({"wall_s": 9000.0}, "time", "2.5 h"),
+        ({"weights": None}, "weights", "-"),
+        ({}, "passes", "61.2+60"),
+        ({"backward_passes": math.nan}, "passes", "61.2+?"),
+        ({"forward_passes": math.nan, "backward_passes": math.nan}, "passes", "-"),
+        ({}, "images made on", "-"),
+        ({"surrogate": "other"}, "images made on", "other"),
+        ({}, "attack", "pgd"),
+        ({"is_cumulative": True}, "attack", "pgd†"),
+        ({}, "balanced %", "-"),
+        ({"effective_n": 60.0}, "balanced %", "25.0"),
+        ({"effective_n": 60.0}, "balanced clean %", "70.0"),
+        ({"effective_n": 60.0}, "balanced 95 % CI", "15.0-45.0"),
+        ({}, "8-bit robust %", "-"),
+        ({"robust_accuracy_quantized": 0.4}, "8-bit robust %", "40.0"),
+    ],
+)
+def test_format_row(changes, heading, text):
+    record = {
+        "forward_passes": 61.234,
+        "backward_passes": 60.0,
+        "model": "tiny",
+        "weights": "V1",
+        "surrogate": None,
+        "robust_accuracy_quantized": math.nan,
+        "balanced_clean_accuracy": 0.7,
+        "balanced_robust_accuracy": 0.25,
+        "balanced_ci_low": 0.15,
+        "balanced_ci_high": 0.45,
+        "effective_n": 90.0,
+        "is_cumulative": False,
+        "dataset": "sample",
+        "attack": "pgd",
+        "norm": "linf",
+        "eps": 0.5 / 255,
+        "n": 100,
+        "clean_accuracy": 0.8,
+        "robust_accuracy": 0.345,
+        "ci_low": 0.3,
+        "ci_high": 0.401,
+        "median_distance": 0.5 / 255,
+        "wall_s": 12.3,
+        "is_complete": True,
+        "run": "run",
+    }
+    assert format_row(record | changes)[heading] == text
+
+
+def rendered(summary, width=200):
+    console = Console(width=width, file=io.StringIO())
+    console.print(render_table(summary))
+    return console.file.getvalue()
+
+
+class TestTable:
+    def test_shows_the_rows_and_lifts_what_they_share(self, make_run):
+        text = rendered(summarise([make_run("a", model="one"), make_run("b", model="two[red]")]))
+        assert "two[red]" in text and "worst_case" in text and "2/255" in text and "60.0" in text
+        assert text.count("sample") == 1 and "incomplete" not in text
+
+    def test_cuts_nothing_at_80_columns(self, make_run):
+        text = rendered(summarise([make_run("a", model="lr_resnet50"), make_run("b", model="resnet50")]), width=80)
+        assert "lr_resnet50" in text and "worst_case" in text and "/255" in text
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+    def test_marks_attacks_that_met_only_what_others_left(self, make_run):
+        summary = summarise([make_run()])
+        assert how_to_read(summary)[1:] == [] and "†" not in rendered(summary)
+        summary["is_cumulative"] = summary["attack"] == "pgd"
+        assert how_to_read(summary)[1:] == [HOW_TO_READ_CUMULATIVE]
+        assert "pgd†" in rendered(summary) and "its robust accuracy counts what any of them broke" in rendered(summary)
+
+    def test_names_the_unfinished(self, make_run):
+        text = rendered(summarise([make_run("done"), make_run("half", planned=2)]))
+        assert "incomplete, only the images finished so far: half" in text and "5*" in text
+
+    @pytest.mark.parametrize("others", [[], ["trained"]])
+    def test_models_without_weights(self, make_run, others):
+        run = make_run("untrained")
+        run.manifest["model"]["weights"] = None
+        text = rendered(summarise([run, *map(make_run, others)]))
+        assert ("\n-  " if others else "weights -") in text
+        assert "nan" not in text and "None" not in text and ("V1" in text) == bool(others)
+
+    def test_of_nothing(self):
+        assert rendered(summarise([])).strip() == ""
