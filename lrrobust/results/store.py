@@ -449,10 +449,11 @@ def _check_part(part: PartId, table: pa.Table) -> None:
     if images != part.stop - part.start:
         raise ValueError(f"part {part.stem} must hold {part.stop - part.start} images, got {images}")
     # What a row says of its image it says at every eps.
-    of_images = table.group_by(["index", "key", "label", "wnid", "norm", "clean_prediction", "is_clean_correct"])
+    of_image = ["index", "key", "label", "wnid", "norm", "clean_prediction", "is_clean_correct"]
+    of_images = table.group_by(of_image, use_threads=False)
     if of_images.aggregate([]).num_rows != images:
         raise ValueError(f"part {part.stem} says two things of the same image")
-    rows = table.group_by(["index", "eps"]).aggregate([]).num_rows
+    rows = table.group_by(["index", "eps"], use_threads=False).aggregate([]).num_rows
     if rows != table.num_rows:
         raise ValueError(f"part {part.stem} has {table.num_rows - rows} rows twice for the same image and eps")
     if rows != images * len(table["eps"].unique()):
@@ -492,7 +493,8 @@ def _foreign(error: Exception) -> _DamagedPart:
 def _bounded(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     """The rows of a file, of which a few bytes can say that they are billions."""
     size = 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE):
+    # Parts are small: to share their columns out among threads takes longer than to read them.
+    for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
         size += batch.nbytes
         if size > _MOST_BYTES:
             raise _DamagedPart(f"unpacks to more than {_MOST_BYTES:,} bytes")

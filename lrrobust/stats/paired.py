@@ -174,7 +174,18 @@ def smallest_detectable_difference(
 
     if n == 0 or not is_found(1.0):
         return None
+    # Within steps of what the normal approximation says, as every try is a sum over hundreds of binomial tails.
     missed, found = 0, round(1 / _RESOLUTION)
+    expected = max(at_least, float(ndtri(power) - ndtri(level / 2)) * math.sqrt(discordance / n))
+    tried, step = min(max(round(expected / _RESOLUTION), 1), found - 1), 16
+    while missed < tried < found:
+        if is_found(tried * _RESOLUTION):
+            found, tried = tried, tried - step
+        else:
+            missed, tried = tried, tried + step
+        if missed > 0 and found < round(1 / _RESOLUTION):
+            break
+        step *= 4
     while found - missed > 1:
         middle = (missed + found) // 2
         missed, found = (missed, middle) if is_found(middle * _RESOLUTION) else (middle, found)

@@ -1,4 +1,5 @@
 import doctest
+import itertools
 import math
 
 import numpy as np
@@ -45,7 +46,8 @@ def test_median_refuses_what_is_no_distance(distances, n_attacked):
 
 def test_finite_distances_agree_with_scipy():
     generator = np.random.default_rng(0)
-    for n in (12, 200):
+    # Exact up to 50 pairs, then the normal approximation.
+    for n in (12, 50, 51, 200):
         control = generator.gamma(2.0, 0.1, n)
         treatment = control + generator.normal(0.03, 0.1, n).clip(-control)
         found = compare_distances(treatment, control)
@@ -54,6 +56,17 @@ def test_finite_distances_agree_with_scipy():
         assert found.sign_p_value == pytest.approx(binomtest(found.treatment_farther, n).pvalue, rel=1e-9)
         # scipy's statistic is the smaller sum of ranks, and both sums make n (n + 1) / 2.
         assert 1 - abs(found.rank_biserial) == pytest.approx(2 * expected.statistic / (n * (n + 1) / 2))
+
+
+def test_ties_by_counting_all_signs():
+    # Ranks 2, 2, 2, 4.5, 4.5, 6: of all 64 choices of a side, those at least as far from the middle as what is seen.
+    found = compare_distances([1, 1, 2, 3, 3, INF], [0, 0, 3, 1, 1, 7])
+    ranks, seen = np.array([2, 2, 2, 4.5, 4.5, 6]), 2 + 2 + 4.5 + 4.5 + 6
+    sums = np.array(list(itertools.product([0, 1], repeat=6))) @ ranks
+    assert found.wilcoxon_p_value == pytest.approx((abs(sums - 10.5) >= abs(seen - 10.5)).mean())
+    many = np.random.default_rng(1).integers(-3, 9, 80)
+    expected = wilcoxon(many, method="asymptotic", zero_method="wilcox")
+    assert compare_distances(many + 10, np.full(80, 10)).wilcoxon_p_value == pytest.approx(expected.pvalue, rel=1e-9)
 
 
 def test_failures_by_hand():
