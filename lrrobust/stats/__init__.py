@@ -11,6 +11,7 @@ from lrrobust.stats.balanced import BalancedShare, balanced_share
 from lrrobust.stats.curves import bootstrap_mean_interval, log_area_weights
 from lrrobust.stats.distances import PairedDistances, compare_distances, median_with_failures, survival
 from lrrobust.stats.paired import (
+    discrete_bonferroni_level,
     holm,
     mcnemar_p_value,
     mcnemar_power,
@@ -28,6 +29,7 @@ __all__ = [
     "bootstrap_mean_interval",
     "compare_distances",
     "curve_over_passes",
+    "discrete_bonferroni_level",
     "holm",
     "log_area_weights",
     "mcnemar_p_value",

@@ -65,6 +65,27 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return result
 
 
+def discrete_bonferroni_level(discordant: ArrayLike, significance: float) -> float:
+    """Level of each of several one-sided exact McNemar tests that keeps the probability of any wrong rejection.
+
+    Bonferroni's, but tests with too few discordant images ever to reject do not count as tests: with d of them, no
+    p-value is below 2^-d. Holds however the tests depend on each other.
+
+    Args:
+        discordant: (tests,) counts, zero or more.
+        significance: of all tests together.
+
+    Source: Tarone, A modified Bonferroni method for discrete data, Biometrics 46, 1990.
+
+    >>> discrete_bonferroni_level([1, 2, 8, 0], 0.05), discrete_bonferroni_level([7, 8, 9, 2], 0.06)
+    (0.05, 0.02)
+    """
+    attainable = 0.5 ** np.asarray(discordant, dtype=np.float64)
+    # With as many tests as there are all count, so this ends; at most as many count as share the level.
+    tests = next(k for k in range(1, len(attainable) + 1) if (attainable <= significance / k).sum() <= k)
+    return significance / tests
+
+
 def paired_difference_interval(
     treatment_only: ArrayLike, control_only: ArrayLike, n: ArrayLike, confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

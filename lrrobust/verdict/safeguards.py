@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import WORST_CASE
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run, manifest_value
-from lrrobust.stats import binomial_p_value
+from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_p_value
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
 from lrrobust.verdict.records import Safeguard
@@ -169,10 +170,17 @@ def _clean_accuracy(evidence: Evidence) -> Safeguard:
 def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
     """Attacks that do not judge here but were made: those a claim leaves out, or that were made on some images only.
 
-    What they break besides may be as much of either model; if it is more of the one, by what matters, then the
-    verdict would have been another one with them.
+    What they break besides may be as much of either model. A verdict that rests on the robustness of one cannot stand
+    where they break more of that one, by what matters, and either by more than chance, as then those that judge failed
+    on it, or by so much that less of its lead would be left than matters. Otherwise there is no reason to doubt: on the
+    few images that a costly attack was made on, chance alone makes differences that matter. What it shows there, these
+    images' own verdict says.
     """
-    claim, sign = evidence.claim, 1 if evidence.claim.direction == "more_robust" else -1
+    claim = evidence.claim
+    # Whose robustness a verdict rests on: 0 is the treatment, 1 the control.
+    favoured: dict[Literal["supported", "refuted"], int] = {"supported": 0, "refuted": 1}
+    if claim.direction == "less_robust":
+        favoured = {"supported": 1, "refuted": 0}
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
     for attack in evidence.decisive:
         for source in (evidence, *evidence.on_fewer):
@@ -182,35 +190,107 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
             # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
             if not besides or not any(norm == attack.norm for _, norm in made & judging):
                 continue
+            of_norm = {key for key in made if key[1] == attack.norm}
             own, of_all = (
-                [np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in chosen])
-                 for side, places in sides]
-                for chosen in ({key for key in judging & made if key[1] == attack.norm}, {key for key in made if key[1] == attack.norm})
-            )  # fmt: skip
+                [
+                    np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in chosen])
+                    for side, places in sides
+                ]
+                for chosen in (of_norm & judging, of_norm)
+            )
             finished = ~np.isnan(of_all[0] + of_all[1])
-            if not finished.any():
+            n, ladder = int(finished.sum()), evidence.ladder(attack)
+            if not n:
                 continue
-            ladder = evidence.ladder(attack)
-            broken = np.array([[((o > eps) & (a <= eps))[finished].sum() for o, a in zip(own, of_all)] for eps in ladder])
-            lost = sign * (broken[:, 0] - broken[:, 1]) / finished.sum()
-            undermined = [
-                verdict for verdict, share in (("supported", lost.max()), ("refuted", -lost.min()))
-                if share >= claim.smallest_difference - 1e-12
-            ]
-            place = int(np.argmax(abs(lost)))
+            newly = np.array([(o[finished] > eps) & (a[finished] <= eps) for o, a in zip(own, of_all) for eps in ladder])
+            newly = newly.reshape(2, len(ladder), n)
+            robust = [side[attack.is_finished] > np.array(ladder)[:, None] for side in (attack.treatment, attack.control)]
+            lead = robust[0].mean(axis=1) - robust[1].mean(axis=1)
+            excesses = {
+                verdict: find_excess(
+                    newly[side], newly[1 - side], lead if side == 0 else -lead, claim.smallest_difference, claim.significance
+                )
+                for verdict, side in favoured.items()
+            }
+            undermined = tuple(verdict for verdict, found in excesses.items() if found.undermines)
+            uncertain = tuple(verdict for verdict, found in excesses.items() if found.matters and not undermined)
+            found = max((excesses[verdict] for verdict in undermined or uncertain or excesses), key=lambda found: found.share)
+            broken = newly[:, found.place].sum(axis=1)
             detail = (
-                f"On {finished.sum()} of these images {', '.join(besides)} {'was' if len(besides) == 1 else 'were'} made too, and at eps "
-                f"{format_eps(ladder[place], attack.norm)} in {attack.norm} broke {broken[place, 0]} more images of {claim.treatment} and "
-                f"{broken[place, 1]} more of {claim.control}"
+                f"On {n} of these images {', '.join(besides)} {'was' if len(besides) == 1 else 'were'} made too, and at eps "
+                f"{format_eps(ladder[found.place], attack.norm)} in {attack.norm} broke {broken[0]} more images of "
+                f"{claim.treatment} and {broken[1]} more of {claim.control}"
             )
             if undermined:
-                detail += f": a verdict of {' or '.join(undermined)} would rest on their absence, so make it on all of the images."
+                why = f"more of one than chance makes (one-sided p = {found.p_value:.2g})"
+                if not found.is_beyond_chance:
+                    why = f"which would leave {100 * found.left:.3g} points of a lead of {100 * found.lead:.3g}"
+                detail += f", {why}: a verdict of {' or '.join(undermined)} would rest on their absence, so make it on all "
+                detail += "of the images."
+            elif uncertain:
+                detail += ": a difference that matters, but on so few no more than chance makes "
+                detail += f"(one-sided p = {found.p_value:.2g})."
             else:
                 detail += ", where the two differ most: no difference that matters."
             yield Safeguard(
-                name="stronger_attacks", passed=not undermined, detail=detail, withholds=tuple(undermined) or _BOTH,
-                attack=besides[0] if len(besides) == 1 else None,
+                name="stronger_attacks", passed=False if undermined else None if uncertain else True, detail=detail,
+                withholds=undermined or uncertain or _BOTH, attack=besides[0] if len(besides) == 1 else None,
             )
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How many more images of one model than of another attacks break besides, at the eps that tells most of it.
+
+    Attributes:
+        place: of that eps in the ladder.
+        share: of the images.
+        p_value: exact one-sided McNemar test against as many of either.
+        matters: the share is as large as differences that matter, at some eps.
+        is_beyond_chance: and at that eps larger than chance makes it, all eps tested together.
+        lead, left: the largest lead of the one model, and what is left of those that matter by what was broken besides.
+        undermines: a verdict that rests on the one model's robustness.
+    """
+
+    place: int
+    share: float
+    p_value: float
+    matters: bool
+    is_beyond_chance: bool
+    lead: float
+    left: float
+    undermines: bool
+
+
+def find_excess(
+    of_one: NDArray[np.bool_],
+    of_other: NDArray[np.bool_],
+    lead: NDArray[np.float64],
+    smallest_difference: float,
+    significance: float,
+) -> Excess:
+    """What images broken besides take of one model's robustness.
+
+    Args:
+        of_one, of_other: (eps, n) images of either model broken besides.
+        lead: (eps,) of the one model over the other under the attacks that judge, a fraction.
+        smallest_difference: what matters, a fraction.
+        significance: of the tests at all eps together.
+    """
+    b, c = (of_one & ~of_other).sum(axis=1), (of_other & ~of_one).sum(axis=1)
+    share, p_values = (b - c) / of_one.shape[1], mcnemar_p_value(b, c, "greater")
+    reached = smallest_difference - 1e-12
+    matters = share >= reached
+    beyond = matters & (p_values <= discrete_bonferroni_level(b + c, significance))
+    # The largest share of those that say most.
+    place = int(np.argmax(np.where(beyond if beyond.any() else matters if matters.any() else True, share, -np.inf)))
+    # A verdict rests on the leads that matter; elsewhere chance makes others.
+    largest, left = float(lead.max()), float((lead - share)[lead >= min(reached, lead.max())].max())
+    takes_lead = bool(matters.any()) and largest >= reached > left
+    return Excess(
+        place, float(share[place]), float(p_values[place]), bool(matters.any()), bool(beyond.any()), largest, left,
+        bool(beyond.any()) or takes_lead,
+    )  # fmt: skip
 
 
 def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iterator[Safeguard]:

@@ -9,6 +9,7 @@ from scipy.special import xlogy
 from scipy.stats import binom, binomtest, norm
 
 from lrrobust.stats import (
+    discrete_bonferroni_level,
     holm,
     mcnemar_p_value,
     mcnemar_power,
@@ -142,3 +143,22 @@ class TestPower:
         assert smallest_detectable_difference(5, 0.2, 0.05, 0.8) is None
         assert smallest_detectable_difference(6, 0.2, 0.05, 0.8) == pytest.approx(0.8 ** (1 / 6), abs=1e-4)
         assert smallest_detectable_difference(0, 0.0, 0.05, 0.8) is None
+
+
+def test_tests_that_can_never_reject_do_not_share_the_level():
+    assert discrete_bonferroni_level([4, 4, 4], 0.05) == 0.05
+    assert discrete_bonferroni_level([5, 4, 4], 0.05) == 0.05
+    # Two may reject at 5 %; shared between two, 2^-5 is out of reach again.
+    assert discrete_bonferroni_level([5, 5, 4], 0.05) == 0.025
+    assert discrete_bonferroni_level([20] * 7, 0.07) == pytest.approx(0.01)
+
+
+def test_the_level_holds_for_tests_together():
+    """Exactly, by the probabilities of independent tests; any dependence is covered by Bonferroni."""
+    for discordant in ([5, 6, 7], [3, 9, 12, 30], [8] * 6):
+        level = discrete_bonferroni_level(discordant, 0.05)
+        kept = 1.0
+        for d in discordant:
+            p_values = mcnemar_p_value(np.arange(d + 1), d - np.arange(d + 1), "greater")
+            kept *= 1 - binom.pmf(np.arange(d + 1), d, 0.5)[p_values <= level].sum()
+        assert 0.003 < 1 - kept <= 0.05
