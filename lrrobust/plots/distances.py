@@ -9,7 +9,16 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from lrrobust.plots.eps_axis import axis_label, build_axis, set_axis
-from lrrobust.plots.style import COLOURS, LINES, MARKERS, add_legend, build_panels, isolated_style, render
+from lrrobust.plots.style import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    add_legend,
+    build_panels,
+    isolated_style,
+    render,
+    set_accuracy_axis,
+)
 
 
 def render_distances(curves: pd.DataFrame, norm: str, title: str, kinds: Sequence[str]) -> dict[str, bytes]:
@@ -49,12 +58,13 @@ def render_distances(curves: pd.DataFrame, norm: str, title: str, kinds: Sequenc
             eps, accuracy = np.append(eps, max(eps[-1], axis.points[-1])), np.append(accuracy, accuracy[-1])
             at = axis.points if is_minimal else eps[:-1]
             panel.plot(eps, accuracy, drawstyle="steps-post" if is_minimal else "default", **line)
-            panel.plot(at, accuracy[np.searchsorted(eps, at, side="right") - 1], clip_on=False, **line | {"linestyle": ""}, **sign)
+            at_signs = accuracy[np.searchsorted(eps, at, side="right") - 1]
+            panel.plot(at, at_signs, clip_on=False, **line | {"linestyle": ""}, **sign)
             signs[model] = Line2D([], [], **line)
             # In black: a sign stands for its attack whatever the model.
             signs[attack.replace("_", " ")] = Line2D([], [], linestyle="", color="#000000", **sign)
         set_axis(panel, axis, norm)
-        panel.set_ylim(0, 100)
+        set_accuracy_axis(panel, 100 * curves["robust_accuracy"])
         names = [*models, *(attack.replace("_", " ") for attack in attacks)]
         add_legend(figure, {name: signs[name] for name in names}, is_wide=True)
         return render(figure, kinds)

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from lrrobust.plots.style import add_legend, build_panels, isolated_style, line_style, lowest_panels, render
+from lrrobust.plots.style import (
+    add_legend,
+    build_panels,
+    isolated_style,
+    line_style,
+    lowest_panels,
+    render,
+    set_accuracy_axis,
+)
 
 #: Points of a curve that are drawn at most.
 _MOST_STEPS = 400
@@ -57,6 +65,6 @@ def render_passes(curves: pd.DataFrame, title: str, xlabel: str, columns: int, k
             panel.set_xticks([0, *10 ** np.arange(np.ceil(np.log10(farthest)) + 1)])
             panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlim(0, farthest * 1.1)
-        panels[0].set_ylim(0, 100)
+        set_accuracy_axis(panels[0], 100 * curves["robust_accuracy"])
         add_legend(figure, handles, is_wide=columns > 1)
         return render(figure, kinds)

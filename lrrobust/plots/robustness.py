@@ -18,6 +18,7 @@ from lrrobust.plots.style import (
     line_style,
     lowest_panels,
     render,
+    set_accuracy_axis,
     span,
 )
 from lrrobust.stats import wilson_interval
@@ -73,7 +74,8 @@ def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: 
     # Where attacks met only what others had left standing, the curve is not theirs alone.
     cumulative = set(summary.loc[summary["is_cumulative"], "attack"]) if "is_cumulative" in summary else set()
     figure, panels = build_panels(
-        [attack.replace("_", " ") + (", cumulative" if attack in cumulative else "") for attack in attacks], columns, labels=list(labels.values()), ylabel="robust accuracy (%)",
+        [attack.replace("_", " ") + (", cumulative" if attack in cumulative else "") for attack in attacks],
+        columns, labels=list(labels.values()), ylabel="robust accuracy (%)",
         title=f"{summary['dataset'].iloc[0]}, {NORM_LABELS.get(norm, norm)}, n = {span(summary['n'])}",
         xlabels=dict.fromkeys(lowest_panels(len(attacks), columns), axis_label(norm)),
     )  # fmt: skip
@@ -87,7 +89,7 @@ def _draw(summary: pd.DataFrame, steps: pd.DataFrame, attacks: list[str], norm: 
             elif not of_run.empty:
                 _draw_ladder(panel, of_run, style)
         set_axis(panel, axis, norm)
-    panels[0].set_ylim(0, 100)
+    set_accuracy_axis(panels[0], 100 * np.append(summary["clean_accuracy"], summary["ci_high"]))
     handles = {line.get_label(): line for panel in panels for line in panel.get_lines()}
     add_legend(figure, {label: handles[label] for label in labels.values() if label in handles}, is_wide=columns > 1)
     return figure

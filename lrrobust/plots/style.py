@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 from PIL import Image
 
 # It warns of the dates inside matplotlib's fonts.
@@ -106,6 +108,12 @@ def build_panels(
     figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
     figure.supylabel(ylabel, fontsize=9, x=0.08 / width, y=(1 - _TOP / height + bottom / height) / 2)
     return figure, panels[: len(titles)]
+
+
+def set_accuracy_axis(panel: Axes, accuracies: ArrayLike) -> None:
+    """From 0 to the fifth of 100 % that holds all accuracies, in percent: those of weak models fill their panels, too."""
+    highest = float(np.nanmax(np.asarray(accuracies, dtype=np.float64), initial=0.0))
+    panel.set_ylim(0, min(100, 20 * max(1, math.ceil(highest / 20 - 1e-9))))
 
 
 def lowest_panels(count: int, columns: int) -> range:

@@ -71,4 +71,4 @@ def _draw_passes(runs: Mapping[str, Run], summary: pd.DataFrame, kinds: Sequence
     curves = curves.assign(panel=panel).sort_values("norm", key=lambda norms: norms.map(list(eps).index), kind="stable")
     what = "forward and backward passes" if with_backward else "forward passes"
     title = f"{summary['dataset'].iloc[0]}: robust accuracy against {what}"
-    return render_passes(curves, title, f"{what}, an image", min(3, len(runs)), kinds)
+    return render_passes(curves, title, "passes per image", min(3, len(runs)), kinds)

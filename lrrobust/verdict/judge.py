@@ -379,7 +379,25 @@ def _reasons(
             reasons.append(f"It is not ruled out that {more} is more robust by {matters} or more.")
         reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
     reasons += _power(claim, decisive)
+    reasons.append(_what_would_change(by_numbers, failed, findings, more, less))
     return tuple(reasons)
+
+
+def _what_would_change(
+    by_numbers: Outcome, failed: Sequence[Safeguard], findings: Findings, more: str, less: str
+) -> str:
+    """What a reader who doubts the verdict could do about it."""
+    favoured = more if by_numbers == "supported" else less
+    if by_numbers == "inconclusive" and findings.is_anywhere_better and findings.is_anywhere_worse:
+        change = "no number of images, as either model is more robust somewhere; other weights may"
+    elif by_numbers == "inconclusive":
+        change = "more images, on which smaller differences show, or attacks that tell the two apart"
+    elif failed:
+        names = " and ".join(dict.fromkeys(guard.name.replace("_", " ") for guard in failed))
+        change = f"with the same numbers and no failed safeguard ({names}) it is {by_numbers}"
+    else:
+        change = f"attacks that break more of {favoured} than those made here; other weights are another question"
+    return f"What would change this verdict: {change}."
 
 
 def _left_out(evidence: Evidence) -> list[str]:

@@ -51,7 +51,8 @@ class TestVerdicts:
             "At eps 2/255 in linf (worst_case), A is more robust than B",
         ]
         assert "all intervals lie above" in supported.reasons[2]
-        assert "with probability 80 %" in supported.reasons[-1]
+        assert "with probability 80 %" in supported.reasons[-2]
+        assert "attacks that break more of A than those made here" in supported.reasons[-1]
 
     def test_the_mirrored_claim_is_supported_by_mirrored_evidence(self, judged, supported):
         mirrored = judged(
@@ -67,6 +68,7 @@ class TestVerdicts:
         assert result.verdict == "refuted"
         assert "B is more robust than A in every population" in result.reasons[0]
         assert result.reasons[1] == "Nowhere is A significantly more robust."
+        assert "attacks that break more of B than those made here" in result.reasons[-1]
 
     def test_no_difference_refutes(self, judged):
         result = judged(attacks_of(1500, 1, rate=0.99), attacks_of(1500, 2, rate=0.99), {"smallest_difference": 0.05})
@@ -77,6 +79,7 @@ class TestVerdicts:
         result = judged(attacks_of(50, 1, rate=1), attacks_of(50, 2, rate=1))
         assert result.verdict == "inconclusive"
         assert not any("safeguard" in reason for reason in result.reasons)
+        assert "more images, on which smaller differences show" in result.reasons[-1]
         text = " ".join(result.reasons)
         assert "In l2 and linf no eps shows A more robust in every population" in text
         assert "not ruled out" in text and "(n = 50)" in text
@@ -101,6 +104,7 @@ class TestVerdicts:
         result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
         assert result.verdict == "inconclusive"
         assert any("The curves cross" in reason for reason in result.reasons)
+        assert "no number of images" in result.reasons[-1]
 
     def test_populations_without_images_are_said(self, judged):
         ours, theirs = np.array([PIXEL, 0] * 20), np.array([0, PIXEL] * 20)
@@ -117,6 +121,7 @@ class TestVerdicts:
         assert result.reasons[0].startswith("By the numbers alone the claim would be supported; that is withheld")
         assert "1 of 1500 images of A withstand cw in l2" in result.reasons[1]
         assert "A is more robust than B" in result.reasons[2]
+        assert "no failed safeguard (unbounded attack) it is supported" in result.reasons[-1]
 
     def test_a_doubt_about_the_control_leaves_supported_alone(self, judged):
         theirs = attacks_of(1500, 2, rate=0.97)
