@@ -17,12 +17,13 @@ import pandas as pd
 import lrrobust
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import RESULTS, diagnostics_table
-from lrrobust.page.claim_figures import draw_claim
+from lrrobust.page.claim_figures import draw_claims
 from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
-from lrrobust.report.figures import Drawing, draw_runs
+from lrrobust.report.drawing import Drawing
+from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
 from lrrobust.report.reproduction import format_command, reproduction
@@ -134,7 +135,7 @@ def write_page(
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
     summary = summarise(runs) if summary is None else summary
     drawings = draw_runs(runs, ["svg"], summary) if drawings is None else drawings
-    judged = [] if verdicts is None else [(result, draw_claim(result)) for result in verdicts.results]
+    judged = [] if verdicts is None else list(zip(verdicts.results, draw_claims(verdicts.results)))
     not_judged = () if verdicts is None else verdicts.not_judged
     write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings, with_gallery).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]

@@ -8,31 +8,39 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lrrobust.plots import render_differences, render_distances
-from lrrobust.report.figures import Drawing
+from lrrobust.report.drawing import Drawing, Sketch, draw
 from lrrobust.report.naming import WORST_CASE, slug
 from lrrobust.verdict.records import ClaimResult
 
 _KINDS = ("png", "svg", "pdf")
 
 
-def draw_claim(result: ClaimResult) -> list[Drawing]:
-    """On all images: for each norm the paired differences, and where a minimal-norm attack was run, the distances."""
+def draw_claims(results: Sequence[ClaimResult]) -> list[list[Drawing]]:
+    """Of each result on all images: for each norm the paired differences, and where a minimal-norm attack was run, the
+    distances."""
+    sketches = [_sketch(result) for result in results]
+    drawings = iter(draw([sketch for of_result in sketches for sketch in of_result]))
+    return [[next(drawings) for _ in of_result] for of_result in sketches]
+
+
+def _sketch(result: ClaimResult) -> list[Sketch]:
     claim, pairing = result.claim, result.pairing
     subset = hashlib.sha256("".join(pairing.dataset_sha256).encode()).hexdigest()
     name = f"{slug(claim.name)}_{slug(pairing.dataset)}_{subset[:8]}"
     shown = [c for c in result.comparisons if c.population == "all"]
-    drawings = []
+    sketches = []
     for norm in dict.fromkeys(c.norm for c in shown):
         images = f"{pairing.dataset}, {norm}, n = {pairing.n}"
         rows = pd.DataFrame([c.model_dump() for c in shown if c.norm == norm])
         title = f"{claim.treatment} minus {claim.control}, {images}"
-        files = render_differences(rows, title, claim.smallest_difference, _KINDS)
-        drawings.append(Drawing(subset, f"differences_{name}_{norm}", title, files))
+        arguments = (rows, title, claim.smallest_difference, _KINDS)
+        sketches.append(Sketch(subset, f"differences_{name}_{norm}", title, render_differences, arguments))
         curves = distance_curves(result, norm)
         if curves["is_minimal_norm"].any():
             title = f"{claim.treatment} and {claim.control}, {images}"
-            drawings.append(Drawing(subset, f"distances_{name}_{norm}", title, render_distances(curves, norm, title, _KINDS)))
-    return drawings
+            arguments = (curves, norm, title, _KINDS)
+            sketches.append(Sketch(subset, f"distances_{name}_{norm}", title, render_distances, arguments))
+    return sketches
 
 
 def distance_curves(result: ClaimResult, norm: str) -> pd.DataFrame:

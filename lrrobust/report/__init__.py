@@ -3,5 +3,5 @@
 - `outcomes`: what the numbers need of a run's rows, in plain dtypes.
 - `summary`, `curves`: the numbers.
 - `naming`, `formatting`, `notices`, `reproduction`: what readers are told of runs and numbers.
-- `summary_table`, `figures`, `files`: what people read.
+- `summary_table`, `figures`, `drawing`, `files`: what people read.
 """

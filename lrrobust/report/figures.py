@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import pandas as pd
 
 from lrrobust.report.curves import minimal_norm_curves, pass_curves, telling_eps
+from lrrobust.report.drawing import Drawing, Sketch, draw
 from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_runs, slug
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run
-
-
-class Drawing(NamedTuple):
-    """A figure of the runs on one set of images: what it shows in words, and kind ("png", "svg", "pdf") -> content."""
-
-    dataset_sha256: str
-    stem: str
-    description: str
-    files: Mapping[str, bytes]
 
 
 def draw_runs(
@@ -37,33 +28,36 @@ def draw_runs(
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
     """
     # Matplotlib takes most of a second to load; tables do without.
-    from lrrobust.plots import render_robustness_curves
+    from lrrobust.plots import render_passes, render_robustness_curves
 
     named, curves = name_runs(runs), minimal_norm_curves(runs)
     summary = summarise(runs) if summary is None else summary
-    drawings = []
+    sketches = []
     # Attacks on the model itself alone: transfer has its own tables.
     summary = summary[summary["surrogate"].isna()]
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
         models = ", ".join(dict.fromkeys(of_dataset["model"]))
         stem = f"{slug(of_dataset['dataset'].iloc[0])}_{sha256[:8]}"
         for norm in of_dataset["norm"].unique():
-            if files := render_robustness_curves(of_dataset, norm, kinds, curves):
-                description = f"Robust accuracy against {norm} eps: {models}"
-                drawings.append(Drawing(sha256, f"robust_accuracy_{stem}_{norm}", description, files))
-        if files := _draw_passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset, kinds):
-            drawings.append(Drawing(sha256, f"passes_{stem}", f"Robust accuracy against passes: {models}", files))
-    return drawings
+            description = f"Robust accuracy against {norm} eps: {models}"
+            arguments = (of_dataset, norm, kinds, curves[curves["run"].isin(of_dataset["run"])])
+            sketches.append(
+                Sketch(sha256, f"robust_accuracy_{stem}_{norm}", description, render_robustness_curves, arguments)
+            )
+        if arguments := _passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset):
+            description = f"Robust accuracy against passes: {models}"
+            sketches.append(Sketch(sha256, f"passes_{stem}", description, render_passes, (*arguments, kinds)))
+    return [drawing for drawing in draw(sketches) if drawing.files]
 
 
-def _draw_passes(runs: Mapping[str, Run], summary: pd.DataFrame, kinds: Sequence[str]) -> dict[str, bytes]:
-    """A panel for each norm and run of a dataset, at one eps of each norm; nothing where no passes were counted."""
-    from lrrobust.plots import label_runs, render_passes
+def _passes(runs: Mapping[str, Run], summary: pd.DataFrame) -> tuple[pd.DataFrame, str, str, int] | None:
+    """What `render_passes` takes, a panel for each norm and run of a dataset, at one eps of each norm."""
+    from lrrobust.plots import label_runs
 
     eps = {norm: found for norm, rows in summary.groupby("norm", sort=False) if (found := telling_eps(rows)) is not None}
     curves, with_backward = pass_curves(runs, eps)
     if curves.empty:
-        return {}
+        return None
     labels = label_runs(summary)
     budgets = {norm: f", {norm} {format_eps(found, norm)}" for norm, found in eps.items()}
     panel = curves["run"].map(labels) + curves["norm"].map(budgets)
@@ -71,4 +65,4 @@ def _draw_passes(runs: Mapping[str, Run], summary: pd.DataFrame, kinds: Sequence
     curves = curves.assign(panel=panel).sort_values("norm", key=lambda norms: norms.map(list(eps).index), kind="stable")
     what = "forward and backward passes" if with_backward else "forward passes"
     title = f"{summary['dataset'].iloc[0]}: robust accuracy against {what}"
-    return render_passes(curves, title, "passes per image", min(3, len(runs)), kinds)
+    return curves, title, "passes per image", min(3, len(runs))

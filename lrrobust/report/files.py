@@ -10,7 +10,8 @@ import pandas as pd
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
-from lrrobust.report.figures import Drawing, draw_runs
+from lrrobust.report.drawing import Drawing
+from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
 from lrrobust.report.reproduction import reproduction
