@@ -161,8 +161,8 @@ def _clean_accuracy(evidence: Evidence) -> Safeguard:
     passed = bool(abs(treatment - control) <= limit + 1e-12)
     detail = (
         f"Clean accuracy is {100 * treatment:.1f} % for {evidence.claim.treatment} and {100 * control:.1f} % for "
-        f"{evidence.claim.control}: {'within' if passed else 'more than'} the {100 * limit:g} points at which they "
-        "count as equally well trained" + ("." if passed else " apart.")
+        f"{evidence.claim.control}: {100 * abs(treatment - control):.1f} points apart, {'within' if passed else 'more than'} "
+        f"the {100 * limit:g} up to which they count as equally well trained."
     )
     return Safeguard(name="clean_accuracy", passed=passed, detail=detail, withholds=_BOTH)
 
