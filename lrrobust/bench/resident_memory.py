@@ -6,13 +6,13 @@ import ctypes
 import math
 
 
-def resident_bytes(field: str) -> float:
-    """Resident memory of this process, now ("VmRSS") or at its peak ("VmHWM"), in bytes.
+def resident_bytes(field: str, process: int | None = None) -> float:
+    """Resident memory of a process, by default this one, now ("VmRSS") or at its peak ("VmHWM"), in bytes.
 
-    NaN where the system does not tell: it is read from /proc, so only Linux does.
+    NaN where the system does not tell: it is read from /proc, so only Linux does; and for a process that has ended.
     """
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with open(f"/proc/{process or 'self'}/status", encoding="utf-8", errors="replace") as status:
             for line in status:
                 if line.startswith(f"{field}:"):
                     return float(line.split()[1]) * 1024
