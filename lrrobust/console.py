@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 _LOG_WIDTH = 140
 
 #: Tables go to standard output; everything that only accompanies them to standard error.
-_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-_notices = Console(stderr=True)
+# Without emoji: `file.py:b:` names a model.
+_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
+_notices = Console(stderr=True, emoji=False)
 
 #: Without a terminal a line of progress at most this often.
 _LINE_INTERVAL_S = 30.0
@@ -86,7 +87,7 @@ def _notice_slow_bf16(device: torch.device) -> None:
 def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading images, gone when it is done; yields the callback that moves it."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=_notices, transient=True,
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=_notices, transient=True,
         disable=not _notices.is_terminal,
     )
     with bar:
@@ -107,7 +108,7 @@ def report_subset(images: EvaluationSet) -> None:
 def _build_bar(*columns: ProgressColumn | str) -> Progress:
     """A bar for long work on a terminal; `state` of its task is free text."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), *columns,
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}", markup=False), TimeElapsedColumn(), *columns,
         console=_notices, disable=not _notices.is_terminal,
     )
 

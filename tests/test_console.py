@@ -133,3 +133,22 @@ def test_bf16_that_is_emulated_is_said_with_its_cure(build, precision, slowdown,
         pass
     err = capsys.readouterr().err
     assert ("14 times as long as in float32" in err and "--precision float32" in err) == is_said
+
+
+NAME = "m.py:b: [red]x[/red]"
+
+
+def test_notices_and_tables_show_names_as_they_are(capsys):
+    # To rich, `:b:` is an emoji and [red] a colour.
+    console._notice(NAME)
+    console._tables.print(NAME, markup=False)
+    shown = capsys.readouterr()
+    assert (shown.err, shown.out) == (f"{NAME}\n", f"{NAME}\n")
+
+
+def test_bars_show_names_as_they_are(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "_notices", Console(file=shown, width=200, force_terminal=True, color_system=None))
+    with console.scanning(NAME) as on_read:
+        on_read(1, 2)
+    assert NAME in shown.getvalue()
