@@ -219,7 +219,7 @@ def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> N
 
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
-            evaluation.run(progress.on_task, progress.on_forward, sharing)
+            evaluation.run(progress.on_task, progress.on_forward, progress.on_begin, sharing)
 
 
 def _diagnose_all(evaluations: list[Evaluation]) -> None:

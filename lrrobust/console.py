@@ -133,6 +133,8 @@ class EvaluationProgress:
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
         self._made: Counter[str] = Counter()
         self._present = 0
+        #: What parts begun here need at most, by cost alone and by the images that they really attack.
+        self._begun = self._begun_bound = 0.0
         self._opened = self._last_line = time.monotonic()
         #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
         self._started: float | None = None
@@ -146,6 +148,10 @@ class EvaluationProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def on_begin(self, task: Task, share: float) -> None:
+        self._begun += task.cost
+        self._begun_bound += share * task.cost
 
     def on_forward(self, count: int) -> None:
         if self._started is None:
@@ -186,9 +192,10 @@ class EvaluationProgress:
 
     def _passes_left(self) -> float:
         """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
-        say how far off it is for that attack."""
+        say how far off it is for that attack. For other attacks the parts begun say what share is attacked at all."""
+        attacked = self._begun_bound / self._begun if self._begun_bound else 1.0
         needed = sum(
-            left * (self._made[name] / self._finished_here[name] if self._made[name] else 1.0)
+            left * (self._made[name] / self._finished_here[name] if self._made[name] else attacked)
             for name, left in self._left.items()
         )
         return max(needed - self._present, 0.0)

@@ -68,6 +68,20 @@ def test_one_attack_says_nothing_of_another(clock):
         assert last_line(clock) == "tiny: 2/4 parts, 60 s, about 1 s left"
 
 
+def test_the_bound_counts_images_that_are_attacked(clock):
+    progress, tasks = progress_over(("pgd", 100), ("square", 1000))
+    with progress:
+        # A fifth of the images is correct when clean, ...
+        progress.on_begin(tasks[0], 0.2)
+        passes(progress, clock, 11)
+        progress.on_task(tasks[0], True)
+        # ... and pgd left few of them.
+        progress.on_begin(tasks[1], 0.11)
+        passes(progress, clock, 30)
+        # (0.2 * 100 + 0.11 * 1000) / 1100 of square's 1000 passes, less the 19 made until then.
+        assert last_line(clock) == "tiny: 1/2 parts, 30 s, at most 99 s left"
+
+
 def test_parts_without_anything_to_attack_say_nothing(clock):
     progress, tasks = progress_over(("pgd", 100), ("pgd", 100))
     with progress:

@@ -107,6 +107,7 @@ def evaluate(
     real_pixels: Literal["judged", "saved"] | None = None,
     on_task: Callable[[Task, bool], None] | None = None,
     on_forward: Callable[[int], None] | None = None,
+    on_begin: Callable[[Task, float], None] | None = None,
     sharing: Sharing | None = None,
 ) -> None:
     """Does the tasks that the store does not hold yet.
@@ -136,6 +137,8 @@ def evaluate(
         real_pixels: "judged": fill the column is_broken_quantized; "saved": keep the rounded images as well.
         on_task: called after every task with whether it was done here (False: the store had it).
         on_forward: called after every forward pass of an attack with how many images it took.
+        on_begin: called before a task is done here with the share of its cost that it can come to, in [0, 1]: only images
+            that are correct when clean are attacked, and only at budgets at which they stand.
         sharing: for a process that shares the run with others; returns when all tasks are done, by whomever.
 
     Raises:
@@ -161,7 +164,8 @@ def evaluate(
             if on_forward is not None:
                 on_forward(count)
 
-        run = _Run(Judge(model, num_classes, batch_size), fingerprint, heard, surrogate, real_pixels)
+        told = on_begin or (lambda *_: None)
+        run = _Run(Judge(model, num_classes, batch_size), fingerprint, heard, told, surrogate, real_pixels)
         at_hand = _AtHand(run, reader, device)
         # A resumed run computes one chunk of what it has again, to be sure it is the same model.
         if known := next((task for task in queue.drop_stored() if store.has_part(*task.part)), None):
@@ -290,6 +294,7 @@ class _Run:
     judge: Judge
     fingerprint: str
     on_forward: Callable[[int], None]
+    on_begin: Callable[[Task, float], None]
     surrogate: Surrogate | None = None
     real_pixels: Literal["judged", "saved"] | None = None
 
@@ -457,6 +462,7 @@ def _attack_chunk(
     if spec.minimises:
         levels = (levels > 0).long()
     rows = outcomes.is_clean_correct.nonzero().squeeze(1)
+    run.on_begin(task, levels[rows.cpu()].sum().item() / (len(attack.ladder) * len(levels)))
     met = {}
     if len(rows):
         started = time.perf_counter()
