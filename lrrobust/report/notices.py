@@ -5,7 +5,7 @@ from __future__ import annotations
 from lrrobust.results import Run
 
 #: Part metadata that the engine writes only where something is wrong.
-_WARNING_KEYS = ("randomised", "nonfinite_gradients")
+_WARNING_KEYS = ("randomised", "probabilities", "nonfinite_gradients")
 
 
 def warnings_of(run: Run) -> list[str]:
