@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def draw(sketches: Sequence[Sketch]) -> list[Drawing]:
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_serve)
     try:
         # The other process begins at the end, this one at the start, until they meet.
-        futures = [pool.submit(_draw, sketch) for sketch in reversed(sketches)][::-1]
+        with _interrupts_blocked():
+            futures = [pool.submit(_draw, sketch) for sketch in reversed(sketches)][::-1]
         return [_draw(sketch) if future.cancel() else _fetch(future, sketch) for sketch, future in zip(sketches, futures)]
     except (BrokenProcessPool, OSError) as error:
         _log.warning("no second process to draw figures with (%s): one draws them all", error)
@@ -68,6 +70,19 @@ def _fetch(future: Future[Drawing], sketch: Sketch) -> Drawing:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; processes started in it never hear of one, from their first line on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve() -> None:
