@@ -373,7 +373,9 @@ def report(
     from lrrobust.console import print_report, print_verdicts
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
-    from lrrobust.report.figures import draw_runs
+    from lrrobust.page.claim_figures import sketch_claims
+    from lrrobust.report.drawing import Drawers
+    from lrrobust.report.figures import sketch_runs
     from lrrobust.report.files import write_report
     from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
@@ -394,13 +396,18 @@ def report(
             if len(folders) == 1:
                 raise
             logging.warning("left out: %s", error)
-    verdicts = judge_claims(claims, loaded)
-    print_verdicts(verdicts)
-    write_verdicts(verdicts, out / "claim.json")
     summary = summarise(loaded)
-    drawings = draw_runs(loaded, summary=summary)
+    with Drawers() as drawers:
+        of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
+        verdicts = judge_claims(claims, loaded)
+        print_verdicts(verdicts)
+        write_verdicts(verdicts, out / "claim.json")
+        of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
+        drawings, claim_drawings = of_runs(), [collect() for collect in of_claims]
     written = [
-        *write_page(loaded, out, sys.argv, verdicts, drawings, summary, with_gallery=gallery),
+        *write_page(
+            loaded, out, sys.argv, verdicts, drawings, summary, claim_drawings=claim_drawings, with_gallery=gallery
+        ),
         *write_report(loaded, out, drawings, summary, sys.argv),
         *write_transfer(loaded, out),
     ]

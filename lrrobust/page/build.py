@@ -17,12 +17,12 @@ import pandas as pd
 import lrrobust
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import RESULTS, diagnostics_table
-from lrrobust.page.claim_figures import draw_claims
+from lrrobust.page.claim_figures import sketch_claims
 from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
-from lrrobust.report.drawing import Drawing
+from lrrobust.report.drawing import Drawing, draw
 from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
@@ -108,6 +108,7 @@ def write_page(
     drawings: Sequence[Drawing] | None = None,
     summary: pd.DataFrame | None = None,
     *,
+    claim_drawings: Sequence[Sequence[Drawing]] | None = None,
     with_gallery: bool = True,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
@@ -121,6 +122,7 @@ def write_page(
         command: of the report itself, as in `sys.argv`; the last of those that reproduce the page.
         verdicts: of the claims judged on these runs; None when none was.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
+        claim_drawings: of the figures that `sketch_claims` sketches of the verdicts; None makes them.
         with_gallery: show images; without, no pixel of any image is in the page.
 
     Returns:
@@ -135,7 +137,9 @@ def write_page(
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
     summary = summarise(runs) if summary is None else summary
     drawings = draw_runs(runs, ["svg"], summary) if drawings is None else drawings
-    judged = [] if verdicts is None else list(zip(verdicts.results, draw_claims(verdicts.results)))
+    if claim_drawings is None:
+        claim_drawings = [] if verdicts is None else [draw(sketches) for sketches in sketch_claims(verdicts.results)]
+    judged = [] if verdicts is None else list(zip(verdicts.results, claim_drawings, strict=True))
     not_judged = () if verdicts is None else verdicts.not_judged
     write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings, with_gallery).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]

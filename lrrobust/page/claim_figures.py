@@ -8,19 +8,17 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lrrobust.plots import render_differences, render_distances
-from lrrobust.report.drawing import Drawing, Sketch, draw
+from lrrobust.report.drawing import Sketch
 from lrrobust.report.naming import WORST_CASE, slug
 from lrrobust.verdict.records import ClaimResult
 
 _KINDS = ("png", "svg", "pdf")
 
 
-def draw_claims(results: Sequence[ClaimResult]) -> list[list[Drawing]]:
+def sketch_claims(results: Sequence[ClaimResult]) -> list[list[Sketch]]:
     """Of each result on all images: for each norm the paired differences, and where a minimal-norm attack was run, the
     distances."""
-    sketches = [_sketch(result) for result in results]
-    drawings = iter(draw([sketch for of_result in sketches for sketch in of_result]))
-    return [[next(drawings) for _ in of_result] for of_result in sketches]
+    return [_sketch(result) for result in results]
 
 
 def _sketch(result: ClaimResult) -> list[Sketch]:

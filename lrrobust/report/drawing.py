@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -38,22 +38,55 @@ class Sketch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+class Drawers:
+    """This process and, where there is much to draw, a second one that begins at once, while this one does other work.
+
+    A context: whoever leaves it, however, leaves no process behind.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._is_alone = _cores() < 2
+
+    def __enter__(self) -> Drawers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, sketches: Sequence[Sketch]) -> Callable[[], list[Drawing]]:
+        """Begins to draw; the function returned does the rest and gives the drawings, the same whoever drew them.
+
+        In the order of the sketches, without those that turned out to show nothing.
+        """
+        if len(sketches) < _MANY and self._pool is None or self._is_alone:
+            return lambda: _with_files(map(_draw, sketches))
+        try:
+            with _interrupts_blocked():
+                if self._pool is None:
+                    # Not forked: libraries that have threads do not survive that.
+                    context = multiprocessing.get_context("spawn")
+                    self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_serve)
+                # The other process begins at the end, this one at the start, until they meet.
+                futures = [self._pool.submit(_draw, sketch) for sketch in reversed(sketches)][::-1]
+        except (BrokenProcessPool, OSError) as error:
+            _log.warning("no second process to draw figures with (%s): one draws them all", error)
+            self._is_alone = True
+            return lambda: _with_files(map(_draw, sketches))
+        return lambda: _with_files(
+            _draw(sketch) if future.cancel() else _fetch(future, sketch) for sketch, future in zip(sketches, futures)
+        )
+
+
 def draw(sketches: Sequence[Sketch]) -> list[Drawing]:
-    """The drawings of all sketches, in their order; the same whoever draws them."""
-    if len(sketches) < _MANY or _cores() < 2:
-        return [_draw(sketch) for sketch in sketches]
-    # Not forked: libraries that have threads do not survive that.
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_serve)
-    try:
-        # The other process begins at the end, this one at the start, until they meet.
-        with _interrupts_blocked():
-            futures = [pool.submit(_draw, sketch) for sketch in reversed(sketches)][::-1]
-        return [_draw(sketch) if future.cancel() else _fetch(future, sketch) for sketch, future in zip(sketches, futures)]
-    except (BrokenProcessPool, OSError) as error:
-        _log.warning("no second process to draw figures with (%s): one draws them all", error)
-        return [_draw(sketch) for sketch in sketches]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """What `Drawers.begin` gives, for who has nothing else to do meanwhile."""
+    with Drawers() as drawers:
+        return drawers.begin(sketches)()
+
+
+def _with_files(drawings: Iterable[Drawing]) -> list[Drawing]:
+    return [drawing for drawing in drawings if drawing.files]
 
 
 def _draw(sketch: Sketch) -> Drawing:

@@ -17,6 +17,13 @@ from lrrobust.results import Run
 def draw_runs(
     runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
 ) -> list[Drawing]:
+    """The figures that `sketch_runs` sketches."""
+    return draw(sketch_runs(runs, kinds, summary))
+
+
+def sketch_runs(
+    runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
+) -> list[Sketch]:
     """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
 
     Args:
@@ -47,7 +54,7 @@ def draw_runs(
         if arguments := _passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset):
             description = f"Robust accuracy against passes: {models}"
             sketches.append(Sketch(sha256, f"passes_{stem}", description, render_passes, (*arguments, kinds)))
-    return [drawing for drawing in draw(sketches) if drawing.files]
+    return sketches
 
 
 def _passes(runs: Mapping[str, Run], summary: pd.DataFrame) -> tuple[pd.DataFrame, str, str, int] | None:
