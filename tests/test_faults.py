@@ -202,7 +202,7 @@ def test_two_processes_on_one_folder(run, workplace, whole, processes, tmp_path)
 
 
 def wait_for(is_there, process):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.is_alive() and not is_there():
         assert time.monotonic() < deadline
         time.sleep(0.002)
