@@ -242,7 +242,7 @@ def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> N
 
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
-            evaluation.run(progress.on_task, progress.on_forward, sharing)
+            evaluation.run(progress.on_task, progress.on_forward, progress.on_begin, sharing)
 
 
 @_models_on_stderr()
@@ -547,6 +547,9 @@ def crosscheck(
     classes: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
     input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
     eps: Annotated[Optional[str], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")] = None,
+    peer_eps: Annotated[
+        Optional[str], typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images passed through the model at once.")] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     runs: Annotated[Path, typer.Option(help="Our own runs get a folder in here, as with eval.")] = Path("reports/runs"),
@@ -558,7 +561,7 @@ def crosscheck(
     standard evaluation is compared with the worst case of all attacks given of its norm.
     """
     from lrrobust.console import crosscheck_progress, print_crosscheck
-    from lrrobust.crosscheck import choose_peers, crosscheck_evaluation
+    from lrrobust.crosscheck import choose_budgets, choose_peers, crosscheck_evaluation
     from lrrobust.run import EvaluationRequest
 
     peers, missing = choose_peers(peer or ())
@@ -569,10 +572,12 @@ def crosscheck(
         batch_size=batch_size, device=device, out=runs,
     )
     evaluations = _prepare(request)
+    specs = [task.spec for task in evaluations[0].tasks]
+    budgets = None if peer_eps is None else choose_budgets([part.strip() for part in peer_eps.split(",")], specs)
     _run_all(evaluations)
     for evaluation in evaluations:
         with _models_on_stderr(), crosscheck_progress() as on_attack:
-            comparison = crosscheck_evaluation(evaluation, peers, on_attack)
+            comparison = crosscheck_evaluation(evaluation, peers, on_attack, budgets)
         print_crosscheck(evaluation, comparison, missing, out / f"{evaluation.folder.name}.csv")
 
 

@@ -92,7 +92,12 @@ def check_keys(data: dict[str, Any], model: type[Model], source: str) -> Model:
         # such as dates, goes in as text.
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        first = error.errors()[0]
+        problems = error.errors()
+        first = problems[0]
+        if first["type"] == "missing":
+            # All at once: who writes a file would otherwise meet them one by one.
+            missing = [".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"]
+            raise ConfigError(f"{source}: expected also {', '.join(missing)}, found only {', '.join(data) or 'nothing'}") from None
         key = ".".join(map(str, first["loc"])) or "(top level)"
         raise ConfigError(f"{source}: {key}: {first['msg']}, found {brief(first['input'])}") from None
 

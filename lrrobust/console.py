@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 _LOG_WIDTH = 140
 
 #: Tables go to standard output; everything that only accompanies them to standard error.
-_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-_notices = Console(stderr=True)
+# Without emoji: `file.py:b:` names a model.
+_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
+_notices = Console(stderr=True, emoji=False)
 
 #: Without a terminal a line of progress at most this often.
 _LINE_INTERVAL_S = 30.0
@@ -86,7 +87,7 @@ def _notice_slow_bf16(device: torch.device) -> None:
 def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading images, gone when it is done; yields the callback that moves it."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=_notices, transient=True,
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=_notices, transient=True,
         disable=not _notices.is_terminal,
     )
     with bar:
@@ -107,7 +108,7 @@ def report_subset(images: EvaluationSet) -> None:
 def _build_bar(*columns: ProgressColumn | str) -> Progress:
     """A bar for long work on a terminal; `state` of its task is free text."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), *columns,
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}", markup=False), TimeElapsedColumn(), *columns,
         console=_notices, disable=not _notices.is_terminal,
     )
 
@@ -132,6 +133,8 @@ class EvaluationProgress:
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
         self._made: Counter[str] = Counter()
         self._present = 0
+        #: What parts begun here need at most, by cost alone and by the images that they really attack.
+        self._begun = self._begun_bound = 0.0
         self._opened = self._last_line = time.monotonic()
         #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
         self._started: float | None = None
@@ -145,6 +148,10 @@ class EvaluationProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def on_begin(self, task: Task, share: float) -> None:
+        self._begun += task.cost
+        self._begun_bound += share * task.cost
 
     def on_forward(self, count: int) -> None:
         if self._started is None:
@@ -185,9 +192,10 @@ class EvaluationProgress:
 
     def _passes_left(self) -> float:
         """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
-        say how far off it is for that attack."""
+        say how far off it is for that attack. For other attacks the parts begun say what share is attacked at all."""
+        attacked = self._begun_bound / self._begun if self._begun_bound else 1.0
         needed = sum(
-            left * (self._made[name] / self._finished_here[name] if self._made[name] else 1.0)
+            left * (self._made[name] / self._finished_here[name] if self._made[name] else attacked)
             for name, left in self._left.items()
         )
         return max(needed - self._present, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         if model in training:
-            model.eval()
+            # An exported program keeps the mode that it was exported in.
+            with suppress(NotImplementedError):
+                model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model

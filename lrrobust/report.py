@@ -494,7 +494,7 @@ def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 #: Part metadata that the engine writes only where something is wrong.
-_WARNING_KEYS = ("randomised", "nonfinite_gradients")
+_WARNING_KEYS = ("randomised", "probabilities", "nonfinite_gradients")
 
 _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
 _TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "images made on", "attack", "norm"}

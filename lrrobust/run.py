@@ -143,6 +143,7 @@ class Evaluation:
         self,
         on_task: Callable[[Task, bool], None] | None = None,
         on_forward: Callable[[int], None] | None = None,
+        on_begin: Callable[[Task, float], None] | None = None,
         sharing: Sharing | None = None,
     ) -> None:
         """Does what is missing in the folder, alone or with others; see `evaluate` for the errors."""
@@ -167,6 +168,7 @@ class Evaluation:
                 real_pixels=self.manifest.get("real_pixels"),
                 on_task=on_task,
                 on_forward=on_forward,
+                on_begin=on_begin,
                 sharing=sharing,
             )
 

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 
 import pytest
+
+# Tests share the cores among processes, and most tensors are tiny; torch reads this once, when it is first imported.
+# Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from torch import nn
 
 from lrrobust.threat import Norm
+
+#: Processes beyond these hardly make the tests faster, and each holds half a gigabyte.
+MOST_PROCESSES = 8
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
+
 
 # Without a GPU the Triton kernels are interpreted, which triton decides once, when it is first imported; torch's
 # compiler imports it too, and other packages through it, so here, before any test module is collected.

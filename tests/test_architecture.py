@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report", "tables", "errors", "frozen"},
     "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "process_settings", "torchvision_import"},
     # Of a run what it left; the model and the images are given to it.
-    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "errors", "frozen", "torchvision_import"},
+    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
     "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.

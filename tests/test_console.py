@@ -68,6 +68,20 @@ def test_one_attack_says_nothing_of_another(clock):
         assert last_line(clock) == "tiny: 2/4 parts, 60 s, about 1 s left"
 
 
+def test_the_bound_counts_images_that_are_attacked(clock):
+    progress, tasks = progress_over(("pgd", 100), ("square", 1000))
+    with progress:
+        # A fifth of the images is correct when clean, ...
+        progress.on_begin(tasks[0], 0.2)
+        passes(progress, clock, 11)
+        progress.on_task(tasks[0], True)
+        # ... and pgd left few of them.
+        progress.on_begin(tasks[1], 0.11)
+        passes(progress, clock, 30)
+        # (0.2 * 100 + 0.11 * 1000) / 1100 of square's 1000 passes, less the 19 made until then.
+        assert last_line(clock) == "tiny: 1/2 parts, 30 s, at most 99 s left"
+
+
 def test_parts_without_anything_to_attack_say_nothing(clock):
     progress, tasks = progress_over(("pgd", 100), ("pgd", 100))
     with progress:
@@ -133,3 +147,22 @@ def test_bf16_that_is_emulated_is_said_with_its_cure(build, precision, slowdown,
         pass
     err = capsys.readouterr().err
     assert ("14 times as long as in float32" in err and "--precision float32" in err) == is_said
+
+
+NAME = "m.py:b: [red]x[/red]"
+
+
+def test_notices_and_tables_show_names_as_they_are(capsys):
+    # To rich, `:b:` is an emoji and [red] a colour.
+    console._notice(NAME)
+    console._tables.print(NAME, markup=False)
+    shown = capsys.readouterr()
+    assert (shown.err, shown.out) == (f"{NAME}\n", f"{NAME}\n")
+
+
+def test_bars_show_names_as_they_are(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "_notices", Console(file=shown, width=200, force_terminal=True, color_system=None))
+    with console.scanning(NAME) as on_read:
+        on_read(1, 2)
+    assert NAME in shown.getvalue()

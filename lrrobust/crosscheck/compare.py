@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from pydantic_core import PydanticCustomError
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.crosscheck.peer import PEERS, Peer, PeerAttack
+from lrrobust.eps import parse_eps
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.judge import Judge
 from lrrobust.frozen import frozen
@@ -76,8 +78,31 @@ def choose_peers(names: Sequence[str]) -> tuple[list[Peer], list[str]]:
     return [peer for peer in chosen if peer.why_not() is None], missing
 
 
+def choose_budgets(texts: Sequence[str], specs: Sequence[AttackSpec]) -> frozenset[float]:
+    """The budgets that these texts, such as "1/255", name.
+
+    Raises:
+        ConfigError: one is no number, or no attack has it on its ladder.
+    """
+    ladder = {eps for spec in specs for eps in spec.eps}
+    chosen = set()
+    for text in texts:
+        try:
+            eps = parse_eps(text)
+        except PydanticCustomError as error:
+            raise ConfigError(f"{text}: {error.message()}") from None
+        if eps not in ladder:
+            known = ", ".join(f"{255 * known:g}/255 ({known:g})" for known in sorted(ladder))
+            raise ConfigError(f"expected budgets that our attacks have, {known}, found {text}")
+        chosen.add(eps)
+    return frozenset(chosen)
+
+
 def crosscheck_evaluation(
-    evaluation: Evaluation, peers: Sequence[Peer], on_attack: OnAttack | None = None
+    evaluation: Evaluation,
+    peers: Sequence[Peer],
+    on_attack: OnAttack | None = None,
+    budgets: Collection[float] | None = None,
 ) -> Comparison:
     """`crosscheck` for an evaluation that has run, on its device and in its batches."""
     images, labels = evaluation.images.load(range(len(evaluation.images)))
@@ -93,6 +118,7 @@ def crosscheck_evaluation(
         batch_size=evaluation.manifest["plan"]["batch_size"],
         seed=evaluation.manifest["seed"],
         on_attack=on_attack,
+        budgets=budgets,
     )
 
 
@@ -109,6 +135,7 @@ def crosscheck(
     batch_size: int,
     seed: int = 0,
     on_attack: OnAttack | None = None,
+    budgets: Collection[float] | None = None,
 ) -> Comparison:
     """Runs the counterparts of our attacks in other libraries, and compares which images break.
 
@@ -128,6 +155,7 @@ def crosscheck(
         batch_size: images passed through the model at once.
         seed: of the peers' random numbers.
         on_attack: told what comes next.
+        budgets: those of our attacks at which they are compared; all if None. A peer attacks at each anew.
 
     Returns:
         A table with `attack`, `norm`, `eps` (pixel units of [0, 1]), `peer` and its `version`; `n`;
@@ -147,7 +175,7 @@ def crosscheck(
         is_correct = judge.predict(images, labels, keys).label == labels
         standing = is_correct.nonzero().squeeze(1)
         for peer in peers:
-            contests, without = _contests(peer, specs, ours)
+            contests, without = _contests(peer, specs, ours, budgets)
             notes += without
             for contest in contests:
                 on_call = partial(on_attack or (lambda *_: None), peer.name, contest.attack, contest.norm)
@@ -159,7 +187,9 @@ def crosscheck(
     return Comparison(pd.DataFrame(rows), tuple(notes))
 
 
-def _contests(peer: Peer, specs: Sequence[AttackSpec], ours: pd.DataFrame) -> tuple[list[_Contest], list[str]]:
+def _contests(
+    peer: Peer, specs: Sequence[AttackSpec], ours: pd.DataFrame, budgets: Collection[float] | None
+) -> tuple[list[_Contest], list[str]]:
     """What a peer can be compared in; and notes on what it cannot."""
     try:
         adapter = peer.load()
@@ -173,7 +203,7 @@ def _contests(peer: Peer, specs: Sequence[AttackSpec], ours: pd.DataFrame) -> tu
             without.append(spec.name)
             continue
         rows = ours[ours["attack"] == spec.name]
-        ladder, starts = tuple(eps for eps in spec.eps if eps > 0), getattr(spec, "restarts", 1)
+        ladder, starts = _ladder(spec.eps, budgets), getattr(spec, "restarts", 1)
         contests.append(_Contest(spec.name, spec.norm, ladder, spec.minimises, starts, rows, propose))
     for norm in dict.fromkeys(spec.norm for spec in specs):
         propose = adapter.find_ensemble(norm)
@@ -183,9 +213,13 @@ def _contests(peer: Peer, specs: Sequence[AttackSpec], ours: pd.DataFrame) -> tu
         rows = ours[ours["attack"].isin([spec.name for spec in of_norm])]
         # Budgets that all of them have: at others the worst case is of fewer attacks.
         shared = set.intersection(*(set(spec.eps) for spec in of_norm))
-        ladder, without = tuple(sorted(eps for eps in shared if eps > 0)), []
+        ladder, without = _ladder(sorted(shared), budgets), []
         contests.append(_Contest(WORST_CASE, norm, ladder, False, 1, rows, propose))
     return contests, [f"{peer.name} has no counterpart of {', '.join(without)}"] if without else []
+
+
+def _ladder(eps: Sequence[float], budgets: Collection[float] | None) -> tuple[float, ...]:
+    return tuple(each for each in eps if each > 0 and (budgets is None or each in budgets))
 
 
 def _in_brief(error: Exception) -> str:

@@ -13,7 +13,7 @@ from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.errors import BackendWarning
-from lrrobust.evaluation.engine import RANDOMISED_TOLERANCE
+from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE
 from lrrobust.evaluation.judge import Judge
 from lrrobust.frozen import frozen
 

@@ -19,8 +19,9 @@ from lrrobust.attacks.specs import AttackSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
 from lrrobust.evaluation.constancy import Constancy
-from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model, check_logits
+from lrrobust.evaluation.judge import Judge, Judgement, Prediction, call_model
 from lrrobust.evaluation.memory import FittingBatch
+from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE, check_model
 from lrrobust.evaluation.prefetch import Prefetch
 from lrrobust.evaluation.quantization import quantize
 from lrrobust.evaluation.task_queue import Sharing, TaskQueue
@@ -35,13 +36,6 @@ _log = logging.getLogger(__name__)
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
 #: run's identity, so that old and new rows never mix.
 ROWS_VERSION = 4
-
-#: Two forwards of the same images may differ by this much before the model counts as randomised; the
-#: bound AutoAttack uses.
-RANDOMISED_TOLERANCE = 1e-4
-
-#: Logits of one image, alone and among others, may differ by this share of the largest logit.
-BATCH_TOLERANCE = 1e-2
 
 #: Clean margins stored earlier and computed now may differ by this share of the largest margin: other
 #: processors round differently, another model does more.
@@ -113,6 +107,7 @@ def evaluate(
     real_pixels: Literal["judged", "saved"] | None = None,
     on_task: Callable[[Task, bool], None] | None = None,
     on_forward: Callable[[int], None] | None = None,
+    on_begin: Callable[[Task, float], None] | None = None,
     sharing: Sharing | None = None,
 ) -> None:
     """Does the tasks that the store does not hold yet.
@@ -142,6 +137,8 @@ def evaluate(
         real_pixels: "judged": fill the column is_broken_quantized; "saved": keep the rounded images as well.
         on_task: called after every task with whether it was done here (False: the store had it).
         on_forward: called after every forward pass of an attack with how many images it took.
+        on_begin: called before a task is done here with the share of its cost that it can come to, in [0, 1]: only images
+            that are correct when clean are attacked, and only at budgets at which they stand.
         sharing: for a process that shares the run with others; returns when all tasks are done, by whomever.
 
     Raises:
@@ -167,7 +164,8 @@ def evaluate(
             if on_forward is not None:
                 on_forward(count)
 
-        run = _Run(Judge(model, num_classes, batch_size), fingerprint, heard, surrogate, real_pixels)
+        told = on_begin or (lambda *_: None)
+        run = _Run(Judge(model, num_classes, batch_size), fingerprint, heard, told, surrogate, real_pixels)
         at_hand = _AtHand(run, reader, device)
         # A resumed run computes one chunk of what it has again, to be sure it is the same model.
         if known := next((task for task in queue.drop_stored() if store.has_part(*task.part)), None):
@@ -272,60 +270,6 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def check_model(
-    model: nn.Module, num_classes: int, images: torch.Tensor, needs_gradient: bool = True
-) -> dict[str, str]:
-    """Tries the model on a few images before the long work starts.
-
-    Args:
-        needs_gradient: the model is attacked itself; without, its logits need carry no gradient.
-
-    Returns:
-        What the results must say of the model: {"randomised": ...} where two forwards differ.
-
-    Raises:
-        ModelError: it fails, does not return (N, num_classes) logits, gives no gradient, changes the images it is
-            given, or lets those of a batch influence each other.
-    """
-    shown = images[:4].clone()
-    with torch.no_grad():
-        before = call_model(model, shown)
-        check_logits(before, len(shown), num_classes)
-    if not torch.equal(shown, images[:4]):
-        raise ModelError(
-            "the model changes the images it is given, so that nothing can be compared with them afterwards: "
-            "let forward work on a copy, as in (images - mean) / std instead of images.sub_(mean).div_(std)"
-        )
-    few = images[:4].clone().requires_grad_()
-    with torch.enable_grad():
-        first = call_model(model, few)
-        check_logits(first, len(few), num_classes)
-        if needs_gradient and not first.requires_grad:
-            raise ModelError(
-                "the model's logits carry no gradient (a detach, no_grad or rounding inside?): "
-                "gradient attacks cannot judge it"
-            )
-        if first.requires_grad:
-            torch.autograd.grad(first.sum(), few, allow_unused=True)
-    with torch.no_grad():
-        half = call_model(model, images[: -(-len(few) // 2)])
-    check_logits(half, -(-len(few) // 2), num_classes)
-    difference = (first - before).abs().max().item()
-    if difference > RANDOMISED_TOLERANCE:
-        _log.warning(
-            "two forward passes of the same images differ by %.2g: the model is randomised, and attacks that "
-            "do not average over its randomness overstate its robustness",
-            difference,
-        )
-        return {"randomised": "yes: robustness is overstated"}
-    if (half - before[: len(half)]).abs().max() > BATCH_TOLERANCE * before.abs().max().clamp_min(1e-3):
-        raise ModelError(
-            "the model's logits of an image depend on the other images of the batch "
-            "(BatchNorm without running statistics?): no accuracy of such a model means anything"
-        )
-    return {}
-
-
 def _check_same_model(
     store: RunStore, known: Task, batch: _ChunkImages, clean: Prediction, metadata: Mapping[str, str]
 ) -> None:
@@ -350,6 +294,7 @@ class _Run:
     judge: Judge
     fingerprint: str
     on_forward: Callable[[int], None]
+    on_begin: Callable[[Task, float], None]
     surrogate: Surrogate | None = None
     real_pixels: Literal["judged", "saved"] | None = None
 
@@ -517,6 +462,7 @@ def _attack_chunk(
     if spec.minimises:
         levels = (levels > 0).long()
     rows = outcomes.is_clean_correct.nonzero().squeeze(1)
+    run.on_begin(task, levels[rows.cpu()].sum().item() / (len(attack.ladder) * len(levels)))
     met = {}
     if len(rows):
         started = time.perf_counter()

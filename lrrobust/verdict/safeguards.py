@@ -285,8 +285,10 @@ def _unbounded_attack(
         detail = f"No {norm} attack on {side.model} was run without a budget: whether it then breaks all is not known."
     else:
         name = WORST_CASE if len(free) > 1 else free[0].name
-        breaking = np.minimum.reduce([attack.breaking_eps for attack in free])
-        finished, survivors = int((~np.isnan(breaking)).sum()), int(np.isinf(breaking).sum())
+        is_finished = ~np.isnan([attack.breaking_eps for attack in free]).any(axis=0)
+        # What any attack has broken counts: a minimal-norm attack may find nothing on an image that falls at a finite eps.
+        broken_at = np.fmin.reduce([attack.breaking_eps for attack in attacks])
+        finished, survivors = int(is_finished.sum()), int(np.isinf(broken_at[is_finished]).sum())
         passed = survivors == 0
         detail = f"Without a budget, {survivors} of {finished} images of {side.model} withstand {name} in {norm}"
         detail += ": every image is broken, as it must be." if passed else ": the attack fails on them, as none can."

@@ -11,15 +11,6 @@ from lrrobust.evaluation.judge import Judge
 from lrrobust.threat import ThreatModel, distance
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tensors are tiny here: threads cost more than they bring, much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="package")
 def trained():
     """A small network after a few steps on noisy patterns, and 200 images of which it gets nearly all right."""

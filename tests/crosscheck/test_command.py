@@ -62,6 +62,28 @@ def test_a_table_a_file_and_an_ordinary_run(call, tmp_path):
     assert f"wrote reports/crosscheck/{folder.name}.csv" in err
 
 
+def test_peers_attack_at_chosen_budgets_alone(call, tmp_path):
+    code, _, err = call("--n", "6", "--peer", "torchattacks", "--peer-eps", "1/255, 4/255")
+    assert code == 0, err
+    (folder,) = find_runs(tmp_path / "reports" / "runs")
+    assert load_run(folder).rows["eps"].nunique() == 6
+    table = pd.read_csv(tmp_path / "reports" / "crosscheck" / f"{folder.name}.csv")
+    assert table["eps"].tolist() == pytest.approx([1 / 255, 4 / 255])
+
+
+@pytest.mark.parametrize(
+    ("peer_eps", "message"),
+    [
+        ("1/255,3/255", "expected budgets that our attacks have, 0.125/255 (0.000490196), "),
+        ("one", 'error: one: expected a number or a fraction such as "8/255"'),
+    ],
+)
+def test_budgets_that_ours_lack_are_refused_before_anything_runs(call, tmp_path, peer_eps, message):
+    code, _, err = call("--n", "6", "--peer", "torchattacks", "--peer-eps", peer_eps)
+    assert code == 2 and message in err
+    assert not list(tmp_path.glob("reports/runs/*/parts/*"))
+
+
 def test_what_is_missing_is_said_in_one_line(call, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = call("--peer", "foolbox")

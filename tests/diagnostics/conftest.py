@@ -19,15 +19,6 @@ FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
 PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tensors are tiny here: threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_linear(scale: float = 1.0) -> nn.Module:
     """Whose images break somewhere on the ladder."""
     generator = torch.Generator().manual_seed(0)

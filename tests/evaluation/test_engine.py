@@ -42,7 +42,7 @@ class ImagesInMemory:
         return self.images[positions].clone(), self.labels_tensor[positions].clone()
 
 
-def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None, batch_size=3, on_forward=None):
+def run(model, num_classes, images, specs, folder, chunk_size=5, batch_size=3, **told):
     tasks = plan_tasks(specs, len(images), chunk_size)
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -55,7 +55,7 @@ def run(model, num_classes, images, specs, folder, chunk_size=5, on_task=None, b
         evaluate(
             model, num_classes, images, tasks, store,
             fingerprint=FINGERPRINT, device=torch.device("cpu"), part_metadata={"device": "cpu"}, batch_size=batch_size,
-            on_task=on_task, on_forward=on_forward,
+            **told,
         )
         return store.read_rows()
 
@@ -116,6 +116,18 @@ def test_minimal_norm_attack_is_read_off_at_every_eps_and_infinity(problem, tmp_
     np.testing.assert_array_less(distance, 1.05 * problem.nearest("l2").numpy())
     for eps in CW.eps:
         np.testing.assert_array_equal(rows_of(rows, "cw", eps).is_broken.to_numpy(dtype=bool), distance <= eps)
+
+
+def test_what_an_attack_can_come_to_is_told_before(problem, tmp_path):
+    labels = problem.labels.clone()
+    labels[:2] = (labels[:2] + 1) % 3
+    images = ImagesInMemory(problem.images, labels)
+    specs, shares = [FGSM, PGD.model_copy(update={"survivors_only": True})], []
+    rows = run(problem.model, 3, images, specs, tmp_path / "run", chunk_size=12, on_begin=lambda _, share: shares.append(share))
+    # Whom fgsm attacked: all that are correct when clean; and pgd: these where they stood.
+    broken = rows[rows.attack == "fgsm"].is_broken
+    assert 2 / 12 < broken.mean() < 1
+    assert shares == pytest.approx([10 / 12, 1 - broken.mean()])
 
 
 def test_survivors_alone_are_attacked_again(problem, tmp_path):

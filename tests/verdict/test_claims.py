@@ -38,7 +38,7 @@ def test_a_file_may_narrow_the_evidence(tmp_path):
     ("changes", "message"),
     [
         ({"tretment": "x"}, "mine.yaml: tretment: Extra inputs"),
-        ({"source": "absent"}, "mine.yaml: source: Field required"),
+        ({"source": "absent", "power": "absent"}, "mine.yaml: expected also source, power, found only "),
         ({"name": "other"}, "mine.yaml: name: unexpected key"),
         ({"direction": "better"}, "direction: .*more_robust"),
         ({"significance": "0.05"}, "significance: .*valid number"),

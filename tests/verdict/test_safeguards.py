@@ -278,6 +278,17 @@ def test_one_attack_without_budget_is_enough_to_end_robustness(make_claim, make_
     assert [(guard.passed, guard.attack) for guard in found] == [(True, "worst_case")] * 2
 
 
+def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_claim, make_run):
+    for broken_by_pgd, passed in ((0.005, True), (INF, False)):
+        attacks = {
+            "pgd": dict(distances=[broken_by_pgd, 0.005, 0.005], norm="l2"),
+            "cw": dict(distances=[INF, 0.004, 0.006], norm="l2", eps=(*LADDER, INF)),
+        }
+        (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
+        found = named(check_evidence(evidence), "unbounded_attack")
+        assert [(guard.passed, guard.attack) for guard in found] == [(passed, "cw")] * 2
+
+
 def test_attacks_that_only_break_the_rules_have_failed(make_claim, make_run):
     runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
