@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -51,6 +51,20 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as cause:
             raise _Interrupted(cause, "what was finished is kept, the same command goes on from there") from None
+        except SystemExit as done:
+            # No command ends so. With its exit code somebody else's code would speak for what was not done.
+            raise LrRobustError(
+                f"something called sys.exit({done.code!r}) before the command was done{_place_of(done)}: take that call out and "
+                "run the same command again; what was finished is kept"
+            ) from None
+
+
+def _place_of(error: BaseException) -> str:
+    """Where an error was raised; nothing where Python does not say."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return "" if at is None else f" ({at.tb_frame.f_code.co_filename}, line {at.tb_lineno})"
 
 
 app = typer.Typer(
@@ -212,6 +226,14 @@ def evaluate(
         print_results([evaluation.folder for evaluation in evaluations])
 
 
+@contextmanager
+def _models_on_stderr() -> Iterator[None]:
+    """Standard output is for results, which programs may read: what a user's model prints goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@_models_on_stderr()
 def _prepare(request: EvaluationRequest) -> list[Evaluation]:
     from lrrobust.console import report_subset, scanning
     from lrrobust.run import prepare_evaluations
@@ -222,6 +244,7 @@ def _prepare(request: EvaluationRequest) -> list[Evaluation]:
     return evaluations
 
 
+@_models_on_stderr()
 def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> None:
     from lrrobust.console import EvaluationProgress
 
@@ -230,6 +253,7 @@ def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> N
             evaluation.run(progress.on_task, progress.on_forward, progress.on_begin, sharing)
 
 
+@_models_on_stderr()
 def _diagnose_all(evaluations: list[Evaluation]) -> None:
     from lrrobust.console import diagnosing
 
@@ -443,7 +467,8 @@ def verify(
     from lrrobust.run import choose_device, load_named
     from lrrobust.verify import verify_export
 
-    found, is_same_model = verify_export(folder, load_named(model, weights, input_size=input_size), choose_device(device))
+    with _models_on_stderr():
+        found, is_same_model = verify_export(folder, load_named(model, weights, input_size=input_size), choose_device(device))
     print_verification(found, is_same_model)
     is_failed = is_same_model and any(each.adversarial < each.n for each in found)
     raise typer.Exit(1 if is_failed else 0)
@@ -576,7 +601,7 @@ def crosscheck(
     budgets = None if peer_eps is None else choose_budgets([part.strip() for part in peer_eps.split(",")], specs)
     _run_all(evaluations)
     for evaluation in evaluations:
-        with crosscheck_progress() as on_attack:
+        with _models_on_stderr(), crosscheck_progress() as on_attack:
             comparison = crosscheck_evaluation(evaluation, peers, on_attack, budgets)
         print_crosscheck(evaluation, comparison, missing, out / f"{evaluation.folder.name}.csv")
 
@@ -628,7 +653,7 @@ def run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except SystemExit as done:
+    except SystemExit as done:  # how shells ask for completions
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return code or 0
 

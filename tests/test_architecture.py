@@ -32,7 +32,10 @@ MAY_IMPORT = {
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
     "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
-    "bench": {"attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "torchvision_import"},
+    "bench": {
+        "attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "process_settings",
+        "torchvision_import",
+    },
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.

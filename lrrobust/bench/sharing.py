@@ -13,9 +13,12 @@ import pandas as pd
 import torch
 
 from lrrobust.attacks.suite import load_suite
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.evaluation.engine import Surrogate, evaluate, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing
+from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
+from lrrobust.process_settings import settle_process
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
 
 _CLASSES = 10
@@ -29,18 +32,23 @@ class SharedWork:
     The attack goes on to its last step on every image, as that of a transfer does, so that the work does not depend on
     what breaks.
 
+    The images have the size of CIFAR's, on which most evaluations of robustness are made, in the batches that
+    `lrrobust eval` makes of itself: a batch is computed mostly in the caches that each core has for itself. Cores that
+    wait for the memory which they share would be slower together whoever divided the work; what is to be measured is what
+    dividing it costs.
+
     Args:
         network: one of `NETWORKS`.
         images, side: how many, and their sides in pixels.
         steps: of PGD.
-        chunk_size: images of a part.
+        chunk_size: images of a part, and of a batch.
     """
 
     network: str = "resnet26"
-    images: int = 96
-    side: int = 64
-    steps: int = 10
-    chunk_size: int = 8
+    images: int = 512
+    side: int = 32
+    steps: int = 5
+    chunk_size: int = DEFAULT_BATCH_SIZE
 
 
 class _RandomImages:
@@ -102,9 +110,11 @@ def _time_shared(work: SharedWork, folder: Path, count: int) -> float:
 
 
 def _evaluate(work: SharedWork, folder: Path, rank: int, count: int, begin: Barrier) -> None:
+    # As in the processes of `lrrobust eval`: its allocator, its memory format, and the network as it is run.
+    settle_process()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = NETWORKS[work.network](_CLASSES).eval()
+    network = fold_constants(NETWORKS[work.network](_CLASSES).to(memory_format=torch.channels_last)).eval()
     images = _RandomImages(work.images, work.side)
     with torch.no_grad():
         # What the network says is right: every image is attacked.

@@ -74,11 +74,14 @@ def open_photos() -> AvcPhotos:
 
 
 def _cache_folder() -> Path:
-    if chosen := os.environ.get("LRROBUST_CACHE"):
-        return Path(chosen).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "lrrobust"
-    return Path.home() / ".cache" / "lrrobust"
+    try:
+        if chosen := os.environ.get("LRROBUST_CACHE"):
+            return Path(chosen).expanduser()
+        if xdg := os.environ.get("XDG_CACHE_HOME"):
+            return Path(xdg) / "lrrobust"
+        return Path.home() / ".cache" / "lrrobust"
+    except RuntimeError as error:  # a container's user without a name
+        raise DataError("the photos are kept in the home folder, and this user has none: set LRROBUST_CACHE to a folder") from error
 
 
 def _fetch(wheel: Path) -> None:

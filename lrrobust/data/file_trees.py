@@ -10,6 +10,7 @@ import bz2
 import gzip
 import lzma
 import os
+import posixpath
 import stat
 import tarfile
 import tempfile
@@ -18,6 +19,7 @@ import weakref
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -87,6 +89,7 @@ class FileTree(ABC):
     Attributes:
         path: of the folder or archive.
         ignored_count: files passed over: other suffixes, links, hidden and unsafe names.
+        unread: how many files of other suffixes there are, by folder and suffix.
         is_fork_safe: whether several processes may read at once, because they share no file position.
     """
 
@@ -95,6 +98,7 @@ class FileTree(ABC):
     def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
         self.path = path
         self.ignored_count = 0
+        self.unread: Counter[tuple[str, str]] = Counter()
         self._suffixes = tuple(suffixes)
         self._names: set[str] = set()
 
@@ -119,6 +123,9 @@ class FileTree(ABC):
         is_safe = not any(part.startswith(".") or part in ("", "__MACOSX") for part in parts)
         if not is_safe or not name.lower().endswith(self._suffixes):
             self.ignored_count += 1
+            if is_safe:
+                folder, file = posixpath.split(name)
+                self.unread[folder, posixpath.splitext(file)[1].lower()] += 1
             return None
         if name in self._names:
             raise DataError(f"{self.path} holds {name!r} twice; remove one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +35,14 @@ class LabelledFile(NamedTuple):
 class Labelling(NamedTuple):
     """The labelled images of one split of a tree.
 
-    `split` is the folder they were chosen from where the tree offered several or one was asked for.
+    `split` is the folder they were chosen from where the tree offered several or one was asked for; `unread` counts by
+    suffix the files in its class folders that are of no format that is read.
     """
 
     files: list[LabelledFile]
     split: str | None
     ignored_count: int
+    unread: Counter[str]
 
 
 def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
@@ -85,7 +87,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         else:
             has_unlabelled = True
             ignored_count += 1
-    chosen = _choose_group(tree.path, groups, split, has_unlabelled)
+    chosen = _choose_group(tree, groups, split, has_unlabelled)
     files = groups[chosen]
     if any(wnid is None for wnid, _ in files):
         files = _label_flat(tree.path, [name for _, name in files], spool)
@@ -94,13 +96,32 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         [LabelledFile(wnid, name) for wnid, name in files],
         posixpath.basename(chosen) if has_choice else None,
         ignored_count,
+        _unread_below(tree, chosen),
     )
 
 
-def _choose_group(path: Path, groups: dict[str, list], split: str | None, has_unlabelled: bool) -> str:
+def _unread_below(tree: FileTree, above: str) -> Counter[str]:
+    """Of the class folders alone: beside them lie readmes and lists."""
+    found: Counter[str] = Counter()
+    for (folder, suffix), count in tree.unread.items():
+        if folder != above and (not above or folder.startswith(f"{above}/")):
+            found[suffix] += count
+    return found
+
+
+def describe_unread(unread: Counter[str]) -> str:
+    """Counts by suffix in words, the most first."""
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in ordered)
+
+
+def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, has_unlabelled: bool) -> str:
+    path = tree.path
     if not groups:
         found = "images outside of any class folder" if has_unlabelled else "no image"
         hint = ""
+        if not has_unlabelled and (unread := _unread_below(tree, "")):
+            found = f"none that ends in {', '.join(IMAGE_SUFFIXES)}, but {describe_unread(unread)}"
         if path.is_dir() and any(file.suffix in (".tar", ".xz", ".gz", ".zip") for file in path.iterdir()):
             hint = "; to read archives in it, give their names or a pattern such as 'folder/train-*.tar.xz'"
         raise DataError(f"{path}: expected images in one folder a class (<class>/<image>), found {found}{hint}")

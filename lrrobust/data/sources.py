@@ -7,14 +7,15 @@ import glob
 import logging
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.avc_photos import open_photos
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
-from lrrobust.data.image_source import ImageSource
-from lrrobust.data.layouts import LAYOUT_SUFFIXES, label_files
+from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
+from lrrobust.data.layouts import LAYOUT_SUFFIXES, describe_unread, label_files
 from lrrobust.errors import DataError
 
 __all__ = ["PHOTOS", "FileImages", "ImageSource", "open_dataset"]
@@ -77,6 +78,7 @@ def open_dataset(spec: str | Path) -> ImageSource:
     names: list[str] = []
     files: list[TreeFile] = []
     ignored_count = 0
+    unread: Counter[str] = Counter()
     for part in _split_parts(str(spec)):
         pattern, split = _split_fragment(part)
         chosen_split = None
@@ -85,10 +87,16 @@ def open_dataset(spec: str | Path) -> ImageSource:
             labelling = label_files(tree, split, spool)
             chosen_split = chosen_split or labelling.split
             ignored_count += labelling.ignored_count
+            unread += labelling.unread
             files += [
                 TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files
             ]
         names.append(_display_name(pattern, chosen_split))
+    if unread:
+        _log.warning(
+            "%s: passed over %d files in class folders (%s), as only those that end in %s are read: if they are images, "
+            "convert them to PNG", ",".join(names), unread.total(), describe_unread(unread), ", ".join(IMAGE_SUFFIXES),
+        )
     return FileImages(",".join(names), files, ignored_count)
 
 

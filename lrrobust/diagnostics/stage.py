@@ -17,10 +17,10 @@ from lrrobust.diagnostics.stronger_attacks import check_convergence, check_large
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.diagnostics.weaker_attacks import check_black_box, check_random_noise, check_single_step
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient
-from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, chunk_seed
 from lrrobust.evaluation.engine import Images, deterministic_float32, seeded
 from lrrobust.evaluation.judge import Judge
+from lrrobust.evaluation.memory import FittingBatch
 from lrrobust.frozen import frozen
 from lrrobust.results import Run
 
@@ -65,11 +65,11 @@ def diagnose(
         specs: the run's attacks.
         run: its rows; all planned parts must be there.
         device: where to compute.
-        batch_size: images passed through the model at once.
+        batch_size: images passed through the model at once; fewer where they do not fit into memory.
         on_check: called before every check, and once after the last.
 
     Raises:
-        ModelError: the model does not behave like a classifier, or there is no room for it.
+        ModelError: the model does not behave like a classifier, or there is no room for a single image.
         DataError: an image can no longer be read.
         ValueError: the run is not complete.
     """
@@ -90,19 +90,19 @@ def diagnose(
                 Judge(model, num_classes, batch_size), pixels.to(device), labels.to(device),
                 [images.keys[place] for place in places], outcomes, fingerprint,
             )
+            fitting = FittingBatch(batch_size, device)
             for done, check in enumerate(CHECKS):
                 name = check.__name__.removeprefix("check_")
                 if on_check is not None:
                     on_check(name, done, len(CHECKS))
-                try:
+
+                def try_with(size: int) -> list[Diagnostic]:
+                    subject.judge.batch_size = size
                     # For what a randomised model draws itself.
                     with seeded(device, chunk_seed(fingerprint, f"diagnostics {name}", 0)):
-                        results += check(subject)
-                except torch.OutOfMemoryError as error:
-                    raise ModelError(
-                        f"out of memory on {device} while diagnosing with {batch_size} images at once: "
-                        "use a smaller --batch-size, or --no-diagnostics"
-                    ) from error
+                        return list(check(subject))
+
+                results += fitting.run(try_with)
     if on_check is not None:
         on_check("done", len(CHECKS), len(CHECKS))
     return Diagnostics(

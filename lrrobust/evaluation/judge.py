@@ -123,7 +123,8 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     try:
         return model(images)
-    except Exception as error:
+    # With its exit code a model that calls sys.exit would speak for the whole evaluation.
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]

@@ -14,8 +14,9 @@ from lrrobust.results import PartId, RunStore
 if TYPE_CHECKING:
     from lrrobust.evaluation.engine import Task
 
-#: Seconds between two looks at what the others do, at first and at most, while there is nothing to do.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+#: Seconds between two looks at what the others do, at first and at most, while there is nothing to do. Growing by a tenth
+#: they are about a tenth of the wait so far: nobody sleeps much longer than the others work.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH = 0.05, 5.0, 1.1
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class TaskQueue:
                 pause_s = _FIRST_PAUSE_S
             elif self._open:
                 self._sleep(min(pause_s, self._sharing.lease_s / 4))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
             elif not self._reopen_damaged():
                 return
 

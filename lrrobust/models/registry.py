@@ -301,6 +301,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     # Dataclasses and pickle look a class's module up here.
     sys.modules[spec.name] = module
     folder = str(path.parent)
+    working_folder = os.getcwd()
     loaded_before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
@@ -317,8 +318,11 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
             f"{path_text}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     finally:
-        # Not the first entry blindly: the file may have put others in front.
-        sys.path.remove(folder)
+        # What else the command names, images and results, is meant from where it was given.
+        os.chdir(working_folder)
+        # Not the first entry blindly: the file may have put others in front, or have taken this one out.
+        if folder in sys.path:
+            sys.path.remove(folder)
         # Helpers beside the file are its own: another model's helper may have the same name.
         for helper in set(sys.modules) - loaded_before:
             if (getattr(sys.modules[helper], "__file__", None) or "").startswith(folder + os.sep):

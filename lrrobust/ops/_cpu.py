@@ -13,6 +13,7 @@ numba's on-disk cache notices changes of this file only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -26,6 +27,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import event
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
@@ -40,12 +42,37 @@ QUAD = 4
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
 
 
+class _Cache(FunctionCache):
+    """numba's cache on disk, which may fail at any time: then what is compiled serves this process alone."""
+
+    _is_failure_said = False
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            # Cut short by a power cut or a full disk: what cannot be read is made anew, unpickling raises whatever strikes it.
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            if not _Cache._is_failure_said:
+                reason = f"{self.cache_path} cannot be written ({error.strerror})"
+                print(f"lrrobust: {reason}: the next start compiles again; NUMBA_CACHE_DIR can name another folder", file=sys.stderr)
+                _Cache._is_failure_said = True
+
+
 def _compiled(function, **options):
     """Compiled at first use; kept on disk, unless no folder for it can be written (containers)."""
-    try:
-        return njit(cache=True, nogil=True, **options)(function)
-    except RuntimeError:
-        return njit(nogil=True, **options)(function)
+    dispatcher = njit(nogil=True, **options)(function)
+    # What `cache=True` does, but for the class.
+    with contextlib.suppress(RuntimeError):
+        dispatcher._cache = _Cache(function)
+    return dispatcher
 
 
 _compiled_inline = functools.partial(_compiled, inline="always")

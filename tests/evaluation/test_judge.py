@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,12 @@ class Answer(nn.Module):
 def test_logits_that_cannot_be_trusted_are_refused(clean, answer, message):
     with pytest.raises(ModelError, match=message):
         Judge(Answer(answer).eval(), 2).predict(*clean, KEYS)
+
+
+def test_a_model_that_ends_the_program_fails_like_any_other(clean):
+    """With its exit code it would speak for the evaluation: after a 0 a gate in somebody's CI passes."""
+    with pytest.raises(ModelError, match=r"the model fails on images of shape .* with SystemExit: 0"):
+        Judge(Answer(lambda _: sys.exit(0)).eval(), 2).predict(*clean, KEYS)
 
 
 def test_a_part_in_training_mode_is_named():

@@ -151,6 +151,24 @@ def test_what_a_slow_process_stores_in_time_is_not_done_again(store):
     assert sorted([*done, at]) == sorted(all_parts()) and seen == [at]
 
 
+def test_nobody_sleeps_much_longer_than_the_others_work(store):
+    next(iter(queue(store, Sharing(1, 2, lease_s=1e9))))
+    pauses = []
+
+    def sleep(pause_s):
+        pauses.append(pause_s)
+        if sum(pauses) > 600:
+            raise Idle
+
+    with pytest.raises(Idle):
+        for task in queue(store, Sharing(0, 2, lease_s=1e9), sleep=sleep):
+            store.parts.append(task.part)
+    waits = list(itertools.accumulate(pauses))
+    assert all(pause_s <= 0.051 + 0.11 * waited for pause_s, waited in zip(pauses[1:], waits))
+    # Nor are hundreds of processes forever at the file system.
+    assert max(pauses) == 5 and len(pauses) < 250
+
+
 def test_a_part_stored_between_look_and_lease_is_not_done_again(store):
     mine = queue(store, Sharing(0, 1))
     looks = itertools.count()

@@ -1,3 +1,4 @@
+import os
 import re
 import sys
 import types
@@ -299,6 +300,10 @@ def fails():
     numbers = []
     return numbers[3]
 
+def ends():
+    import sys
+    sys.exit(0)
+
 def fails_in_two_lines():
     raise ValueError("first\\nsecond")
 """
@@ -329,6 +334,15 @@ def test_what_a_user_file_adds_to_the_search_path_stays(user_file, monkeypatch, 
     load(f"{user_file}:build")
     assert sys.path[expected] == "/mine"
     assert [entry for entry in sys.path if entry != "/mine"] == before
+
+
+@pytest.mark.parametrize("line", ["os.chdir('/')", "sys.path.clear()", "sys.path = []"])
+def test_what_a_user_file_does_to_the_process_harms_nobody(user_file, monkeypatch, line):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(user_file.parent)
+    user_file.write_text(GOOD.replace("def build():", f"def build():\n    import os, sys\n    {line}"))
+    assert load("my_model.py:build").input_size == 40
+    assert os.getcwd() == str(user_file.parent)
 
 
 def test_user_module_with_classes(user_file):
@@ -379,7 +393,8 @@ def test_a_colon_without_a_file_is_no_model():
         ("not_a_function", "my_model.py has no function 'not_a_function'"),
         ("wrong", "my_model.py:wrong returned dict: expected a lrrobust.models.Classifier"),
         ("fails", "my_model.py, line 27 failed with IndexError: list index out of range"),
-        ("fails_in_two_lines", "my_model.py, line 30 failed with ValueError: first second$"),
+        ("fails_in_two_lines", "my_model.py, line 34 failed with ValueError: first second$"),
+        ("ends", "my_model.py, line 31 failed with SystemExit: 0"),
     ],
 )
 def test_user_mistakes(user_file, monkeypatch, factory, message, is_relative):
