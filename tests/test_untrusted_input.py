@@ -242,7 +242,11 @@ class Attacker:
         return Path.touch, (Path("hacked"),)
 
 
-@pytest.mark.parametrize("payload", [Attacker(), {"layer.weight": Attacker()}, {"state_dict": {"w": Attacker()}}], ids=["alone", "parameter", "nested"])
+@pytest.mark.parametrize(
+    "payload",
+    [Attacker(), {"layer.weight": Attacker()}, {"state_dict": {"w": Attacker()}}],
+    ids=["alone", "parameter", "nested"],
+)
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, payload):
     monkeypatch.chdir(tmp_path)
     torch.save(payload, tmp_path / "x.pt")
