@@ -26,6 +26,11 @@ def is_multi_step(spec: AttackSpec) -> bool:
     return is_white_box(spec) and getattr(spec, "steps", 1) > 1
 
 
+def aims_at_classes(spec: AttackSpec) -> bool:
+    """Whether its last start leads to a chosen class, however near another one is."""
+    return getattr(spec, "target", "none") != "none" or getattr(spec, "loss", None) == "targeted_dlr"
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What one attack did to N images at L budgets.

@@ -5,7 +5,7 @@
 #
 # Started again after an interruption it goes on where it stopped. val-a.tar.xz: 25 images of each class of
 # Tiny-ImageNet-200's validation set, in class folders. N images of it meet the cheap attacks, the FEW first drawn of
-# these the costly ones, as do all photos and FEW of them. Further arguments go to every evaluation, such as --share.
+# these the costly ones, as do all photos and FEW of them. WITH_AUTOATTACK=1 compares with AutoAttack. Further arguments go to every evaluation, such as --share.
 set -eu
 VAL_A=$1
 shift
@@ -25,6 +25,12 @@ lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL
 lrrobust eval $PAIR --dataset photos --suite standard --n "$PHOTOS" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --dataset photos --suite strong --n "$FEW" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset photos --attack pgd --n "$FEW" --out "$RUNS/photos" "$@"
+
+# AutoAttack by its authors beside ours, on the same images at one budget; needs pip install --no-deps pyautoattack.
+if [ -n "${WITH_AUTOATTACK:-}" ]; then
+    lrrobust crosscheck $PAIR --dataset "$VAL_A" --suite strong --n "$FEW" --peer autoattack --peer-eps 1/255 \
+        --runs "$RUNS/val_a" --out "$OUT/crosscheck"
+fi
 
 # Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence).
 lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery

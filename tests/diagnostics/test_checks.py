@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, PgdSpec
 
 LADDER = tuple(step / 255 for step in (2, 4, 8, 16))
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
@@ -35,6 +35,25 @@ def test_a_minimal_norm_attack_on_a_sound_model_passes(diagnosed, sound_linear):
     assert {("zero_gradient", "cw"), ("convergence", "cw"), ("black_box", "cw")} <= found.keys()
     # It has no budget to enlarge.
     assert "large_eps" not in {name for name, _ in found}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ApgdSpec(name="aimed", kind="apgd", norm="linf", eps=LADDER, loss="targeted_dlr", targets=4, steps=10),
+        PgdSpec(name="aimed", kind="pgd", norm="linf", eps=LADDER, target="least_likely", steps=10),
+    ],
+    ids=["apgd", "pgd"],
+)
+def test_an_attack_that_aims_at_classes(diagnosed, sound_linear, spec):
+    found = diagnosed(sound_linear, spec)
+    # Towards a far class the margin to the nearest may grow.
+    assert found["loss_rises", "aimed"].passed is None and not failed(found) & {"zero_gradient", "large_eps"}
+
+
+def test_a_rounding_layer_under_an_attack_that_aims_at_classes(diagnosed, unsound):
+    spec = ApgdSpec(name="aimed", kind="apgd", norm="linf", eps=LADDER, loss="targeted_dlr", targets=4, steps=10)
+    assert {"zero_gradient", "random_noise"} <= failed(diagnosed(unsound("rounded"), spec))
 
 
 def test_a_rounding_layer(diagnosed, unsound):
