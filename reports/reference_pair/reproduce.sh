@@ -5,7 +5,8 @@
 #
 # Started again after an interruption it goes on where it stopped. val-a.tar.xz: 25 images of each class of
 # Tiny-ImageNet-200's validation set, in class folders. N images of it meet the cheap attacks, the FEW first drawn of
-# these the costly ones, as do all photos and FEW of them. WITH_AUTOATTACK=1 compares with AutoAttack. Further arguments go to every evaluation, such as --share.
+# these the costly ones, as do all photos and FEW of them. WITH_AUTOATTACK=1 compares with AutoAttack. Further arguments
+# go to every evaluation, such as --share.
 set -eu
 VAL_A=$1
 shift
