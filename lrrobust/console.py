@@ -54,10 +54,17 @@ if TYPE_CHECKING:
 #: Width of tables in files and logs, which wrap nothing.
 _LOG_WIDTH = 140
 
-#: Tables go to standard output; everything that only accompanies them to standard error.
-# Without emoji: `file.py:b:` names a model.
-_tables = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
-_notices = Console(stderr=True, emoji=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process; whoever calls a command decides what becomes of it.
+        raise
+
+
+# Tables go to standard output; everything that only accompanies them to standard error. Without emoji: `file.py:b:` names
+# a model.
+_tables = _Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
+_notices = _Console(stderr=True, emoji=False)
 
 #: Without a terminal a line of progress at most this often.
 _LINE_INTERVAL_S = 30.0
