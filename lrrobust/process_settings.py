@@ -1,4 +1,4 @@
-"""Settings of this process that make tensor code fast; made before torch is loaded."""
+"""What this process may use, and settings of it that make tensor code fast, made before torch is loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import os
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST_INT = 2**31 - 1
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def settle_process() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lrrobust
+from lrrobust.process_settings import count_cores
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,7 @@ def describe_processor() -> str:
                 break
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {count_cores()} cores"
 
 
 def _version(package: str) -> str | None:

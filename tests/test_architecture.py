@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "report.formatting", "tables", "results"},
     "tables": set(),
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},
     "threat": {"errors"},
-    "provenance": {"lrrobust"},
+    "provenance": {"lrrobust", "process_settings"},
     "errors": set(),
     "config_file": {"errors"},
     "eps": set(),

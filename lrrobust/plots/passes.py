@@ -11,15 +11,13 @@ from matplotlib.ticker import NullLocator
 from lrrobust.plots.style import (
     add_legend,
     build_panels,
+    drawn_points,
     isolated_style,
     line_style,
     lowest_panels,
     render,
     set_accuracy_axis,
 )
-
-#: Points of a curve that are drawn at most.
-_MOST_STEPS = 400
 
 
 def render_passes(curves: pd.DataFrame, title: str, xlabel: str, columns: int, kinds: Sequence[str]) -> dict[str, bytes]:
@@ -54,7 +52,7 @@ def render_passes(curves: pd.DataFrame, title: str, xlabel: str, columns: int, k
                 if curve.empty:
                     continue
                 passes, accuracy = curve["passes"].to_numpy(np.float64), 100 * curve["robust_accuracy"].to_numpy(np.float64)
-                kept = np.unique(np.linspace(0, len(passes) - 1, _MOST_STEPS).round().astype(int))
+                kept = drawn_points(len(passes))
                 style = line_style(place)
                 # The sign stands at the end, where the attack stopped.
                 (line,) = panel.plot(

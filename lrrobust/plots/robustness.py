@@ -14,6 +14,7 @@ from lrrobust.plots.style import (
     NORM_LABELS,
     add_legend,
     build_panels,
+    drawn_points,
     isolated_style,
     line_style,
     lowest_panels,
@@ -22,9 +23,6 @@ from lrrobust.plots.style import (
     span,
 )
 from lrrobust.stats import wilson_interval
-
-#: Points of a minimal-norm attack's curve that are drawn at most.
-_MOST_STEPS = 400
 
 
 def render_robustness_curves(
@@ -111,8 +109,8 @@ def _draw_steps(panel: Axes, of_steps: pd.DataFrame, axis: EpsAxis, style: dict[
     inside = pd.concat([inside, inside.iloc[-1:].assign(eps=axis.points[-1])])
     marked = np.searchsorted(inside["eps"].to_numpy(), axis.points, side="right") - 1
     at_ticks = 100 * inside["robust_accuracy"].to_numpy()[marked]
-    # More steps than this are finer than the line is wide, and would make files of megabytes.
-    inside = inside.iloc[np.unique(np.linspace(0, len(inside) - 1, _MOST_STEPS).round().astype(int))]
+    # More steps are finer than the line is wide, and would make files of megabytes.
+    inside = inside.iloc[drawn_points(len(inside))]
     accuracy = 100 * inside["robust_accuracy"]
     panel.plot(inside["eps"], accuracy, drawstyle="steps-post", **(style | {"marker": "", "label": "_"}))
     panel.plot(axis.points, at_ticks, clip_on=False, **(style | {"linestyle": "", "label": "_"}))

@@ -47,6 +47,9 @@ _STYLE = {
 #: Pixels of a PNG file to the inch: sharp on paper, too.
 _PNG_DPI = 200
 
+#: Points of a curve that are drawn at most.
+_MOST_POINTS = 400
+
 #: Inches: width and height of a panel, and what lies around panels.
 _PANEL = (2.2, 1.55)
 _LEFT, _RIGHT, _TOP, _BOTTOM, _WIDE_GAP, _HIGH_GAP, _LEGEND_LINE = 0.62, 0.15, 0.62, 0.5, 0.22, 0.52, 0.19
@@ -114,6 +117,11 @@ def set_accuracy_axis(panel: Axes, accuracies: ArrayLike) -> None:
     """From 0 to the fifth of 100 % that holds all accuracies, in percent: those of weak models fill their panels, too."""
     highest = float(np.nanmax(np.asarray(accuracies, dtype=np.float64), initial=0.0))
     panel.set_ylim(0, min(100, 20 * max(1, math.ceil(highest / 20 - 1e-9))))
+
+
+def drawn_points(count: int) -> np.ndarray:
+    """Places of the points of a curve that are drawn: all of few, evenly chosen ones of many, the ends among them."""
+    return np.unique(np.linspace(0, count - 1, _MOST_POINTS).round().astype(int))
 
 
 def lowest_panels(count: int, columns: int) -> range:

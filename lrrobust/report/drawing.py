@@ -13,6 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from lrrobust.process_settings import count_cores
+
 _log = logging.getLogger(__name__)
 
 #: Figures from which on a second process saves more time than it takes to start.
@@ -46,7 +48,7 @@ class Drawers:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._is_alone = _cores() < 2
+        self._is_alone = count_cores() < 2
 
     def __enter__(self) -> Drawers:
         return self
@@ -99,10 +101,6 @@ def _fetch(future: Future[Drawing], sketch: Sketch) -> Drawing:
     except BrokenProcessPool:
         # Such as killed for want of memory: nothing is lost that cannot be drawn here.
         return _draw(sketch)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def test_few_figures_are_drawn_here():
 
 
 def test_many_figures_are_drawn_by_two_processes(monkeypatch):
-    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "count_cores", lambda: 2)
     drawn = draw([sketch(number, os.getpid, ()) for number in range(9)])
     pids = [each.files for each in drawn]
     assert [each.stem for each in drawn] == [f"figure_{number}" for number in range(9)]
@@ -55,12 +55,12 @@ class Broken:
 @pytest.mark.parametrize("at_start", [True, False])
 def test_a_process_that_ends_is_done_without(monkeypatch, at_start):
     pool = Broken(at_start)
-    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "count_cores", lambda: 2)
     monkeypatch.setattr(drawing, "ProcessPoolExecutor", lambda *_, **__: pool)
     assert draw([sketch(number) for number in range(9)]) == expected(9) and pool.is_shut_down
 
 
 def test_errors_of_either_process_come_through(monkeypatch):
-    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "count_cores", lambda: 2)
     with pytest.raises(ValueError, match="could not convert"):
         draw([*(sketch(number) for number in range(8)), sketch(8, float, ("no number",))])
