@@ -427,14 +427,11 @@ def report(
         print_verdicts(verdicts)
         write_verdicts(verdicts, out / "claim.json")
         of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
-        drawings, claim_drawings = of_runs(), [collect() for collect in of_claims]
-    written = [
-        *write_page(
-            loaded, out, sys.argv, verdicts, drawings, summary, claim_drawings=claim_drawings, with_gallery=gallery
-        ),
-        *write_report(loaded, out, drawings, summary, sys.argv),
-        *write_transfer(loaded, out),
-    ]
+        written = [
+            *write_page(loaded, out, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery),
+            *write_report(loaded, out, of_runs(), summary, sys.argv),
+            *write_transfer(loaded, out),
+        ]
     print_report(loaded, summary, [out / "claim.json", *written])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lrrobust.results import Run, breaking_eps, manifest_value
+from lrrobust.results import Run, breaking_eps, manifest_value, texts
 from lrrobust.stats import mcnemar_p_value, wilson_interval
 
 #: Probability, at most, with which a sound white-box attack on one target is said to be beaten by transferred images.
@@ -136,7 +136,7 @@ class _Broken:
 
 
 def _broken(run: Run) -> Iterator[_Broken]:
-    rows = pd.DataFrame({name: run.rows[name].to_numpy(object) for name in ("attack", "norm")})
+    rows = pd.DataFrame({name: texts(run.rows[name]) for name in ("attack", "norm")})
     rows["index"], rows["eps"] = run.rows["index"].to_numpy(np.int64), run.rows["eps"].to_numpy(np.float64)
     rows["broken"] = breaking_eps(run.rows)
     for (attack, norm), of_attack in rows.groupby(["attack", "norm"], sort=False):

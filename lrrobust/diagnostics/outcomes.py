@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.attacks.specs import AttackSpec
-from lrrobust.results import distances
+from lrrobust.results import distances, texts
 from lrrobust.threat import Norm
 
 #: Attacks that see logits only: no gradient of theirs can vanish, and none of them is expected to beat the others.
@@ -112,7 +112,7 @@ def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:
     order = np.argsort(eps, kind="stable")
     ladder = np.unique(eps)
     columns = {name: rows[name].to_numpy(bool) for name in ("is_clean_correct", "is_broken")}
-    columns |= {"outcome": rows["outcome"].to_numpy(object)}
+    columns |= {"outcome": texts(rows["outcome"]).to_numpy()}
     columns |= {"distance": distances(rows)}
     for name in ("clean_margin", "adversarial_margin", "backward_passes"):
         columns[name] = rows[name].to_numpy(np.float64, na_value=np.nan)

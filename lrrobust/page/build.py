@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
-from lrrobust.report.drawing import Drawing, draw
+from lrrobust.report.drawing import Collect, Drawing, draw
 from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
@@ -73,14 +75,13 @@ class _Classes:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """All that the page shows of the runs on one set of images."""
+    """All that the page shows of the runs on one set of images, but for its figures."""
 
     anchor: str
     name: str
     n: int
     sha256: str
     notices: Sequence[str]
-    figures: Sequence[_Figure]
     how_to_read: Sequence[str]
     summary: Table
     transfer: Table
@@ -105,10 +106,10 @@ def write_page(
     out_dir: Path,
     command: Sequence[str],
     verdicts: Verdicts | None = None,
-    drawings: Sequence[Drawing] | None = None,
+    drawings: Collect | None = None,
     summary: pd.DataFrame | None = None,
     *,
-    claim_drawings: Sequence[Sequence[Drawing]] | None = None,
+    claim_drawings: Sequence[Collect] | None = None,
     with_gallery: bool = True,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
@@ -121,8 +122,9 @@ def write_page(
         out_dir: created where missing.
         command: of the report itself, as in `sys.argv`; the last of those that reproduce the page.
         verdicts: of the claims judged on these runs; None when none was.
-        drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
-        claim_drawings: of the figures that `sketch_claims` sketches of the verdicts; None makes them.
+        drawings: gives what `draw_runs` draws of the same runs; called last, since others may draw meanwhile. None draws.
+        summary: made by `summarise` of the same runs; None makes it.
+        claim_drawings: as `drawings`, of the figures that `sketch_claims` sketches of each verdict.
         with_gallery: show images; without, no pixel of any image is in the page.
 
     Returns:
@@ -136,12 +138,18 @@ def write_page(
     page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
     summary = summarise(runs) if summary is None else summary
-    drawings = draw_runs(runs, ["svg"], summary) if drawings is None else drawings
-    if claim_drawings is None:
-        claim_drawings = [] if verdicts is None else [draw(sketches) for sketches in sketch_claims(verdicts.results)]
-    judged = [] if verdicts is None else list(zip(verdicts.results, claim_drawings, strict=True))
-    not_judged = () if verdicts is None else verdicts.not_judged
-    write_file(page, _render(named, summary, classes, command, judged, not_judged, drawings, with_gallery).encode())
+    per_class: dict[str, dict[str, Any]] = {}
+    datasets = list(_datasets(named, summary, classes, per_class, with_gallery))
+    figures: defaultdict[str, list[_Figure]] = defaultdict(list)
+    for drawing in draw_runs(runs, ["svg"], summary) if drawings is None else drawings():
+        figures[drawing.dataset_sha256].append(_figure(drawing))
+    judged, not_judged = [], ()
+    if verdicts is not None:
+        if claim_drawings is None:
+            claim_drawings = [partial(draw, sketches) for sketches in sketch_claims(verdicts.results)]
+        judged = [(result, collect()) for result, collect in zip(verdicts.results, claim_drawings, strict=True)]
+        not_judged = verdicts.not_judged
+    write_file(page, _render(named, command, judged, not_judged, datasets, figures, per_class).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]
 
 
@@ -170,13 +178,12 @@ def _write_comparisons(judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]], 
 
 def _render(
     runs: Mapping[str, Run],
-    summary: pd.DataFrame,
-    classes: pd.DataFrame,
     command: Sequence[str],
     judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]],
     not_judged: Sequence[NotJudged],
-    drawings: Sequence[Drawing],
-    with_gallery: bool,
+    datasets: Sequence[_Dataset],
+    figures: Mapping[str, Sequence[_Figure]],
+    per_class: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page's text; the same input gives the same text."""
     environment = jinja2.Environment(
@@ -188,7 +195,6 @@ def _render(
     )
     script = _read("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    per_class: dict[str, dict[str, Any]] = {}
     return environment.get_template("report.html.j2").render(
         version=lrrobust.__version__,
         style=_read("report.css"),
@@ -196,7 +202,8 @@ def _render(
         script_sha256=digest,
         judged=[_judge(result, of_claim) for result, of_claim in judged],
         not_judged=not_judged,
-        datasets=list(_datasets(runs, summary, classes, drawings, per_class, with_gallery)),
+        datasets=datasets,
+        figures=figures,
         provenance=[_provenance(name, run) for name, run in runs.items()],
         reproduction=reproduction(list(runs.values()), command),
         per_class=per_class,
@@ -233,7 +240,6 @@ def _datasets(
     runs: Mapping[str, Run],
     summary: pd.DataFrame,
     classes: pd.DataFrame,
-    drawings: Sequence[Drawing],
     per_class: dict[str, dict[str, Any]],
     with_gallery: bool,
 ) -> Iterator[_Dataset]:
@@ -259,7 +265,6 @@ def _datasets(
             n=dataset["n"],
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
-            figures=[_figure(drawing) for drawing in drawings if drawing.dataset_sha256 == sha256],
             how_to_read=how_to_read(rows),
             summary=summary_table(rows),
             transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),

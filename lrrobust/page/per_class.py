@@ -10,7 +10,7 @@ import pandas as pd
 
 from lrrobust.page.gallery import class_name
 from lrrobust.report.formatting import format_eps
-from lrrobust.results import Run
+from lrrobust.results import Run, texts
 from lrrobust.stats import wilson_interval
 
 #: One row for each run, attack, eps and class; accuracies and interval as fractions over the class's images.
@@ -25,11 +25,11 @@ def summarise_classes(runs: Mapping[str, Run]) -> pd.DataFrame:
     for name, run in runs.items():
         rows = pd.DataFrame(
             {
-                "attack": run.rows["attack"].to_numpy(object),
-                "norm": run.rows["norm"].to_numpy(object),
+                "attack": texts(run.rows["attack"]),
+                "norm": texts(run.rows["norm"]),
                 "eps": run.rows["eps"].to_numpy(np.float64),
                 "label": run.rows["label"].to_numpy(np.int64),
-                "wnid": run.rows["wnid"].to_numpy(object),
+                "wnid": texts(run.rows["wnid"]),
                 "clean": run.rows["is_clean_correct"].to_numpy(bool),
                 "robust": ~run.rows["is_broken"].to_numpy(bool),
             }

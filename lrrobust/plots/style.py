@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 from PIL import Image
 
-# It warns of the dates inside matplotlib's fonts.
-logging.getLogger("fontTools").setLevel(logging.ERROR)
+from lrrobust.plots.small_font import font_families
 
 #: Okabe and Ito's palette without its yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -40,7 +38,7 @@ _STYLE = {
     "svg.hashsalt": "lrrobust",
     # Type 42 fonts: journals refuse matplotlib's own choice.
     "pdf.fonttype": 42,
-    # A PDF spends most of its time on cutting fonts to size: mathematics is set in small ones, which look like it, too.
+    # Small fonts, for the same reason as `small_font`; they look like mathematics, too.
     "mathtext.fontset": "cm",
 }
 
@@ -177,5 +175,5 @@ def isolated_style() -> Iterator[None]:
     """Matplotlib's own defaults and ours inside, the user's settings again outside."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(_STYLE | {"font.family": font_families()})
         yield

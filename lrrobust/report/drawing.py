@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lrrobust.process_settings import count_cores
@@ -40,6 +41,19 @@ class Sketch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+#: Gives drawings once they are wanted: in the order of their sketches, without those that turned out to show nothing.
+Collect = Callable[[], Sequence[Drawing]]
+
+
+@dataclass(eq=False)
+class _Order:
+    """A figure to be drawn by whoever comes first; `future` is None where nobody else can."""
+
+    sketch: Sketch
+    future: Future[Drawing] | None = None
+    drawing: Drawing | None = None
+
+
 class Drawers:
     """This process and, where there is much to draw, a second one that begins at once, while this one does other work.
 
@@ -49,6 +63,7 @@ class Drawers:
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._is_alone = count_cores() < 2
+        self._orders: list[_Order] = []
 
     def __enter__(self) -> Drawers:
         return self
@@ -57,50 +72,58 @@ class Drawers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def begin(self, sketches: Sequence[Sketch]) -> Callable[[], list[Drawing]]:
-        """Begins to draw; the function returned does the rest and gives the drawings, the same whoever drew them.
+    def begin(self, sketches: Sequence[Sketch]) -> Collect:
+        """Begins to draw; the function returned does the rest, the same whoever draws. To be called late, inside the context."""
+        orders = [_Order(sketch) for sketch in sketches]
+        self._orders += orders
+        waiting = [order for order in self._orders if order.future is None and order.drawing is None]
+        if not self._is_alone and (self._pool is not None or len(waiting) >= _MANY):
+            try:
+                self._share(waiting)
+            except (BrokenProcessPool, OSError) as error:
+                _log.warning("no second process to draw figures with (%s): one draws them all", error)
+                self._is_alone = True
+        return lambda: self._collect(orders)
 
-        In the order of the sketches, without those that turned out to show nothing.
-        """
-        if len(sketches) < _MANY and self._pool is None or self._is_alone:
-            return lambda: _with_files(map(_draw, sketches))
-        try:
-            with _interrupts_blocked():
-                if self._pool is None:
-                    # Not forked: libraries that have threads do not survive that.
-                    context = multiprocessing.get_context("spawn")
-                    self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_serve)
-                # The other process begins at the end, this one at the start, until they meet.
-                futures = [self._pool.submit(_draw, sketch) for sketch in reversed(sketches)][::-1]
-        except (BrokenProcessPool, OSError) as error:
-            _log.warning("no second process to draw figures with (%s): one draws them all", error)
-            self._is_alone = True
-            return lambda: _with_files(map(_draw, sketches))
-        return lambda: _with_files(
-            _draw(sketch) if future.cancel() else _fetch(future, sketch) for sketch, future in zip(sketches, futures)
-        )
+    def _share(self, orders: Sequence[_Order]) -> None:
+        with _interrupts_blocked():
+            if self._pool is None:
+                # Not forked: libraries that have threads do not survive that.
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_serve)
+            for order in orders:
+                order.future = self._pool.submit(_draw, order.sketch)
+
+    def _collect(self, orders: Sequence[_Order]) -> list[Drawing]:
+        # The other process goes from the first order to the last, this one back from the last, until they meet.
+        for order in reversed(self._orders):
+            if order.drawing is None and (order.future is None or order.future.cancel()):
+                order.drawing = _draw(order.sketch)
+        drawings = []
+        for order in orders:
+            if order.drawing is None:
+                order.drawing = _fetch(order)
+            if order.drawing.files:
+                drawings.append(order.drawing)
+        return drawings
 
 
-def draw(sketches: Sequence[Sketch]) -> list[Drawing]:
+def draw(sketches: Sequence[Sketch]) -> Sequence[Drawing]:
     """What `Drawers.begin` gives, for who has nothing else to do meanwhile."""
     with Drawers() as drawers:
         return drawers.begin(sketches)()
-
-
-def _with_files(drawings: Iterable[Drawing]) -> list[Drawing]:
-    return [drawing for drawing in drawings if drawing.files]
 
 
 def _draw(sketch: Sketch) -> Drawing:
     return Drawing(sketch.dataset_sha256, sketch.stem, sketch.description, sketch.render(*sketch.arguments))
 
 
-def _fetch(future: Future[Drawing], sketch: Sketch) -> Drawing:
+def _fetch(order: _Order) -> Drawing:
     try:
-        return future.result()
+        return order.future.result()
     except BrokenProcessPool:
         # Such as killed for want of memory: nothing is lost that cannot be drawn here.
-        return _draw(sketch)
+        return _draw(order.sketch)
 
 
 @contextmanager

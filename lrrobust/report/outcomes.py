@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
-from lrrobust.results import Run, breaking_eps, distances
+from lrrobust.results import Run, breaking_eps, distances, texts
 from lrrobust.stats import passes_up_to
 
 #: Run -> its outcomes, which tables, exact curves and curves over passes all start from.
@@ -31,8 +31,8 @@ def _plain_outcomes(run: Run) -> pd.DataFrame:
         {
             "index": rows["index"].to_numpy(np.int64),
             "label": rows["label"].to_numpy(np.int64),
-            "attack": rows["attack"].to_numpy(object),
-            "norm": rows["norm"].to_numpy(object),
+            "attack": texts(rows["attack"]),
+            "norm": texts(rows["norm"]),
             "eps": rows["eps"].to_numpy(np.float64),
             "is_broken_earlier": (rows["outcome"] == "broken_by_earlier_attack").to_numpy(bool),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),

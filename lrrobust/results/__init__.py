@@ -3,7 +3,7 @@
 from lrrobust.results.adversarial import AdversarialImage
 from lrrobust.results.examples import Example, example_count
 from lrrobust.results.files import write_file
-from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table
+from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table, texts
 from lrrobust.results.store import (
     PartId,
     Run,
@@ -35,5 +35,6 @@ __all__ = [
     "load_run",
     "manifest_value",
     "rows_to_table",
+    "texts",
     "write_file",
 ]

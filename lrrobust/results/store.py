@@ -17,7 +17,9 @@ import json
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -272,10 +274,10 @@ def load_run(folder: Path) -> Run:
     )
     tables, metadata = [], {}
     ladders: dict[str, set[float]] = {}
-    for part in parts:
+    for part, read in zip(parts, _read_ahead(folder, manifest, parts)):
         path = _part_path(folder, part)
         try:
-            table, found = _read_rows(folder, manifest, part)
+            table, found = read()
         except FileNotFoundError:
             continue
         except _DamagedPart as damage:
@@ -484,6 +486,20 @@ def _read_rows(folder: Path, manifest: Mapping[str, Any], part: PartId) -> tuple
     except ValueError as error:
         raise _foreign(error) from None
     return table, metadata
+
+
+def _read_ahead(
+    folder: Path, manifest: Mapping[str, Any], parts: Sequence[PartId]
+) -> Iterator[Callable[[], tuple[pa.Table, dict[str, str]]]]:
+    """For each part what gives `_read_rows` of it, or its error; two threads read, since half of it is not Python."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        futures = deque(pool.submit(_read_rows, folder, manifest, part) for part in parts)
+        while futures:
+            yield futures.popleft().result
+    finally:
+        # Whoever is interrupted does not wait for all that was ahead.
+        pool.shutdown(cancel_futures=True)
 
 
 def _foreign(error: Exception) -> _DamagedPart:

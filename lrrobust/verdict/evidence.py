@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.report.naming import WORST_CASE
-from lrrobust.results import Run, breaking_eps, manifest_value
+from lrrobust.results import Run, breaking_eps, manifest_value, texts
 from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, NotJudged, Norm, Population
 
@@ -299,12 +299,12 @@ def _plain_rows(run: Run, place: int) -> pd.DataFrame:
         {
             "run": place,
             "image": _image_names(rows),
-            "attack": rows["attack"].to_numpy(object),
-            "norm": rows["norm"].to_numpy(object),
+            "attack": texts(rows["attack"]),
+            "norm": texts(rows["norm"]),
             "eps": rows["eps"].to_numpy(np.float64),
             "is_clean_correct": rows["is_clean_correct"].to_numpy(bool),
             "is_broken": rows["is_broken"].to_numpy(bool),
-            "outcome": rows["outcome"].to_numpy(object),
+            "outcome": texts(rows["outcome"]),
             "label": rows["label"].to_numpy(np.int64),
             "clean_prediction": rows["clean_prediction"].to_numpy(np.int64),
             "breaking_eps": breaking_eps(rows),

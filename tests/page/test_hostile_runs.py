@@ -295,7 +295,7 @@ def test_no_text_of_a_run_becomes_part_of_the_page(folder):
                 table.schema.get_field_index("wnid"), table.schema.field("wnid"), pa.array([TEXTS[shift]] * table.num_rows)))
         loaded = [load_run(run), load_run(run.parent / "other")]
         drawings = draw_runs(loaded, ["svg"]) if drawings is None else drawings
-        path, *_ = write_page(loaded, run.parent.parent / "page", ["lrrobust", "report", TEXTS[shift]], None, drawings)
+        path, *_ = write_page(loaded, run.parent.parent / "page", ["lrrobust", "report", TEXTS[shift]], None, lambda: drawings)
         page = path.read_text(encoding="utf-8")
         found = Script(page)
         assert found.scripts == [("script", "application/json"), ("script", None)]

@@ -1,10 +1,11 @@
 import os
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from lrrobust.report import drawing
-from lrrobust.report.drawing import Drawing, Sketch, draw
+from lrrobust.report.drawing import Drawers, Drawing, Sketch, draw
 
 
 def sketch(number, render=dict, arguments=None):
@@ -25,10 +26,26 @@ def test_many_figures_are_drawn_by_two_processes(monkeypatch):
     drawn = draw([sketch(number, os.getpid, ()) for number in range(9)])
     pids = [each.files for each in drawn]
     assert [each.stem for each in drawn] == [f"figure_{number}" for number in range(9)]
-    assert pids[0] == os.getpid() != pids[-1] and len(set(pids)) == 2
+    assert pids[-1] == os.getpid() != pids[0] and len(set(pids)) == 2
     # Nobody is left behind.
     with pytest.raises(ProcessLookupError):
-        os.kill(pids[-1], 0)
+        os.kill(pids[0], 0)
+
+
+def name_process(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_what_is_begun_later_is_shared_as_well(monkeypatch):
+    monkeypatch.setattr(drawing, "count_cores", lambda: 2)
+    with Drawers() as drawers:
+        # The other process is busy with the first for as long as it takes to draw all others.
+        first = drawers.begin([sketch(0, name_process, (2.0,)), *(sketch(number, name_process, (0.0,)) for number in range(1, 9))])
+        later = [drawers.begin([sketch(number, name_process, (0.0,)) for number in range(3)]) for _ in range(4)]
+        pids = [[each.files for each in collect()] for collect in (first, *later)]
+        assert [[each.files for each in collect()] for collect in (first, *later)] == pids
+    assert pids[0][0] != os.getpid() and pids[1:] == [[os.getpid()] * 3] * 4
 
 
 class Broken:
@@ -64,3 +81,5 @@ def test_errors_of_either_process_come_through(monkeypatch):
     monkeypatch.setattr(drawing, "count_cores", lambda: 2)
     with pytest.raises(ValueError, match="could not convert"):
         draw([*(sketch(number) for number in range(8)), sketch(8, float, ("no number",))])
+    with pytest.raises(ValueError, match="could not convert"):
+        draw([sketch(8, float, ("no number",)), *(sketch(number, name_process, (0.1,)) for number in range(20))])
