@@ -70,15 +70,25 @@ def measure_reports(rows: tuple[int, ...] = (10_000, 100_000), *, runs: int = 10
         with TemporaryDirectory() as folder:
             write_random_runs(Path(folder) / "runs", runs=runs, rows=count)
             for repeat in range(repeats):
-                command = ["report", str(Path(folder) / "runs"), "--out", str(Path(folder) / "out")]
-                done = subprocess.run([sys.executable, "-c", _CHILD, *command], capture_output=True, text=True, cwd=folder)
-                if done.returncode:
-                    raise RuntimeError(f"the report ended with exit code {done.returncode}: {done.stderr[-2000:]}")
-                found = json.loads(done.stdout.splitlines()[-1])
-                if found.pop("code"):
-                    raise RuntimeError(f"the report failed: {done.stderr[-2000:]}")
+                found = measure_report(Path(folder) / "runs", Path(folder) / "out")
                 measured.append({"rows": count, "runs": runs, "name": "report", "repeat": repeat, **found})
     return pd.DataFrame(measured)
+
+
+def measure_report(runs: Path, out: Path) -> dict[str, float]:
+    """`wall_s`, `cpu_s` and `peak_bytes`, as `measure_reports` gives them, of the report on the runs in a folder.
+
+    Raises:
+        RuntimeError: the report failed.
+    """
+    command = ["report", str(runs), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", _CHILD, *command], capture_output=True, text=True, cwd=runs.parent)
+    if done.returncode:
+        raise RuntimeError(f"the report ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found.pop("code"):
+        raise RuntimeError(f"the report failed: {done.stderr[-2000:]}")
+    return found
 
 
 def write_random_runs(folder: Path, *, runs: int, rows: int, seed: int = 0) -> list[Path]:

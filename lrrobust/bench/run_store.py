@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lrrobust.attacks.specs import PgdSpec
-from lrrobust.bench.peak_memory import measure_peak_bytes
+from lrrobust.bench.report_build import measure_report
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import Task, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing, TaskQueue
@@ -49,15 +49,19 @@ def _give_up(_: float) -> None:
 
 
 def simulate_run(folder: Path, scale: Scale, seed: int = 0) -> pd.DataFrame:
-    """Fills `folder` by two sessions of many processes that share a run and take turns here, then reads it.
+    """Fills `folder` by two sessions of many processes that share a run and take turns here, then reports on it.
 
     In the first session some processes die; the second has another number of them, and finishes. Everything is real but
-    the rows: queues, leases, parts and reading are those of an evaluation.
+    the rows: queues, leases, parts and the report are those of an evaluation.
+
+    Args:
+        folder: of the run; what the report writes goes beside it.
 
     Returns:
-        One row for each session and one for reading: `name`, `ranks`, `parts` computed, `wall_s` of all (writing parts
-        included), `take_s` for a process to come to its next part, and for reading `wall_s` and `peak_bytes`. Files and
-        `folder_bytes` are counted after each.
+        One row for each session, one for reading, and one for `lrrobust report`: `name`, `ranks`, `parts` computed or
+        read, `wall_s` of all (writing parts included), `take_s` for a process to come to its next part, and the
+        report's `cpu_s` and `peak_bytes` as in `measure_report`. Files and `folder_bytes` of the run are counted after
+        each.
 
     Raises:
         RuntimeError: a part was computed twice, or the run is not complete at the end.
@@ -69,7 +73,9 @@ def simulate_run(folder: Path, scale: Scale, seed: int = 0) -> pd.DataFrame:
     tasks = plan_tasks(specs, scale.images, scale.chunk_size)
     manifest = {
         "schema_version": SCHEMA_VERSION, "fingerprint": "0" * 64,
-        "attacks": [{"name": spec.name, "norm": spec.norm} for spec in specs],
+        "model": {"name": "resnet50", "weights": "RANDOM", "input_size": 224},
+        "dataset": {"name": "imagenet-val", "sha256": "0" * 64, "n": scale.images},
+        "attacks": [{"name": spec.name, "kind": spec.kind, "norm": spec.norm} for spec in specs],
         "plan": {"parts": [list(task.part) for task in tasks]},
     }
     rng = random.Random(seed)
@@ -84,8 +90,9 @@ def simulate_run(folder: Path, scale: Scale, seed: int = 0) -> pd.DataFrame:
     wall_s = time.perf_counter() - started
     if not is_complete or computed != len(tasks):
         raise RuntimeError(f"{computed} parts computed for {len(tasks)} in the plan, {is_complete=}")
-    peak_bytes = measure_peak_bytes(_prepare_reading, folder)
-    rows.append({"name": "load_run", "ranks": 1, "parts": len(tasks), "wall_s": wall_s, "peak_bytes": peak_bytes, **_contents(folder)})
+    report = measure_report(folder, folder.parent / "report")
+    for name, found in (("load_run", {"wall_s": wall_s}), ("report", report)):
+        rows.append({"name": name, "ranks": 1, "parts": len(tasks), **found, **_contents(folder)})
     return pd.DataFrame(rows)
 
 
@@ -161,11 +168,3 @@ def _rows_of(task: Task) -> pa.Table:
 def _contents(folder: Path) -> dict[str, int]:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return {"files": len(sizes), "folder_bytes": sum(sizes)}
-
-
-def _prepare_reading(folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
-    def warm_up() -> None:
-        # Whatever Arrow and pandas load at first use.
-        pa.table({"a": [1.0]}).to_pandas(types_mapper=pd.ArrowDtype)
-
-    return warm_up, lambda: load_run(folder)

@@ -11,13 +11,14 @@ SMALL = Scale(images=100, attacks=3, budgets=2, ranks=20, restart_ranks=3, death
 def test_every_part_is_computed_once_though_processes_die(tmp_path):
     frame = simulate_run(tmp_path / "run", SMALL).set_index("name")
     # 20 of 39 parts are in hand at first, and 5 processes die with theirs.
-    assert frame.parts.to_dict() == {"1st session": 34, "2nd session": 5, "load_run": 39}
+    assert frame.parts.to_dict() == {"1st session": 34, "2nd session": 5, "load_run": 39, "report": 39}
     run = load_run(tmp_path / "run")
     assert run.is_complete and len(run.rows) == 100 * 3 * 2
     assert not run.rows.duplicated(["index", "attack", "eps"]).any()
-    assert (frame.take_s.dropna() > 0).all() and frame.peak_bytes["load_run"] > 0
+    assert (frame.take_s.dropna() > 0).all() and frame.wall_s["report"] > 0
     # Parts, manifest, lock: leases of the dead are gone in the end.
-    assert frame.files.to_dict() == {"1st session": 34 + 2 + 5, "2nd session": 41, "load_run": 41}
+    assert frame.files.to_dict() == {"1st session": 34 + 2 + 5, "2nd session": 41, "load_run": 41, "report": 41}
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 def test_command(tmp_path, monkeypatch, capsys):
