@@ -23,7 +23,8 @@ lrrobust eval $PAIR --dataset "$VAL_A" --attack cw --n "$FEW" --out "$RUNS/val_a
 lrrobust eval $PAIR --dataset "$VAL_A" --suite strong --n "$FEW" --out "$RUNS/val_a" "$@"
 lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/val_a" "$@"
 
-lrrobust eval $PAIR --dataset photos --suite standard --n "$PHOTOS" --out "$RUNS/photos" "$@"
+lrrobust eval $PAIR --dataset photos --attack fgsm --attack pgd --attack pgd_l2 --n "$PHOTOS" --out "$RUNS/photos" "$@"
+lrrobust eval $PAIR --dataset photos --attack cw --n "$FEW" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --dataset photos --suite strong --n "$FEW" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset photos --attack pgd --n "$FEW" --out "$RUNS/photos" "$@"
 
