@@ -79,7 +79,8 @@ class _Tiling:
         row_taps, self._row_bias = self._taps(0, options, geometry.device)
         column_taps, self._column_bias = self._taps(1, options, geometry.device)
         row_taps, column_taps = row_taps[:, None, :, None], column_taps[None, :, None, :]
-        index = torch.where((row_taps >= 0) & (column_taps >= 0), row_taps * self.kernel_size + column_taps, self.kernel_size**2)
+        is_neighbour = (row_taps >= 0) & (column_taps >= 0)
+        index = torch.where(is_neighbour, row_taps * self.kernel_size + column_taps, self.kernel_size**2)
         self.index = index.flatten(2).flatten(0, 1)
         self._window_bias = F.pad(geometry.to(self.dtype).flatten(1), (0, 1), value=float("-inf"))[:, None, self.index]
 
