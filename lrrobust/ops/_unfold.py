@@ -35,7 +35,7 @@ WHOLE_MAP = 64
 TILE = (2, 4)
 #: At most as many scores as there are values are held at once; never fewer than the first of these
 #: (small operations cost their calls), and on the CPU never more than the second (its caches).
-LEAST_CHUNK, LARGEST_CPU_CHUNK = 2**16, 2**18
+LEAST_CHUNK, LARGEST_CPU_CHUNK = 2**16, 2**20
 
 
 class Options(NamedTuple):
