@@ -1,22 +1,25 @@
 """The local relation in plain torch, in tiles: what runs wherever no fused backend can.
 
-The image is cut into tiles of output positions. The windows of a tile lie in one small patch of the
-image, so a tile is dense masked attention between its positions and the pixels of its patch: scores are
-a (positions, pixels) matrix per group, with a bias gathered from the geometry that is -inf outside the
-window, and the aggregation is one batched matrix product. No window is ever copied out, a patch is
-clipped where the image ends instead of padded, and a map of 8x8 and below is a single tile.
+The output is cut into tiles of a few positions. The windows of a tile lie in one small patch of the image, so
+a tile is dense masked attention between its positions and the pixels of its patch: scores are a
+(positions, pixels) matrix per group, with a bias gathered from the geometry that is -inf outside the window
+and the image, and the aggregation is a batched matrix product. Small tiles waste few scores but would cost
+many calls, so a row of tiles is one: keys and values are laid out once as strips, the columns that one column
+of tiles sees, and what a row of tiles sees are rows of the strips. No window is ever copied out: strips hold
+each pixel two or three times. A map of 8x8 and below is a single tile, and its own patch.
 
 Zero weights outside the window take part in that product, so a NaN or infinity reaches every position of
 its tile, not only those that see it.
 
-The backward pass keeps the inputs only and recomputes the weights tile by tile, so forward and backward
-both need, beside their results, a few arrays of the size of `value` at most, or of a fixed size. It is written in
+The backward pass keeps the inputs only and recomputes the weights, so forward and backward both need,
+beside their results, a few arrays of the size of `value` at most, or of a fixed size. It is written in
 differentiable operations: with `create_graph` torch records them, and can differentiate again.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -27,8 +30,9 @@ from torch import Tensor
 
 #: Maps of at most this many pixels are one tile: nearly every pixel sees nearly every other.
 WHOLE_MAP = 64
-#: Rows and columns of the image whose output positions make a tile of a larger map.
-TILE = 8
+#: Rows of output positions, and columns of pixels that such a row steps over, in a tile of a larger map. A 7x7
+#: window then costs 80 scores for 49; smaller tiles save less of that than their products and copies cost.
+TILE = (2, 4)
 #: At most as many scores as there are values are held at once; never fewer than the first of these
 #: (small operations cost their calls), and on the CPU never more than the second (its caches).
 LEAST_CHUNK, LARGEST_CPU_CHUNK = 2**16, 2**20
@@ -43,72 +47,106 @@ class Options(NamedTuple):
     channels_per_group: int
 
 
-class _Tile(NamedTuple):
-    """Some images' output rows and columns, and the rows and columns of the image that they see."""
+class _Tiling:
+    """How the maps of one call are cut; pairs are (rows, columns). What reaches beyond a map is padded.
 
-    images: slice
-    out_rows: slice
-    out_columns: slice
-    rows: slice
-    columns: slice
+    Attributes:
+        counts: how many tiles there are.
+        tile, patch: output positions of a tile, and pixels that they see.
+        step: pixels from one patch to the next.
+        before: rows and columns of the first patch that lie before the image.
+        index: (positions, pixels) of every tile, the entry of the flat geometry, k * k where a pixel is no neighbour.
+    """
 
-    def of_output(self, maps: Tensor) -> Tensor:
-        return maps[self.images, :, self.out_rows, self.out_columns]
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, options: Options) -> None:
+        self.groups, self.depth = query.shape[1], options.channels_per_group
+        self.dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value, geometry)), torch.float32)
+        self.out_size, self.size, self.kernel_size = query.shape[2:], key.shape[2:], geometry.shape[-1]
+        if math.prod(self.size) <= WHOLE_MAP:
+            self.counts, self.tile, self.patch, self.step, self.before = (1, 1), self.out_size, self.size, self.size, 0
+        else:
+            self.before = options.dilation * (self.kernel_size // 2)
+            # Strips are never more than about three times as wide as the part of the map that they stand for.
+            self.tile = (TILE[0], -(-max(TILE[1], self.before) // options.stride))
+            self.counts = [-(-length // part) for length, part in zip(self.out_size, self.tile, strict=True)]
+            self.step = [length * options.stride for length in self.tile]
+            self.patch = [length - options.stride + 2 * self.before + 1 for length in self.step]
+        # All patches together, and the padding of an image to that: less than none where no patch sees its end.
+        self.span = [(n - 1) * step + patch for n, step, patch in zip(self.counts, self.step, self.patch, strict=True)]
+        after = [span - self.before - length for span, length in zip(self.span, self.size, strict=True)]
+        self.padding = (self.before, after[1], self.before, after[0])
 
-    def of_input(self, maps: Tensor) -> Tensor:
-        return maps[self.images, :, self.rows, self.columns]
+        row_taps, self._row_bias = self._taps(0, options, geometry.device)
+        column_taps, self._column_bias = self._taps(1, options, geometry.device)
+        row_taps, column_taps = row_taps[:, None, :, None], column_taps[None, :, None, :]
+        is_neighbour = (row_taps >= 0) & (column_taps >= 0)
+        index = torch.where(is_neighbour, row_taps * self.kernel_size + column_taps, self.kernel_size**2)
+        self.index = index.flatten(2).flatten(0, 1)
+        self._window_bias = F.pad(geometry.to(self.dtype).flatten(1), (0, 1), value=float("-inf"))[:, None, self.index]
 
+    def _taps(self, axis: int, options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For rows (or columns) of a tile and of its patch.
 
-def _seen(positions: slice, size: int, radius: int, options: Options) -> slice:
-    """The rows (or columns) within `radius` of the centres of some output rows, and inside the image."""
-    first = positions.start * options.stride - radius
-    last = (positions.stop - 1) * options.stride + radius
-    return slice(max(first, 0), min(last + 1, size))
+        Returns:
+            (tile, patch), which of k neighbours the second is to the first, negative where it is none; and
+            (tiles, tile, patch), -inf where the second lies outside the image, else 0.
+        """
+        out = torch.arange(self.tile[axis], device=device)[:, None]
+        seen = torch.arange(self.patch[axis], device=device) - self.before
+        offsets = seen - out * options.stride
+        taps = torch.div(offsets, options.dilation, rounding_mode="floor") + self.kernel_size // 2
+        is_neighbour = (offsets % options.dilation == 0) & (taps >= 0) & (taps < self.kernel_size)
+        tiles = torch.arange(self.counts[axis], device=device)[:, None, None]
+        seen = seen + tiles * self.step[axis]
+        # A softmax over nothing would be NaN where nothing is asked for.
+        is_past = out + tiles * self.tile[axis] >= self.out_size[axis]
+        bias = torch.where((seen >= 0) & (seen < self.size[axis]) | is_past, 0.0, float("-inf"))
+        return torch.where(is_neighbour, taps, -1), bias.to(self.dtype)
 
+    def bias(self, row: int) -> Tensor:
+        """(G, columns, positions, pixels) of a row of tiles: the geometry, -inf where a pixel is no neighbour."""
+        outside = self._row_bias[row][:, None, :, None] + self._column_bias[:, None, :, None, :]
+        return self._window_bias + outside.flatten(3).flatten(1, 2)
 
-def _tiles(query: Tensor, key: Tensor, kernel_size: int, options: Options) -> Iterator[_Tile]:
-    batch, groups, height, width = key.shape
-    out_height, out_width = query.shape[2:]
-    is_small = height * width <= WHOLE_MAP
-    tile_height, tile_width = (out_height, out_width) if is_small else 2 * (max(1, TILE // options.stride),)
-    radius = options.dilation * (kernel_size // 2)
-    chunk = max(LEAST_CHUNK, batch * groups * options.channels_per_group * height * width)
-    if key.device.type == "cpu":
-        chunk = min(chunk, LARGEST_CPU_CHUNK)
-    for top in range(0, out_height, tile_height):
-        out_rows = slice(top, min(top + tile_height, out_height))
-        rows = _seen(out_rows, height, radius, options)
-        for left in range(0, out_width, tile_width):
-            out_columns = slice(left, min(left + tile_width, out_width))
-            columns = _seen(out_columns, width, radius, options)
-            positions = (out_rows.stop - out_rows.start) * (out_columns.stop - out_columns.start)
-            pixels = (rows.stop - rows.start) * (columns.stop - columns.start)
-            images = max(1, chunk // (groups * positions * pixels))
-            for first in range(0, batch, images):
-                yield _Tile(slice(first, min(first + images, batch)), out_rows, out_columns, rows, columns)
+    def chunks(self, value: Tensor) -> Iterator[slice]:
+        """The images of the batch, some at a time."""
+        chunk = max(LEAST_CHUNK, value.numel())
+        if value.device.type == "cpu":
+            chunk = min(chunk, LARGEST_CPU_CHUNK)
+        largest = self.groups * self.counts[1] * max(self.index.numel(), self.depth * self.span[0] * self.patch[1])
+        images = max(1, chunk // max(1, largest))
+        return (slice(first, min(first + images, len(value))) for first in range(0, len(value), images))
 
+    def seen(self, strips: Tensor, row: int) -> Tensor:
+        """(n, G, columns, depth, rows, columns) of the pixels that a row of tiles sees, a view."""
+        return strips[..., row * self.step[0] : row * self.step[0] + self.patch[0], :]
 
-def _taps(out: slice, seen: slice, kernel_size: int, options: Options, device: torch.device) -> Tensor:
-    """(out, seen): which of k neighbours a row is to an output row; negative where it is none."""
-    centres = torch.arange(out.start, out.stop, device=device) * options.stride
-    offsets = torch.arange(seen.start, seen.stop, device=device) - centres[:, None]
-    taps = torch.div(offsets, options.dilation, rounding_mode="floor") + kernel_size // 2
-    is_neighbour = (offsets % options.dilation == 0) & (taps >= 0) & (taps < kernel_size)
-    return torch.where(is_neighbour, taps, -1)
+    def tiles(self, maps: Tensor, depth: int) -> Tensor:
+        """Output maps (n, C, h, w) -> (rows, n, G, columns, depth, positions), zeros for channels that the last group lacks."""
+        (rows, columns), (height, width) = self.counts, self.tile
+        past = (0, columns * width - maps.shape[3], 0, rows * height - maps.shape[2], 0, self.groups * depth - maps.shape[1])
+        padded = F.pad(maps.to(self.dtype), past).unflatten(1, (self.groups, depth))
+        return padded.unflatten(4, (columns, width)).unflatten(3, (rows, height)).permute(3, 0, 1, 5, 2, 4, 6).flatten(5)
 
+    def join_tiles(self, tiles: Tensor, channels: int) -> Tensor:
+        """The way back."""
+        maps = tiles.unflatten(5, self.tile).permute(1, 2, 4, 0, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+        return maps[:, :channels, : self.out_size[0], : self.out_size[1]]
 
-def _window_index(tile: _Tile, kernel_size: int, options: Options, device: torch.device) -> Tensor:
-    """(positions, pixels) of a tile: the entry of the flat geometry, k * k where a pixel is no neighbour."""
-    by_row = _taps(tile.out_rows, tile.rows, kernel_size, options, device)[:, None, :, None]
-    by_column = _taps(tile.out_columns, tile.columns, kernel_size, options, device)[None, :, None, :]
-    index = torch.where((by_row >= 0) & (by_column >= 0), by_row * kernel_size + by_column, kernel_size**2)
-    return index.flatten(2).flatten(0, 1)
+    def strips(self, maps: Tensor, depth: int) -> Tensor:
+        """Input maps (n, C, H, W) -> (n, G, columns, depth, rows, columns of a patch)."""
+        padded = F.pad(maps.to(self.dtype), (*self.padding, 0, self.groups * depth - maps.shape[1]))
+        strips = padded.unflatten(1, (self.groups, depth)).unfold(4, self.patch[1], self.step[1])
+        return strips.permute(0, 1, 4, 2, 3, 5).contiguous()
 
-
-def _bias(geometry: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """(1, G, positions, pixels): the geometry, -inf where a pixel is no neighbour."""
-    entries = F.pad(geometry.to(dtype).flatten(1), (0, 1), value=float("-inf"))
-    return entries[:, index].unsqueeze(0)
+    def sum_strips(self, strips: Tensor, channels: int) -> Tensor:
+        """The way back of gradients: a pixel's is the sum over the strips that hold it."""
+        strips = strips.transpose(2, 3).flatten(1, 2)[:, :channels].transpose(2, 3)
+        pieces = strips.split(self.step[1], dim=4)
+        total = strips.new_zeros(*strips.shape[:3], strips.shape[3] + len(pieces) - 1, self.step[1])
+        for first, piece in enumerate(pieces):
+            total[:, :, :, first : first + strips.shape[3], : piece.shape[4]] += piece
+        return F.pad(total.flatten(3)[..., : self.span[1]], [-width for width in self.padding])
 
 
 def _sum_by_tap(scores: Tensor, index: Tensor, taps: int) -> Tensor:
@@ -121,21 +159,14 @@ def _sum_by_tap(scores: Tensor, index: Tensor, taps: int) -> Tensor:
     return F.pad(scores, (0, 1)).gather(2, pixel_of).sum(1)
 
 
-def _by_group(maps: Tensor, options: Options, groups: int, dtype: torch.dtype) -> Tensor:
-    """(N, C, h, w) -> (N, G, m, h * w), zeros for the channels that the last group lacks."""
-    missing = groups * options.channels_per_group - maps.shape[1]
-    padded = F.pad(maps, (0, 0, 0, 0, 0, missing)) if missing else maps
-    return padded.to(dtype).reshape(maps.shape[0], groups, options.channels_per_group, -1)
-
-
 def _weigh(query: Tensor, key: Tensor, bias: Tensor, similarity: str) -> tuple[Tensor | None, Tensor]:
-    """(what the scores' gradient is multiplied with, weights) of query (N, G, P) and key (N, G, Q)."""
+    """(what the scores' gradient is multiplied with, weights) of query (..., P, 1) and key (..., 1, Q)."""
     if similarity == "multiplication":
-        return None, torch.addcmul(bias, query.unsqueeze(3), key.unsqueeze(2)).softmax(dim=3)
-    difference = query.unsqueeze(3) - key.unsqueeze(2)
+        return None, torch.addcmul(bias, query, key).softmax(dim=-1)
+    difference = query - key
     if similarity == "squared_difference":
-        return difference, torch.addcmul(bias, difference, difference, value=-1).softmax(dim=3)
-    return difference.sign(), (bias - difference.abs()).softmax(dim=3)
+        return difference, torch.addcmul(bias, difference, difference, value=-1).softmax(dim=-1)
+    return difference.sign(), (bias - difference.abs()).softmax(dim=-1)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -145,24 +176,20 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
-
-
 class _LocalRelation(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, geometry, options):
-        dtype = _accumulation_dtype(query, key, value, geometry)
-        kernel_size, groups = geometry.shape[-1], query.shape[1]
         out = value.new_empty(*value.shape[:2], *query.shape[2:])
         with _without_autocast(value.device):
-            for tile in _tiles(query, key, kernel_size, options):
-                bias = _bias(geometry, _window_index(tile, kernel_size, options, value.device), dtype)
-                q, k = (x.to(dtype).flatten(2) for x in (tile.of_output(query), tile.of_input(key)))
-                _, weights = _weigh(q, k, bias, options.similarity)
-                found = _by_group(tile.of_input(value), options, groups, dtype) @ weights.mT
-                target = tile.of_output(out)
-                target.copy_(found.flatten(1, 2)[:, : value.shape[1]].unflatten(2, target.shape[2:]))
+            tiling = _Tiling(query, key, value, geometry, options)
+            for images in tiling.chunks(value):
+                q, k = tiling.tiles(query[images], 1), tiling.strips(key[images], 1)
+                v, found = tiling.strips(value[images], tiling.depth), []
+                for row in range(tiling.counts[0]):
+                    patch, bias = tiling.seen(k, row).flatten(4), tiling.bias(row)
+                    _, weights = _weigh(q[row].mT, patch, bias, options.similarity)
+                    found.append(tiling.seen(v, row).flatten(4) @ weights.mT)
+                out[images] = tiling.join_tiles(torch.stack(found), value.shape[1])
         return out
 
     @staticmethod
@@ -174,40 +201,38 @@ class _LocalRelation(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, geometry = inputs = ctx.saved_tensors
         options, needs_geometry = ctx.options, ctx.needs_input_grad[3]
-        dtype = _accumulation_dtype(*inputs)
-        kernel_size, groups = geometry.shape[-1], query.shape[1]
-        # Summed over tiles that overlap, so in the dtype of the computation.
-        grad_query, grad_key, grad_value, grad_geometry = (torch.zeros_like(x, dtype=dtype) for x in inputs)
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in inputs[:3])
         with _without_autocast(value.device):
-            for tile in _tiles(query, key, kernel_size, options):
-                index = _window_index(tile, kernel_size, options, value.device)
-                bias = _bias(geometry, index, dtype)
-                q, k = (x.to(dtype).flatten(2) for x in (tile.of_output(query), tile.of_input(key)))
-                slope, weights = _weigh(q, k, bias, options.similarity)
-                v = _by_group(tile.of_input(value), options, groups, dtype)
-                grad = _by_group(tile.of_output(grad_out), options, groups, dtype)
-
-                by_value = grad @ weights
-                by_weight = grad.mT @ v
-                by_score = weights * (by_weight - torch.linalg.vecdot(weights, by_weight).unsqueeze(3))
-                if slope is None:
-                    by_query, by_key = (by_score @ k.unsqueeze(3)).squeeze(3), (q.unsqueeze(2) @ by_score).squeeze(2)
-                else:
-                    factor = 2 if options.similarity == "squared_difference" else 1
-                    by_slope = by_score * slope
-                    by_query, by_key = -factor * by_slope.sum(3), factor * by_slope.sum(2)
-
-                for whole, part in (
-                    (tile.of_output(grad_query), by_query),
-                    (tile.of_input(grad_key), by_key),
-                    (tile.of_input(grad_value), by_value.flatten(1, 2)[:, : value.shape[1]]),
-                ):
-                    whole += part.unflatten(2, whole.shape[2:])
-                if needs_geometry:
-                    taps = _sum_by_tap(by_score.sum(0), index, kernel_size**2)
-                    grad_geometry += taps.view_as(geometry)
-        grads = [grad_query, grad_key, grad_value, grad_geometry if needs_geometry else None]
-        return *(g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
+            tiling = _Tiling(*inputs, options)
+            grad_bias = torch.zeros(len(geometry), *tiling.index.shape, dtype=tiling.dtype, device=value.device)
+            for images in tiling.chunks(value):
+                q, grad = tiling.tiles(query[images], 1), tiling.tiles(grad_out[images], tiling.depth)
+                k, v = tiling.strips(key[images], 1), tiling.strips(value[images], tiling.depth)
+                grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+                for row in range(tiling.counts[0]):
+                    patch, bias = tiling.seen(k, row).flatten(4), tiling.bias(row)
+                    slope, weights = _weigh(q[row].mT, patch, bias, options.similarity)
+                    by_value = grad[row] @ weights
+                    by_weight = weights * (grad[row].mT @ tiling.seen(v, row).flatten(4))
+                    by_score = torch.addcmul(by_weight, weights, by_weight.sum(4, keepdim=True), value=-1)
+                    if slope is None:
+                        by_query, by_key = patch @ by_score.mT, q[row] @ by_score
+                    else:
+                        factor = 2 if options.similarity == "squared_difference" else 1
+                        by_slope = by_score * slope
+                        by_query, by_key = -factor * by_slope.sum(4).unsqueeze(3), factor * by_slope.sum(3, keepdim=True)
+                    grad_q.append(by_query)
+                    for whole, part in ((grad_k, by_key), (grad_v, by_value)):
+                        tiling.seen(whole, row).add_(part.unflatten(4, tiling.patch))
+                    if needs_geometry:
+                        grad_bias += by_score.sum((0, 2))
+                grad_query[images] = tiling.join_tiles(torch.stack(grad_q), query.shape[1])
+                grad_key[images] = tiling.sum_strips(grad_k, key.shape[1])
+                grad_value[images] = tiling.sum_strips(grad_v, value.shape[1])
+            grad_geometry = None
+            if needs_geometry:
+                grad_geometry = _sum_by_tap(grad_bias, tiling.index, tiling.kernel_size**2).view_as(geometry).to(geometry.dtype)
+        return grad_query, grad_key, grad_value, grad_geometry, None
 
 
 def local_relation_unfold(

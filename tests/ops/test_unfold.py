@@ -16,9 +16,9 @@ SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 3x3 and one or two images at a time, so that small maps have many."""
+    """Tiles of about 3x3 and one or two images at a time, so that small maps have many."""
     monkeypatch.setattr(_unfold, "WHOLE_MAP", 0)
-    monkeypatch.setattr(_unfold, "TILE", 3)
+    monkeypatch.setattr(_unfold, "TILE", (3, 3))
     monkeypatch.setattr(_unfold, "LEAST_CHUNK", 1)
     monkeypatch.setattr(_unfold, "LARGEST_CPU_CHUNK", 1500)
 
@@ -64,7 +64,8 @@ def test_tiles_agree_with_the_reference(sizes, options, similarity, small_tiles)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_real_tiles_agree_with_the_reference(stride):
     inputs = make_inputs(2, 12, 17, 19, 7, stride)
-    assert len(list(_unfold._tiles(*inputs[:2], 7, _unfold.Options(stride, 1, "squared_difference", 8)))) > 4
+    tiling = _unfold._Tiling(*inputs, _unfold.Options(stride, 1, "squared_difference", 8))
+    assert min(tiling.counts) > 2
     expected = run(inputs, "reference", stride=stride)
     torch.testing.assert_close(run(inputs, "unfold", stride=stride), expected, rtol=1e-10, atol=1e-11)
 
