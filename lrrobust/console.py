@@ -407,7 +407,8 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
     noticed = smallest_noticed_fall(now.rule, measurements)
     if noticed is None:
         logging.warning(
-            "%s cannot fail: even the loss of every robust image could be chance; evaluate more images, or a smaller eps", path
+            "%s is not sure to notice any fall: the loss of every robust image may pass as chance; take more images, or a smaller eps",
+            path,
         )
     else:
         _notice(f"a check is sure to notice a fall of {100 * noticed / measurements[0].n:.1f} points")
