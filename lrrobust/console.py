@@ -407,7 +407,8 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
     noticed = smallest_noticed_fall(now.rule, measurements)
     if noticed is None:
         logging.warning(
-            "%s is not sure to notice any fall: the loss of every robust image may pass as chance; take more images, or a smaller eps",
+            "%s is not sure to notice any fall: the loss of every robust image may pass as chance; take more images, "
+            "or a smaller eps",
             path,
         )
     else:

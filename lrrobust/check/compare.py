@@ -220,7 +220,9 @@ def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
         )
     flips = sum(len(c.lost) + len(c.gained) for c in comparisons)
     noticed = smallest_noticed_fall(rule, [m for of_model in baseline.models for m in of_model.measurements])
-    able = "no fall at all: too few images are robust in the baseline" if noticed is None else f"a fall of {100 * noticed / comparisons[0].n:.1f} points"
+    able = "no fall at all: too few images are robust in the baseline"
+    if noticed is not None:
+        able = f"a fall of {100 * noticed / comparisons[0].n:.1f} points"
     return (
         f"no fall beyond chance in {len(comparisons)} comparisons on {comparisons[0].n} images, {flips} flips "
         f"({how}; sure to notice {able})"
