@@ -104,7 +104,10 @@ def evaluate(
         Optional[list[str]],
         typer.Option("--attack", "-a", help="A shipped attack or a YAML file; repeatable. See `lrrobust attacks`."),
     ] = None,
-    suite: Annotated[Optional[list[str]], typer.Option(help="A shipped suite or a YAML file; repeatable.")] = None,
+    suite: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A shipped suite or a YAML file; repeatable. Without --attack and --suite: standard."),
+    ] = None,
     dataset: Annotated[
         str,
         typer.Option(

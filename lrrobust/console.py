@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -389,7 +390,7 @@ def print_verification(found: Sequence[Verification], is_same_model: bool) -> No
 
 def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
     """What a baseline now holds, and what it no longer says of the evaluation."""
-    from lrrobust.check.compare import find_differences
+    from lrrobust.check.compare import find_differences, smallest_noticed_fall
 
     if before is not None:
         manifests = [{**now.protocol, "model": of_model.model} for of_model in now.models]
@@ -402,6 +403,16 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
             f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
             f"{100 * max(accuracies):.1f} % on {of_model.measurements[0].n} images"
         )
+    measurements = [measurement for of_model in now.models for measurement in of_model.measurements]
+    noticed = smallest_noticed_fall(now.rule, measurements)
+    if noticed is None:
+        logging.warning(
+            "%s is not sure to notice any fall: the loss of every robust image may pass as chance; take more images, "
+            "or a smaller eps",
+            path,
+        )
+    else:
+        _notice(f"a check is sure to notice a fall of {100 * noticed / measurements[0].n:.1f} points")
     _notice(f"wrote {path}: commit it; `lrrobust check {path}` does the evaluation again and compares")
 
 

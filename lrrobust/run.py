@@ -399,13 +399,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cpu")
     try:
+        if name.split(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"only cpu and cuda are supported, not {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise ConfigError(f"--device {name!r} cannot be used here ({reason}): try cpu, cuda or auto") from None
+        others = "cpu or auto" if name.startswith("cuda") else "cpu, cuda or auto"
+        raise ConfigError(f"--device {name!r} cannot be used here ({reason}): try {others}") from None
     return device
 
 

@@ -61,7 +61,10 @@ class Rule(Record):
             return Rule(**{**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
         except ValidationError as error:
             mistake = error.errors(include_url=False)[0]
-            raise ConfigError(f"--{mistake['loc'][0]}: {mistake['msg']}, found {mistake['input']}") from None
+            option = mistake["loc"][0]
+            found = f"{100 * mistake['input']:g} points" if option == "floor" else mistake["input"]
+            bounds = "a number of points from 0 to below 100" if option == "floor" else "a probability between 0 and 1"
+            raise ConfigError(f"--{option}: expected {bounds}, found {found}") from None
 
 
 class Measurement(Record):

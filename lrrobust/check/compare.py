@@ -149,7 +149,7 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
     )
     verdict: Verdict = "regressed" if any(c.is_regression for c in comparisons) else "passed"
     return CheckResult(
-        baseline=baseline_file, verdict=verdict, reason=_reason(comparisons, baseline.rule), rule=baseline.rule,
+        baseline=baseline_file, verdict=verdict, reason=_reason(comparisons, baseline), rule=baseline.rule,
         differences=(), notes=tuple(notes), comparisons=comparisons,
     )
 
@@ -165,16 +165,16 @@ def another_comparison(baseline: Baseline, differences: Sequence[str], baseline_
     )
 
 
-def smallest_noticed_fall(rule: Rule, n: int, count: int) -> int | None:
-    """Fewest images of n whose loss at one of `count` comparisons fails a check, none gained; None: not even all.
+def smallest_noticed_fall(rule: Rule, measurements: Sequence[Measurement]) -> int | None:
+    """Fewest images whose loss at one comparison fails a check, none gained; None: not even all robust ones of the most robust.
 
-    >>> smallest_noticed_fall(Rule(significance=0.025, floor=0.01), n=200, count=6)
-    8
-    >>> smallest_noticed_fall(Rule(significance=0.025, floor=0.01), n=4, count=6) is None
-    True
+    Args:
+        measurements: of the baseline, one or more, on the same images; each is a comparison.
     """
+    n, count = measurements[0].n, len(measurements)
+    most = max(round(measurement.robust_accuracy * measurement.n) for measurement in measurements)
     images = max(math.ceil(math.log2(count / rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
-    return images if images <= n else None
+    return images if images <= most else None
 
 
 def _find_flips(
@@ -207,7 +207,8 @@ def _adjust(p_values: np.ndarray, flipped: Sequence[int], rule: Rule) -> list[fl
     return [float(next(adjusted)) if tested else None for tested in is_tested]
 
 
-def _reason(comparisons: Sequence[Comparison], rule: Rule) -> str:
+def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
+    rule = baseline.rule
     fallen = [c for c in comparisons if c.is_regression]
     how = f"significance {rule.significance:g}, floor {100 * rule.floor:g} points"
     if fallen:
@@ -218,8 +219,10 @@ def _reason(comparisons: Sequence[Comparison], rule: Rule) -> str:
             f"({worst.attack}), {len(images)} images lost ({how})"
         )
     flips = sum(len(c.lost) + len(c.gained) for c in comparisons)
-    noticed = smallest_noticed_fall(rule, comparisons[0].n, len(comparisons))
-    able = "no fall at all: too few images" if noticed is None else f"a fall of {100 * noticed / comparisons[0].n:.1f} points"
+    noticed = smallest_noticed_fall(rule, [m for of_model in baseline.models for m in of_model.measurements])
+    able = "no fall at all: too few images are robust in the baseline"
+    if noticed is not None:
+        able = f"a fall of {100 * noticed / comparisons[0].n:.1f} points"
     return (
         f"no fall beyond chance in {len(comparisons)} comparisons on {comparisons[0].n} images, {flips} flips "
         f"({how}; sure to notice {able})"

@@ -231,7 +231,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many types on files that are not its own
         raise WeightsError(
             f"{path} is neither a safetensors file nor a checkpoint of tensors only "
-            f"(torch.load with weights_only=True): {_one_line(error)}"
+            f"(torch.load with weights_only=True): {_one_line(error)}; save the network's state_dict()"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -267,4 +267,6 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    # Torch wraps what is wrong with a checkpoint in advice, part of which is to run the code in it.
+    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    return reason.partition(" Please use")[0].partition(" Check the documentation")[0][:300].removesuffix(".")

@@ -125,13 +125,15 @@ def _draw_band(panel: Axes, eps, low, high, style: dict[str, str], step: str | N
 def label_runs(summary: pd.DataFrame) -> dict[str, str]:
     """Run -> what its line is called: as little as tells it from the others."""
     runs = summary.drop_duplicates("run").set_index("run")
-    weights = runs["weights"].fillna("no weights").astype(str)
+    weights = runs["weights"].fillna("").astype(str)
     models = runs["model"]
     if "surrogate" in runs:
         sources = runs["surrogate"].fillna("").astype(str)
         models = models.where(sources == "", models + ", images made on " + sources)
-    longer = models + " (" + weights
-    names = [models, longer + ")", longer + ", " + runs.index + ")"]
+    # Networks out of a user's own file have no named weights. The name of a run ends with its fingerprint.
+    of_weights, fingerprints = np.where(weights == "", "", weights + ", "), runs.index.str.rsplit("-", n=1).str[-1]
+    longer = [weights.replace("", "no weights"), of_weights + fingerprints, of_weights + runs.index]
+    names = [models, *(models + " (" + each + ")" for each in longer)]
     chosen = next((name for name in names if name.is_unique), names[-1])
     is_complete = runs["is_complete"].astype(bool)
     return (chosen + np.where(is_complete, "", ", incomplete")).to_dict()

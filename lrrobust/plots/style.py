@@ -45,6 +45,9 @@ _STYLE = {
 #: Pixels of a PNG file to the inch: sharp on paper, too.
 _PNG_DPI = 200
 
+#: Mean width of a character, in font sizes; titles that would run into each other are set smaller.
+_GLYPH_WIDTH = 0.6
+
 #: Points of a curve that are drawn at most.
 _MOST_POINTS = 400
 
@@ -101,7 +104,7 @@ def build_panels(
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for panel, name in zip(panels, titles):
         # At a place of its own: to find one, matplotlib lays out all axes once more each time it draws.
-        panel.set_title(name, y=1.0)
+        panel.set_title(name, y=1.0, fontsize=min(9.0, 72 * (panel_width + _WIDE_GAP) / (_GLYPH_WIDTH * max(len(name), 1))))
     for place, label in xlabels.items():
         panels[place].set_xlabel(label)
     for panel in panels[len(titles) :]:

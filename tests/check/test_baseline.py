@@ -143,6 +143,8 @@ def test_rule_takes_what_is_given():
     for wrong in ({"significance": 1.0}, {"significance": -0.1}, {"floor": 1.5}, {"floor": float("nan")}):
         with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
             rule.replaced(**wrong)
+    with pytest.raises(ConfigError, match="--floor: expected .* points .*, found -1 points"):
+        rule.replaced(floor=-0.01)
 
 
 def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):

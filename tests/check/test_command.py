@@ -209,6 +209,17 @@ def test_update_rewrites_on_purpose(run, own):
     assert run("check", "b.json", cwd=own)[0] == 0
 
 
+def test_update_warns_of_a_gate_that_may_notice_nothing(run, own, caplog):
+    keep = own / "few.txt"
+    keep.write_text("0\n1\n2\n")
+    options = ("--indices", keep, "--no-diagnostics", "--out", "few")
+    assert run(*EVAL, *options, cwd=own)[0] == 0
+    code, _, err = run("check", "few.json", "--update", "--run", find_runs(own / "few")[0], cwd=own)
+    assert code == 0 and "wrote few.json" in err and "sure to notice" not in err
+    assert "few.json is not sure to notice any fall" in caplog.text
+    assert "a check is sure to notice a fall of" in run("check", "b.json", "--update", cwd=own)[2]
+
+
 def test_a_damaged_baseline_is_made_anew_from_a_run_alone(run, own, caplog):
     good = (own / "b.json").read_bytes()
     (own / "b.json").write_bytes(good[:100])

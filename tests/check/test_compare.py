@@ -1,4 +1,3 @@
-import doctest
 import json
 import math
 
@@ -7,7 +6,6 @@ import pytest
 from scipy.stats import binomtest
 
 from lrrobust.check.baseline import Rule, build_baseline
-from lrrobust.check import compare as comparison
 from lrrobust.check.compare import compare, find_differences, smallest_noticed_fall
 from lrrobust.errors import BaselineError
 
@@ -155,12 +153,24 @@ def test_smallest_noticed_fall_is_the_smallest_that_fails(run_of, baseline_of):
     keys = [("pgd", "linf", eps) for eps in LADDER]
     for n, rule in ((200, Rule()), (50, Rule(significance=0.01)), (2000, Rule(floor=0.02))):
         outcomes = {key: np.ones(n, bool) for key in keys}
-        count = smallest_noticed_fall(rule, n, len(keys))
         baseline = baseline_of(outcomes, rule)
+        count = smallest_noticed_fall(rule, baseline.models[0].measurements)
         for lost, expected in ((count, "regressed"), (count - 1, "passed")):
             # All comparisons lose as much, so that all share the level.
             changed = with_lost(outcomes, np.random.default_rng(0), lost)
             assert verdict(baseline, run_of(changed)) == expected, (n, lost)
+
+
+@pytest.mark.parametrize(("robust", "noticed"), [(5, None), (6, 6)])
+def test_only_robust_images_can_be_lost(run_of, baseline_of, robust, noticed):
+    key = ("pgd", "linf", LADDER[0])
+    baseline = baseline_of({key: np.arange(20) < robust})
+    assert smallest_noticed_fall(baseline.rule, baseline.models[0].measurements) == noticed
+    nothing_left = run_of({key: np.zeros(20, bool)})
+    result = compare(baseline, [nothing_left], "b.json")
+    assert result.verdict == ("passed" if noticed is None else "regressed")
+    if noticed is None:
+        assert "sure to notice no fall at all: too few images are robust in the baseline" in result.reason
 
 
 class TestAnotherComparison:
@@ -242,8 +252,3 @@ def test_result_is_plain_json(run_of, baseline_of):
     result = compare(baseline_of(outcomes), [run_of(outcomes)], "b.json")
     document = json.loads(result.model_dump_json(), parse_constant=pytest.fail)
     assert document["comparisons"][0]["eps"] is None
-
-
-def test_doctests():
-    result = doctest.testmod(comparison)
-    assert result.attempted > 0 and result.failed == 0

@@ -262,8 +262,9 @@ class _Bomb:
 def test_code_in_a_pickle_is_not_run(tmp_path, save):
     target, path = tmp_path / "touched", tmp_path / "checkpoint.pt"
     save({"weight": _Bomb(str(target))}, path)
-    with pytest.raises(WeightsError, match=r"^[^\n]*neither a safetensors file nor a checkpoint of tensors only[^\n]*$"):
+    with pytest.raises(WeightsError, match=r"^[^\n]*neither a safetensors file nor a checkpoint of tensors only[^\n]*$") as caught:
         read_weights(path)
+    assert "save the network's state_dict()" in str(caught.value) and "False" not in str(caught.value)
     assert not target.exists()
     # The file would have run its code where code is allowed: the test can fail.
     torch.load(path, weights_only=False)["weight"].close() if save is torch.save else pickle.loads(path.read_bytes())["weight"].close()

@@ -100,12 +100,13 @@ def test_one_panel_an_attack_one_style_a_run(drawn):
     [
         ([{"weights": "V1"}, {"weights": "V2"}], ["tiny (V1)", "tiny (V2)"]),
         ([{"weights": None}, {"weights": "V2"}], ["tiny (no weights)", "tiny (V2)"]),
+        ([{"weights": "", "run": "tiny-n9-0a"}, {"weights": "", "run": "tiny-n8-0b"}], ["tiny (0a)", "tiny (0b)"]),
         ([{}, {}], ["tiny (V1, a)", "tiny (V1, b)"]),
         ([{"model": "x"}, {"is_complete": False}], ["x", "tiny, incomplete"]),
     ],
 )
 def test_labels_say_as_little_as_tells_runs_apart(drawn, changes, labels):
-    summary = pd.concat([curve(run, **change) for run, change in zip("ab", changes)])
+    summary = pd.concat([curve(**({"run": run} | change)) for run, change in zip("ab", changes)])
     render_robustness_curves(summary, "linf", ["svg"])
     assert [text.get_text() for text in drawn[0].legends[0].texts] == labels
 
