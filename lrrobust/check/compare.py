@@ -173,8 +173,25 @@ def smallest_noticed_fall(rule: Rule, n: int, count: int) -> int | None:
     >>> smallest_noticed_fall(Rule(significance=0.025, floor=0.01), n=4, count=6) is None
     True
     """
-    images = max(math.ceil(math.log2(count / rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
+    images = max(math.ceil(math.log2(count) - math.log2(rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
     return images if images <= n else None
+
+
+def require_sensitivity(baseline: Baseline, baseline_file: str) -> None:
+    """Refuses a comparison that would pass whatever became of the models.
+
+    Raises:
+        BaselineError: nowhere are as many images robust as would have to be lost.
+    """
+    measurements = [measurement for of_model in baseline.models for measurement in of_model.measurements]
+    most, n = max(int(measurement.is_robust().sum()) for measurement in measurements), measurements[0].n
+    needed = smallest_noticed_fall(baseline.rule, n, 1)
+    if needed is None or most < needed:
+        raise BaselineError(
+            f"a check against {baseline_file} could never fail: at most {most} of its {n} images are robust at any attack and "
+            f"eps, and so few may be lost (significance {baseline.rule.significance:g}, floor {100 * baseline.rule.floor:g} "
+            "points); make a baseline of more images or smaller eps, or lower the floor"
+        )
 
 
 def _find_flips(
