@@ -58,6 +58,9 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", *_DECOMPRESSORS)
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError)
 
+#: Besides what tarfile foresees: headers of sparse files that are no numbers, or end too soon.
+_TAR_DAMAGE = (*_DAMAGE, ValueError, IndexError)
+
 
 class _BoundedTarInfo(tarfile.TarInfo):
     @classmethod
@@ -65,6 +68,8 @@ class _BoundedTarInfo(tarfile.TarInfo):
         info = super().frombuf(buf, encoding, errors)
         if info.type in _READ_AS_HEADERS and info.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {info.size} bytes, at most {_MAX_HEADER_BYTES} are read")
+        if info.type == tarfile.GNUTYPE_SPARSE and buf[482]:
+            raise tarfile.ReadError("a sparse file whose map goes on without a bound")
         return info
 
 
@@ -236,7 +241,7 @@ class TarTree(FileTree):
                     self._spans[name] = Span(member.offset_data, member.size)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        except _DAMAGE as error:
+        except _TAR_DAMAGE as error:
             raise _damaged_archive(path, error) from error
 
     def read(self, name: str) -> bytes:
@@ -273,7 +278,7 @@ class CompressedTarTree(FileTree):
                         self._spans[name] = spool.append(tar.extractfile(member).read())
                 while stream.read(1 << 20):  # to the end, where the checksum of the compression lies
                     pass
-        except _DAMAGE as error:
+        except _TAR_DAMAGE as error:
             raise _damaged_archive(path, error) from error
         except OSError as error:
             if error.errno is None:  # not from the system: bz2 says so of damaged content

@@ -236,3 +236,23 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(DataError, match="neither a folder nor a file"):
         _open(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
+@pytest.mark.parametrize("kind", ["old", "pax"])
+def test_maps_of_sparse_files_that_are_none_are_damage(tmp_path, suffix, kind):
+    member = tarfile.TarInfo("a/1.jpg")
+    if kind == "old":
+        member.type = tarfile.GNUTYPE_SPARSE
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[482] = 1  # its map goes on in the next block
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    else:
+        member.size = 512
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+        header = member.tobuf(tarfile.PAX_FORMAT) + b"x" * 512
+    opened = lzma.open if suffix == ".tar.xz" else open
+    with opened(tmp_path / f"x{suffix}", "wb") as archive:
+        archive.write(header)
+    with pytest.raises(DataError, match="is damaged, cut short or no tar archive"):
+        _open(tmp_path / f"x{suffix}")
