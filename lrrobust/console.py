@@ -144,8 +144,11 @@ class EvaluationProgress:
         #: Passes really made: fewer, because images wrong when clean or broken are not attacked.
         self._made: Counter[str] = Counter()
         self._present = 0
-        #: What parts begun here need at most, by cost alone and by the images that they really attack.
+        #: What parts begun here need at most, by cost alone and by the images that they really attack; that of them which
+        #: is not finished, and what it needs at most.
         self._begun = self._begun_bound = 0.0
+        self._at: Task | None = None
+        self._at_bound = 0.0
         self._opened = self._last_line = time.monotonic()
         #: End of the first pass; what comes before, such as compiling, tells nothing of the speed.
         self._started: float | None = None
@@ -161,8 +164,9 @@ class EvaluationProgress:
         self._bar.stop()
 
     def on_begin(self, task: Task, share: float) -> None:
+        self._at, self._at_bound = task, share * task.cost
         self._begun += task.cost
-        self._begun_bound += share * task.cost
+        self._begun_bound += self._at_bound
 
     def on_forward(self, count: int) -> None:
         if self._started is None:
@@ -179,6 +183,7 @@ class EvaluationProgress:
             self._finished_here[task.spec.name] += task.cost
             self._made[task.spec.name] += self._present
             self._present = 0
+            self._at = None
         elif not self._is_resumed and not self._done():
             _notice(f"going on with {self._evaluation.folder}")
             self._is_resumed = True
@@ -189,7 +194,7 @@ class EvaluationProgress:
 
     def _show(self) -> None:
         done = self._done()
-        total = done + self._passes_left()
+        total = done + self._passes_left()[0]
         self._bar.update(self._task, completed=done, total=total, state=f"{self._parts()}{self._time_left()}")
         now = time.monotonic()
         if _notices.is_terminal or now - self._last_line < _LINE_INTERVAL_S or not done:
@@ -201,24 +206,29 @@ class EvaluationProgress:
         """Passes made since the start."""
         return self._made.total() + self._present
 
-    def _passes_left(self) -> float:
-        """Passes still to make; what parts need is known only as an upper bound, and those of an attack that are finished
-        say how far off it is for that attack. For other attacks the parts begun say what share is attacked at all."""
+    def _passes_left(self) -> tuple[float, bool]:
+        """Passes still to make, and whether this is a bound rather than an estimate.
+
+        What parts need is known only as an upper bound, and those of an attack that are finished say how far off it is for
+        that attack. For other attacks the parts begun say what share is attacked at all.
+        """
         attacked = self._begun_bound / self._begun if self._begun_bound else 1.0
-        needed = sum(
-            left * (self._made[name] / self._finished_here[name] if self._made[name] else attacked)
-            for name, left in self._left.items()
-        )
-        return max(needed - self._present, 0.0)
+        shares = {name: self._made[name] / self._finished_here[name] if self._made[name] else attacked for name in self._left}
+        needed = sum(left * shares[name] for name, left in self._left.items())
+        is_bound = any(left and not self._made[name] for name, left in self._left.items())
+        if self._at is not None and self._present >= (expected := self._at.cost * shares[self._at.spec.name]):
+            # A part that needs more than those before it: all the others are still to do.
+            return needed - expected + max(self._at_bound - self._present, 0.0), True
+        return max(needed - self._present, 0.0), is_bound
 
     def _time_left(self) -> str:
         """By the speed of the passes made so far, those of others who share the work included."""
         if not self._done() or self._started is None:
             return ""
-        seconds = (time.monotonic() - self._started) * self._passes_left() / self._done()
+        passes, is_bound = self._passes_left()
+        seconds = (time.monotonic() - self._started) * passes / self._done()
         if self._finished_here.total():
             seconds *= self._finished_here.total() / self._finished
-        is_bound = any(left and not self._made[name] for name, left in self._left.items())
         return f", {'at most' if is_bound else 'about'} {_round_duration(seconds)} left"
 
     def _parts(self) -> str:

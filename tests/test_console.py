@@ -90,6 +90,23 @@ def test_parts_without_anything_to_attack_say_nothing(clock):
         assert last_line(clock).endswith(", at most 71 s left")
 
 
+def test_a_part_that_needs_more_than_those_before_it_has_time_left(clock):
+    progress, tasks = progress_over(("pgd", 100), ("pgd", 100), ("pgd", 100))
+    with progress:
+        progress.on_begin(tasks[0], 0.8)
+        passes(progress, clock, 21)
+        progress.on_task(tasks[0], True)
+        progress.on_begin(tasks[1], 0.8)
+        passes(progress, clock, 40)
+        # The first took 20 (and the clock starts a pass late): the second may take 40 more, the third probably 20.
+        assert last_line(clock) == "tiny: 1/3 parts, 60 s, at most 61 s left"
+        progress.on_task(tasks[1], True)
+        progress.on_begin(tasks[2], 0.8)
+        passes(progress, clock, 60)
+        # The last is 59 passes into its 80.
+        assert last_line(clock) == "tiny: 2/3 parts, 120 s, at most 21 s left"
+
+
 def test_parts_of_others_shorten_the_time_left(clock):
     progress, tasks = progress_over(("pgd", 100), ("pgd", 100), ("pgd", 100), ("pgd", 100))
     with progress:
