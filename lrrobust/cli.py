@@ -637,7 +637,8 @@ def run(arguments: list[str]) -> int:
         # An exit code where the command chose one; what else commands return is None.
         code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # In one line whatever is named: GitHub takes lines that begin with `::` for commands.
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except _UsageError as error:
         print(_explain_usage(error), file=sys.stderr)

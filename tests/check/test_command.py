@@ -253,6 +253,12 @@ def test_a_check_that_could_never_fail_is_refused(run, own):
     assert code == 2 and "could never fail" in one_error(err)
 
 
+def test_a_name_begins_no_line_of_an_error(run, own):
+    code, _, err = run("check", "b.json", "--model", "x\n::error::y.py:build", cwd=own)
+    assert code == 2
+    assert "no file x ::error::y.py" in one_error(err) and not any(line.startswith("::") for line in err.splitlines())
+
+
 def test_a_baseline_without_models_is_said(run, own):
     document = json.loads((own / "b.json").read_text())
     document["request"]["models"] = []
