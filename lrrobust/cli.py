@@ -330,10 +330,10 @@ def check(
     With --update, options that say when a check fails are kept in the baseline.
     """
     from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
-    from lrrobust.check.compare import another_comparison, compare, find_differences
+    from lrrobust.check.compare import another_comparison, compare, find_differences, require_sensitivity
     from lrrobust.check.formats import choose_outputs, printable, write_outputs
     from lrrobust.console import print_baseline
-    from lrrobust.errors import BaselineError, ConfigError
+    from lrrobust.errors import BaselineError, ConfigError, StoreError
     from lrrobust.results import load_run
 
     outputs = choose_outputs(formats or (), os.environ)
@@ -350,6 +350,8 @@ def check(
     rule = rule.replaced(significance, None if floor is None else floor / 100, weights_may_change)
     if before is not None:
         before = before.model_copy(update={"rule": rule})
+        if not update:
+            require_sensitivity(before, str(baseline))
     result = None
     with _fresh_folder(out) as folder:
         if run:
@@ -366,6 +368,12 @@ def check(
             differences, _ = find_differences(before, [evaluation.manifest for evaluation in evaluations])
             if differences and not update:
                 result = another_comparison(before, differences, str(baseline))
+            elif all(each.folder.exists() and load_run(each.folder).is_complete for each in evaluations):
+                done = " ".join(f"--run {evaluation.folder}" for evaluation in evaluations)
+                raise StoreError(
+                    f"{out} holds this evaluation already, from an earlier check: take {done} for --out to mean that one, "
+                    "or choose another --out to evaluate afresh"
+                )
             else:
                 _run_all(evaluations)
                 runs = [load_run(evaluation.folder) for evaluation in evaluations]
@@ -373,6 +381,10 @@ def check(
             now = build_baseline(runs, rule)
             write_baseline(baseline, now)
             print_baseline(baseline, before, now)
+            try:
+                require_sensitivity(now, str(baseline))
+            except BaselineError as error:
+                logging.warning("%s", error)
             return
         if result is None:
             result = compare(before, runs, str(baseline))
@@ -628,7 +640,8 @@ def run(arguments: list[str]) -> int:
         # An exit code where the command chose one; what else commands return is None.
         code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # In one line whatever is named: GitHub takes lines that begin with `::` for commands.
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except _UsageError as error:
         print(_explain_usage(error), file=sys.stderr)

@@ -218,6 +218,8 @@ def prepare_evaluations(
         LrRobustError: something named does not exist or does not fit; one line says what.
     """
     device = choose_device(request.device)
+    if not request.models:
+        raise ConfigError("no model to evaluate: name one at least")
     for option, value in (("--chunk-size", request.chunk_size), ("--batch-size", request.batch_size)):
         if value < 1:
             raise ConfigError(f"{option} must be at least 1, got {value}")

@@ -30,6 +30,9 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 #: What a manifest says about a session; all else decides rows, and is part of the comparison.
 _SESSION_KEYS = {"fingerprint", "created_at", "command", "class_names", "provenance", "sessions", "request", "position"}
 
+#: What it says about one model, and no other.
+_MODEL_KEYS = {"model", "training"}
+
 Text = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -91,8 +94,8 @@ class Measurement(Record):
         )
 
     @property
-    def key(self) -> tuple[str, float]:
-        return self.attack, math.inf if self.eps is None else self.eps
+    def key(self) -> tuple[str, str, float]:
+        return self.attack, self.norm, math.inf if self.eps is None else self.eps
 
     def is_robust(self) -> np.ndarray:
         """Bool (n,)."""
@@ -218,7 +221,7 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
 
 def protocol_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What of a manifest decides the rows, the model aside."""
-    protocol = {key: value for key, value in manifest.items() if key not in _SESSION_KEYS | {"model"}}
+    protocol = {key: value for key, value in manifest.items() if key not in _SESSION_KEYS | _MODEL_KEYS}
     # Which parts there are follows from the rest.
     protocol["plan"] = {"chunk_size": manifest["plan"]["chunk_size"]}
     return protocol
@@ -251,17 +254,21 @@ def read_baseline(path: Path) -> Baseline:
     if len(content) > MAX_FILE_BYTES:
         raise BaselineError(f"baseline {path}: expected at most {MAX_FILE_BYTES} bytes, found more")
     try:
-        return Baseline.model_validate_json(content)
+        baseline = Baseline.model_validate_json(content)
+        json.loads(content, object_pairs_hook=_refuse_repeats)
+        return baseline
+    except _RepeatedKey as error:
+        message, where = str(error), ""
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
         # Another version explains everything else that does not fit.
         mistake = next((each for each in mistakes if each["loc"][:1] == ("schema_version",)), mistakes[0])
         where = ".".join(str(part) for part in mistake["loc"])
         message = " ".join(mistake["msg"].split())
-        raise BaselineError(
-            f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
-            "or rewrite it with --update --run FOLDER"
-        ) from None
+    raise BaselineError(
+        f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
+        "or rewrite it with --update --run FOLDER"
+    )
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
@@ -271,6 +278,16 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
         StoreError: it cannot be written.
     """
     write_file(path, (json.dumps(baseline.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n").encode())
+
+
+class _RepeatedKey(Exception):
+    """Of two values for one key, a review may see the one and a reader take the other."""
+
+
+def _refuse_repeats(pairs: Sequence[tuple[str, Any]]) -> None:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise _RepeatedKey(f"{repeated[0]!r} stands twice in one object")
 
 
 def _mistake(message: str) -> PydanticCustomError:

@@ -171,10 +171,33 @@ def smallest_noticed_fall(rule: Rule, measurements: Sequence[Measurement]) -> in
     Args:
         measurements: of the baseline, one or more, on the same images; each is a comparison.
     """
-    n, count = measurements[0].n, len(measurements)
-    most = max(round(measurement.robust_accuracy * measurement.n) for measurement in measurements)
-    images = max(math.ceil(math.log2(count / rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
-    return images if images <= most else None
+    needed = _images_to_lose(rule, measurements[0].n, len(measurements))
+    return needed if needed <= _most_robust(measurements) else None
+
+
+def _images_to_lose(rule: Rule, n: int, count: int) -> int:
+    """Of n images at one of `count` comparisons, none gained, for a check to fail."""
+    return max(math.ceil(math.log2(count) - math.log2(rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
+
+
+def _most_robust(measurements: Sequence[Measurement]) -> int:
+    return max(int(measurement.is_robust().sum()) for measurement in measurements)
+
+
+def require_sensitivity(baseline: Baseline, baseline_file: str) -> None:
+    """Refuses a comparison that would pass whatever became of the models.
+
+    Raises:
+        BaselineError: nowhere are as many images robust as would have to be lost.
+    """
+    measurements = [measurement for of_model in baseline.models for measurement in of_model.measurements]
+    most, n = _most_robust(measurements), measurements[0].n
+    if most < _images_to_lose(baseline.rule, n, 1):
+        raise BaselineError(
+            f"a check against {baseline_file} could never fail: at most {most} of its {n} images are robust at any attack and "
+            f"eps, and so few may be lost (significance {baseline.rule.significance:g}, floor {100 * baseline.rule.floor:g} "
+            "points); make a baseline of more images or smaller eps, or lower the floor"
+        )
 
 
 def _find_flips(

@@ -72,25 +72,35 @@ def choose_outputs(asked: Sequence[str], environment: Mapping[str, str]) -> list
 def write_outputs(
     result: CheckResult, outputs: Sequence[Output], environment: Mapping[str, str], show: Callable[[str], None]
 ) -> None:
-    """Writes every output; files whole or not at all.
+    """Writes every output; files whole or not at all. One that cannot be written keeps none from being written.
 
     Raises:
-        StoreError: a file cannot be written.
+        StoreError: files that cannot be written.
     """
+    summary = environment.get("GITHUB_STEP_SUMMARY")
+    failures = []
     for output in outputs:
         text = FORMATS[output.format](result)
-        if output.path is None:
-            show(text)
-        else:
-            write_file(output.path, text.encode())
-        summary = environment.get("GITHUB_STEP_SUMMARY")
-        if output.format == "github" and summary:
-            # Other commands of the step write to the same file.
-            try:
-                with open(summary, "a", encoding="utf-8") as file:
-                    file.write(render_markdown(result) + "\n")
-            except OSError as error:
-                raise StoreError(f"cannot add to the step summary {summary}: {error.strerror}") from None
+        try:
+            if output.path is None:
+                show(text)
+            else:
+                write_file(output.path, text.encode())
+            if output.format == "github" and summary:
+                _add_to_summary(Path(summary), render_markdown(result))
+        except StoreError as failure:
+            failures.append(str(failure))
+    if failures:
+        raise StoreError("; ".join(failures))
+
+
+def _add_to_summary(path: Path, markdown: str) -> None:
+    # Other commands of the step write to the same file.
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(markdown + "\n")
+    except OSError as error:
+        raise StoreError(f"cannot add to the step summary {path}: {error.strerror}") from None
 
 
 def render_text(result: CheckResult) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import math
 import os
 import posixpath
 import stat
@@ -37,6 +38,15 @@ SPOOL_MEMORY_BYTES = 1_000_000_000
 #: bound ends the walk where a link leads back to a folder above it.
 _MAX_FOLDER_DEPTH = 5
 
+#: Compressed tars unpack to no more than this and so many times their size: images hardly compress.
+MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 1_000_000_000, 100
+
+#: A header that holds a long name, or other things about a file, is read into memory.
+_MAX_HEADER_BYTES = 1_000_000
+_READ_AS_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+
 _DECOMPRESSORS: dict[str, Callable[[Path], BinaryIO]] = {
     ".tar.gz": gzip.open,
     ".tgz": gzip.open,
@@ -47,6 +57,20 @@ _DECOMPRESSORS: dict[str, Callable[[Path], BinaryIO]] = {
 ARCHIVE_SUFFIXES = (".zip", ".tar", *_DECOMPRESSORS)
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError)
+
+#: Besides what tarfile foresees: headers of sparse files that are no numbers, or end too soon.
+_TAR_DAMAGE = (*_DAMAGE, ValueError, IndexError)
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _READ_AS_HEADERS and info.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {info.size} bytes, at most {_MAX_HEADER_BYTES} are read")
+        if info.type == tarfile.GNUTYPE_SPARSE and buf[482]:
+            raise tarfile.ReadError("a sparse file whose map goes on without a bound")
+        return info
 
 
 class Span(NamedTuple):
@@ -212,12 +236,12 @@ class TarTree(FileTree):
         super().__init__(path, suffixes)
         self._spans: dict[str, Span] = {}
         try:
-            with tarfile.open(path, "r:") as tar:
+            with tarfile.open(path, "r:", tarinfo=_BoundedTarInfo) as tar:
                 for member, name in _regular_members(tar, self):
                     self._spans[name] = Span(member.offset_data, member.size)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        except _DAMAGE as error:
+        except _TAR_DAMAGE as error:
             raise _damaged_archive(path, error) from error
 
     def read(self, name: str) -> bytes:
@@ -245,15 +269,16 @@ class CompressedTarTree(FileTree):
         self._oversized: dict[str, int] = {}
         decompress = next(open_ for suffix, open_ in _DECOMPRESSORS.items() if path.name.lower().endswith(suffix))
         try:
-            with decompress(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member, name in _regular_members(tar, self):
+            most = MAX_UNPACKED_BYTES + _MAX_UNPACKED_RATIO * path.stat().st_size
+            with decompress(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_BoundedTarInfo) as tar:
+                for member, name in _regular_members(tar, self, most):
                     if member.size > MAX_MEMBER_BYTES:
                         self._oversized[name] = member.size
                     else:
                         self._spans[name] = spool.append(tar.extractfile(member).read())
                 while stream.read(1 << 20):  # to the end, where the checksum of the compression lies
                     pass
-        except _DAMAGE as error:
+        except _TAR_DAMAGE as error:
             raise _damaged_archive(path, error) from error
         except OSError as error:
             if error.errno is None:  # not from the system: bz2 says so of damaged content
@@ -274,6 +299,9 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
             its end, or holds a file twice.
     """
     name = path.name.lower()
+    # A pipe would have us wait.
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise DataError(f"{path} is neither a folder nor a file")
     if path.is_dir():
         return FolderTree(path, suffixes)
     if name.endswith((".zip", ".whl")):
@@ -295,8 +323,12 @@ def _walk(root: Path, below: str, depth: int) -> Iterator[str]:
                 yield f"{below}{entry.name}"
 
 
-def _regular_members(tar: tarfile.TarFile, tree: FileTree) -> Iterator[tuple[tarfile.TarInfo, str]]:
+def _regular_members(
+    tar: tarfile.TarFile, tree: FileTree, most_bytes: float = math.inf
+) -> Iterator[tuple[tarfile.TarInfo, str]]:
     for member in tar:
+        if member.offset_data + member.size > most_bytes:
+            raise DataError(f"{tree.path} unpacks to more than {most_bytes} bytes: unpack it yourself if you trust it")
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():

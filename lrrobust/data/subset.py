@@ -59,6 +59,9 @@ def read_indices(path: str | Path) -> list[int]:
             non-negative integer.
     """
     try:
+        # A device never ends, a pipe would have us wait.
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("not a regular file")
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"index file {path}: expected text with one integer a line: {error}") from error
@@ -67,8 +70,8 @@ def read_indices(path: str | Path) -> list[int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit()):
-            raise DataError(f"index file {path}, line {number}: expected an integer of 0 or more, found {text!r}")
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise DataError(f"index file {path}, line {number}: expected an integer of 0 or more, found {text[:60]!r}")
         index = int(text)
         if index in line_of:
             raise DataError(f"index file {path}, line {number}: {index} stands already on line {line_of[index]}")

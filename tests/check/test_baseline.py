@@ -26,9 +26,9 @@ def test_survives_the_file_bit_by_bit(baseline_of, outcomes, tmp_path):
     again = read_baseline(tmp_path / "b.json")
     assert again == baseline
     (model,) = again.models
-    assert {m.key for m in model.measurements} == {(attack, eps) for attack, _, eps in outcomes}
-    for (attack, _, eps), is_robust in outcomes.items():
-        (found,) = [m for m in model.measurements if m.key == (attack, eps)]
+    assert {m.key for m in model.measurements} == outcomes.keys()
+    for key, is_robust in outcomes.items():
+        (found,) = [m for m in model.measurements if m.key == key]
         assert found.is_robust().tolist() == is_robust.tolist()
         assert found.robust_accuracy == is_robust.mean()
         assert len(found.robust) == 2 * 7  # 53 bits
@@ -113,6 +113,27 @@ def test_what_is_no_baseline_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(BaselineError) as caught:
         read_baseline(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(baseline_of, outcomes, tmp_path):
+    """A review reads the one, JSON takes the other: all images broken, say, so that no fall is left to notice."""
+    path = tmp_path / "b.json"
+    write_baseline(path, baseline_of(outcomes))
+    text = path.read_text()
+    before, after = text.split('"robust": "', 1)
+    bitmap, after = after.split('"', 1)
+    hidden = f', "robust_accuracy": 0.0, "robust": "{"00" * 7}"'
+    path.write_text(f'{before}"robust": "{bitmap}"{hidden}{after}')
+    with pytest.raises(BaselineError, match="'robust.*stands twice") as caught:
+        read_baseline(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_request_may_hold_models_of_several_recipes(run_of, outcomes):
+    models = ("a.py:build", "b.py:build")
+    recipes = [{"recipe": "short 1"}, {"recipe": "long 2"}]
+    runs = [run_of(outcomes, models=models, position=k, training=recipes[k]) for k in (0, 1)]
+    assert "training" not in build_baseline(runs, Rule()).protocol
 
 
 def test_every_truncation_is_refused(baseline_of, outcomes, tmp_path):

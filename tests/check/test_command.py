@@ -105,9 +105,12 @@ def test_the_projects_own_gate(run, tmp_path):
     """
     make_workplace(tmp_path, 50)
     started = time.monotonic()
-    code, out, err = run("check", GATE / "baseline.json", cwd=tmp_path)
+    code, out, err = run("check", GATE / "baseline.json", "--format", "json", cwd=tmp_path)
     assert code == 0, out + err
-    assert "PASSED" in out
+    result = CheckResult.model_validate_json(out)
+    assert result.verdict == "passed"
+    # An attack that has lost its strength is as wrong here, and passes a gate that is for models.
+    assert max(len(c.gained) for c in result.comparisons) <= 3
     assert time.monotonic() - started < 180
     accuracies = [m.robust_accuracy for m in read_baseline(GATE / "baseline.json").models[0].measurements]
     assert len(accuracies) == 25 and max(accuracies) > 0.9 and min(accuracies) < 0.1
@@ -241,6 +244,38 @@ def test_moved_models_and_images_are_found_again(run, workplace, tmp_path):
     code, out, err = run("check", workplace / "b.json", "--run", kept, cwd=tmp_path)
     assert code == 0, err
     assert "PASSED" in out
+
+
+def test_a_finished_run_of_an_earlier_check_does_not_pass_for_a_fresh_one(run, own):
+    """It looks at no model again, and a model may have changed in code that its file imports."""
+    replace_in(own / "model.py", "from torch import nn", "from torch import nn\n\nfrom pathlib import Path")
+    assert run("check", "b.json", "--weights-may-change", "--out", "kept", cwd=own)[0] == 0
+    code, _, err = run("check", "b.json", "--weights-may-change", "--out", "kept", cwd=own)
+    assert code == 2
+    assert "from an earlier check" in one_error(err) and f"--run {find_runs(Path('kept'))[0]}" in one_error(err)
+
+
+def test_a_check_that_could_never_fail_is_refused(run, own):
+    kept = find_runs(own / "runs")[0]
+    assert run("check", "b.json", "--run", kept, "--floor", 99.9, cwd=own)[0] == 2
+    code, _, err = run("check", "b.json", "--update", "--run", kept, "--floor", 99.9, cwd=own)
+    assert code == 0, err
+    code, _, err = run("check", "b.json", cwd=own)
+    assert code == 2 and "could never fail" in one_error(err)
+
+
+def test_a_name_begins_no_line_of_an_error(run, own):
+    code, _, err = run("check", "b.json", "--model", "x\n::error::y.py:build", cwd=own)
+    assert code == 2
+    assert "no file x ::error::y.py" in one_error(err) and not any(line.startswith("::") for line in err.splitlines())
+
+
+def test_a_baseline_without_models_is_said(run, own):
+    document = json.loads((own / "b.json").read_text())
+    document["request"]["models"] = []
+    (own / "b.json").write_text(json.dumps(document))
+    code, _, err = run("check", "b.json", cwd=own)
+    assert code == 2 and "no model" in one_error(err)
 
 
 def test_every_format_at_once(run, own):

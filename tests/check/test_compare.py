@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import binomtest
 
 from lrrobust.check.baseline import Rule, build_baseline
-from lrrobust.check.compare import compare, find_differences, smallest_noticed_fall
+from lrrobust.check import compare as comparison
+from lrrobust.check.compare import compare, find_differences, require_sensitivity, smallest_noticed_fall
 from lrrobust.errors import BaselineError
 
 LADDER = tuple(eps / 255 for eps in (0.125, 0.25, 0.5, 1, 2, 4))
@@ -173,6 +174,32 @@ def test_only_robust_images_can_be_lost(run_of, baseline_of, robust, noticed):
         assert "sure to notice no fall at all: too few images are robust in the baseline" in result.reason
 
 
+@pytest.mark.parametrize(
+    ("robust", "n", "rule"),
+    [
+        (0, 50, Rule()),  # attacks that break all, as with an eps that is too large
+        (5, 50, Rule()),
+        (5, 5, Rule()),
+        (50, 50, Rule(significance=5e-324)),
+        (40, 50, Rule(floor=0.9)),
+    ],
+)
+def test_a_check_that_could_never_fail_is_refused(baseline_of, run_of, robust, n, rule):
+    outcomes = {("pgd", "linf", LADDER[0]): np.arange(n) < robust}
+    baseline = baseline_of(outcomes, rule)
+    assert verdict(baseline, run_of({key: np.zeros(n, bool) for key in outcomes})) == "passed"
+    with pytest.raises(BaselineError, match=f"never fail: at most {robust} of its {n} images"):
+        require_sensitivity(baseline, "b.json")
+
+
+@pytest.mark.parametrize(("robust", "n", "rule"), [(6, 50, Rule()), (50, 50, Rule(floor=0.9)), (6, 6, Rule())])
+def test_a_check_that_could_just_fail_is_not_refused(baseline_of, run_of, robust, n, rule):
+    outcomes = {("pgd", "linf", eps): np.arange(n) < robust * (eps == LADDER[0]) for eps in LADDER}
+    baseline = baseline_of(outcomes, rule)
+    require_sensitivity(baseline, "b.json")
+    assert verdict(baseline, run_of({key: np.zeros(n, bool) for key in outcomes})) == "regressed"
+
+
 class TestAnotherComparison:
     OUTCOMES = {("pgd", "linf", LADDER[0]): np.ones(50, bool)}
 
@@ -225,6 +252,11 @@ class TestAnotherComparison:
         compared = compare(baseline_of(self.OUTCOMES, Rule(weights_may_change=True)), [run], "b.json")
         assert compared.verdict == "passed"
         assert said in compared.notes[0]
+
+    def test_a_model_of_another_recipe_is_another_model_alone(self, run_of, baseline_of):
+        baseline = baseline_of(self.OUTCOMES, Rule(weights_may_change=True), training={"recipe": "short 1"})
+        run = run_of(self.OUTCOMES, hashes=("f", "b"), training={"recipe": "long 2"})
+        assert compare(baseline, [run], "b.json").verdict == "passed"
 
     def test_the_same_model_under_another_name_is_the_same(self, run_of, baseline_of):
         run = run_of(self.OUTCOMES, models=("elsewhere/model.py:build",))

@@ -185,6 +185,13 @@ class TestOutputs:
         assert summary.read_text() == "before\n" + FORMATS["markdown"](result) + "\n"
         assert {path.name for path in tmp_path.rglob("*")} == {"new", "r.json", "r.md", "summary.md"}
 
+    def test_what_cannot_be_written_keeps_nothing_else_from_it(self, result_of, tmp_path):
+        (tmp_path / "file").write_text("")
+        outputs = choose_outputs(["github", f"junit={tmp_path}/file/a.xml", f"json={tmp_path}/r.json"], {})
+        with pytest.raises(StoreError, match="step summary .*; could not write .*a.xml"):
+            write_outputs(result_of("regressed"), outputs, {"GITHUB_STEP_SUMMARY": str(tmp_path)}, lambda _: None)
+        assert CheckResult.model_validate_json((tmp_path / "r.json").read_text()).verdict == "regressed"
+
     def test_a_summary_that_cannot_be_written_is_said(self, result_of, tmp_path):
         with pytest.raises(StoreError, match="step summary"):
             write_outputs(result_of("passed"), [Output("github", None)], {"GITHUB_STEP_SUMMARY": str(tmp_path)}, print)

@@ -1,4 +1,6 @@
 import io
+import lzma
+import os
 import os
 import tarfile
 import time
@@ -207,3 +209,50 @@ def test_reading_from_threads(tmp_path, pack, suffix):
     names = list(files) * 4
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(tree.read, names)) == [files[name] for name in names]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_header_that_would_fill_memory_is_refused(tmp_path, suffix, kind):
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 1_000_001
+    opened = lzma.open if suffix == ".tar.xz" else open
+    with opened(tmp_path / f"x{suffix}", "wb") as archive:
+        archive.write(member.tobuf(tarfile.USTAR_FORMAT) + bytes(1_000_448))
+    with pytest.raises(DataError, match="a header of 1000001 bytes, at most 1000000 are read"):
+        _open(tmp_path / f"x{suffix}")
+
+
+def test_bomb_of_many_files_is_refused(tmp_path, pack_tar, monkeypatch):
+    monkeypatch.setattr("lrrobust.data.file_trees.MAX_UNPACKED_BYTES", 10_000)
+    files = {f"a/{index}.jpg": bytes(100_000) for index in range(100)}
+    path = pack_tar(tmp_path / "x.tar.xz", files)
+    assert path.stat().st_size * 100 + 10_000 < 10_000_000
+    with pytest.raises(DataError, match="unpacks to more than"):
+        _open(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(DataError, match="neither a folder nor a file"):
+        _open(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
+@pytest.mark.parametrize("kind", ["old", "pax"])
+def test_maps_of_sparse_files_that_are_none_are_damage(tmp_path, suffix, kind):
+    member = tarfile.TarInfo("a/1.jpg")
+    if kind == "old":
+        member.type = tarfile.GNUTYPE_SPARSE
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[482] = 1  # its map goes on in the next block
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    else:
+        member.size = 512
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+        header = member.tobuf(tarfile.PAX_FORMAT) + b"x" * 512
+    opened = lzma.open if suffix == ".tar.xz" else open
+    with opened(tmp_path / f"x{suffix}", "wb") as archive:
+        archive.write(header)
+    with pytest.raises(DataError, match="is damaged, cut short or no tar archive"):
+        _open(tmp_path / f"x{suffix}")

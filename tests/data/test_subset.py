@@ -77,6 +77,7 @@ def test_read_indices(tmp_path):
         ("1 2\n", r"line 1: .*found '1 2'"),
         ("\u00b2\n", r"line 1: expected an integer"),
         ("# nothing\n", r"found none"),
+        ("9" * 5000, r"line 1: expected an integer"),
     ],
 )
 def test_bad_index_file_is_refused(tmp_path, text, message):
@@ -84,6 +85,11 @@ def test_bad_index_file_is_refused(tmp_path, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_indices(path)
+
+
+def test_what_never_ends_is_no_index_file():
+    with pytest.raises(DataError, match="index file /dev/null: .*not a regular file"):
+        read_indices("/dev/null")
 
 
 def test_missing_index_file_is_named(tmp_path):
