@@ -59,6 +59,15 @@ def test_script_hands_over_arguments_as_they_are(step, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+def test_a_process_that_ends_without_a_result_has_not_passed(step, tmp_path):
+    shim = tmp_path / "python"
+    shim.write_text("#!/usr/bin/env bash\nexit 0\n")
+    shim.chmod(0o755)
+    (tmp_path / "r.json").write_text("of an earlier check")
+    done = run_script(step, tmp_path, PYTHON=str(shim))
+    assert done.returncode == 2 and "without a result" in done.stdout
+
+
 def test_script_fails_with_the_exit_code(step, tmp_path):
     """A whole check through the script: a damaged baseline needs no model to be found."""
     (tmp_path / "b.json").write_text("{")
