@@ -47,6 +47,10 @@ class BaselineError(LrRobustError):
     """A baseline is damaged, or is of another comparison than the one asked for."""
 
 
+#: Names that a message lists at most: libraries of models have thousands.
+_MOST_NAMES = 40
+
+
 class UnknownNameError(LrRobustError):
     """A name is not among the known ones; the message offers the nearest.
 
@@ -60,5 +64,6 @@ class UnknownNameError(LrRobustError):
         known = sorted(set(known))
         spelled = {each.lower(): each for each in known}
         near = [spelled[each] for each in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        more = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known[:_MOST_NAMES])}{more}"
         super().__init__(f"unknown {kind} {name!r}: {hint}")
