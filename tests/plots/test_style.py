@@ -20,7 +20,7 @@ def test_png_files_have_a_palette_and_white_paper():
     figure = Figure(figsize=(2, 1.5))
     figure.subplots().plot([0, 1], [0, 1], color="#0072B2", linewidth=3)
     image = Image.open(io.BytesIO(render(figure, ["png"])["png"]))
-    assert image.mode == "P" and image.size == (400, 300) and image.info["dpi"][0] == pytest.approx(200, abs=0.1)
+    assert image.mode == "P" and image.size == (320, 240) and image.info["dpi"][0] == pytest.approx(160, abs=0.1)
     colours = {colour: count for count, colour in image.convert("RGB").getcolors()}
     assert max(colours, key=colours.get) == (255, 255, 255)
     # The line's own colour, but for rounding.
