@@ -427,16 +427,18 @@ def report(
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:
         raise StoreError(f"no runs in {', '.join(map(str, roots))}: run `lrrobust eval` first, or name the folder of a run")
-    loaded = []
-    for folder in dict.fromkeys(folders):
-        try:
-            loaded.append(load_run(folder))
-        except StoreError as error:
-            if len(folders) == 1:
-                raise
-            logging.warning("left out: %s", error)
-    summary = summarise(loaded)
     with Drawers() as drawers:
+        # There are two or three of each run, with those of claims.
+        drawers.expect(2 * len(folders))
+        loaded = []
+        for folder in dict.fromkeys(folders):
+            try:
+                loaded.append(load_run(folder))
+            except StoreError as error:
+                if len(folders) == 1:
+                    raise
+                logging.warning("left out: %s", error)
+        summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
         verdicts = judge_claims(claims, loaded)
         print_verdicts(verdicts)

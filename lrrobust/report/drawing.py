@@ -72,18 +72,26 @@ class Drawers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    def expect(self, figures: int) -> None:
+        """About as many will be begun: where that is many, the other process starts and loads matplotlib meanwhile."""
+        if not self._is_alone and figures >= _MANY:
+            self._try_sharing([])
+
     def begin(self, sketches: Sequence[Sketch]) -> Collect:
         """Begins to draw; the function returned does the rest, the same whoever draws. To be called late, inside the context."""
         orders = [_Order(sketch) for sketch in sketches]
         self._orders += orders
         waiting = [order for order in self._orders if order.future is None and order.drawing is None]
         if not self._is_alone and (self._pool is not None or len(waiting) >= _MANY):
-            try:
-                self._share(waiting)
-            except (BrokenProcessPool, OSError) as error:
-                _log.warning("no second process to draw figures with (%s): one draws them all", error)
-                self._is_alone = True
+            self._try_sharing(waiting)
         return lambda: self._collect(orders)
+
+    def _try_sharing(self, orders: Sequence[_Order]) -> None:
+        try:
+            self._share(orders)
+        except (BrokenProcessPool, OSError) as error:
+            _log.warning("no second process to draw figures with (%s): one draws them all", error)
+            self._is_alone = True
 
     def _share(self, orders: Sequence[_Order]) -> None:
         with _interrupts_blocked():
@@ -91,6 +99,7 @@ class Drawers:
                 # Not forked: libraries that have threads do not survive that.
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_serve)
+                self._pool.submit(_load_matplotlib)
             for order in orders:
                 order.future = self._pool.submit(_draw, order.sketch)
 
@@ -137,6 +146,10 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _load_matplotlib() -> None:
+    import lrrobust.plots  # noqa: F401
 
 
 def _serve() -> None:
