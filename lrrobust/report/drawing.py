@@ -78,7 +78,7 @@ class Drawers:
             self._try_sharing([])
 
     def begin(self, sketches: Sequence[Sketch]) -> Collect:
-        """Begins to draw; the function returned does the rest, the same whoever draws. To be called late, inside the context."""
+        """Begins to draw; the function returned does the rest, the same whoever draws. To be called late, in the context."""
         orders = [_Order(sketch) for sketch in sketches]
         self._orders += orders
         waiting = [order for order in self._orders if order.future is None and order.drawing is None]

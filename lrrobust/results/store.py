@@ -485,7 +485,8 @@ def _read_rows(
 ) -> tuple[pa.Table, dict[str, str]]:
     """As `_read_part`, for a part that must also hold the rows which its name promises.
 
-    with_values: check the values, too; `_with_sound_values` checks those of many parts at once.
+    Args:
+        with_values: check the values, too; `_with_sound_values` checks those of many parts at once.
     """
     table, metadata = _read_part(_part_path(folder, part), _identity(manifest, part))
     try:
@@ -500,7 +501,10 @@ def _read_rows(
 def _read_ahead(
     folder: Path, manifest: Mapping[str, Any], parts: Sequence[PartId]
 ) -> Iterator[Callable[[], tuple[pa.Table, dict[str, str]]]]:
-    """For each part what gives `_read_rows` of it, without its values checked, or its error; two threads read, since half of it is not Python."""
+    """For each part what gives `_read_rows` of it, without its values checked, or its error.
+
+    Two threads read, since half of it is not Python.
+    """
     pool = ThreadPoolExecutor(2)
     try:
         futures = deque(pool.submit(_read_rows, folder, manifest, part, with_values=False) for part in parts)

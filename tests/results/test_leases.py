@@ -1,4 +1,6 @@
+import inspect
 import os
+import time
 
 import pytest
 
@@ -134,3 +136,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(StoreError, match="could not write .*leases") as caught:
         Leases(tmp_path / "leases", 60.0).acquire("a")
     assert "\n" not in str(caught.value)
+
+
+def test_the_clock_is_one_that_cannot_be_set():
+    # Nobody sets the computer's clock in a test; a lease must not follow it all the same.
+    assert inspect.signature(Leases).parameters["clock"].default is time.monotonic
