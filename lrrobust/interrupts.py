@@ -57,9 +57,9 @@ def interrupts_held_back() -> Iterator[list[tuple[Any, ...]]]:
     handlers = {signum: handler for signum in _ALL if callable(handler := signal.getsignal(signum))}
     if threading.current_thread() is not threading.main_thread():
         handlers = {}
-    for signum in handlers:
-        signal.signal(signum, lambda *arguments: received.append(arguments))
     try:
+        for signum in handlers:
+            signal.signal(signum, lambda *arguments: received.append(arguments))
         yield received
     finally:
         for signum, handler in handlers.items():

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lrrobust.interrupts import interrupts_held_back
 from lrrobust.results.files import explaining
 
 LEASES = "leases"
@@ -47,8 +48,9 @@ class Leases:
 
     def close(self) -> None:
         """Gives back all that this process holds."""
-        for name in list(self._held):
-            self.release(name)
+        with interrupts_held_back():
+            for name in list(self._held):
+                self.release(name)
 
     def taken(self) -> set[str]:
         """The names that somebody holds, or held when it died."""
@@ -64,7 +66,8 @@ class Leases:
         Raises:
             StoreError: the folder cannot be written.
         """
-        with explaining("write", self._folder / name):
+        # Stopped between the file and the note of it, the process would leave a lease that nobody gives back.
+        with interrupts_held_back(), explaining("write", self._folder / name):
             self._folder.mkdir(exist_ok=True)
             try:
                 descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -72,7 +75,7 @@ class Leases:
                 return False
             with open(descriptor, "wb") as file:
                 file.write(self._content())
-        self._held.add(name)
+            self._held.add(name)
         return True
 
     def take_over(self, name: str) -> bool:
@@ -93,7 +96,7 @@ class Leases:
             return False
         # Of several that see this at once, one renames it.
         aside = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
-        with explaining("write", path):
+        with interrupts_held_back(), explaining("write", path):
             try:
                 os.rename(path, aside)
             except FileNotFoundError:
@@ -118,11 +121,12 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Gives back a lease; one that was taken over stays with whoever has it."""
-        if name in self._held:
-            self._held.discard(name)
-            if self._is_mine(name):
-                with contextlib.suppress(OSError):
-                    (self._folder / name).unlink()
+        with interrupts_held_back():
+            if name in self._held:
+                self._held.discard(name)
+                if self._is_mine(name):
+                    with contextlib.suppress(OSError):
+                        (self._folder / name).unlink()
 
     def _content(self) -> bytes:
         return f"{self._owner} {self._count:08d}\n".encode()

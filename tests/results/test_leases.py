@@ -1,10 +1,13 @@
 import inspect
 import os
+import signal
+import sys
 import time
 
 import pytest
 
 from lrrobust.errors import StoreError
+from lrrobust.results import leases as module
 from lrrobust.results.leases import Leases, clear_leases
 
 
@@ -43,6 +46,62 @@ def test_closing_gives_back_what_is_held(pair):
     assert first.acquire("a") and first.acquire("b") and second.acquire("c")
     first.close()
     assert second.taken() == {"c"}
+
+
+class Ended(KeyboardInterrupt):
+    pass
+
+
+def end_at_line(count):
+    """Raises SIGTERM before the `count`th line that is executed in the module; says whether there was one."""
+    left = [count]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    sys.settrace(trace)
+    return left
+
+
+@pytest.mark.parametrize("content", [None, b"somebody who died"], ids=["free", "abandoned"])
+def test_a_signal_at_any_line_leaves_no_lease_behind(tmp_path, clock, content):
+    def stop(signum, _):
+        raise Ended
+
+    before, tracing = signal.signal(signal.SIGTERM, stop), sys.gettrace()
+    ends = 0
+    try:
+        while True:
+            folder = tmp_path / str(ends)
+            leases = Leases(folder, 60.0, clock)
+            if content is not None:
+                folder.mkdir()
+                (folder / "a").write_bytes(content)
+                assert not leases.take_over("a")
+                clock.now += 100
+            left = end_at_line(ends + 1)
+            try:
+                assert leases.acquire("a") if content is None else leases.take_over("a")
+                leases.release("a")
+            except Ended:
+                pass
+            finally:
+                sys.settrace(tracing)
+            leases.close()
+            left_behind = [path for path in folder.iterdir() if path.read_bytes() != content] if folder.is_dir() else []
+            assert left_behind == []
+            if left[0] > 0:
+                break
+            ends += 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ends > 10
 
 
 def test_no_folder_is_no_lease(pair):
