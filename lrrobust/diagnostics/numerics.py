@@ -43,7 +43,7 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
 
     At the boundary is where minimal-norm attacks end, and where rounding decides.
     """
-    places, edge = _boundary_images(subject)
+    places, edge = boundary_images(subject)
     images, labels = torch.cat([subject.images, edge]), torch.cat([subject.labels, subject.labels[places]])
     keys = [""] * len(labels)
     single = subject.judge.predict(images, labels, keys)
@@ -71,31 +71,32 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
         detail += ": what breaks and what withstands hangs on rounding"
     elif not len(edge):
         passed = None
-        detail += ". No attack broke an image of the sample, so whether rounding decides at the boundary is not known"
+        detail += ". No attack came to the boundary, so whether rounding decides there is not known"
     yield Diagnostic(name="float64", passed=passed, detail=f"{detail}.")
 
 
-def _boundary_images(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adversarial images just beyond the boundary, (M, 3, H, W), and the places in the sample they were made of, (M,).
+def boundary_images(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in the sample, (M,) int64, and an adversarial image just beyond the boundary for each, (M, 3, H, W).
 
-    The strongest attack of the first norm in which it breaks any is made once more on what the run broke, and what it
-    finds is moved towards the clean image for as long as it is misclassified.
+    The strongest attack is made once more on what the run broke, in the first norm in which it breaks any; what it finds is
+    moved towards the clean image for as long as it is misclassified.
     """
     for norm in subject.norms:
         eps = norm.choose_eps()
-        places = np.flatnonzero(norm.breaking_eps[: len(subject)] <= eps)
-        if not len(places):
+        broken = np.flatnonzero(norm.breaking_eps[: len(subject)] <= eps)
+        if not len(broken):
             continue
-        strike = subject.strike(norm.strongest, eps, places)
-        if strike.is_broken.any():
-            found = torch.from_numpy(places[strike.is_broken]).to(subject.labels.device)
-            clean = subject.images[found]
-            way = strike.adversarial[torch.from_numpy(strike.is_broken).to(found.device)] - clean
-            labels, keys = subject.labels[found], [subject.keys[place] for place in found.tolist()]
-            inside, outside = torch.zeros_like(way[:, :1, :1, :1]), torch.ones_like(way[:, :1, :1, :1])
-            for _ in range(HALVINGS):
-                middle = (inside + outside) / 2
-                is_wrong = (subject.judge.predict(clean + middle * way, labels, keys).label != labels)[:, None, None, None]
-                inside, outside = torch.where(is_wrong, inside, middle), torch.where(is_wrong, middle, outside)
-            return found, clean + outside * way
-    return torch.zeros(0, dtype=torch.int64, device=subject.labels.device), subject.images[:0]
+        strike = subject.strike(norm.strongest, eps, broken)
+        if not strike.is_broken.any():
+            continue
+        again = torch.from_numpy(strike.is_broken).to(subject.labels.device)
+        places = torch.from_numpy(broken).to(subject.labels.device)[again]
+        clean, labels, keys = subject.images[places], subject.labels[places], [subject.keys[place] for place in places.tolist()]
+        way = strike.adversarial[again] - clean
+        inside, outside = torch.zeros_like(way[:, :1, :1, :1]), torch.ones_like(way[:, :1, :1, :1])
+        for _ in range(HALVINGS):
+            middle = (inside + outside) / 2
+            is_wrong = (subject.judge.predict(clean + middle * way, labels, keys).label != labels)[:, None, None, None]
+            inside, outside = torch.where(is_wrong, inside, middle), torch.where(is_wrong, middle, outside)
+        return places, clean + outside * way
+    return subject.labels[:0], subject.images[:0]
