@@ -31,6 +31,8 @@ def test_a_share_that_is_more_than_chance_fails():
     assert look(PGD, [], [20] * 11).passed is True
     found = look(PGD, [], [20] * 12)
     assert found.passed is False
+    four = PGD.model_copy(update={"eps": tuple(eps / 255 for eps in (1, 2, 3, 4))})
+    assert look(four, [20] * 12).passed is True
     assert found.detail.startswith("The last quarter of its 20 steps breaks 12 of 100 images at eps 2/255, where they are most")
 
 
