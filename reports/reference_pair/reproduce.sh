@@ -39,5 +39,5 @@ lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
 lrrobust report "$RUNS/photos" --out "$OUT/photos"
 
 for set in val_a photos; do
-    (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+    (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md per_class.csv robust_accuracy.csv robust_accuracy.tex)
 done
