@@ -4,7 +4,7 @@
 #     sh reports/reference_pair/reproduce.sh path/to/val-a.tar.xz
 #
 # Started again after an interruption it goes on where it stopped. val-a.tar.xz: 25 images of each class of
-# Tiny-ImageNet-200's validation set, in class folders. N images of it meet the cheap attacks, the FEW first drawn of
+# Tiny-ImageNet-200's validation set, made by val_a.py. N images of it meet the cheap attacks, the FEW first drawn of
 # these the costly ones, as do all photos and FEW of them. WITH_AUTOATTACK=1 compares with AutoAttack. Further arguments
 # go to every evaluation, such as --share.
 set -eu
