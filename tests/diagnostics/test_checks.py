@@ -124,7 +124,8 @@ def test_attacks_that_have_converged_break_few_images_late(evaluated, sound_line
         APGD_CE.model_copy(update={"name": "apgd_t", "loss": "targeted_dlr", "targets": 2}),
         MiFgsmSpec(name="mi_fgsm", kind="mi_fgsm", norm="linf", eps=ladder, step_size_ratio=2.5),
         PgdAdaptiveSpec(
-            name="adaptive", kind="pgd_adaptive", norm="linf", eps=ladder, gradients=("exact", "tempered"), temperature=4.0, steps=10
+            name="adaptive", kind="pgd_adaptive", norm="linf", eps=ladder, gradients=("exact", "tempered"), temperature=4.0,
+            steps=10,
         ),
     )  # fmt: skip
     specs = [spec if spec.norm == "l2" else spec.model_copy(update={"eps": ladder}) for spec in specs]
