@@ -79,19 +79,22 @@ def diagnose(
         raise ValueError(f"expected a complete run, got {run.folder} with parts missing")
     started = time.perf_counter()
     fingerprint = run.manifest["fingerprint"]
-    places, outcomes = read_outcomes(run.rows, specs)
-    places = places[: min(max(round(SAMPLE_SHARE * len(places)), FEWEST), MOST)].tolist()
+    correct, outcomes = read_outcomes(run.rows, specs)
+    places = correct[: min(max(round(SAMPLE_SHARE * len(correct)), FEWEST), MOST)].tolist()
+
+    def load(chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        at = [int(correct[place]) for place in chosen]
+        pixels, labels = images.load(at)
+        return pixels.to(device), labels.to(device), [images.keys[place] for place in at]
+
     results: list[Diagnostic] = []
     if not places:
         detail = "No image is classified correctly when clean, so no attack was made and none can be looked into."
         results.append(Diagnostic(name="sample", passed=None, detail=detail))
     else:
         with frozen(model), deterministic_float32():
-            pixels, labels = images.load(places)
-            subject = Subject(
-                Judge(model, num_classes, batch_size), pixels.to(device), labels.to(device),
-                [images.keys[place] for place in places], outcomes, fingerprint,
-            )
+            judge = Judge(model, num_classes, batch_size)
+            subject = Subject(judge, *load(range(len(places))), outcomes, load, fingerprint)
             fitting = FittingBatch(batch_size, device)
             for done, check in enumerate(CHECKS):
                 name = check.__name__.removeprefix("check_")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Subject:
         judge: of the model, which is frozen, on the device of the images.
         images, labels, keys: the sample, (N, 3, H, W) in [0, 1], (N,), N names.
         outcomes: of all images correct when clean; the sample's come first.
+        load: images, labels and keys of some of all of these, by their places.
         fingerprint: of the run; random numbers derive from it.
     """
 
@@ -42,6 +43,7 @@ class Subject:
     labels: torch.Tensor
     keys: Sequence[str]
     outcomes: tuple[Outcomes, ...]
+    load: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor, list[str]]]
     fingerprint: str
 
     def __len__(self) -> int:
@@ -59,6 +61,11 @@ class Subject:
     def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
         """Places in the sample of the images that no attack of the norm broke within eps."""
         return np.flatnonzero(norm.breaking_eps[: len(self)] > eps)
+
+    def on(self, places: Sequence[int]) -> Subject:
+        """The same with other images, by their places among all; to be struck only, as outcomes are in another order."""
+        images, labels, keys = self.load(places)
+        return replace(self, images=images, labels=labels, keys=keys, outcomes=())
 
     def strike(self, spec: AttackSpec, eps: float, places: NDArray[np.int64]) -> Strike:
         """Attacks some images of the sample at one eps; every claim is judged as in a run, the first success kept.

@@ -386,7 +386,7 @@ def _unbounded_attack(
         passed = bool(checked) and all(found.passed for found in checked)
         detail = f"No {norm} row of {side.model} is without a budget"
         if passed:
-            detail += f", but {checked[0].attack} breaks images at one that holds plain grey: {checked[0].detail}"
+            detail += f", but diagnostics tried one that holds plain grey: {checked[0].detail}"
         else:
             detail += ", nor do diagnostics say that an attack breaks all at one that holds plain grey: whether any attack "
             detail += "works is not known; run one that has no budget, such as cw, or eps 1/2, too."

@@ -23,6 +23,9 @@ lrrobust eval $PAIR --dataset "$VAL_A" --attack cw --n "$FEW" --out "$RUNS/val_a
 lrrobust eval $PAIR --dataset "$VAL_A" --suite strong --n "$FEW" --out "$RUNS/val_a" "$@"
 lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/val_a" "$@"
 
+# What the attack written for LR-Nets breaks that pgd does not, on the LR-Net alone: no part of the comparison.
+lrrobust eval --model lr_resnet50 --dataset "$VAL_A" --attack pgd --attack pgd_adaptive --n "$FEW" --out "$RUNS/adaptive" "$@"
+
 lrrobust eval $PAIR --dataset photos --attack fgsm --attack pgd --attack pgd_l2 --n "$PHOTOS" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --dataset photos --attack cw --n "$FEW" --out "$RUNS/photos" "$@"
 lrrobust eval $PAIR --dataset photos --suite strong --n "$FEW" --out "$RUNS/photos" "$@"
@@ -36,6 +39,7 @@ fi
 
 # Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence).
 lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
+lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive" --no-gallery
 lrrobust report "$RUNS/photos" --out "$OUT/photos"
 
 for set in val_a photos; do

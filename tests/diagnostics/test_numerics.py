@@ -19,7 +19,7 @@ def subject_of(evaluated, model, specs):
     data, run = evaluated(model, specs)
     places, outcomes = read_outcomes(run.rows, specs)
     images, labels = data.load(places.tolist()[:24])
-    return Subject(Judge(model, 5, 50), images, labels, data.keys[:24], outcomes, "0123456789abcdef")
+    return Subject(Judge(model, 5, 50), images, labels, data.keys[:24], outcomes, None, "0123456789abcdef")
 
 
 @torch.no_grad()
