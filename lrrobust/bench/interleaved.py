@@ -37,7 +37,8 @@ def time_interleaved(
 
     Where the rounds would take longer than the budget, slow ways sit some of them out, spread evenly over them all. The
     first round tells what each takes; whoever takes less than an equal share of what is left leaves the rest to slower
-    ones. Nothing is timed less than `LEAST_ROUNDS` times, whatever the budget.
+    ones. Where everything takes longer than it did then, the rounds end when the budget is spent. Nothing is timed less
+    than `LEAST_ROUNDS` times, whatever the budget.
 
     Args:
         baseline: the way that the others are compared with: it is part of every round.
@@ -54,22 +55,28 @@ def time_interleaved(
         on_turn(f"{told}{name}, warming up")
         warm_up()
     counts = dict.fromkeys(ways, repeats)
-    first: dict[str, float] = {}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
         rounds = max(counts.values())
-        for name, way in ways.items():
-            if not _takes_part(repeat, counts[name], rounds):
-                continue
+        if is_last := repeat > 0 and sum(map(sum, taken.values())) >= budget_s:
+            rounds = min(rounds, repeat + 1)
+            rare = {name for name, times in taken.items() if len(times) < LEAST_ROUNDS}
+            taking_part = rare and {*rare, baseline}
+        else:
+            taking_part = {name for name, count in counts.items() if _takes_part(repeat, count, rounds)}
+        for name in (name for name in ways if name in taking_part):
             on_turn(f"{told}{name}, round {repeat + 1} of {rounds}")
             wait_for(device)
             started, started_cpu = time.perf_counter(), time.process_time()
-            found = way()
+            found = ways[name]()
             wait_for(device)
             wall_s, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
-            first.setdefault(name, wall_s)
+            taken[name].append(wall_s)
             yield {"name": name, "repeat": repeat, "wall_s": wall_s, "cpu_s": cpu_s, **read(found)}
+        if is_last:
+            return
         if repeat == 0:
-            counts = _share_out(first, repeats, budget_s)
+            counts = _share_out({name: times[0] for name, times in taken.items()}, repeats, budget_s)
             counts[baseline] = max(counts.values())
 
 
