@@ -43,6 +43,7 @@ def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
     except BaseException:
         # Ctrl-C: nobody waits for the result any more.
         process.kill()
+        process.join()
         raise
     process.join()
     return result
