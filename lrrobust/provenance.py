@@ -34,19 +34,31 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def find_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "-dirty" when files differ; None when installed."""
-    root = Path(lrrobust.__file__).parents[1]
+    """Commit of the checkout this package runs from, with "-dirty" when its own files differ; None when installed."""
+    package = Path(lrrobust.__file__).parent
+    root = package.parent
     if not (root / ".git").exists():
         return None
     try:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", str(package)], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def describe_code() -> str:
+    """Version and commit of this package, in words."""
+    commit = find_commit()
+    return f"lrrobust {lrrobust.__version__}" + (f", commit {name_commit(commit)}" if commit else "")
+
+
+def name_commit(commit: str) -> str:
+    """A commit as `find_commit` gives it, in words."""
+    return commit.replace("-dirty", " with uncommitted changes")
 
 
 def describe_processor() -> str:

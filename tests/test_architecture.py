@@ -42,19 +42,19 @@ MAY_IMPORT = {
     "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "interrupts", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "report.formatting", "tables", "results"},
     "tables": set(),
     # Of the report only how it names and formats things.
     "verdict": {
         "results", "report.naming", "report.formatting", "report.notices", "transfer", "transfer_report", "stats",
-        "diagnostics.records", "config_file", "eps", "errors",
+        "diagnostics.records", "provenance", "config_file", "eps", "errors",
     },
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
-    "results": {"errors"},
+    "results": {"interrupts", "errors"},
     "models": {"ops", "gradient_rules", "errors", "torchvision_import"},
     "attacks": {"threat", "config_file", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},

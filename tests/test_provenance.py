@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lrrobust
-from lrrobust.provenance import describe_environment, describe_processor, find_commit
+from lrrobust.provenance import describe_code, describe_environment, describe_processor, find_commit
 
 
 def test_environment_is_ready_for_json():
@@ -61,11 +61,19 @@ def test_commit_of_a_checkout(checkout):
     _git(checkout, "commit", "-qm", "first")
     commit = _git(checkout, "rev-parse", "HEAD")
     assert len(commit) == 40 and find_commit() == commit
-    # New files that nobody has added, such as results, are no change of the code.
+    # Neither files beside the package, such as reports made anew, nor
+    (checkout / "report.md").write_text("old")
+    _git(checkout, "add", ".")
+    _git(checkout, "commit", "-qm", "second")
+    (checkout / "report.md").write_text("new")
+    commit = _git(checkout, "rev-parse", "HEAD")
+    assert find_commit() == commit
+    # new files that nobody has added, such as results, are no change of the code.
     (checkout / "notes.txt").write_text("new")
     assert find_commit() == commit
     (checkout / "lrrobust" / "__init__.py").write_text("changed = True\n")
     assert find_commit() == f"{commit}-dirty"
+    assert describe_code() == f"lrrobust {lrrobust.__version__}, commit {commit} with uncommitted changes"
 
 
 def test_without_git_there_is_no_commit(checkout, monkeypatch):

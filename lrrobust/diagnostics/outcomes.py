@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.attacks.specs import AttackSpec
+from lrrobust.diagnostics.own_attacks import plain_pgd
 from lrrobust.results import distances, texts
 from lrrobust.threat import Norm
 
@@ -24,6 +25,11 @@ def is_white_box(spec: AttackSpec) -> bool:
 def is_multi_step(spec: AttackSpec) -> bool:
     """Whether a white-box attack takes more than one gradient step."""
     return is_white_box(spec) and getattr(spec, "steps", 1) > 1
+
+
+def is_climber(spec: AttackSpec) -> bool:
+    """Whether it takes several gradient steps within a budget."""
+    return is_multi_step(spec) and not spec.minimises
 
 
 def aims_at_classes(spec: AttackSpec) -> bool:
@@ -73,13 +79,18 @@ class NormOutcomes:
 
     @property
     def climbers(self) -> list[Outcomes]:
-        """The white-box attacks with a budget and several steps."""
-        return [attack for attack in self.attacks if is_multi_step(attack.spec) and not attack.spec.minimises]
+        return [attack for attack in self.attacks if is_climber(attack.spec)]
 
     @property
-    def strongest(self) -> Outcomes | None:
-        """Of the climbers the one that breaks most images, all budgets together."""
-        return max(self.climbers, key=lambda attack: attack.is_broken.mean(), default=None)
+    def strongest(self) -> AttackSpec:
+        """The attack of several steps within a budget that breaks most images, all budgets together.
+
+        By gradients, unless all attacks are black-box ones. Where they minimise the distance, or take one step, plain PGD
+        stands in for them.
+        """
+        is_black = not any(is_white_box(attack.spec) for attack in self.attacks)
+        best = max(self.attacks if is_black else self.climbers, key=lambda attack: attack.is_broken.mean(), default=None)
+        return plain_pgd(self.norm) if best is None else best.spec
 
     def choose_eps(self) -> float:
         """The budget at which the attacks have broken nearest to half of the images.

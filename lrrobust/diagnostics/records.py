@@ -11,7 +11,7 @@ from lrrobust.results import Run, write_file
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 #: Raised with every change that makes the same run be diagnosed differently: older files are then made anew.
-DIAGNOSTICS_VERSION = 1
+DIAGNOSTICS_VERSION = 2
 
 
 class _Record(BaseModel):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
+from lrrobust.diagnostics.late_breaks import check_late_breaks
 from lrrobust.diagnostics.loss_rises import check_loss_rises
 from lrrobust.diagnostics.numerics import check_determinism, check_float64
 from lrrobust.diagnostics.outcomes import read_outcomes
@@ -31,6 +32,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Diagnostic]], ...] = (
     check_single_step,
     check_random_noise,
     check_black_box,
+    check_late_breaks,
     check_convergence,
     check_large_eps,
     check_determinism,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lrrobust.attacks.build import Attack
-from lrrobust.attacks.specs import AttackSpec, PgdSpec
+from lrrobust.attacks.specs import AttackSpec
 from lrrobust.diagnostics.noise import draw_noise
 from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes
 from lrrobust.evaluation.chunks import start_seed
@@ -97,15 +96,3 @@ class Subject:
     def generator(self, purpose: str, key: str, eps: float, restart: int = 0) -> torch.Generator:
         """Random numbers for one image, whatever images share its batch, and none that the run drew."""
         return torch.Generator().manual_seed(start_seed(self.fingerprint, f"diagnostics {purpose}", key, eps, restart))
-
-
-def has_pgd(norm: Norm) -> bool:
-    """Whether PGD works in a norm."""
-    return norm in get_args(PgdSpec.model_fields["norm"].annotation)
-
-
-def single_step(norm: Norm) -> PgdSpec:
-    """One gradient step across the whole ball, from the image."""
-    return PgdSpec(
-        name="single_step", kind="pgd", norm=norm, eps=(0.0,), steps=1, step_size_ratio=1.0, random_start=False
-    )

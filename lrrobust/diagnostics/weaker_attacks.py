@@ -11,9 +11,10 @@ import torch
 from lrrobust.diagnostics.decision import is_never_beaten, is_tolerable
 from lrrobust.diagnostics.noise import inner_radius
 from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, is_multi_step, is_white_box
+from lrrobust.diagnostics.own_attacks import single_step
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.diagnostics.subject import Subject, has_pgd, single_step
+from lrrobust.diagnostics.subject import Subject
 from lrrobust.report.formatting import format_eps
 from lrrobust.threat import ThreatModel
 
@@ -39,7 +40,7 @@ def check_single_step(subject: Subject) -> Iterator[Diagnostic]:
                 continue
             if single:
                 yield _against_rows(single[0], outcomes)
-            elif has_pgd(norm.norm):
+            else:
                 yield _against_one_step(subject, norm, outcomes)
 
 

@@ -6,27 +6,28 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lrrobust.provenance import describe_code, name_commit
 from lrrobust.results import Run
 
 
 class Reproduction(NamedTuple):
-    """What makes a report again: the commits that its runs were made with, and every command once, the report's last."""
+    """What makes a report again: commits of its runs, every command once, the report's last, and the code that reports."""
 
     commits: Sequence[str]
     commands: Sequence[str]
+    code: str
 
     @property
     def how(self) -> str:
-        if not self.commits:
-            return "With the versions given:"
-        return f"With the code at commit {', '.join(self.commits).replace('-dirty', ' with uncommitted changes')}:"
+        evaluations = f"the code at commit {', '.join(map(name_commit, self.commits))}" if self.commits else "the versions given"
+        return f"The evaluations with {evaluations}, this report with {self.code}:"
 
 
 def reproduction(runs: Sequence[Run], command: Sequence[str]) -> Reproduction:
     """Args: runs in their order; command of the report itself, as in `sys.argv`."""
     found = {str(commit) for run in runs if (commit := (run.manifest.get("provenance") or {}).get("commit"))}
     evaluations = [format_command(run.manifest["command"]) for run in runs if run.manifest.get("command")]
-    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)])
+    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)], describe_code())
 
 
 def format_command(command: Sequence[str]) -> str:

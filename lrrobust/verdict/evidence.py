@@ -45,6 +45,14 @@ class AttackOutcomes:
     rejected: int
     is_cumulative: bool
 
+    @property
+    def has_distances(self) -> bool:
+        """Whether `breaking_eps` are distances of the attack's own images, not steps of a ladder.
+
+        What an earlier attack of the suite broke has none of this attack's.
+        """
+        return bool(np.isinf(self.eps[-1])) and not self.is_cumulative
+
 
 @dataclass(frozen=True)
 class ModelOutcomes:
@@ -116,6 +124,7 @@ class Evidence:
                 attack.breaking_eps[self.treatment_places],
                 other.breaking_eps[self.control_places],
                 attack.is_cumulative or other.is_cumulative,
+                attack.has_distances and other.has_distances,
             )
             for attack in self.treatment.attacks
             if (other := theirs.get((attack.name, attack.norm))) is not None
@@ -134,6 +143,8 @@ class Evidence:
                         # NaN spreads: an image counts once every attack has finished it.
                         np.minimum.reduce([attack.treatment for attack in of_norm]),
                         np.minimum.reduce([attack.control for attack in of_norm]),
+                        # The nearest of distances is one; of distances and steps of a ladder it is neither.
+                        has_distances=all(attack.has_distances for attack in of_norm),
                     )
                 )
         return tuple(single + worst)
@@ -160,6 +171,8 @@ class PairedAttack:
     treatment: NDArray[np.float64]
     control: NDArray[np.float64]
     is_cumulative: bool = False
+    #: As in `AttackOutcomes`, of both models; of the worst case, where every attack of the norm has them.
+    has_distances: bool = False
 
     @property
     def is_finished(self) -> NDArray[np.bool_]:
@@ -233,16 +246,20 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     for dataset in sorted(datasets):
         on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
         for pair in _same_weights(*on_dataset):
-            of_pair = []
+            of_pair, of_claim = [], []
             for images, ours, theirs in _subsets(*pair):
                 evidence = _join(claim, images, ours, theirs, transfer)
                 problem = _lacks(evidence)
                 if problem is None:
                     of_pair.append(evidence)
+                    # Images other than the claim's do not judge it, but may show that attacks failed.
+                    problem = _is_other_subset(evidence)
+                if problem is None:
+                    of_claim.append(evidence)
                 else:
                     refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
                 idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
-            found += [replace(evidence, on_fewer=_on_fewer(evidence, of_pair)) for evidence in of_pair]
+            found += [replace(evidence, on_fewer=_on_fewer(evidence, of_pair)) for evidence in of_claim]
     if idle:
         names = ", ".join(run.folder.name for run in idle)
         reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."
@@ -385,6 +402,26 @@ def _join(
     ours, theirs = gather(treatment, images), gather(control, images)
     _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
     return Evidence(claim, ours, theirs, our_places, their_places, transfer)
+
+
+def _is_other_subset(evidence: Evidence) -> str | None:
+    """How the images differ from those that the claim asks for, as a sentence."""
+    wanted, n = evidence.claim.subset, len(evidence.treatment_places)
+    if wanted is None:
+        return None
+    # Runs on more images only lend some of theirs.
+    datasets = (run.manifest["dataset"] for side in (evidence.treatment, evidence.control) for run in side.runs)
+    drawn = [dataset for dataset in datasets if dataset["n"] == n]
+    asked = wanted.model_dump(exclude_none=True, exclude={"n", "sha256"})
+    matches = (
+        wanted.n in (None, n)
+        and bool(drawn)
+        and all(dataset["sha256"].startswith(wanted.sha256 or "") for dataset in drawn)
+        and all((dataset.get("subset") or {}).get(key) == value for dataset in drawn for key, value in asked.items())
+    )
+    if matches:
+        return None
+    return f"the claim asks for the subset {wanted}; these {n} images are another (sha256 {drawn[0]['sha256'][:12] if drawn else '-'})."
 
 
 def _lacks(evidence: Evidence) -> str | None:

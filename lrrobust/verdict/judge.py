@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lrrobust.provenance import describe_code
 from lrrobust.report.formatting import format_eps
 from lrrobust.results import Run, manifest_value, write_file
 from lrrobust.stats import (
@@ -71,7 +72,7 @@ def judge_claims(claims: Sequence[Claim], runs: Sequence[Run]) -> Verdicts:
             judged = [result.model_copy(update={"reasons": (*result.reasons, note)}) for result in judged]
         results += judged
         not_judged += refused
-    return Verdicts(results=tuple(results), not_judged=tuple(not_judged))
+    return Verdicts(made_with=describe_code(), results=tuple(results), not_judged=tuple(not_judged))
 
 
 def judge(evidence: Evidence) -> ClaimResult:
@@ -230,8 +231,7 @@ def _curves(evidence: Evidence) -> list[CurveComparison]:
 def _norms(evidence: Evidence) -> list[NormComparison]:
     found = []
     for attack in evidence.attacks:
-        # What an earlier attack of the suite broke has no distance of this one's.
-        if not np.isinf(attack.eps[-1]) or attack.is_cumulative:
+        if not attack.has_distances:
             continue
         for population in POPULATIONS:
             members = evidence.populations[population] & attack.is_finished

@@ -16,7 +16,7 @@ from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.eps import Ladder
 
 #: Raised whenever a field is added, dropped or changes its meaning.
-VERDICT_SCHEMA_VERSION = 2
+VERDICT_SCHEMA_VERSION = 3
 
 Norm = Literal["linf", "l2", "l1"]
 
@@ -36,6 +36,30 @@ class Record(BaseModel):
     """Base of the records: frozen, no unknown fields, no infinities or NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Subset(Record):
+    """A draw of images from a data set; at least one field, and what is None may be anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    n: int | None = Field(default=None, ge=1)
+    """How many images."""
+    seed: int | None = None
+    """Seed of the draw."""
+    balanced: bool | None = None
+    """As many of each class."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{8,64}$")
+    """First digits, at least 8, of the hash that reports name the images by; says all that the others say, and more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Subset:
+        if self == Subset.model_construct():
+            raise PydanticCustomError("subset", "expected n, seed, balanced or sha256, found none")
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} = {value}" for key, value in self.model_dump(exclude_none=True).items())
 
 
 class Claim(Record):
@@ -62,6 +86,8 @@ class Claim(Record):
     """Budgets that judge the claim, for each norm that does, ascending; None: all that both have."""
     dataset: str | None = None
     """Name of the data set that judges the claim; None: any, each judged by itself."""
+    subset: Subset | None = None
+    """The draw of images that judges the claim; None: any, each judged by itself."""
     significance: float = Field(gt=0, le=0.2)
     """Bound on the probability of a wrong *supported*, and of a wrong *refuted*."""
     power: float = Field(ge=0.5, lt=1)
@@ -271,5 +297,7 @@ class Verdicts(Record):
     """Everything in `claim.json`: one result for each claim and set of images, in the order of the claims."""
 
     schema_version: int = VERDICT_SCHEMA_VERSION
+    made_with: str
+    """Version and commit of the code that judged; `RunReference` holds those that computed the runs."""
     results: tuple[ClaimResult, ...]
     not_judged: tuple[NotJudged, ...]

@@ -366,8 +366,15 @@ def _unbounded_attack(
     """Without a budget any image can be turned into any other: what survives then shows that the attack failed."""
     free = [attack for attack in attacks if is_unbounded(attack.eps[-1], norm)]
     if not free:
-        name, passed = WORST_CASE if len(attacks) > 1 else attacks[0].name, None
-        detail = f"No {norm} attack on {side.model} was run without a budget: whether it then breaks all is not known."
+        name, checked = WORST_CASE if len(attacks) > 1 else attacks[0].name, _checked_at_large_eps(side, attacks)
+        # Not knowing is no reason to believe: an attack that fails even without a budget looks like a robust model.
+        passed = bool(checked) and all(found.passed for found in checked)
+        detail = f"No {norm} row of {side.model} is without a budget"
+        if passed:
+            detail += f", but {checked[0].attack} breaks images at one that holds plain grey: {checked[0].detail}"
+        else:
+            detail += ", nor do diagnostics say that an attack breaks all at one that holds plain grey: whether any attack "
+            detail += "works is not known; run one that has no budget, such as cw, or eps 1/2, too."
     else:
         name = WORST_CASE if len(free) > 1 else free[0].name
         is_finished = ~np.isnan([attack.breaking_eps for attack in free]).any(axis=0)
@@ -378,6 +385,13 @@ def _unbounded_attack(
         detail = f"Without a budget, {survivors} of {finished} images of {side.model} withstand {name} in {norm}"
         detail += ": every image is broken, as it must be." if passed else ": the attack fails on them, as none can."
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
+
+
+def _checked_at_large_eps(side: ModelOutcomes, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
+    """What diagnostics of the runs say of some of these attacks at a budget that holds plain grey."""
+    names = {attack.name for attack in attacks}
+    of_runs = (found for found in side.diagnostics if found is not None)
+    return [found for each in of_runs for found in each if found.name == "large_eps" and found.attack in names]
 
 
 def _transfer(model: str, runs: Sequence[Run], transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:

@@ -4,7 +4,7 @@
 #     sh reports/reference_pair/reproduce.sh path/to/val-a.tar.xz
 #
 # Started again after an interruption it goes on where it stopped. val-a.tar.xz: 25 images of each class of
-# Tiny-ImageNet-200's validation set, in class folders. N images of it meet the cheap attacks, the FEW first drawn of
+# Tiny-ImageNet-200's validation set, made by val_a.py. N images of it meet the cheap attacks, the FEW first drawn of
 # these the costly ones, as do all photos and FEW of them. WITH_AUTOATTACK=1 compares with AutoAttack. Further arguments
 # go to every evaluation, such as --share.
 set -eu
@@ -39,5 +39,5 @@ lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
 lrrobust report "$RUNS/photos" --out "$OUT/photos"
 
 for set in val_a photos; do
-    (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+    (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md per_class.csv robust_accuracy.csv robust_accuracy.tex)
 done

@@ -19,6 +19,10 @@ FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
 PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
 
 
+#: Of the distillation: trained at it, a network has logits so many times too large at temperature 1.
+TEMPERATURE = 1000.0
+
+
 def build_linear(scale: float = 1.0) -> nn.Module:
     """Whose images break somewhere on the ladder."""
     generator = torch.Generator().manual_seed(0)
@@ -68,6 +72,32 @@ def gradient_on_grid(images: torch.Tensor) -> torch.Tensor:
     return _GradientOnGrid.apply(images)
 
 
+class _GradientOfFew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (torch.rand_like(gradient) < 0.1)
+
+
+def gradient_of_few(images: torch.Tensor) -> torch.Tensor:
+    """With a gradient for a tenth of the values, drawn anew each time: every step of an attack moves as many more."""
+    return _GradientOfFew.apply(images)
+
+
+class Distilled(nn.Module):
+    """What defensive distillation at a high temperature leaves: probabilities that float32 rounds to 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = build_linear(TEMPERATURE)
+
+    def forward(self, images):
+        return self.linear(images).softmax(1)
+
+
 class Randomised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +139,8 @@ UNSOUND = {
     "rounded": lambda: Before(rounded),
     "shattered": lambda: Before(shattered),
     "gradient_on_grid": lambda: Before(gradient_on_grid),
+    "gradient_of_few": lambda: Before(gradient_of_few),
+    "distilled": Distilled,
     "randomised": Randomised,
     "cancelling": Cancelling,
 }
@@ -128,7 +160,7 @@ def sound_linear():
 @pytest.fixture
 def confident_linear():
     """With logits so large that the float32 cross-entropy has no gradient: distilled at a high temperature."""
-    return build_linear(1000.0)
+    return build_linear(TEMPERATURE)
 
 
 @pytest.fixture

@@ -1,20 +1,26 @@
 """Every check on models built to trip it, and on sound ones that must trip none."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
+from lrrobust.diagnostics.late_breaks import check_late_breaks
+from lrrobust.diagnostics.outcomes import read_outcomes
 
 LADDER = tuple(step / 255 for step in (2, 4, 8, 16))
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
 PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
 PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=(0.05, 0.1, 0.2, 0.4), steps=10)
 CW = CwSpec(name="cw", kind="cw", eps=(0.05, 0.1, 0.2, 0.4), binary_search_steps=5, steps=30, lr=0.01, initial_c=0.1)
+APGD_CE = ApgdSpec(name="apgd_ce", kind="apgd", norm="linf", eps=LADDER, loss="ce", steps=10)
+SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=LADDER[-2:], queries=100)
 #: Cannot even reach the faces of the ball.
 WEAK = PgdSpec(name="weak", kind="pgd", norm="linf", eps=LADDER, steps=2, step_size_ratio=0.2, random_start=False)
 
 NAMES = {
-    "zero_gradient", "loss_rises", "single_step", "random_noise", "black_box", "convergence", "large_eps", "determinism",
-    "float64",
+    "zero_gradient", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks", "convergence", "large_eps",
+    "determinism", "float64",
 }  # fmt: skip
 
 
@@ -32,9 +38,10 @@ def test_sound_attacks_on_sound_models_pass(diagnosed, request, model):
 def test_a_minimal_norm_attack_on_a_sound_model_passes(diagnosed, sound_linear):
     found = diagnosed(sound_linear, CW)
     assert {key: result.detail for key, result in found.items() if result.passed is not True} == {}
-    assert {("zero_gradient", "cw"), ("convergence", "cw"), ("black_box", "cw")} <= found.keys()
-    # It has no budget to enlarge.
-    assert "large_eps" not in {name for name, _ in found}
+    # It climbs at no budget.
+    assert {name for name, _ in found} == NAMES - {"late_breaks"}
+    assert "withstand pgd with 50 steps, which stands in for" in found["large_eps", "cw"].detail
+    assert "24 clean images and 7 adversarial ones at the boundary, 0 are" in found["float64", None].detail
 
 
 @pytest.mark.parametrize(
@@ -60,8 +67,8 @@ def test_a_rounding_layer(diagnosed, unsound):
     found = diagnosed(unsound("rounded"))
     assert failed(found) >= {"zero_gradient", "loss_rises", "random_noise", "black_box", "large_eps"}
     assert "for 24 of 24 images" in found["zero_gradient", "fgsm"].detail
-    # What does not depend on gradients is as it should be.
-    assert found["determinism", None].passed and found["float64", None].passed
+    # What does not depend on gradients is as it should be, or cannot be said: no attack comes to the boundary.
+    assert found["determinism", None].passed and found["float64", None].passed is None
 
 
 def test_a_rounding_layer_in_l2(diagnosed, unsound):
@@ -84,16 +91,66 @@ def test_a_gradient_that_only_a_single_step_meets(diagnosed, unsound, specs):
     assert found.get(("zero_gradient", "fgsm")) is None or found["zero_gradient", "fgsm"].passed
 
 
-def test_logits_that_saturate_the_cross_entropy(diagnosed, confident_linear, monkeypatch):
-    found = diagnosed(confident_linear)
-    for attack in ("fgsm", "pgd"):
-        assert found["zero_gradient", attack].passed
-        assert "cross-entropy, which it does not use, for 2" in found["zero_gradient", attack].detail
+def test_a_network_distilled_at_a_high_temperature(diagnosed, unsound):
+    found = diagnosed(unsound("distilled"), PGD, APGD_CE)
+    for attack in ("pgd", "apgd_ce"):
+        assert found["zero_gradient", attack].passed is False
+        assert "the gradient it follows is zero, or too small to matter, for 2" in found["zero_gradient", attack].detail
+        assert {"loss_rises", "black_box", "large_eps"} <= failed(found)
 
 
-def test_an_attack_that_does_use_the_cross_entropy(diagnosed, confident_linear, sound_linear, monkeypatch):
-    monkeypatch.setattr("lrrobust.diagnostics.zero_gradient.loss_of", lambda spec: "cross_entropy")
-    assert diagnosed(confident_linear, FGSM)["zero_gradient", "fgsm"].passed is False
+def test_logits_that_saturate_the_cross_entropy(diagnosed, confident_linear):
+    # The logits of the same network: attacks on the cross-entropy follow it where float32 has no softmax left.
+    found = diagnosed(confident_linear, FGSM, PGD, APGD_CE)
+    assert {key: result.detail for key, result in found.items() if result.passed is not True} == {}
+    for attack in ("fgsm", "pgd", "apgd_ce"):
+        assert "plain cross-entropy, which it does not use, for 2" in found["zero_gradient", attack].detail
+
+
+def test_an_attack_that_breaks_images_to_its_last_step(diagnosed, unsound):
+    found = diagnosed(unsound("gradient_of_few"), PGD.model_copy(update={"eps": LADDER[-1:]}))
+    assert found["late_breaks", "pgd"].passed is False
+    assert "pgd had not converged, and more steps or restarts would break more" in found["late_breaks", "pgd"].detail
+
+
+def test_attacks_that_have_converged_break_few_images_late(evaluated, sound_linear):
+    # Where most images are near the boundary.
+    ladder = LADDER[1:2]
+    specs = (
+        PGD, PGD_L2, APGD_CE,
+        PGD.model_copy(update={"name": "short", "steps": 5}),
+        PGD.model_copy(update={"name": "restarts", "restarts": 2}),
+        PGD.model_copy(update={"name": "top_k", "target": "top_k", "targets": 2}),
+        APGD_CE.model_copy(update={"name": "apgd_t", "loss": "targeted_dlr", "targets": 2}),
+        MiFgsmSpec(name="mi_fgsm", kind="mi_fgsm", norm="linf", eps=ladder, step_size_ratio=2.5),
+        PgdAdaptiveSpec(
+            name="adaptive", kind="pgd_adaptive", norm="linf", eps=ladder, gradients=("exact", "tempered"), temperature=4.0,
+            steps=10,
+        ),
+    )  # fmt: skip
+    specs = [spec if spec.norm == "l2" else spec.model_copy(update={"eps": ladder}) for spec in specs]
+    _, run = evaluated(sound_linear, specs)
+    _, outcomes = read_outcomes(run.rows, specs)
+    found = {one.attack: one for one in check_late_breaks(SimpleNamespace(outcomes=outcomes))}
+    assert found.keys() == {spec.name for spec in specs}
+    assert {name: one.detail for name, one in found.items() if one.passed is not True} == {}
+
+
+@pytest.mark.parametrize("spec", [FGSM, CW, SQUARE], ids=["one step", "minimal norm", "black box"])
+def test_a_large_budget_for_attacks_of_any_kind(diagnosed, sound_linear, spec):
+    found = diagnosed(sound_linear, spec)
+    assert found["large_eps", spec.name].passed and found["float64", None].passed
+    assert " 0 adversarial ones" not in found["float64", None].detail
+
+
+@pytest.mark.parametrize("spec", [FGSM, CW], ids=["one step", "minimal norm"])
+def test_a_large_budget_for_attacks_whose_gradients_are_masked(diagnosed, unsound, spec):
+    assert diagnosed(unsound("rounded"), spec)["large_eps", spec.name].passed is False
+
+
+def test_black_box_attacks_do_without_gradients_at_a_large_budget_too(diagnosed, unsound):
+    found = diagnosed(unsound("rounded"), SQUARE)
+    assert found["large_eps", "square"].passed and "withstand square with 100 queries." in found["large_eps", "square"].detail
 
 
 def test_an_attack_with_too_few_steps(diagnosed, sound_linear):
@@ -110,10 +167,17 @@ def test_a_stochastic_layer(diagnosed, unsound):
     assert "randomised" in found["determinism", None].detail
 
 
-def test_logits_lost_to_rounding(diagnosed, unsound):
-    found = diagnosed(unsound("cancelling"))
+@pytest.mark.parametrize("specs", [(FGSM, PGD), (CW,)], ids=["within a budget", "minimal norm"])
+def test_logits_lost_to_rounding(diagnosed, unsound, specs):
+    found = diagnosed(unsound("cancelling"), *specs)
     assert not found["float64", None].passed
     assert found["determinism", None].passed
+
+
+def test_rounding_at_the_boundary_is_not_known_where_none_comes_to_it(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, PGD.model_copy(update={"eps": (1e-6,)}))
+    assert found["float64", None].passed is None
+    assert "No attack came to the boundary" in found["float64", None].detail
 
 
 def test_a_model_that_cannot_be_cast_is_no_failure(diagnosed, sound_linear):

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from lrrobust.attacks.specs import CwSpec, PgdSpec
+from lrrobust.attacks.specs import CwSpec, PgdSpec, SquareSpec
 from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, read_outcomes
+from lrrobust.diagnostics.own_attacks import plain_pgd
 
 PGD = PgdSpec(name="pgd", kind="pgd", norm="l2", eps=(0.05, 0.1, 0.2, 0.4), steps=8)
 CW = CwSpec(name="cw", kind="cw", eps=(0.1, 0.4), binary_search_steps=4, steps=30, lr=0.01, initial_c=0.1)
@@ -33,10 +34,16 @@ def test_the_worst_case_of_a_norm_and_its_strongest_attack():
     strong = outcomes(math.inf, 0.2, 0.2, spec=PGD.model_copy(update={"name": "strong"}))
     norm = NormOutcomes("l2", (weak, strong))
     assert norm.breaking_eps.tolist() == [0.1, 0.2, 0.2]
-    assert norm.strongest is strong and norm.name is None
+    assert norm.strongest is strong.spec and norm.name is None
     assert NormOutcomes("l2", (weak,)).name == "pgd"
     single = outcomes(0.1, spec=PGD.model_copy(update={"steps": 1}))
-    assert NormOutcomes("l2", (single,)).strongest is None
+    minimal = outcomes(0.01, spec=CW)
+    # Neither is an attack of several steps within a budget.
+    assert NormOutcomes("l2", (single, minimal)).strongest == plain_pgd("l2")
+    square = outcomes(0.01, spec=SquareSpec(name="square", kind="square", norm="l2", eps=(0.1,)))
+    assert NormOutcomes("l2", (square,)).strongest is square.spec
+    assert NormOutcomes("l2", (square, single)).strongest == plain_pgd("l2")
+    assert NormOutcomes("l2", (square, strong)).strongest is strong.spec
 
 
 def test_rows_become_arrays_in_the_order_of_the_run(evaluated, sound_linear):

@@ -1,6 +1,13 @@
 import pytest
 
-from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, Diagnostic, Diagnostics, load_diagnostics, write_diagnostics
+from lrrobust.diagnostics.records import (
+    DIAGNOSTICS_FILE,
+    DIAGNOSTICS_VERSION,
+    Diagnostic,
+    Diagnostics,
+    load_diagnostics,
+    write_diagnostics,
+)
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.errors import StoreError
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
@@ -31,6 +38,18 @@ def test_what_is_written_is_read(run):
     assert [[cell.text for cell in row] for row in diagnostics_table({"a": run}).rows] == [
         ["a", "zero gradient", "pgd", "FAILED", "40 of 64."],
         ["a", "float64", "-", "not known", "It cannot be cast."],
+    ]
+
+
+def test_files_of_older_versions_are_read(run):
+    text = (
+        '{"version": 1, "fingerprint": "abababababababab", "sample": [3, 5], "wall_s": 1.5, "results": '
+        '[{"name": "large_eps", "passed": true, "detail": "0 of 24 withstand.", "attack": "pgd"}]}'
+    )
+    (run.folder / DIAGNOSTICS_FILE).write_text(text)
+    assert load_diagnostics(run).version == 1 < DIAGNOSTICS_VERSION
+    assert [[cell.text for cell in row] for row in diagnostics_table({"a": run}).rows] == [
+        ["a", "large eps", "pgd", "passed", "0 of 24 withstand."]
     ]
 
 

@@ -140,4 +140,4 @@ def verdicts():
         claim=claim, verdict="refuted", reasons=("The control is more robust.", "At eps 1/255 by 25 points."), pairing=pairing,
         comparisons=(comparison, other), curves=(curve,), norms=(norms,), safeguards=guards, runs=runs,
     )  # fmt: skip
-    return records.Verdicts(results=(result,), not_judged=(records.NotJudged(claim="another", reason="No run of vgg16."),))
+    return records.Verdicts(made_with="lrrobust 1.2, commit 56", results=(result,), not_judged=(records.NotJudged(claim="another", reason="No run of vgg16."),))

@@ -121,6 +121,40 @@ def test_text_and_figures_stand_out_from_the_paper(visit, tmp_path, scheme):
         assert np.percentile(abs(grey - paper), 99.5) > 120
 
 
+#: Text, size in points and share of ink of every page of a PDF file; none of pytest's own process, as the browser.
+READ_PDF = """
+import json, os, sys
+os.environ["QT_QPA_PLATFORM"] = "offscreen"
+from PySide6.QtCore import QSize
+from PySide6.QtGui import QGuiApplication, QImage
+from PySide6.QtPdf import QPdfDocument
+application = QGuiApplication(sys.argv[:1])
+document = QPdfDocument()
+assert document.load(sys.argv[1]) is QPdfDocument.Error.None_
+pages = []
+for place in range(document.pageCount()):
+    size = document.pagePointSize(place)
+    image = document.render(place, QSize(int(size.width()), int(size.height()))).convertToFormat(QImage.Format_ARGB32)
+    # Paper is what nothing was painted on.
+    right = [x for x in range(image.width()) for y in range(0, image.height(), 2)
+             if (colour := image.pixelColor(x, y)).alpha() > 128 and colour.lightness() < 128]
+    pages.append([document.getAllText(place).text(), size.width(), max(right, default=0), len(right)])
+print(json.dumps(pages))
+"""
+
+
 def test_prints(visit, tmp_path):
-    visit("null", "--pdf", str(tmp_path / "page.pdf"))
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF-")
+    file = tmp_path / "page.pdf"
+    # What a dark screen shows is printed dark on light all the same.
+    visit("null", "--pdf", str(file), "--dark")
+    done = subprocess.run([sys.executable, "-c", READ_PDF, str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    pages = json.loads(done.stdout)
+    texts = [" ".join(text.split()) for text, *_ in pages]
+    assert "Adversarial robustness report" in texts[0] and "✗ refuted" in texts[0]
+    whole = " ".join(texts)
+    assert all(heading in whole for heading in ("Paired differences that decide", "Robust accuracy", "Provenance"))
+    # Nothing is cut off at the right (Qt prints without margins), and paper stays paper.
+    assert all(right < width - 1 for _, width, right, _ in pages)
+    assert all(ink < 0.2 * width * width for _, width, _, ink in pages)
+    assert len(pages) < 12

@@ -10,7 +10,7 @@ from lrrobust.results import Example, RunStore, load_examples, load_run
 
 
 def pixels(uri):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(";base64,")[2]))))
 
 
 @pytest.fixture

@@ -18,6 +18,19 @@ from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
 from lrrobust.verdict.records import Claim
 
 SOUND = Diagnostic(name="zero_gradient", passed=True, detail="All images have a gradient.", attack=None)
+
+
+def build_large_eps(attack: str, passed: bool | None = True) -> Diagnostic:
+    """What an evaluation notes of an attack at a budget that holds plain grey."""
+    survivors = 0 if passed else 3
+    return Diagnostic(name="large_eps", passed=passed, detail=f"{survivors} of 32 images withstand {attack}.", attack=attack)
+
+
+def write_results(run: Run, results: Sequence[Diagnostic]) -> None:
+    """Puts diagnostics into the folder of the run."""
+    write_diagnostics(run, Diagnostics(fingerprint="ab" * 32, sample=(0,), wall_s=1, results=tuple(results)))
+
+
 LADDER = (0.5 / 255, 1 / 255, 2 / 255)
 
 
@@ -120,10 +133,21 @@ def make_run(tmp_path):
         run = build_run(model, attacks, folder=folder, **options)
         if folder is None:
             run = replace(run, folder=tmp_path / run.folder.relative_to("/results"))
-            write_diagnostics(run, Diagnostics(fingerprint="ab" * 32, sample=(0,), wall_s=1, results=(SOUND,)))
+            write_results(run, [SOUND, *(build_large_eps(attack) for attack in attacks)])
         return run
 
     return make
+
+
+@pytest.fixture
+def large_eps():
+    return build_large_eps
+
+
+@pytest.fixture
+def note():
+    """Replaces the diagnostics of a run."""
+    return write_results
 
 
 @pytest.fixture

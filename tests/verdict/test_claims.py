@@ -34,9 +34,18 @@ def test_a_file_may_narrow_the_evidence(tmp_path):
     assert claim.eps == {"linf": (1 / 255, 0.5)}
 
 
+def test_a_file_may_name_a_draw_of_images(tmp_path):
+    subset = load_claim(write(tmp_path, subset={"n": 500, "seed": 3})).subset
+    assert (subset.n, subset.seed, subset.balanced, subset.sha256, str(subset)) == (500, 3, None, None, "n = 500, seed = 3")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"subset": {}}, "subset: expected n, seed, balanced or sha256, found none"),
+        ({"subset": {"n": 0}}, "subset.n: .*greater than or equal to 1"),
+        ({"subset": {"size": 3}}, "subset.size: Extra inputs"),
+        ({"subset": {"sha256": "ab"}}, "subset.sha256: "),
         ({"tretment": "x"}, "mine.yaml: tretment: Extra inputs"),
         ({"source": "absent", "power": "absent"}, "mine.yaml: expected also source, power, found only "),
         ({"name": "other"}, "mine.yaml: name: unexpected key"),

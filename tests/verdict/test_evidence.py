@@ -10,6 +10,7 @@ from lrrobust.verdict.evidence import (
     is_unbounded,
     match_accuracy,
 )
+from lrrobust.verdict.records import Subset
 
 INF = math.inf
 PIXEL = 1 / 255
@@ -120,6 +121,26 @@ class TestCollect:
         assert judged == [(["pgd"], 3, 1), (["pgd", "cw"], 2, 2)]
         assert [len(evidence.on_fewer) for evidence in found] == [1, 0] and len(found[0].on_fewer[0].treatment.images) == 2
         assert found[1].attacks[0].treatment == pytest.approx([INF, PIXEL])
+
+    def test_a_claim_may_name_its_draw(self, make_claim, make_run):
+        many, few = dict(distances=[PIXEL] * 4), dict(distances=[PIXEL] * 2)
+        runs = [make_run(model, attacks) for model in "AB" for attacks in ({"pgd": many}, {"cw": few})]
+        for run in runs:
+            run.manifest["dataset"]["subset"] = {"n": run.manifest["dataset"]["n"], "seed": 3, "balanced": False}
+        sha256 = runs[0].manifest["dataset"]["sha256"]
+        for subset in ({"n": 4}, {"n": 4, "seed": 3, "balanced": False}, {"sha256": sha256[:8]}):
+            (found,), (refused,) = collect_evidence(make_claim(subset=Subset(**subset)), runs)
+            assert len(found.treatment_places) == 4 and [attack.name for attack in found.attacks] == ["pgd"]
+            # What the others show of the attacks is still seen.
+            assert [len(evidence.treatment_places) for evidence in found.on_fewer] == [2]
+            assert refused.reason.startswith("On sample, the claim asks for the subset ") and "these 2 images" in refused.reason
+        for subset in ({"n": 3}, {"seed": 4}, {"n": 4, "balanced": True}, {"sha256": "0" * 8}):
+            found, refused = collect_evidence(make_claim(subset=Subset(**subset)), runs)
+            assert not found and len(refused) == 2
+        # Nothing is known of how images in common were drawn.
+        apart = [make_run(model, {"pgd": many}, images=images) for model, images in (("A", [0, 1, 2, 3]), ("B", [0, 1, 2, 4]))]
+        found, (refused,) = collect_evidence(make_claim(subset=Subset(n=3)), apart)
+        assert not found and "these 3 images are another (sha256 -)" in refused.reason
 
     def test_overlapping_subsets_do_not_lend_each_other_attacks(self, make_claim, make_run):
         runs = [run for model in "AB" for run in (

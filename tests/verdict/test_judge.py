@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from lrrobust.verdict import judge as judge_module
 from lrrobust.verdict.judge import judge_claims, write_verdicts
 from lrrobust.verdict.records import POPULATIONS, Verdicts
 
@@ -205,6 +206,15 @@ class TestNumbers:
         expected = [(0, 0.8, 1), (0.1, 0.6, 0.4), (0.2, 0.4, 0.4), (0.3, 0.4, 0.2), (0.4, 0.2, 0.2)]
         assert np.array(points) == pytest.approx(np.array(expected))
 
+    def test_the_worst_case_has_distances_where_all_its_attacks_have(self, judged):
+        free = dict(norm="l2", eps=L2)
+        attacks = {"cw": dict(distances=[0.3, 0.2, INF], **free), "fmn": dict(distances=[0.2, 0.3, INF], **free)}
+        names = {found.attack: found.treatment_median for found in judged(attacks, attacks).norms if found.population == "all"}
+        assert names == {"cw": pytest.approx(0.3), "fmn": pytest.approx(0.3), "worst_case": pytest.approx(0.2)}
+        # A step of a ladder is no distance.
+        attacks["pgd_l2"] = dict(distances=[0.1, 0.1, 0.1], norm="l2", eps=L2[:3])
+        assert {found.attack for found in judged(attacks, attacks).norms} == {"cw", "fmn"}
+
     def test_half_failures_make_the_median_infinite(self, judged):
         ours = {"cw": dict(distances=[0.1, INF], norm="l2", eps=L2)}
         assert judged(ours, ours).norms[0].treatment_median is None
@@ -259,12 +269,13 @@ def test_few_images_support_only_what_the_exact_test_grants(judged):
 def test_provenance_names_the_runs(supported):
     ours, theirs = supported.runs
     assert (ours.role, ours.model, ours.weights, ours.commit) == ("treatment", "A", "V1", "1234abc")
-    assert theirs.role == "control" and [check.name for check in theirs.diagnostics] == ["zero_gradient"]
+    assert theirs.role == "control"
+    assert [check.name for check in theirs.diagnostics] == ["zero_gradient"] + 4 * ["large_eps"]
     assert ours.attacks == ("fgsm", "pgd", "pgd_l2", "cw")
 
 
 def test_json_comes_back_the_same(supported, tmp_path):
-    verdicts = Verdicts(results=(supported,), not_judged=())
+    verdicts = Verdicts(made_with="lrrobust 1.2", results=(supported,), not_judged=())
     write_verdicts(verdicts, tmp_path / "new" / "claim.json")
     assert Verdicts.model_validate_json((tmp_path / "new" / "claim.json").read_bytes()) == verdicts
 
@@ -289,3 +300,34 @@ def test_many_images_are_judged(make_run, make_claim):
         # The JSON does not grow with the images.
         assert len(result.norms[0].survival) <= 200
         assert len(result.model_dump_json()) < 200_000
+
+
+class TestErrorsEndToEnd:
+    """Verdicts of whole evidence: rows, diagnostics and safeguards included."""
+
+    SIMULATIONS = 40
+
+    @pytest.fixture(autouse=True)
+    def few_resamples(self, monkeypatch):
+        # No verdict rests on the areas.
+        monkeypatch.setattr(judge_module, "RESAMPLES", 100)
+
+    def verdicts(self, judged, gain):
+        generator = np.random.default_rng(5)
+        found = []
+        for _ in range(self.SIMULATIONS):
+            own, sides = generator.gamma(2.0, 1.0, 400), []
+            for factor in (gain, 1.0):
+                distance = factor * own * generator.lognormal(0, 0.3, 400) * (generator.random(400) < 0.95)
+                sides.append({"pgd": dict(distances=distance * PIXEL)})
+            # How far clean accuracies lie apart is chance here, not the claim's affair.
+            found.append(judged(*sides, {"largest_clean_difference": 0.2}).verdict)
+        return found
+
+    def test_equal_models(self, judged):
+        # At 5 %, more than 5 of 40 have a probability of less than 2 %.
+        assert self.verdicts(judged, 1.0).count("supported") <= 5
+
+    def test_a_real_difference(self, judged):
+        verdicts = self.verdicts(judged, 1.4)
+        assert verdicts.count("supported") >= 0.8 * self.SIMULATIONS and "refuted" not in verdicts

@@ -41,8 +41,10 @@ def failed(safeguards):
 def test_sound_evidence_passes_and_says_what_was_not_looked_into(check):
     safeguards = check()
     assert not failed(safeguards)
-    assert {guard.name for guard in safeguards if guard.passed is None} == {"unbounded_attack", "transfer"}
-    assert [guard.passed for guard in named(safeguards, "unbounded_attack")] == [None, True] * 2
+    assert {guard.name for guard in safeguards if guard.passed is None} == {"transfer"}
+    linf, l2 = named(safeguards, "unbounded_attack")[:2]
+    assert linf.detail.endswith("is without a budget, but pgd breaks images at one that holds plain grey: 0 of 32 images withstand pgd.")
+    assert "Without a budget, 0 of 4 images of A withstand cw" in l2.detail
     assert all(guard.detail.endswith(".") for guard in safeguards)
 
 
@@ -328,6 +330,27 @@ def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_c
         assert [(guard.passed, guard.attack) for guard in found] == [(passed, "cw")] * 2
 
 
+@pytest.mark.parametrize(
+    ("noted", "passed"),
+    [
+        ([("pgd", True)], True),
+        ([("pgd", True), ("pgd", False)], False),
+        ([("pgd", None)], False),
+        ([("fgsm_of_another_norm", True)], False),
+        ([], False),
+    ],
+    ids=["broken", "not in every run", "not known", "of another norm", "nothing"],
+)
+def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(make_claim, make_run, large_eps, note, noted, passed):
+    ours, theirs = (make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2)))
+    note(ours, [large_eps(*each) for each in noted])
+    (evidence,), _ = collect_evidence(make_claim(), [ours, theirs])
+    found, of_control = named(check_evidence(evidence), "unbounded_attack")
+    assert (found.passed, found.withholds, of_control.passed) == (passed, ("supported",), True)
+    assert passed or "run one that has no budget, such as cw" in found.detail
+    assert judge(evidence).verdict == ("supported" if passed else "inconclusive")
+
+
 def test_attacks_that_only_break_the_rules_have_failed(make_claim, make_run):
     runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
@@ -346,14 +369,14 @@ def test_what_the_engine_noticed_counts(check):
 
 def test_runs_that_were_not_looked_into_support_nothing(check, tmp_path):
     safeguards = check(treatment={"folder": tmp_path / "other"})
-    assert failed(safeguards) == [("attack_diagnostics", None, ("supported",))]
+    assert failed(safeguards) == [("unbounded_attack", "pgd", ("supported",)), ("attack_diagnostics", None, ("supported",))]
     assert "other carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
 
 
-def test_diagnostics_of_runs_count(check, tmp_path):
+def test_diagnostics_of_runs_count(check, large_eps, tmp_path):
     for passed in (True, False, None):
         found = {"name": "zero_gradient", "passed": passed, "detail": "40 % of images have none.", "attack": "pgd"}
-        content = {"fingerprint": "ab" * 32, "sample": [0], "wall_s": 1.0, "results": [found]}
+        content = {"fingerprint": "ab" * 32, "sample": [0], "wall_s": 1.0, "results": [found, large_eps("pgd").model_dump()]}
         (tmp_path / DIAGNOSTICS_FILE).write_text(json.dumps(content))
         safeguards = check(treatment={"folder": tmp_path})
         assert failed(safeguards) == ([("attack_diagnostics", "pgd", ("supported",))] if passed is False else [])
