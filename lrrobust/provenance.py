@@ -33,8 +33,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+#: What of a checkout decides results, beside the package.
+_CODE = ("attacks_configs", "pyproject.toml")
+
+
 def find_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "-dirty" when its own files differ; None when installed."""
+    """Commit of the checkout this package runs from, with "-dirty" when code or attacks differ; None when installed."""
     package = Path(lrrobust.__file__).parent
     root = package.parent
     if not (root / ".git").exists():
@@ -43,7 +47,7 @@ def find_commit() -> str | None:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", str(package)], capture_output=True, text=True, timeout=10, check=True
+            [*git, "status", "--porcelain", "--", package.name, *_CODE], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

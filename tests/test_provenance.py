@@ -68,8 +68,14 @@ def test_commit_of_a_checkout(checkout):
     (checkout / "report.md").write_text("new")
     commit = _git(checkout, "rev-parse", "HEAD")
     assert find_commit() == commit
-    # new files that nobody has added, such as results, are no change of the code.
+    # new files, such as results, are a change of the code.
     (checkout / "notes.txt").write_text("new")
+    assert find_commit() == commit
+    # Attacks lie beside the package, and a file that nobody has added counts like any other.
+    (checkout / "attacks_configs").mkdir()
+    (checkout / "attacks_configs" / "pgd.yaml").write_text("steps: 2")
+    assert find_commit() == f"{commit}-dirty"
+    (checkout / "attacks_configs" / "pgd.yaml").unlink()
     assert find_commit() == commit
     (checkout / "lrrobust" / "__init__.py").write_text("changed = True\n")
     assert find_commit() == f"{commit}-dirty"

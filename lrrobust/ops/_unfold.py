@@ -48,13 +48,13 @@ class Options(NamedTuple):
 
 
 class _Tiling:
-    """How the maps of one call are cut; pairs are (rows, columns). What reaches beyond a map is padded.
+    """How the maps of one call are cut; pairs are (rows, columns).
 
     Attributes:
         counts: how many tiles there are.
         tile, patch: output positions of a tile, and pixels that they see.
         step: pixels from one patch to the next.
-        before: rows and columns of the first patch that lie before the image.
+        before: rows and columns of the first patch that lie before the image. Such columns are padded, rows left out.
         index: (positions, pixels) of every tile, the entry of the flat geometry, k * k where a pixel is no neighbour.
     """
 
@@ -71,55 +71,62 @@ class _Tiling:
             self.counts = [-(-length // part) for length, part in zip(self.out_size, self.tile, strict=True)]
             self.step = [length * options.stride for length in self.tile]
             self.patch = [length - options.stride + 2 * self.before + 1 for length in self.step]
-        # All patches together, and the padding of an image to that: less than none where no patch sees its end.
-        self.span = [(n - 1) * step + patch for n, step, patch in zip(self.counts, self.step, self.patch, strict=True)]
-        after = [span - self.before - length for span, length in zip(self.span, self.size, strict=True)]
-        self.padding = (self.before, after[1], self.before, after[0])
+        # Columns of all patches together, and the padding of an image to that: less than none where no patch sees its end.
+        self.span = (self.counts[1] - 1) * self.step[1] + self.patch[1]
+        self.padding = (self.before, self.span - self.before - self.size[1])
 
-        row_taps, self._row_bias = self._taps(0, options, geometry.device)
-        column_taps, self._column_bias = self._taps(1, options, geometry.device)
-        row_taps, column_taps = row_taps[:, None, :, None], column_taps[None, :, None, :]
+        row_taps = self._taps(0, options, geometry.device)[:, None, :, None]
+        column_taps = self._taps(1, options, geometry.device)[None, :, None, :]
         is_neighbour = (row_taps >= 0) & (column_taps >= 0)
         index = torch.where(is_neighbour, row_taps * self.kernel_size + column_taps, self.kernel_size**2)
         self.index = index.flatten(2).flatten(0, 1)
+        columns = torch.arange(self.patch[1], device=geometry.device) - self.before
+        columns = columns + torch.arange(self.counts[1], device=geometry.device)[:, None] * self.step[1]
+        is_outside = (columns < 0) | (columns >= self.size[1])
+        self._column_bias = torch.zeros(is_outside.shape, dtype=self.dtype, device=geometry.device)
+        self._column_bias = self._column_bias.masked_fill_(is_outside, float("-inf"))[:, None, None, :]
         self._window_bias = F.pad(geometry.to(self.dtype).flatten(1), (0, 1), value=float("-inf"))[:, None, self.index]
 
-    def _taps(self, axis: int, options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For rows (or columns) of a tile and of its patch.
-
-        Returns:
-            (tile, patch), which of k neighbours the second is to the first, negative where it is none; and
-            (tiles, tile, patch), -inf where the second lies outside the image, else 0.
-        """
+    def _taps(self, axis: int, options: Options, device: torch.device) -> Tensor:
+        """(tile, patch), for its rows (or columns): which of k neighbours the second is to the first, -1 where it is none."""
         out = torch.arange(self.tile[axis], device=device)[:, None]
-        seen = torch.arange(self.patch[axis], device=device) - self.before
-        offsets = seen - out * options.stride
+        offsets = torch.arange(self.patch[axis], device=device) - self.before - out * options.stride
         taps = torch.div(offsets, options.dilation, rounding_mode="floor") + self.kernel_size // 2
         is_neighbour = (offsets % options.dilation == 0) & (taps >= 0) & (taps < self.kernel_size)
-        tiles = torch.arange(self.counts[axis], device=device)[:, None, None]
-        seen = seen + tiles * self.step[axis]
-        # A softmax over nothing would be NaN where nothing is asked for.
-        is_past = out + tiles * self.tile[axis] >= self.out_size[axis]
-        bias = torch.where((seen >= 0) & (seen < self.size[axis]) | is_past, 0.0, float("-inf"))
-        return torch.where(is_neighbour, taps, -1), bias.to(self.dtype)
+        return torch.where(is_neighbour, taps, -1)
+
+    def _rows(self, row: int) -> slice:
+        """Of the image, those that a row of tiles sees."""
+        first = row * self.step[0] - self.before
+        return slice(max(first, 0), min(first + self.patch[0], self.size[0]))
+
+    def within(self, pixels: Tensor, row: int) -> Tensor:
+        """(..., pixels of a patch) -> (..., rows, columns) of those in the image, a view."""
+        rows, first = self._rows(row), row * self.step[0] - self.before
+        return pixels.unflatten(-1, self.patch)[..., rows.start - first : rows.stop - first, :]
 
     def bias(self, row: int) -> Tensor:
         """(G, columns, positions, pixels) of a row of tiles: the geometry, -inf where a pixel is no neighbour."""
-        outside = self._row_bias[row][:, None, :, None] + self._column_bias[:, None, :, None, :]
-        return self._window_bias + outside.flatten(3).flatten(1, 2)
+        bias = (self.within(self._window_bias, row) + self._column_bias).flatten(3)
+        height, width = self.out_size[0] - row * self.tile[0], self.out_size[1] - (self.counts[1] - 1) * self.tile[1]
+        # A softmax over nothing would be NaN where nothing is asked for.
+        positions = bias.unflatten(2, self.tile)
+        positions[:, :, height:] = 0
+        positions[:, -1, :, width:] = 0
+        return bias
 
     def chunks(self, value: Tensor) -> Iterator[slice]:
         """The images of the batch, some at a time."""
         chunk = max(LEAST_CHUNK, value.numel())
         if value.device.type == "cpu":
             chunk = min(chunk, LARGEST_CPU_CHUNK)
-        largest = self.groups * self.counts[1] * max(self.index.numel(), self.depth * self.span[0] * self.patch[1])
+        largest = self.groups * self.counts[1] * max(self.index.numel(), self.depth * self.size[0] * self.patch[1])
         images = max(1, chunk // max(1, largest))
         return (slice(first, min(first + images, len(value))) for first in range(0, len(value), images))
 
     def seen(self, strips: Tensor, row: int) -> Tensor:
         """(n, G, columns, depth, rows, columns) of the pixels that a row of tiles sees, a view."""
-        return strips[..., row * self.step[0] : row * self.step[0] + self.patch[0], :]
+        return strips[..., self._rows(row), :]
 
     def tiles(self, maps: Tensor, depth: int) -> Tensor:
         """Output maps (n, C, h, w) -> (rows, n, G, columns, depth, positions), zeros for channels that the last group lacks."""
@@ -135,7 +142,7 @@ class _Tiling:
 
     def strips(self, maps: Tensor, depth: int) -> Tensor:
         """Input maps (n, C, H, W) -> (n, G, columns, depth, rows, columns of a patch)."""
-        padded = F.pad(maps.to(self.dtype), (*self.padding, 0, self.groups * depth - maps.shape[1]))
+        padded = F.pad(maps.to(self.dtype), (*self.padding, 0, 0, 0, self.groups * depth - maps.shape[1]))
         strips = padded.unflatten(1, (self.groups, depth)).unfold(4, self.patch[1], self.step[1])
         return strips.permute(0, 1, 4, 2, 3, 5).contiguous()
 
@@ -146,7 +153,7 @@ class _Tiling:
         total = strips.new_zeros(*strips.shape[:3], strips.shape[3] + len(pieces) - 1, self.step[1])
         for first, piece in enumerate(pieces):
             total[:, :, :, first : first + strips.shape[3], : piece.shape[4]] += piece
-        return F.pad(total.flatten(3)[..., : self.span[1]], [-width for width in self.padding])
+        return F.pad(total.flatten(3)[..., : self.span], [-width for width in self.padding])
 
 
 def _sum_by_tap(scores: Tensor, index: Tensor, taps: int) -> Tensor:
@@ -223,9 +230,9 @@ class _LocalRelation(torch.autograd.Function):
                         by_query, by_key = -factor * by_slope.sum(4).unsqueeze(3), factor * by_slope.sum(3, keepdim=True)
                     grad_q.append(by_query)
                     for whole, part in ((grad_k, by_key), (grad_v, by_value)):
-                        tiling.seen(whole, row).add_(part.unflatten(4, tiling.patch))
+                        tiling.seen(whole, row).add_(part.unflatten(4, (-1, tiling.patch[1])))
                     if needs_geometry:
-                        grad_bias += by_score.sum((0, 2))
+                        tiling.within(grad_bias, row).add_(by_score.sum((0, 2)).unflatten(2, (-1, tiling.patch[1])))
                 grad_query[images] = tiling.join_tiles(torch.stack(grad_q), query.shape[1])
                 grad_key[images] = tiling.sum_strips(grad_k, key.shape[1])
                 grad_value[images] = tiling.sum_strips(grad_v, value.shape[1])

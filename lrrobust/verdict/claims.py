@@ -10,7 +10,7 @@ A file holds the fields of `Claim` but the name, which is the file's own:
     attacks: [pgd, cw]                # without: all that both models were evaluated with
     eps: {linf: [1/255, 2/255]}       # without: all that both have
     dataset: photos                   # without: any
-    subset: {n: 500, seed: 0}         # without: any; also `balanced`, and `sha256`, the hash that reports name images by
+    subset: {n: 500, seed: 0}         # without: any; also `balanced`; `sha256`, which reports tell, for --indices
     significance: 0.05
     power: 0.8
     smallest_difference: 0.02

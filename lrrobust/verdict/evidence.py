@@ -21,7 +21,7 @@ from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.report.naming import WORST_CASE
 from lrrobust.results import Run, breaking_eps, manifest_value, texts
 from lrrobust.transfer import surrogate_of
-from lrrobust.verdict.records import Claim, NotJudged, Norm, Population
+from lrrobust.verdict.records import Claim, NotJudged, Norm, Population, is_unbounded
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,6 @@ class PairedAttack:
         return ~(np.isnan(self.treatment) | np.isnan(self.control))
 
 
-def is_unbounded(eps: float, norm: str) -> bool:
-    """Whether a budget reaches an image without content from every image: linf 1/2 turns any to plain grey.
-
-    For l2 only infinity counts, as the size of the images is not known here.
-    """
-    return np.isinf(eps) or (norm == "linf" and eps >= 0.5)
-
-
 def match_accuracy(
     treatment: NDArray[np.bool_], control: NDArray[np.bool_], images: NDArray[np.object_]
 ) -> NDArray[np.bool_]:
@@ -247,13 +239,13 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
         on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
         for pair in _same_weights(*on_dataset):
             of_pair, of_claim = [], []
-            for images, ours, theirs in _subsets(*pair):
+            for sha256, images, ours, theirs in _subsets(*pair):
                 evidence = _join(claim, images, ours, theirs, transfer)
                 problem = _lacks(evidence)
                 if problem is None:
                     of_pair.append(evidence)
                     # Images other than the claim's do not judge it, but may show that attacks failed.
-                    problem = _is_other_subset(evidence)
+                    problem = _is_other_subset(claim, sha256, (*ours, *theirs))
                 if problem is None:
                     of_claim.append(evidence)
                 else:
@@ -349,8 +341,11 @@ def _rises(rows: pd.DataFrame, image: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _subsets(
     treatment: list[Run], control: list[Run]
-) -> list[tuple[frozenset[str] | None, list[Run], list[Run]]]:
-    """Sets of images (None: all there are) of one data set that both models have runs on, and the runs that hold them."""
+) -> list[tuple[str | None, frozenset[str] | None, list[Run], list[Run]]]:
+    """Sets of images (None: all there are) of one data set that both models have runs on, and the runs that hold them.
+
+    Before each its hash; None where the models share no set.
+    """
 
     def by_images(runs: list[Run]) -> dict[str, list[Run]]:
         groups: dict[str, list[Run]] = {}
@@ -361,9 +356,9 @@ def _subsets(
     ours, theirs = by_images(treatment), by_images(control)
     shared = [sha256 for sha256 in ours if sha256 in theirs]
     if not shared:
-        return [(None, treatment, control)]
+        return [(None, None, treatment, control)]
     if len({*ours, *theirs}) == 1:
-        return [(None, treatment, control)]
+        return [(shared[0], None, treatment, control)]
     held = [(run, frozenset(_image_names(run.rows))) for run in treatment + control]
     found = []
     for sha256 in shared:
@@ -372,7 +367,7 @@ def _subsets(
         # A run on other images of the same names is none on more images.
         holding = [run for run, names in held if any(run is each for each in own) or images < names]
         sides = ([run for run in side if any(run is each for each in holding)] for side in (treatment, control))
-        found.append((images, *sides))
+        found.append((sha256, images, *sides))
     return found
 
 
@@ -404,24 +399,25 @@ def _join(
     return Evidence(claim, ours, theirs, our_places, their_places, transfer)
 
 
-def _is_other_subset(evidence: Evidence) -> str | None:
-    """How the images differ from those that the claim asks for, as a sentence."""
-    wanted, n = evidence.claim.subset, len(evidence.treatment_places)
+def _is_other_subset(claim: Claim, sha256: str | None, runs: Sequence[Run]) -> str | None:
+    """How images differ from those that the claim asks for, by the manifests of their runs, as a sentence."""
+    wanted = claim.subset
     if wanted is None:
         return None
-    # Runs on more images only lend some of theirs.
-    datasets = (run.manifest["dataset"] for side in (evidence.treatment, evidence.control) for run in side.runs)
-    drawn = [dataset for dataset in datasets if dataset["n"] == n]
-    asked = wanted.model_dump(exclude_none=True, exclude={"n", "sha256"})
+    if sha256 is None:
+        return f"the claim asks for the subset {wanted}; the models were evaluated on two others."
+    dataset = next(run.manifest["dataset"] for run in runs if manifest_value(run, "dataset", "sha256") == sha256)
+    drawn = dataset.get("subset")
+    # Any seed draws the same where all are drawn.
+    is_whole = drawn is not None and drawn.get("n") is None
     matches = (
-        wanted.n in (None, n)
-        and bool(drawn)
-        and all(dataset["sha256"].startswith(wanted.sha256 or "") for dataset in drawn)
-        and all((dataset.get("subset") or {}).get(key) == value for dataset in drawn for key, value in asked.items())
+        wanted.n in (None, dataset["n"])
+        and sha256.startswith(wanted.sha256 or "")
+        and (is_whole or all(asked in (None, (drawn or {}).get(key)) for key, asked in wanted.draw.items()))
     )
     if matches:
         return None
-    return f"the claim asks for the subset {wanted}; these {n} images are another (sha256 {drawn[0]['sha256'][:12] if drawn else '-'})."
+    return f"the claim asks for the subset {wanted}; these {dataset['n']} images (sha256 {sha256[:12]}) are another."
 
 
 def _lacks(evidence: Evidence) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from lrrobust.provenance import describe_code
 from lrrobust.report.formatting import format_eps
@@ -17,6 +19,7 @@ from lrrobust.stats import (
     compare_distances,
     log_area_weights,
     median_with_failures,
+    paired_difference_interval,
     survival,
 )
 from lrrobust.verdict.evidence import Evidence, ModelOutcomes, PairedAttack, collect_evidence
@@ -379,6 +382,8 @@ def _reasons(
             reasons.append(f"It is not ruled out that {more} is more robust by {matters} or more.")
         reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
     reasons += _power(claim, decisive)
+    if by_numbers == "inconclusive":
+        reasons += _too_few(claim, decisive, more, sign)
     reasons.append(_what_would_change(by_numbers, failed, findings, more, less))
     return tuple(reasons)
 
@@ -433,6 +438,28 @@ def _power(claim: Claim, decisive: Sequence[Comparison]) -> list[str]:
             least = _points(worst) if np.isfinite(worst) else "no difference at all"
             parts.append(f"{least} on {_IN_WORDS[population]} (n = {n})")
     return [f"Smallest difference that would be shown with probability {100 * claim.power:g} %: {', '.join(parts)}."]
+
+
+def _too_few(claim: Claim, decisive: Sequence[Comparison], more: str, sign: int) -> list[str]:
+    """Rows that stand against *supported* because they have too few images to tell equal models from a worse one."""
+    rows = [row for row in decisive if not _tells_equal_from_worse(claim, row, sign)]
+    if not rows:
+        return []
+    row = min(rows, key=lambda row: row.n)
+    # Tango's interval without a discordant image reaches -z^2 / (n + z^2).
+    enough = math.floor(norm.ppf(1 - claim.significance / 2) ** 2 * (1 / claim.smallest_difference - 1)) + 1
+    return [
+        f"That alone is not enough for *supported*: that {more} is nowhere less robust by {_points(claim.smallest_difference)} must be "
+        f"shown in every row, and {len(rows)} of {len(decisive)} have too few images to show it without a lead there, such as the "
+        f"{row.n} of {_place(row)} on {_IN_WORDS[row.population]}: at least {enough} are needed even where none tells the two apart."
+    ]
+
+
+def _tells_equal_from_worse(claim: Claim, row: Comparison, sign: int) -> bool:
+    """Whether the row rules out a difference that matters, or would with as many discordant images, half of either model."""
+    half = (row.treatment_only + row.control_only) // 2
+    low, _ = paired_difference_interval(half, half, row.n, 1 - claim.significance)
+    return bool(max(low, row.low if sign > 0 else -row.high) > -claim.smallest_difference)
 
 
 def _place(row: Comparison) -> str:

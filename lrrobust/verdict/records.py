@@ -7,6 +7,7 @@ where a number may be infinite, None (null) stands for it, and the field says so
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,6 +39,14 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def is_unbounded(eps: float, norm: str) -> bool:
+    """Whether a budget reaches an image without content from every image: linf 1/2 turns any to plain grey.
+
+    For l2 only infinity counts, as the size of the images is not known here.
+    """
+    return math.isinf(eps) or (norm == "linf" and eps >= 0.5)
+
+
 class Subset(Record):
     """A draw of images from a data set; at least one field, and what is None may be anything."""
 
@@ -57,6 +66,11 @@ class Subset(Record):
         if self == Subset.model_construct():
             raise PydanticCustomError("subset", "expected n, seed, balanced or sha256, found none")
         return self
+
+    @property
+    def draw(self) -> dict[str, int | bool | None]:
+        """How it is drawn, beside how many."""
+        return {"seed": self.seed, "balanced": self.balanced}
 
     def __str__(self) -> str:
         return ", ".join(f"{key} = {value}" for key, value in self.model_dump(exclude_none=True).items())
@@ -105,6 +119,8 @@ class Claim(Record):
             raise PydanticCustomError("models", "control: expected another model than the treatment")
         if any(ladder[0] == 0 for ladder in (self.eps or {}).values()):
             raise PydanticCustomError("eps", "eps: expected budgets above 0, at which nothing is attacked")
+        if any(is_unbounded(ladder[-1], norm) for norm, ladder in (self.eps or {}).items()):
+            raise PydanticCustomError("eps", "eps: expected budgets below linf 1/2, from which no model can be robust")
         return self
 
 

@@ -23,8 +23,8 @@ from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run, manifest_value
 from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_p_value
 from lrrobust.transfer_report import find_transfer
-from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, is_unbounded
-from lrrobust.verdict.records import Safeguard
+from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes
+from lrrobust.verdict.records import Safeguard, is_unbounded
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
 
@@ -54,6 +54,7 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
         _same_configuration(evidence),
         _complete_runs(evidence),
         _clean_accuracy(evidence),
+        _telling_eps(evidence),
         *_stronger_attacks(evidence),
         *_of_model(evidence, evidence.treatment, is_claimed=is_more),
         *_of_model(evidence, evidence.control, is_claimed=not is_more),
@@ -165,6 +166,20 @@ def _clean_accuracy(evidence: Evidence) -> Safeguard:
         f"the {100 * limit:g} up to which they count as equally well trained."
     )
     return Safeguard(name="clean_accuracy", passed=passed, detail=detail, withholds=_BOTH)
+
+
+def _telling_eps(evidence: Evidence) -> Safeguard:
+    """Where both models are at 0 % or at 100 %, none can be ahead: that says nothing of which is more robust."""
+    matters = evidence.claim.smallest_difference
+    shares = [
+        [float((side[attack.is_finished] > eps).mean()) for side in (attack.treatment, attack.control)]
+        for attack in evidence.decisive
+        for eps in evidence.ladder(attack)
+    ]
+    telling = sum(max(pair) >= matters and min(pair) <= 1 - matters for pair in shares)
+    detail = f"At {telling} of {len(shares)} budgets a difference of {100 * matters:g} points could show"
+    detail += "." if telling else ": both models are broken, or robust, on nearly all images; take budgets in between."
+    return Safeguard(name="telling_eps", passed=telling > 0, detail=detail, withholds=("refuted",))
 
 
 def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
@@ -366,7 +381,7 @@ def _unbounded_attack(
     """Without a budget any image can be turned into any other: what survives then shows that the attack failed."""
     free = [attack for attack in attacks if is_unbounded(attack.eps[-1], norm)]
     if not free:
-        name, checked = WORST_CASE if len(attacks) > 1 else attacks[0].name, _checked_at_large_eps(side, attacks)
+        name, checked = WORST_CASE if len(attacks) > 1 else attacks[0].name, _checked_at_large_eps(side, norm, attacks)
         # Not knowing is no reason to believe: an attack that fails even without a budget looks like a robust model.
         passed = bool(checked) and all(found.passed for found in checked)
         detail = f"No {norm} row of {side.model} is without a budget"
@@ -387,11 +402,14 @@ def _unbounded_attack(
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
 
 
-def _checked_at_large_eps(side: ModelOutcomes, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
+def _checked_at_large_eps(side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
     """What diagnostics of the runs say of some of these attacks at a budget that holds plain grey."""
     names = {attack.name for attack in attacks}
-    of_runs = (found for found in side.diagnostics if found is not None)
-    return [found for each in of_runs for found in each if found.name == "large_eps" and found.attack in names]
+    checked = []
+    for run, diagnostics in zip(side.runs, side.diagnostics):
+        of_norm = names & {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}
+        checked += [found for found in diagnostics or () if found.name == "large_eps" and found.attack in of_norm]
+    return checked
 
 
 def _transfer(model: str, runs: Sequence[Run], transfer: Sequence[Run], withholds: Withheld) -> Iterator[Safeguard]:

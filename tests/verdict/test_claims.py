@@ -29,9 +29,9 @@ def test_the_default_is_about_the_shipped_pair():
 
 
 def test_a_file_may_narrow_the_evidence(tmp_path):
-    claim = load_claim(write(tmp_path, attacks=["pgd"], eps={"linf": ["1/255", 0.5]}, dataset="photos"))
+    claim = load_claim(write(tmp_path, attacks=["pgd"], eps={"linf": ["1/255", 0.4]}, dataset="photos"))
     assert claim.name == "mine" and claim.attacks == ("pgd",) and claim.dataset == "photos"
-    assert claim.eps == {"linf": (1 / 255, 0.5)}
+    assert claim.eps == {"linf": (1 / 255, 0.4)}
 
 
 def test_a_file_may_name_a_draw_of_images(tmp_path):
@@ -58,6 +58,7 @@ def test_a_file_may_name_a_draw_of_images(tmp_path):
         ({"eps": {"l7": [0.1]}}, "eps.l7.*'linf', 'l2' or 'l1'"),
         ({"eps": {"linf": [0.2, 0.1]}}, "eps.linf: .*ascending"),
         ({"eps": {"l2": [0, 0.1]}}, "budgets above 0"),
+        ({"eps": {"linf": ["1/255", 0.5]}}, "budgets below linf 1/2, from which no model can be robust"),
         ({"control": "lr_resnet50"}, "another model than the treatment"),
     ],
 )

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,10 +8,9 @@ from lrrobust.errors import StoreError
 from lrrobust.verdict.evidence import (
     collect_evidence,
     gather,
-    is_unbounded,
     match_accuracy,
 )
-from lrrobust.verdict.records import Subset
+from lrrobust.verdict.records import Subset, is_unbounded
 
 INF = math.inf
 PIXEL = 1 / 255
@@ -133,14 +133,23 @@ class TestCollect:
             assert len(found.treatment_places) == 4 and [attack.name for attack in found.attacks] == ["pgd"]
             # What the others show of the attacks is still seen.
             assert [len(evidence.treatment_places) for evidence in found.on_fewer] == [2]
-            assert refused.reason.startswith("On sample, the claim asks for the subset ") and "these 2 images" in refused.reason
+            assert refused.reason.startswith("On sample, the claim asks for the subset ") and "these 2 images (sha256 " in refused.reason
         for subset in ({"n": 3}, {"seed": 4}, {"n": 4, "balanced": True}, {"sha256": "0" * 8}):
             found, refused = collect_evidence(make_claim(subset=Subset(**subset)), runs)
             assert not found and len(refused) == 2
+        # What is not finished yet is no other draw.
+        for run in runs:
+            unfinished = replace(run, rows=run.rows[run.rows["index"] != 1], is_complete=False)
+            found, _ = collect_evidence(make_claim(subset=Subset(n=4, seed=3)), [unfinished if each is run else each for each in runs])
+            assert len(found) == 1
+        # Any seed draws the same where all are drawn.
+        for run in runs:
+            run.manifest["dataset"]["subset"] = {"n": None, "seed": 0, "balanced": False}
+        assert [len(e.treatment_places) for e in collect_evidence(make_claim(subset=Subset(n=4, seed=9)), runs)[0]] == [4]
         # Nothing is known of how images in common were drawn.
         apart = [make_run(model, {"pgd": many}, images=images) for model, images in (("A", [0, 1, 2, 3]), ("B", [0, 1, 2, 4]))]
         found, (refused,) = collect_evidence(make_claim(subset=Subset(n=3)), apart)
-        assert not found and "these 3 images are another (sha256 -)" in refused.reason
+        assert not found and "the models were evaluated on two others" in refused.reason
 
     def test_overlapping_subsets_do_not_lend_each_other_attacks(self, make_claim, make_run):
         runs = [run for model in "AB" for run in (

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from lrrobust.stats import paired_difference_interval
 from lrrobust.verdict import judge as judge_module
 from lrrobust.verdict.judge import judge_claims, write_verdicts
 from lrrobust.verdict.records import POPULATIONS, Verdicts
@@ -98,6 +99,25 @@ class TestVerdicts:
         assert result.verdict == "inconclusive"
         assert result.reasons[0].startswith("At eps 0.5/255 in linf (pgd), A is more robust than B in every population")
         assert any("not ruled out that A is less robust by 2 points" in reason for reason in result.reasons)
+
+    @pytest.mark.parametrize("accurate", [150, 300])
+    def test_too_few_images_to_tell_equal_from_worse_are_said(self, judged, accurate):
+        # One is robust to 1/255 and the other to nothing; at 2/255 both are broken, which few images cannot tell from worse.
+        ours, theirs = ([distance * PIXEL] * accurate + [0] * (1000 - accurate) for distance in (1.5, 0.3))
+        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        found = [reason for reason in result.reasons if reason.startswith("That alone is not enough for *supported*")]
+        assert result.verdict == ("inconclusive" if accurate == 150 else "supported") and len(found) == (accurate == 150)
+        if found:
+            assert "and 1 of 9 have too few images" in found[0]
+            assert "such as the 150 of eps 2/255 in linf (pgd) on images both classify correctly: at least 189 are" in found[0]
+
+    @pytest.mark.parametrize(("significance", "delta", "enough"), [(0.05, 0.02, 189), (0.01, 0.05, 127)])
+    def test_how_many_images_tell_equal_from_worse(self, judged, significance, delta, enough):
+        for n, is_enough in ((enough - 1, False), (enough, True)):
+            assert (paired_difference_interval(0, 0, n, 1 - significance)[0] > -delta) == is_enough
+        distances = dict(distances=[0.3 * PIXEL] * 20 + [INF])
+        result = judged({"pgd": distances}, {"pgd": distances}, {"significance": significance, "smallest_difference": delta})
+        assert any(f"at least {enough} are needed even where none" in reason for reason in result.reasons)
 
     def test_curves_that_cross_are_said_to(self, judged):
         # 30 % of the treatment's images withstand 2/255 and the others not even 0.5/255; the control's the latter only.

@@ -351,6 +351,32 @@ def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_al
     assert judge(evidence).verdict == ("supported" if passed else "inconclusive")
 
 
+def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(make_claim, make_run, large_eps, note):
+    runs = []
+    for model, distance in zip("AB", (INF, PIXEL / 2)):
+        for norm, results in (("linf", [large_eps("pgd")]), ("l2", [])):
+            # As two configurations of one name.
+            run = make_run(model, {"pgd": dict(distances=[distance] * 200, norm=norm)}, folder=None, seed=norm == "l2")
+            runs.append(replace(run, folder=run.folder.with_name(f"{model}-{norm}")))
+            note(runs[-1], results)
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    found = {guard.detail.split()[1]: guard.passed for guard in named(check_evidence(evidence), "unbounded_attack")[:2]}
+    assert found == {"linf": True, "l2": False}
+
+
+def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
+    for distances, telling in (
+        ([PIXEL / 3] * 400, 0), ([INF] * 400, 0), ([PIXEL] * 400, 0), ([PIXEL] * 200 + [PIXEL / 3] * 200, 1),
+        ([PIXEL / 3] * 390 + [INF] * 10, 3),
+    ):
+        attacks, passed = {"pgd": dict(distances=distances)}, telling > 0
+        (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
+        (found,) = named(check_evidence(evidence), "telling_eps")
+        assert (found.passed, found.withholds) == (passed, ("refuted",))
+        assert judge(evidence).verdict == ("refuted" if passed else "inconclusive")
+        assert found.detail.startswith(f"At {telling} of 3 budgets")
+
+
 def test_attacks_that_only_break_the_rules_have_failed(make_claim, make_run):
     runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
