@@ -539,33 +539,66 @@ def train(
 @app.command()
 def bench(
     what: Annotated[
-        Optional[list[str]], typer.Argument(help="operation, gradient-step, attack-loop, sharing, store, report; all if none.")
+        Optional[list[str]],
+        typer.Argument(help="operation, gradient-step, attack-loop, harness, sharing, store, report; all if none."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which everything is timed once.")] = 5,
-    n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop takes.")] = 50,
+    budget: Annotated[
+        float,
+        typer.Option(
+            min=0, help="About how many seconds the rounds of a benchmark may take: what is slow sits some out, but is timed twice."
+        ),
+    ] = 120,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop and harness take.")] = 32,
     model: Annotated[
         Optional[list[str]],
-        typer.Option("--model", "-m", help="Whom attack-loop attacks; repeatable.", show_default="resnet50"),
+        typer.Option("--model", "-m", help="Whom they attack; repeatable.", show_default="resnet50"),
     ] = None,
     attack: Annotated[str, typer.Option("--attack", "-a", help="With which attack of the PGD family.")] = "pgd",
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="With which images.")] = "photos",
+    image_size: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            min=1, help="Side of the images in pixels; repeatable.", show_default="gradient-step: 64 and 224; else the models'"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Images passed through the model at once.",
+            show_default=f"operation: 8; gradient-step: 4 of 224 pixels, 32 of 64; else {DEFAULT_BATCH_SIZE}",
+        ),
+    ] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.", show_default="as torch")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:
-    """Time the operation, gradient steps, attack loops and reports, and try the folder of a large run."""
+    """Time the operation, gradient steps, attack loops, the harness and reports, and try the folder of a large run.
+
+    Ctrl-C ends a benchmark early: what was measured until then is printed, and written under another name.
+    """
     import torch
 
     from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench
-    from lrrobust.console import print_bench
+    from lrrobust.console import bench_progress, print_bench
     from lrrobust.run import choose_device
 
     chosen = {name: find_bench(name) for name in what or BENCHES}
     if threads is not None:
         torch.set_num_threads(threads)
-    request = BenchRequest(repeats, n, tuple(model or ["resnet50"]), attack, dataset, choose_device(device))
     for name, measure in chosen.items():
-        print_bench(name, measure(request), request, out)
+        with _models_on_stderr(), bench_progress(name) as on_turn:
+            request = BenchRequest(
+                repeats, choose_device(device), budget, n, tuple(model or ["resnet50"]), attack, dataset,
+                tuple(image_size) if image_size else None, batch_size, on_turn,
+            )
+            try:
+                result = measure(request)
+            except KeyboardInterrupt as cause:
+                raise _Interrupted(cause, f"nothing of {name} was measured yet") from None
+        print_bench(name, result, request, out)
+        if result.interruption is not None:
+            raise _Interrupted(result.interruption, f"{name} was not finished")
 
 
 @app.command()

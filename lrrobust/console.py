@@ -417,14 +417,21 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
 
 
 def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path) -> None:
-    """The medians of a benchmark as a table; with date and hardware, as Markdown too, and all its times as CSV, in `out`."""
+    """The medians of a benchmark as a table; with date and hardware, as Markdown too, and all its times as CSV, in `out`.
+
+    What was interrupted stands apart from what was finished, and does not overwrite it.
+    """
     from lrrobust.bench.suites import format_cell, markdown_page
     from lrrobust.provenance import describe_environment
 
+    if not len(result.summary):
+        return
     environment = describe_environment(request.device)
     environment["date"] = time.strftime("%Y-%m-%d")
     is_timed = result.times is not None
-    title = f"{name}: medians of {request.repeats} interleaved rounds" if is_timed else name
+    title = f"{name}: medians of interleaved rounds" if is_timed else name
+    if result.interruption is not None:
+        title, name = f"{title}, interrupted", f"{name}-interrupted"
     table = Table(title=title)
     for column in result.summary.columns:
         table.add_column(column)
@@ -438,6 +445,23 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
     page = out / f"{name}.md"
     write_file(page, markdown_page(title, result.summary, environment).encode())
     _notice(f"wrote {page}")
+
+
+@contextmanager
+def bench_progress(name: str) -> Iterator[Callable[[str], None]]:
+    """A bar that says what a benchmark is at, without a terminal a line now and then; yields the callback that changes it."""
+    last_line = -math.inf
+    with _build_bar() as bar:
+        task = bar.add_task(name, total=None, state="")
+
+        def show(text: str) -> None:
+            nonlocal last_line
+            bar.update(task, state=text)
+            if not _notices.is_terminal and time.monotonic() - last_line >= _LINE_INTERVAL_S:
+                last_line = time.monotonic()
+                _notice(f"{name}: {text}")
+
+        yield show
 
 
 @contextmanager

@@ -66,3 +66,16 @@ def interrupts_held_back() -> Iterator[list[tuple[Any, ...]]]:
             signal.signal(signum, handler)
     if received:
         handlers[received[0][0]](*received[0])
+
+
+@contextmanager
+def interrupts_kept_from_children() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; processes started in it never hear of one, from their first line on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     # Of the report only how it writes an eps.
     "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
     "bench": {
-        "attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "process_settings",
+        "attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",
     },
     # Of a run what it left; the model and the images are given to it.
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "errors"},
+    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "report.formatting", "tables", "results"},
     "tables": set(),

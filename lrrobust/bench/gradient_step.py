@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lrrobust.bench.interleaved import time_interleaved
+from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved
 from lrrobust.bench.peak_memory import measure_peak_bytes
 from lrrobust.models import build_network
 from lrrobust.models.folding import fold_constants
@@ -17,35 +17,47 @@ from lrrobust.models.lrnet import LocalRelationLayer
 
 NETWORK, CONTROL = "lr_resnet50", "resnet50"
 NUM_CLASSES = 200
-#: Sides of the images and how many of them a step takes.
-SIZES = ((64, 32), (224, 4))
+#: Sides of the images.
+SIZES = (64, 224)
+#: A step takes as many images as have the pixels of four of 224 x 224, and no more than an attack's batch.
+_PIXELS, _MOST_IMAGES = 4 * 224**2, 32
 
 
 def compare_gradient_steps(
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[int] = SIZES,
     *,
+    batch_size: int | None = None,
     repeats: int = 5,
+    budget_s: float = math.inf,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     with_memory: bool = True,
-) -> pd.DataFrame:
+    on_turn: OnTurn = say_nothing,
+) -> Iterator[dict[str, object]]:
     """An LR-Net beside its control and beside itself with the reference operation, random weights.
 
-    Returns:
-        One row for each size, round and network: `size`, `batch_size`, `name`, `repeat`, `wall_s`, and where it
+    Args:
+        batch_size: images of a step; by default 32 of 64 x 64 and 4 of 224 x 224.
+        repeats, budget_s, on_turn: see `time_interleaved`; the sizes have equal shares of the budget.
+
+    Yields:
+        One row for each size, round and network: `size`, `batch_size`, those of `time_interleaved`, and where it
         was measured `peak_bytes`, the most that the step held beside weights and images.
     """
-    frames = []
     names = (CONTROL, NETWORK, f"{NETWORK}, reference")
-    for size, batch_size in sizes:
-        ways = {name: build_step(name, size, batch_size, device) for name in names}
-        frame = time_interleaved(ways, repeats=repeats, device=device)
-        frame.insert(0, "size", size)
-        frame.insert(1, "batch_size", batch_size)
+    for size in sizes:
+        count = batch_size or min(_MOST_IMAGES, max(1, _PIXELS // size**2))
+        peaks = {}
         if with_memory and device.type == "cpu":
-            peaks = {name: measure_peak_bytes(prepare_step, name, size, batch_size) for name in names}
-            frame["peak_bytes"] = frame["name"].map(peaks)
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+            for name in names:
+                on_turn(f"{size} pixels: {name}, memory")
+                peaks[name] = {"peak_bytes": measure_peak_bytes(prepare_step, name, size, count)}
+        ways = {name: build_step(name, size, count, device) for name in names}
+        rows = time_interleaved(
+            ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes), case=f"{size} pixels",
+            on_turn=on_turn,
+        )
+        for row in rows:
+            yield {"size": size, "batch_size": count, **row, **peaks.get(row["name"], {})}
 
 
 def build_step(name: str, size: int, batch_size: int, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from lrrobust.bench.interleaved import time_interleaved
+from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved
 from lrrobust.bench.peak_memory import measure_peak_bytes
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, why_not
@@ -53,17 +53,22 @@ def compare_operations(
     *,
     batch_size: int = 8,
     repeats: int = 5,
+    budget_s: float = math.inf,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     dtype: torch.dtype = torch.float32,
     with_memory: bool = True,
-) -> pd.DataFrame:
+    on_turn: OnTurn = say_nothing,
+) -> Iterator[dict[str, object]]:
     """Forward and backward (to query, key and value, as in an attack) of all that can run on the device.
 
-    Returns:
-        One row for each stage, round and way: `stage`, `name`, `repeat`, `wall_s`, and where it was measured
+    Args:
+        repeats, budget_s, on_turn: see `time_interleaved`; the stages have equal shares of the budget.
+
+    Yields:
+        One row for each stage, round and way: `stage`, those of `time_interleaved`, where it was measured
         `peak_bytes`, what was held at once beside the inputs, and `io_bytes`, inputs, outputs and gradients.
     """
-    frames = []
+    fused = fused_backend(device)
     for stage in stages:
         ways = {}
         inputs = _make_inputs(stage, batch_size, device, dtype)
@@ -73,15 +78,24 @@ def compare_operations(
         ways[SLICES] = _step(inputs, lambda *tensors, s=stage: sum_of_slices(*tensors, stride=s.stride))
         if stage.convolution_channels is not None:
             ways[CONVOLUTION] = _convolution_step(stage, batch_size, device, dtype)
-        frame = time_interleaved(ways, repeats=repeats, device=device)
-        frame.insert(0, "stage", stage.name)
+        peaks = {}
         if with_memory and device.type == "cpu":
-            peaks = {name: measure_peak_bytes(prepare_step, stage, batch_size, name) for name in ways if name in BACKENDS}
-            frame["peak_bytes"] = frame["name"].map(peaks)
+            for name in (name for name in ways if name in BACKENDS):
+                on_turn(f"{stage.name}: {name}, memory")
+                peaks[name] = {"peak_bytes": measure_peak_bytes(prepare_step, stage, batch_size, name)}
         outputs = inputs.value.numel() // stage.stride**2
-        frame["io_bytes"] = (2 * sum(t.numel() for t in inputs[:3]) + 2 * outputs) * inputs.value.element_size()
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+        io_bytes = (2 * sum(t.numel() for t in inputs[:3]) + 2 * outputs) * inputs.value.element_size()
+        rows = time_interleaved(
+            ways, repeats=repeats, device=device, baseline=fused, budget_s=budget_s / len(stages), case=stage.name,
+            on_turn=on_turn,
+        )
+        for row in rows:
+            yield {"stage": stage.name, **row, **peaks.get(row["name"], {}), "io_bytes": io_bytes}
+
+
+def fused_backend(device: torch.device) -> str:
+    """Whom the others are compared with."""
+    return "triton" if device.type == "cuda" else "cpu"
 
 
 def sum_of_slices(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrrobust.bench.resident_memory import forget_freed_memory, resident_bytes
+from lrrobust.interrupts import interrupts_kept_from_children
 
 #: Called in a process of its own with the arguments given; returns a small run that loads everything there is
 #: to load, and the run that is measured.
@@ -31,13 +32,19 @@ def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, arguments))
-    process.start()
+    with interrupts_kept_from_children():
+        process.start()
     sender.close()
     try:
         result = receiver.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"{prepare.__name__}{arguments} ended with exit code {process.exitcode}") from None
+    except BaseException:
+        # Ctrl-C: nobody waits for the result any more.
+        process.kill()
+        process.join()
+        raise
     process.join()
     return result
 

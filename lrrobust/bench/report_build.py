@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from lrrobust.bench.interleaved import OnTurn, say_nothing
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
 from lrrobust.results import SCHEMA, SCHEMA_VERSION, Example, RunStore, example_count, rows_to_table
 
@@ -54,10 +54,12 @@ print(json.dumps({"code": code, "wall_s": time.perf_counter() - started, "cpu_s"
 """
 
 
-def measure_reports(rows: tuple[int, ...] = (10_000, 100_000), *, runs: int = 10, repeats: int = 1) -> pd.DataFrame:
+def measure_reports(
+    rows: tuple[int, ...] = (10_000, 100_000), *, runs: int = 10, repeats: int = 1, on_turn: OnTurn = say_nothing
+) -> Iterator[dict[str, Any]]:
     """Builds the report of `runs` runs of as many rows each: verdicts, page, gallery, tables and figures.
 
-    Returns:
+    Yields:
         One row for each case and repeat: `rows` of each run, `runs`, `name`, `repeat`, `wall_s`, `cpu_s` (user and
         system, all threads and processes), `peak_bytes` (resident, of all processes together; NaN where the system does
         not tell).
@@ -65,14 +67,14 @@ def measure_reports(rows: tuple[int, ...] = (10_000, 100_000), *, runs: int = 10
     Raises:
         RuntimeError: the report failed.
     """
-    measured = []
     for count in rows:
         with TemporaryDirectory() as folder:
+            on_turn(f"{count} rows: writing {runs} runs")
             write_random_runs(Path(folder) / "runs", runs=runs, rows=count)
             for repeat in range(repeats):
+                on_turn(f"{count} rows: report, round {repeat + 1} of {repeats}")
                 found = measure_report(Path(folder) / "runs", Path(folder) / "out")
-                measured.append({"rows": count, "runs": runs, "name": "report", "repeat": repeat, **found})
-    return pd.DataFrame(measured)
+                yield {"rows": count, "runs": runs, "name": "report", "repeat": repeat, **found}
 
 
 def measure_report(runs: Path, out: Path) -> dict[str, float]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pandas as pd
 import torch
 
 from lrrobust.attacks.suite import load_suite
+from lrrobust.bench.interleaved import OnTurn, say_nothing
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.evaluation.engine import Surrogate, evaluate, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing
@@ -67,21 +68,25 @@ class _RandomImages:
         return self.pixels[chosen], torch.tensor([self.labels[position] for position in chosen])
 
 
-def compare_sharing(work: SharedWork = SharedWork(), *, processes: int = 2, repeats: int) -> pd.DataFrame:
+def compare_sharing(
+    work: SharedWork = SharedWork(), *, processes: int = 2, repeats: int, on_turn: OnTurn = say_nothing
+) -> Iterator[dict[str, object]]:
     """Times the same evaluation by one process and by several that share it, in turns.
 
     Starting processes and loading is not timed: they wait for each other before they begin. On a device there would be one
     process on each; this is about the CPU, and needs as many idle cores as processes.
 
-    Returns:
+    Yields:
         One row for each round and number of processes: `name`, `repeat`, `wall_s` until the last was done.
 
     Raises:
         RuntimeError: the rows differ in any bit, or a process failed.
     """
-    found, rows = [], None
+    rows = None
     for repeat in range(repeats):
         for count in (1, processes):
+            name = "1 process" if count == 1 else f"{count} processes"
+            on_turn(f"{name}, round {repeat + 1} of {repeats}")
             with TemporaryDirectory(prefix="lrrobust-bench-") as folder:
                 wall_s = _time_shared(work, Path(folder) / "run", count)
                 now = load_run(Path(folder) / "run")
@@ -89,8 +94,7 @@ def compare_sharing(work: SharedWork = SharedWork(), *, processes: int = 2, repe
             if not now.is_complete or not (rows is None or timeless.equals(rows)):
                 raise RuntimeError(f"{count} processes made other rows than one")
             rows = timeless
-            found.append({"name": "1 process" if count == 1 else f"{count} processes", "repeat": repeat, "wall_s": wall_s})
-    return pd.DataFrame(found)
+            yield {"name": name, "repeat": repeat, "wall_s": wall_s}
 
 
 def _time_shared(work: SharedWork, folder: Path, count: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
+from lrrobust.attacks.specs import PgdSpec
 from lrrobust.attacks.suite import load_suite
 from lrrobust.bench.attack_loop import compare_attack_loops, summarise_attack_loops
-from lrrobust.bench.gradient_step import CONTROL, compare_gradient_steps
-from lrrobust.bench.interleaved import summarise_times
-from lrrobust.bench.local_relation import compare_operations
+from lrrobust.bench.gradient_step import CONTROL, SIZES, compare_gradient_steps
+from lrrobust.bench.harness import BARE, compare_with_bare_loop
+from lrrobust.bench.interleaved import OnTurn, collect, say_nothing, summarise_times
+from lrrobust.bench.local_relation import compare_operations, fused_backend
 from lrrobust.bench.report_build import measure_reports
 from lrrobust.bench.run_store import Scale, simulate_run
 from lrrobust.bench.sharing import SharedWork, compare_sharing
@@ -23,7 +25,8 @@ from lrrobust.data.class_lists import IMAGENET_1K
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
-from lrrobust.errors import UnknownNameError
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
+from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.models import load_classifier
 from lrrobust.models.folding import fold_constants
 from lrrobust.tables import Cell, Column, Table, to_markdown
@@ -34,27 +37,49 @@ class BenchRequest:
     """What is to be measured, and on what.
 
     Args:
-        repeats: rounds in which everything is timed once.
-        n: images of the data set that the attack loops take.
+        repeats: rounds in which everything is timed once, but for what the budget does not suffice.
+        device: where.
+        budget_s: for all rounds of a benchmark that times in turns, see `time_interleaved`.
+        n: images of the data set that attacks take.
         models: whom they attack.
         attack: with which attack.
         dataset: as `open_dataset` takes it.
+        sizes: sides of the images; None for those of the models, and for a gradient step `SIZES`.
+        batch_size: images passed through the model at once; None for each benchmark's own.
+        on_turn: told what is being done.
     """
 
     repeats: int
-    n: int
-    models: tuple[str, ...]
-    attack: str
-    dataset: str
     device: torch.device
+    budget_s: float = math.inf
+    n: int = 32
+    models: tuple[str, ...] = (CONTROL,)
+    attack: str = "pgd"
+    dataset: str = "photos"
+    sizes: tuple[int, ...] | None = None
+    batch_size: int | None = None
+    on_turn: OnTurn = say_nothing
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Every time that was taken, one a row, and one row for each thing measured; None where it was measured once."""
+    """Every time that was taken, one a row, and one row for each thing measured.
+
+    Attributes:
+        times: None where things were measured once.
+        summary: empty where an interruption came before anything was measured.
+        interruption: what ended it early; the rest is what was measured until then.
+    """
 
     times: pd.DataFrame | None
     summary: pd.DataFrame
+    interruption: KeyboardInterrupt | None = None
+
+
+def _measure(rows: Iterable[dict[str, object]], summarise: Callable[[pd.DataFrame], pd.DataFrame]) -> BenchResult:
+    """Takes the measurements, and sums up those that were taken."""
+    times, interruption = collect(rows)
+    return BenchResult(times, summarise(times) if len(times) else times, interruption)
 
 
 def _with_memory(times: pd.DataFrame, summary: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -68,70 +93,111 @@ def bench_operation(request: BenchRequest) -> BenchResult:
 
     Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients.
     """
-    times = compare_operations(repeats=request.repeats, device=request.device)
-    fused = "triton" if request.device.type == "cuda" else "cpu"
-    summary = _with_memory(times, summarise_times(times, ["stage"], fused), "stage")
-    if "peak_bytes" in summary:
-        summary["peak_ratio"] = summary["peak_bytes"] / summary["io_bytes"]
-    return BenchResult(times, summary)
+
+    def summarise(times: pd.DataFrame) -> pd.DataFrame:
+        summary = _with_memory(times, summarise_times(times, ["stage"], fused_backend(request.device)), "stage")
+        if "peak_bytes" in summary:
+            summary["peak_ratio"] = summary["peak_bytes"] / summary["io_bytes"]
+        return summary
+
+    batch_size = {} if request.batch_size is None else {"batch_size": request.batch_size}
+    return _measure(
+        compare_operations(
+            repeats=request.repeats, budget_s=request.budget_s, device=request.device, on_turn=request.on_turn, **batch_size
+        ),
+        summarise,
+    )
 
 
 def bench_gradient_step(request: BenchRequest) -> BenchResult:
     """A gradient step on whole networks; ratios, of times and of peaks, to the convolutional control."""
-    times = compare_gradient_steps(repeats=request.repeats, device=request.device)
-    summary = _with_memory(times, summarise_times(times, ["size"], CONTROL), "size")
-    if "peak_bytes" in summary:
-        of_control = summary[summary["name"] == CONTROL].set_index("size")["peak_bytes"]
-        summary["peak_ratio"] = summary["peak_bytes"] / summary["size"].map(of_control)
-    return BenchResult(times, summary)
+
+    def summarise(times: pd.DataFrame) -> pd.DataFrame:
+        summary = _with_memory(times, summarise_times(times, ["size", "batch_size"], CONTROL), "size")
+        if "peak_bytes" in summary:
+            of_control = summary[summary["name"] == CONTROL].set_index("size")["peak_bytes"]
+            summary["peak_ratio"] = summary["peak_bytes"] / summary["size"].map(of_control)
+        return summary
+
+    steps = compare_gradient_steps(
+        request.sizes or SIZES, batch_size=request.batch_size, repeats=request.repeats, budget_s=request.budget_s,
+        device=request.device, on_turn=request.on_turn,
+    )
+    return _measure(steps, summarise)
 
 
 def bench_attack_loop(request: BenchRequest) -> BenchResult:
-    """PGD over its ladder of budgets: ours, its peers, and the bare loop; ratios to ours."""
-    (spec,) = load_suite((request.attack,))
-    times, summaries = [], []
-    for name in request.models:
-        classifier = load_classifier(name, imagenet_classes=IMAGENET_1K)
+    """PGD over its ladder of budgets: ours and its peers; ratios to ours."""
+    return _measure(
+        _on_models(compare_attack_loops, request), lambda times: summarise_attack_loops(times, ["model", "size"])
+    )
+
+
+def bench_harness(request: BenchRequest) -> BenchResult:
+    """An evaluation beside a bare loop that makes the same passes; ratios to the bare loop."""
+    return _measure(
+        _on_models(compare_with_bare_loop, request), lambda times: summarise_times(times, ["model", "size", "case"], BARE)
+    )
+
+
+def _on_models(compare: Callable[..., Iterator[dict[str, object]]], request: BenchRequest) -> Iterator[dict[str, object]]:
+    """The rows of a comparison on every model and size asked for, which have equal shares of the budget."""
+    specs = load_suite((request.attack,))
+    if len(specs) != 1 or not isinstance(specs[0], PgdSpec):
+        raise ConfigError(f"--attack: expected one attack of kind pgd, got {request.attack!r}: {', '.join(s.kind for s in specs)}")
+    (spec,) = specs
+    cases = [(name, size) for name in request.models for size in request.sizes or (None,)]
+    for name, size in cases:
+        classifier = load_classifier(name, imagenet_classes=IMAGENET_1K, input_size=size)
         preprocessing = Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation)
         images = build_evaluation_set(open_dataset(request.dataset), classifier.classes, preprocessing, n=request.n)
         pixels, labels = images.load(range(len(images)))
-        frame = compare_attack_loops(
+        rows = compare(
             fold_constants(classifier.module).eval().to(request.device),
             len(classifier.classes),
             pixels.to(request.device),
             labels.to(request.device),
             spec,
             repeats=request.repeats,
+            budget_s=request.budget_s / len(cases),
+            batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
+            case=f"{name}, {classifier.input_size} pixels",
+            on_turn=request.on_turn,
         )
-        for table, tables in ((frame, times), (summarise_attack_loops(frame), summaries)):
-            table.insert(0, "model", name)
-            tables.append(table)
-    return BenchResult(pd.concat(times, ignore_index=True), pd.concat(summaries, ignore_index=True))
+        for row in rows:
+            yield {"model": name, "size": classifier.input_size, **row}
 
 
 def bench_store(request: BenchRequest) -> BenchResult:
     """The run folder of ImageNet's validation set under 20 attacks, as 1000 processes share it; done once."""
+    request.on_turn("1000 processes fill a folder, then it is read")
     with TemporaryDirectory(prefix="lrrobust-bench-") as folder:
         return BenchResult(None, simulate_run(Path(folder) / "run", Scale()))
 
 
 def bench_report(request: BenchRequest) -> BenchResult:
     """`lrrobust report` on 10 runs of random numbers, of 10,000 and of 100,000 rows each; no images, no models."""
-    times = measure_reports(repeats=request.repeats)
-    cases = times.groupby(["rows", "runs", "name"], sort=False)
-    return BenchResult(times, cases[["wall_s", "cpu_s", "peak_bytes"]].median().reset_index())
+
+    def summarise(times: pd.DataFrame) -> pd.DataFrame:
+        cases = times.groupby(["rows", "runs", "name"], sort=False)
+        return cases.size().rename("repeats").to_frame().join(cases[["wall_s", "cpu_s", "peak_bytes"]].median()).reset_index()
+
+    return _measure(measure_reports(repeats=request.repeats, on_turn=request.on_turn), summarise)
 
 
 def bench_sharing(request: BenchRequest) -> BenchResult:
     """One evaluation by one process and by two that share it, on a thread each; ratios to one. Rows that differ are an error."""
-    times = compare_sharing(SharedWork(), repeats=request.repeats).assign(case="PGD")
-    return BenchResult(times, summarise_times(times, ["case"], "1 process"))
+    return _measure(
+        compare_sharing(SharedWork(), repeats=request.repeats, on_turn=request.on_turn),
+        lambda times: summarise_times(times.assign(case="PGD"), ["case"], "1 process"),
+    )
 
 
 BENCHES: Mapping[str, Callable[[BenchRequest], BenchResult]] = {
     "operation": bench_operation,
     "gradient-step": bench_gradient_step,
     "attack-loop": bench_attack_loop,
+    "harness": bench_harness,
     "sharing": bench_sharing,
     "store": bench_store,
     "report": bench_report,
@@ -155,7 +221,7 @@ def format_cell(column: str, value: object) -> str:
         return f"{1e3 * value:.1f} ms" if value < 10 else f"{value:.1f} s"
     if column.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if column in ("spread", "overhead") or column.startswith("robust_accuracy"):
+    if column == "spread" or column.startswith("robust_accuracy"):
         return f"{100 * value:.1f} %"
     return f"{value:.2f}"
 
@@ -168,5 +234,8 @@ def markdown_page(title: str, summary: pd.DataFrame, environment: Mapping[str, o
         f"{environment['date']}, {environment['processor']}, {environment['threads']} threads, "
         f"device {environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}."
     )
-    meaning = "`ratio` is taken within rounds; `spread` is the range of the times by their median."
+    meaning = (
+        "`repeats` says how often each was timed, in turns with the others; `ratio` is taken within rounds, `cpu_ratio` likewise of "
+        "CPU times; `spread` is the range of the times by their median."
+    )
     return "\n".join([f"# {title}", "", where, meaning if "spread" in summary else "", "", *to_markdown(Table(columns, rows)), ""])

@@ -13,6 +13,10 @@ from lrrobust.models.recomputation import recompute_in_backward
 from lrrobust.models.residual import ResidualNetwork
 
 
+#: One image of 224 x 224, 16 of 64 x 64: maps of 64 channels take up to 17 MB.
+_PIXELS_AT_ONCE = 2**16
+
+
 class ConstantGeometry(nn.Module):
     """The scores (groups, k, k) that a geometry network gives, without the network."""
 
@@ -29,9 +33,18 @@ class RecomputedStem(nn.Sequential):
 
     In the stem these have 64 channels, and as many again for queries and keys at a quarter of it, at the full
     resolution of the image: a quarter of what a gradient step would keep. They come from 3 channels at little cost.
+
+    On the CPU a few images go through at a time: the maps of a whole batch would be by far the largest of the network, and
+    the holes that they leave in the C library's heap, which holds tensors aligned, are filled badly.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        count = max(1, _PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
+        if images.device.type != "cpu" or len(images) <= count:
+            return self._forward(images)
+        return torch.cat([self._forward(part) for part in images.split(count)])
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
         layers = list(self)
         at = next(i for i, layer in enumerate(layers) if isinstance(layer, LocalRelationLayer))
         relation = layers[at]

@@ -7,13 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lrrobust.interrupts import interrupts_kept_from_children
 from lrrobust.process_settings import count_cores
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Drawers:
             self._is_alone = True
 
     def _share(self, orders: Sequence[_Order]) -> None:
-        with _interrupts_blocked():
+        with interrupts_kept_from_children():
             if self._pool is None:
                 # Not forked: libraries that have threads do not survive that.
                 context = multiprocessing.get_context("spawn")
@@ -133,19 +133,6 @@ def _fetch(order: _Order) -> Drawing:
     except BrokenProcessPool:
         # Such as killed for want of memory: nothing is lost that cannot be drawn here.
         return _draw(order.sketch)
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; processes started in it never hear of one, from their first line on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load_matplotlib() -> None:

@@ -1,6 +1,8 @@
+import pandas as pd
 import pytest
 import torch
 
+from lrrobust.bench import gradient_step
 from lrrobust.bench.gradient_step import CONTROL, NETWORK, build_step, compare_gradient_steps
 from lrrobust.models.lrnet import LocalRelationLayer
 
@@ -23,6 +25,14 @@ def test_a_fixed_backend_is_the_one_that_runs(monkeypatch):
 
 
 def test_networks_side_by_side():
-    frame = compare_gradient_steps(((16, 1),), repeats=1, with_memory=False)
+    turns = []
+    frame = pd.DataFrame(compare_gradient_steps((16,), batch_size=1, repeats=1, with_memory=False, on_turn=turns.append))
     assert list(frame.name) == [CONTROL, NETWORK, f"{NETWORK}, reference"]
     assert set(frame["size"]) == {16} and set(frame.batch_size) == {1} and (frame.wall_s > 0).all()
+    assert turns[0] == f"16 pixels: {CONTROL}, warming up" and turns[-1] == f"16 pixels: {NETWORK}, reference, round 1 of 1"
+
+
+def test_batches_are_as_large_as_their_images_allow(monkeypatch):
+    monkeypatch.setattr(gradient_step, "build_step", lambda *arguments: lambda: None)
+    frame = pd.DataFrame(compare_gradient_steps((32, 64, 224, 640), repeats=1, with_memory=False))
+    assert frame.groupby("size").batch_size.first().to_dict() == {32: 32, 64: 32, 224: 4, 640: 1}

@@ -1,5 +1,6 @@
 import math
 
+import pandas as pd
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ def test_slices_compute_the_same(stride):
 
 def test_every_way_is_timed_at_every_stage():
     stages = (Stage("small", 16, 8, 1, 16), Stage("strided", 12, 8, 2))
-    frame = compare_operations(stages, batch_size=2, repeats=2, with_memory=False)
+    frame = pd.DataFrame(compare_operations(stages, batch_size=2, repeats=2, with_memory=False))
     named = frame.groupby("stage").name.unique().map(set)
     backends = {"reference", "unfold", "cpu"}
     assert named["small"] == backends | {SLICES, CONVOLUTION} and named["strided"] == backends | {SLICES}
@@ -34,7 +35,7 @@ def test_every_way_is_timed_at_every_stage():
 
 
 def test_memory_of_the_fused_loop_is_measured():
-    frame = compare_operations((Stage("map", 64, 32),), batch_size=4, repeats=1)
+    frame = pd.DataFrame(compare_operations((Stage("map", 64, 32),), batch_size=4, repeats=1))
     peaks = frame.groupby("name").peak_bytes.first()
     assert math.isnan(peaks[SLICES])
     assert 0 < peaks["cpu"] < peaks["reference"]

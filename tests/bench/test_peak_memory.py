@@ -1,4 +1,6 @@
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -41,3 +43,13 @@ def test_what_the_preparation_has_freed_makes_room_for_nothing():
 def test_a_failure_there_is_said_here():
     with pytest.raises(RuntimeError, match=r"prepare_exit\(\) ended with exit code 3"):
         measure_peak_bytes(prepare_exit)
+
+
+def test_an_interruption_leaves_no_process_behind(monkeypatch):
+    def interrupted(receiver):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "recv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_peak_bytes(prepare_exit)
+    assert not multiprocessing.active_children()

@@ -11,7 +11,7 @@ SMALL = SharedWork(images=4, side=16, steps=1, chunk_size=2)
 
 def test_command(tmp_path, monkeypatch, capsys):
     """Real processes; that the rows are those of one process it checks itself."""
-    monkeypatch.setattr(suites, "compare_sharing", lambda _, repeats: compare_sharing(SMALL, repeats=1))
+    monkeypatch.setattr(suites, "compare_sharing", lambda _, repeats, on_turn: compare_sharing(SMALL, repeats=1))
     assert cli.run(["bench", "sharing", "--out", str(tmp_path)]) == 0
     assert "2 processes" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sharing-summary.csv", "sharing-times.csv", "sharing.md"]
@@ -29,4 +29,4 @@ def test_other_rows_are_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sharing.torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(sharing, "settle_process", lambda: None)
     with pytest.raises(RuntimeError, match="2 processes made other rows than one"):
-        compare_sharing(SMALL, repeats=1)
+        list(compare_sharing(SMALL, repeats=1))

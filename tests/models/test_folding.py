@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.models import folding
 from lrrobust.models.folding import ConstantGeometry, fold_constants
 from lrrobust.models.lrnet import GeometryPrior, LocalRelationLayer, lr_resnet26
 from lrrobust.models.resnet import resnet26
@@ -51,6 +52,25 @@ def test_nothing_constant_is_left_and_the_original_stays(network):
     for key, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[key]), key
     assert all(p.requires_grad for p in network.parameters())
+
+
+def test_the_stem_takes_a_few_images_at_a_time(seeded, monkeypatch):
+    folded = fold_constants(lr_resnet26(5).eval())
+    images = torch.rand(5, 3, 32, 32)
+    whole = gradient(folded, images)
+    taken = []
+    relation = next(layer for layer in folded.stem if isinstance(layer, LocalRelationLayer))
+    relation.output.register_forward_hook(lambda module, inputs, output: taken.append(len(output)))
+    monkeypatch.setattr(folding, "_PIXELS_AT_ONCE", 2 * 32 * 32 + 1)
+    parts = gradient(folded, images)
+    assert taken == [2, 2, 1]
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    # Images larger than that go one by one; none at all are no error.
+    monkeypatch.setattr(folding, "_PIXELS_AT_ONCE", 1)
+    del taken[:]
+    assert folded(images[:2]).shape == (2, 5) and taken == [1, 1]
+    assert folded(images[:0]).shape == (0, 5)
 
 
 def test_networks_of_others_are_left_alone():
