@@ -16,7 +16,7 @@ from lrrobust.report.formatting import format_distance, format_eps
 from lrrobust.results import Example, Run, load_examples
 
 #: Images shown at most, and pictures on a page at most, whatever the number of runs and attacks.
-_MOST_IMAGES, _MOST_PICTURES = 4, 160
+_MOST_IMAGES, _MOST_PICTURES = 3, 160
 
 #: Of the pictures, pixel for pixel; WebP is a fifth smaller, and missing from some builds of Pillow.
 _FORMAT = "WEBP" if features.check("webp") else "PNG"

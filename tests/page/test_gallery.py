@@ -21,15 +21,15 @@ def gallery(make_run):
 
 def test_the_first_images_that_every_model_classifies_correctly(gallery):
     assert {attack: [image.index for image in images] for attack, images in gallery.attacks.items()} == {
-        "cw": [1, 2, 3, 4],
-        "pgd": [1, 2, 3, 4],
+        "cw": [1, 2, 3],
+        "pgd": [1, 2, 3],
     }
     assert [attempt.run for attempt in gallery.attacks["pgd"][0].attempts] == ["A", "B"]
     assert gallery.missing == [] and gallery.reason is None
 
 
 def test_pictures_and_captions(gallery, make_run):
-    first, second, third, _ = gallery.attacks["pgd"]
+    first, second, third = gallery.attacks["pgd"]
     clean = load_examples(make_run("a"))["pgd"][0].clean
     np.testing.assert_array_equal(pixels(first.clean), clean)
     attempt = first.attempts[0]
