@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
 import pytest
+
+# Whoever starts the tests in the background of a shell, or under nohup, has them ignore these; they are what is tested.
+for _signum, _default in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _signum) and signal.getsignal(getattr(signal, _signum)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _signum), _default)
 
 # Tests share the cores among processes, and most tensors are tiny; torch reads this once, when it is first imported.
 # Tests of threads ask for them.

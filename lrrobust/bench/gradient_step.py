@@ -16,6 +16,8 @@ from lrrobust.models.folding import fold_constants
 from lrrobust.models.lrnet import LocalRelationLayer
 
 NETWORK, CONTROL = "lr_resnet50", "resnet50"
+#: How the LR-Net's operation is computed.
+CASES = "fused", "reference"
 NUM_CLASSES = 200
 #: Sides of the images.
 SIZES = (64, 224)
@@ -33,14 +35,16 @@ def compare_gradient_steps(
     with_memory: bool = True,
     on_turn: OnTurn = say_nothing,
 ) -> Iterator[dict[str, object]]:
-    """An LR-Net beside its control and beside itself with the reference operation, random weights.
+    """An LR-Net, and the same with the reference operation, each beside the convolutional control; random weights.
+
+    In turns of their own: what the reference leaves of the heap would slow the other down.
 
     Args:
         batch_size: images of a step; by default 32 of 64 x 64 and 4 of 224 x 224.
         repeats, budget_s, on_turn: see `time_interleaved`; the sizes have equal shares of the budget.
 
     Yields:
-        One row for each size, round and network: `size`, `batch_size`, those of `time_interleaved`, and where it
+        One row for each size, case, round and network: `size`, `batch_size`, `case`, those of `time_interleaved`, and where it
         was measured `peak_bytes`, the most that the step held beside weights and images.
     """
     names = (CONTROL, NETWORK, f"{NETWORK}, reference")
@@ -51,13 +55,14 @@ def compare_gradient_steps(
             for name in names:
                 on_turn(f"{size} pixels: {name}, memory")
                 peaks[name] = {"peak_bytes": measure_peak_bytes(prepare_step, name, size, count)}
-        ways = {name: build_step(name, size, count, device) for name in names}
-        rows = time_interleaved(
-            ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes), case=f"{size} pixels",
-            on_turn=on_turn,
-        )
-        for row in rows:
-            yield {"size": size, "batch_size": count, **row, **peaks.get(row["name"], {})}
+        for case, name in zip(CASES, names[1:], strict=True):
+            ways = {name: build_step(name, size, count, device) for name in (CONTROL, name)}
+            rows = time_interleaved(
+                ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes) / len(CASES),
+                case=f"{size} pixels, {case}", on_turn=on_turn,
+            )
+            for row in rows:
+                yield {"size": size, "batch_size": count, "case": case, **row, **peaks.get(row["name"], {})}
 
 
 def build_step(name: str, size: int, batch_size: int, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -113,9 +113,9 @@ def bench_gradient_step(request: BenchRequest) -> BenchResult:
     """A gradient step on whole networks; ratios, of times and of peaks, to the convolutional control."""
 
     def summarise(times: pd.DataFrame) -> pd.DataFrame:
-        summary = _with_memory(times, summarise_times(times, ["size", "batch_size"], CONTROL), "size")
+        summary = _with_memory(times, summarise_times(times, ["size", "batch_size", "case"], CONTROL), "size")
         if "peak_bytes" in summary:
-            of_control = summary[summary["name"] == CONTROL].set_index("size")["peak_bytes"]
+            of_control = summary[summary["name"] == CONTROL].groupby("size")["peak_bytes"].first()
             summary["peak_ratio"] = summary["peak_bytes"] / summary["size"].map(of_control)
         return summary
 

@@ -27,9 +27,11 @@ def test_a_fixed_backend_is_the_one_that_runs(monkeypatch):
 def test_networks_side_by_side():
     turns = []
     frame = pd.DataFrame(compare_gradient_steps((16,), batch_size=1, repeats=1, with_memory=False, on_turn=turns.append))
-    assert list(frame.name) == [CONTROL, NETWORK, f"{NETWORK}, reference"]
+    assert list(frame.name) == [CONTROL, NETWORK, CONTROL, f"{NETWORK}, reference"]
+    assert list(frame.case) == ["fused", "fused", "reference", "reference"]
     assert set(frame["size"]) == {16} and set(frame.batch_size) == {1} and (frame.wall_s > 0).all()
-    assert turns[0] == f"16 pixels: {CONTROL}, warming up" and turns[-1] == f"16 pixels: {NETWORK}, reference, round 1 of 1"
+    assert turns[0] == f"16 pixels, fused: {CONTROL}, warming up"
+    assert turns[-1] == f"16 pixels, reference: {NETWORK}, reference, round 1 of 1"
 
 
 def test_batches_are_as_large_as_their_images_allow(monkeypatch):

@@ -32,9 +32,13 @@ def test_command_writes_times_with_the_hardware(tmp_path, monkeypatch, capsys):
 def test_peaks_are_set_beside_what_they_are_measured_by(monkeypatch):
     request = BenchRequest(2, torch.device("cpu"))
     common = {"repeat": 0, "wall_s": 1.0}
-    steps = [{"size": 64, "batch_size": 1, "name": name, "peak_bytes": peak, **common} for name, peak in (("resnet50", 4.0), ("lr_resnet50", 5.0))]
+    steps = [
+        {"size": 64, "batch_size": 1, "case": case, "name": name, "peak_bytes": peak, **common}
+        for case, network, of_network in (("fused", "lr_resnet50", 5.0), ("reference", "lr_resnet50, reference", 8.0))
+        for name, peak in (("resnet50", 4.0), (network, of_network))
+    ]
     monkeypatch.setattr(suites, "compare_gradient_steps", lambda *_, **options: steps)
-    assert list(suites.bench_gradient_step(request).summary.peak_ratio) == [1, 1.25]
+    assert list(suites.bench_gradient_step(request).summary.peak_ratio) == [1, 1.25, 1, 2]
     calls = [{"stage": "tiny", "name": "cpu", "peak_bytes": 3.0, "io_bytes": 2, **common}]
     monkeypatch.setattr(suites, "compare_operations", lambda **options: calls)
     assert list(suites.bench_operation(request).summary.peak_ratio) == [1.5]
