@@ -164,7 +164,7 @@ def _write_png(figure: Figure, file: io.BytesIO) -> None:
     paper = 3 * reduced.getpixel((0, 0))
     palette[paper : paper + 3] = pixels.getpixel((0, 0))
     reduced.putpalette(palette)
-    reduced.save(file, "PNG", dpi=(_PNG_DPI, _PNG_DPI), optimize=True)
+    reduced.save(file, "PNG", dpi=(_PNG_DPI, _PNG_DPI), compress_level=8)
 
 
 def span(counts) -> str:
