@@ -28,7 +28,7 @@ from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
-from lrrobust.diagnostics.records import DIAGNOSTICS_VERSION, load_diagnostics, write_diagnostics
+from lrrobust.diagnostics.records import load_diagnostics, write_diagnostics
 from lrrobust.diagnostics.stage import OnCheck, diagnose
 from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
@@ -191,7 +191,7 @@ class Evaluation:
         except StoreError as error:
             _log.warning("%s; made anew", error)
             known = None
-        if known is not None and known.version == DIAGNOSTICS_VERSION:
+        if known is not None:
             return
         found = diagnose(
             self.classifier.module.to(self.device),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
-Norm = Literal["linf", "l2", "l1"]
-
-NORMS: tuple[Norm, ...] = get_args(Norm)
+from lrrobust.norm import NORMS, Norm
 
 #: Order of each norm.
 _ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
     "bench": {
         "attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",
@@ -49,7 +49,7 @@ MAY_IMPORT = {
     # Of the report only how it names and formats things.
     "verdict": {
         "results", "report.naming", "report.formatting", "report.notices", "transfer", "transfer_report", "stats",
-        "diagnostics.records", "provenance", "config_file", "eps", "errors",
+        "diagnostics.records", "provenance", "config_file", "eps", "norm", "errors",
     },
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
@@ -59,11 +59,12 @@ MAY_IMPORT = {
     "attacks": {"threat", "config_file", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},
-    "threat": {"errors"},
+    "threat": {"norm", "errors"},
     "provenance": {"lrrobust", "process_settings"},
     "errors": set(),
     "config_file": {"errors"},
     "eps": set(),
+    "norm": set(),
     "frozen": set(),
     "gradient_rules": set(),
     "half_precision": set(),

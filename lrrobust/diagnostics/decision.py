@@ -1,6 +1,7 @@
 """When is a count too large to be chance?
 
-A false alarm withholds an honest verdict, so every check fails by an exact test and not by a bare comparison.
+A false alarm withholds an honest verdict, so checks of what attacks break fail by an exact test and not by a bare
+comparison. Only at a budget that holds plain grey is a single image left standing one too many.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ SIGNIFICANCE = 0.01
 TOLERATED_SHARE = 0.02
 
 
-def is_tolerable(count: int, n: int, share: float = TOLERATED_SHARE) -> bool | None:
-    """Whether `count` of `n` images agree with a true share of at most `share`; None when any count of so few would."""
-    if share**n > SIGNIFICANCE:
+def is_tolerable(count: int, n: int, share: float = TOLERATED_SHARE, looks: int = 1) -> bool | None:
+    """Whether `count` of `n` images agree with a true share of at most `share`; None when any count of so few would.
+
+    Args:
+        looks: how many such counts this is the largest of (Bonferroni).
+    """
+    if share**n * looks > SIGNIFICANCE:
         return None
-    return binomial_p_value(count, n, share) > SIGNIFICANCE
+    return binomial_p_value(count, n, share) * looks > SIGNIFICANCE
 
 
 def is_never_beaten(weaker_only: Sequence[int], stronger_only: Sequence[int]) -> bool:

@@ -41,7 +41,7 @@ def check_late_breaks(subject: Subject) -> Iterator[Diagnostic]:
     for outcomes in subject.outcomes:
         if is_climber(outcomes.spec) and any(eps > 0 for eps in outcomes.eps):
             passed, detail = _look(outcomes)
-            yield Diagnostic(name="late_breaks", passed=passed, detail=detail, attack=outcomes.spec.name)
+            yield Diagnostic(name="late_breaks", passed=passed, detail=detail, attack=outcomes.spec.name, norm=outcomes.spec.norm)
 
 
 def _look(outcomes: Outcomes) -> tuple[bool | None, str]:

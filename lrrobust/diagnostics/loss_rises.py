@@ -31,7 +31,7 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
         if aims_at_classes(outcomes.spec):
             name = outcomes.spec.name
             detail = f"{name} aims at one class after the other: where its last start ended says nothing of the nearest class."
-            yield Diagnostic(name="loss_rises", passed=None, detail=detail, attack=name)
+            yield Diagnostic(name="loss_rises", passed=None, detail=detail, attack=name, norm=outcomes.spec.norm)
             continue
         worst, tested = None, 0
         for level, eps in enumerate(outcomes.eps):
@@ -53,4 +53,6 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
             f"{n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
         )
         detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
-        yield Diagnostic(name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name)
+        yield Diagnostic(
+            name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name, norm=outcomes.spec.norm
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ class Outcomes:
         eps: (L,), ascending; infinity last for attacks that minimise the distance.
         is_broken: (L, N), by this attack, or by an earlier one where images that are broken leave the suite.
         is_attacked: (L, N); False for images that an earlier attack had broken.
-        breaking_eps: (N,), smallest eps at which a row proves an image broken, infinity where none does.
+        breaking_eps: (N,), smallest eps at which an image of this attack's own proves one broken, infinity where none does.
         clean_margin: (N,), logits.
         last_margin: (L, N), of the last proposal for images that withstood; NaN where there is none.
         backward_passes: (L, N); NaN where not counted.
@@ -60,10 +60,18 @@ class Outcomes:
     last_margin: NDArray[np.float64]
     backward_passes: NDArray[np.float64]
 
+    def tells_of(self, eps: float) -> bool:
+        """Whether rows say what it breaks at that budget: one of its own, or any where it finds distances."""
+        return eps in self.eps or self.spec.minimises
+
+    def has_tried(self, eps: float) -> NDArray[np.bool_]:
+        """Images that it was let at, (N,), at a budget or else at the next larger one."""
+        return self.is_attacked[min(int(np.searchsorted(self.eps, eps)), len(self.eps) - 1)]
+
 
 @dataclass(frozen=True)
 class NormOutcomes:
-    """All attacks of one norm: an image counts as broken by any of them, as in the worst case of a report."""
+    """Attacks of one norm: an image counts as broken by any of them, as in the worst case of a report."""
 
     norm: Norm
     attacks: tuple[Outcomes, ...]
@@ -76,6 +84,23 @@ class NormOutcomes:
     @property
     def breaking_eps(self) -> NDArray[np.float64]:
         return np.minimum.reduce([attack.breaking_eps for attack in self.attacks])
+
+    @property
+    def by_gradient(self) -> NormOutcomes | None:
+        """Those that see gradients, without what black-box attacks broke; None where there are none."""
+        attacks = tuple(attack for attack in self.attacks if is_white_box(attack.spec))
+        return replace(self, attacks=attacks) if attacks else None
+
+    def broke(self, eps: float) -> NDArray[np.bool_]:
+        """Images that one of these attacks broke within eps, (N,)."""
+        return self.breaking_eps <= eps
+
+    def left_standing(self, eps: float) -> NDArray[np.bool_]:
+        """Images that every one of these attacks was let at, (N,), and that none broke within eps.
+
+        What an attack not among these had broken before, one of these might have broken too: it is neither.
+        """
+        return np.logical_and.reduce([attack.has_tried(eps) for attack in self.attacks]) & ~self.broke(eps)
 
     @property
     def climbers(self) -> list[Outcomes]:
@@ -99,7 +124,7 @@ class NormOutcomes:
         budget it is the largest, where everything is, the smallest.
         """
         ladder = sorted({eps for attack in self.attacks for eps in attack.eps if 0 < eps < np.inf})
-        shares = [(self.breaking_eps <= eps).mean() for eps in ladder]
+        shares = [self.broke(eps).mean() for eps in ladder]
         return min(zip(ladder, shares), key=lambda at: (abs(at[1] - 0.5), at[0] if at[1] > 0.5 else -at[0]))[0]
 
 
@@ -132,13 +157,14 @@ def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:
 
 def _outcomes(spec: AttackSpec, eps: tuple[float, ...], grid: dict[str, NDArray]) -> Outcomes:
     is_broken = grid["is_broken"]
+    is_attacked = grid["outcome"] != "broken_by_earlier_attack"
     # A distance may exceed the eps it was accepted at by the tolerance of the ball.
-    breaking = np.where(is_broken, np.minimum(np.array(eps)[:, None], grid["distance"]), np.inf)
+    breaking = np.where(is_broken & is_attacked, np.minimum(np.array(eps)[:, None], grid["distance"]), np.inf)
     return Outcomes(
         spec=spec,
         eps=eps,
         is_broken=is_broken,
-        is_attacked=grid["outcome"] != "broken_by_earlier_attack",
+        is_attacked=is_attacked,
         breaking_eps=breaking.min(0),
         clean_margin=grid["clean_margin"][0],
         last_margin=np.where(is_broken, np.nan, grid["adversarial_margin"]),

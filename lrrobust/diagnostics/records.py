@@ -5,13 +5,14 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrrobust.errors import StoreError
+from lrrobust.norm import Norm
 from lrrobust.results import Run, write_file
 
 #: File beside a run's manifest that holds the JSON of `Diagnostics`.
 DIAGNOSTICS_FILE = "diagnostics.json"
 
-#: Raised with every change that makes the same run be diagnosed differently: older files are then made anew.
-DIAGNOSTICS_VERSION = 2
+#: Raised with every change that makes the same run be diagnosed differently: files of other versions count as none.
+DIAGNOSTICS_VERSION = 3
 
 
 class _Record(BaseModel):
@@ -29,6 +30,8 @@ class Diagnostic(_Record):
     """One sentence with the numbers, and what they mean."""
     attack: str | None = None
     """The attack concerned; None: the model, or all attacks of a norm."""
+    norm: Norm | None = None
+    """Of the attacks concerned; None: the model."""
 
 
 class Diagnostics(_Record):
@@ -44,15 +47,24 @@ class Diagnostics(_Record):
     results: tuple[Diagnostic, ...]
 
 
+class _Versioned(BaseModel):
+    """What is read of a file before its version is known."""
+
+    version: int = DIAGNOSTICS_VERSION
+
+
 def load_diagnostics(run: Run) -> Diagnostics | None:
-    """What is known of whether the attacks of a run worked; None where nothing was looked for.
+    """What is known of whether the attacks of a run worked; None where nothing was looked for, or by another version's rules.
 
     Raises:
         StoreError: the file of diagnostics is damaged, or of another run.
     """
     path = run.folder / DIAGNOSTICS_FILE
     try:
-        found = Diagnostics.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        if _Versioned.model_validate_json(text).version != DIAGNOSTICS_VERSION:
+            return None
+        found = Diagnostics.model_validate_json(text)
         if found.fingerprint != run.manifest.get("fingerprint"):
             raise ValueError("it was computed for another run")
         return found

@@ -22,7 +22,9 @@ PART = 64
 
 
 def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
-    """PGD from a new random start with twice the steps, on what survives the run's attacks of each norm.
+    """PGD from a new random start with twice the steps, on what survives the run's attacks of each norm, black-box ones too.
+
+    It asks whether the worst case of the run would fall; whether gradients lead anywhere others ask.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, sections 4.4 and 4.5.
     """
@@ -34,11 +36,13 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
         broken = int(subject.strike(spec, eps, places).is_broken.sum()) if len(places) else 0
         passed = is_tolerable(broken, len(subject))
         detail = (
-            f"At eps {format_eps(eps, norm.norm)} another start of PGD in {norm.norm} with {steps} steps breaks {broken} of the "
+            f"At eps {format_eps(eps, norm.norm)} PGD in {norm.norm} from a new start with {steps} steps breaks {broken} of the "
             f"{len(places)} images (of {len(subject)}) that the attacks left standing"
         )
-        detail += ": they had not converged, and robust accuracy is lower than they say." if passed is False else "."
-        yield Diagnostic(name="convergence", passed=passed, detail=detail, attack=norm.name)
+        if passed is False:
+            why = "they see no gradients" if norm.by_gradient is None else "they had not converged"
+            detail += f": {why}, and robust accuracy is lower than they say"
+        yield Diagnostic(name="convergence", passed=passed, detail=f"{detail}.", attack=norm.name, norm=norm.norm)
 
 
 def _parts(places: NDArray[np.int64]) -> Iterator[list[int]]:
@@ -81,4 +85,6 @@ def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
             detail += f"; the other {len(norm.breaking_eps) - struck} fell within the run's budgets." if struck < len(norm.breaking_eps) else "."
         else:
             detail += ": none can be robust there, so the attack fails on them."
-        yield Diagnostic(name="large_eps", passed=passed, detail=detail, attack=attack.name if is_own else norm.name)
+        yield Diagnostic(
+            name="large_eps", passed=passed, detail=detail, attack=attack.name if is_own else norm.name, norm=norm.norm
+        )

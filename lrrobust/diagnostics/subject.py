@@ -60,7 +60,7 @@ class Subject:
 
     def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
         """Places in the sample of the images that no attack of the norm broke within eps."""
-        return np.flatnonzero(norm.breaking_eps[: len(self)] > eps)
+        return np.flatnonzero(~norm.broke(eps)[: len(self)])
 
     def on(self, places: Sequence[int]) -> Subject:
         """The same with other images, by their places among all; to be struck only, as outcomes are in another order."""

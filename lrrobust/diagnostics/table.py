@@ -10,8 +10,8 @@ from lrrobust.tables import Cell, Column, Table
 
 #: What the table is about, and how a result reads.
 HOW_TO_READ = (
-    "Checks of whether the attacks worked, by exact tests on a sample of each run and on its rows: a failed attack makes a "
-    "model look robust, so a failed check withholds the verdict that would rest on it."
+    "Checks of whether the attacks worked, on each run's rows and on images that were attacked once more: a failed attack "
+    "makes a model look robust, so a failed check withholds the verdict that would rest on it."
 )
 
 RESULTS = {True: "passed", False: "FAILED", None: "not known"}

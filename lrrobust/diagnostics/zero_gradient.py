@@ -91,4 +91,4 @@ def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
                 f"; that of the plain cross-entropy, which it does not use, for {saturated}: attacks that use it would fail on "
                 "logits so large"
             )
-        yield Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name)
+        yield Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name, norm=spec.norm)

@@ -18,10 +18,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
+from lrrobust.norm import Norm
 from lrrobust.report.naming import WORST_CASE
 from lrrobust.results import Run, breaking_eps, manifest_value, texts
 from lrrobust.transfer import surrogate_of
-from lrrobust.verdict.records import Claim, NotJudged, Norm, Population, is_unbounded
+from lrrobust.verdict.records import Claim, NotJudged, Population, is_unbounded
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from pydantic_core import PydanticCustomError
 
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.eps import Ladder
+from lrrobust.norm import Norm
 
 #: Raised whenever a field is added, dropped or changes its meaning.
-VERDICT_SCHEMA_VERSION = 3
-
-Norm = Literal["linf", "l2", "l1"]
+VERDICT_SCHEMA_VERSION = 4
 
 #: The images that a number is over:
 #: all               every image both models were evaluated on; wrong when clean counts as broken;

@@ -403,12 +403,15 @@ def _unbounded_attack(
 
 
 def _checked_at_large_eps(side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
-    """What diagnostics of the runs say of some of these attacks at a budget that holds plain grey."""
+    """What diagnostics say of a budget that holds plain grey, in runs that made some of these attacks.
+
+    There the strongest attack of the norm was made, or PGD in the place of those that take no budget or a single step.
+    """
     names = {attack.name for attack in attacks}
     checked = []
     for run, diagnostics in zip(side.runs, side.diagnostics):
-        of_norm = names & {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}
-        checked += [found for found in diagnostics or () if found.name == "large_eps" and found.attack in of_norm]
+        if names & {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}:
+            checked += [found for found in diagnostics or () if found.name == "large_eps" and found.norm == norm]
     return checked
 
 
@@ -432,7 +435,10 @@ def _attack_diagnostics(
         yield Safeguard(name=name, passed=False, detail=f"{run.folder.name}: {warning}.", withholds=withholds)
     if diagnostics is None:
         # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
-        detail = f"{run.folder.name} carries no diagnostics: whether its attacks worked on {model} was not looked into."
+        detail = (
+            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on {model} was "
+            "not looked into; the same eval command does so."
+        )
         yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
     for found in diagnostics or ():
         detail = f"{run.folder.name}, {found.name}: {found.detail}"

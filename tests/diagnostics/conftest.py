@@ -87,6 +87,21 @@ def gradient_of_few(images: torch.Tensor) -> torch.Tensor:
     return _GradientOfFew.apply(images)
 
 
+class _GradientOfQuarter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (torch.rand(gradient.shape[1:], generator=torch.Generator().manual_seed(3)) < 0.25)
+
+
+def gradient_of_quarter(images: torch.Tensor) -> torch.Tensor:
+    """With a gradient for a quarter of the values, always the same: attacks by gradient find a part of what there is."""
+    return _GradientOfQuarter.apply(images)
+
+
 class Distilled(nn.Module):
     """What defensive distillation at a high temperature leaves: probabilities that float32 rounds to 0 and 1."""
 
@@ -140,6 +155,7 @@ UNSOUND = {
     "shattered": lambda: Before(shattered),
     "gradient_on_grid": lambda: Before(gradient_on_grid),
     "gradient_of_few": lambda: Before(gradient_of_few),
+    "gradient_of_quarter": lambda: Before(gradient_of_quarter),
     "distilled": Distilled,
     "randomised": Randomised,
     "cancelling": Cancelling,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, FmnSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
 from lrrobust.diagnostics.late_breaks import check_late_breaks
 from lrrobust.diagnostics.outcomes import read_outcomes
 
@@ -15,6 +15,8 @@ PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=(0.05, 0.1, 0.2, 0.4)
 CW = CwSpec(name="cw", kind="cw", eps=(0.05, 0.1, 0.2, 0.4), binary_search_steps=5, steps=30, lr=0.01, initial_c=0.1)
 APGD_CE = ApgdSpec(name="apgd_ce", kind="apgd", norm="linf", eps=LADDER, loss="ce", steps=10)
 SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=LADDER[-2:], queries=100)
+LONG_SQUARE = SQUARE.model_copy(update={"eps": LADDER, "queries": 1000})
+ON_SURVIVORS = LONG_SQUARE.model_copy(update={"survivors_only": True})
 #: Cannot even reach the faces of the ball.
 WEAK = PgdSpec(name="weak", kind="pgd", norm="linf", eps=LADDER, steps=2, step_size_ratio=0.2, random_start=False)
 
@@ -155,6 +157,67 @@ def test_black_box_attacks_do_without_gradients_at_a_large_budget_too(diagnosed,
     assert found["large_eps", "square"].passed and "withstand square with 100 queries" in found["large_eps", "square"].detail
     # The sample and all that the run left standing are struck.
     assert " 0 of 48 images" in found["large_eps", "square"].detail and "the other 72 fell within" in found["large_eps", "square"].detail
+
+
+@pytest.mark.parametrize(
+    "specs", [(PGD,), (PGD, LONG_SQUARE), (APGD_CE, ON_SURVIVORS)], ids=["alone", "beside square", "before square"]
+)
+def test_what_square_breaks_does_not_hide_that_gradients_are_masked(diagnosed, unsound, specs):
+    found = diagnosed(unsound("gradient_of_quarter"), *specs)
+    of_search = found["black_box", specs[0].name if len(specs) == 1 else None]
+    assert of_search.passed is False and "gradients are masked" in of_search.detail
+    if len(specs) > 1:
+        assert found["black_box", "square"].passed is False
+        assert "images that the attacks by gradient left standing" in found["black_box", "square"].detail
+
+
+@pytest.mark.parametrize("square", [LONG_SQUARE, ON_SURVIVORS], ids=["all images", "survivors"])
+def test_square_after_sound_attacks_passes(diagnosed, sound_linear, square):
+    found = diagnosed(sound_linear, FGSM, PGD, square)
+    assert {key: result.detail for key, result in found.items() if result.passed is not True} == {}
+    assert found["black_box", "square"].passed and found["black_box", None].passed
+
+
+def test_what_was_broken_before_tells_nothing_of_later_attacks(diagnosed, sound_linear):
+    # PGD is left little that breaks: that Square broke the rest is no reproach to it.
+    found = diagnosed(sound_linear, LONG_SQUARE, PGD.model_copy(update={"survivors_only": True}))
+    assert not failed(found) & {"black_box", "random_noise", "convergence", "large_eps"}
+    assert " breaks 0 of " in found["black_box", "square"].detail
+
+
+def test_black_box_attacks_alone_leave_nothing_to_compare(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, LONG_SQUARE)
+    assert found["black_box", "square"].passed is None
+    assert "None of the attacks sees gradients" in found["black_box", "square"].detail
+    assert not failed(found) & {"random_noise", "large_eps"}
+
+
+def test_thousands_of_queries_may_beat_a_single_step(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, FGSM, LONG_SQUARE)
+    assert ("black_box", "square") not in found and found["black_box", None].passed
+
+
+def test_a_stand_in_at_a_large_budget_says_in_which_norm(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, FGSM, SQUARE)
+    assert found["large_eps", None].passed and found["large_eps", None].norm == "linf"
+    assert found["determinism", None].norm is None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PgdSpec(name="a", kind="pgd", norm="l1", eps=(0.2, 0.5, 1, 2, 4), steps=20, sparsity=0.01),
+        FmnSpec(name="a", kind="fmn", norm="l1", eps=(0.2, 0.5, 1, 2, 4), steps=30),
+        MiFgsmSpec(name="a", kind="mi_fgsm", norm="linf", eps=LADDER),
+        PgdAdaptiveSpec(
+            name="a", kind="pgd_adaptive", norm="linf", eps=LADDER, gradients=("exact", "tempered"), temperature=4.0, steps=20
+        ),
+    ],
+    ids=lambda spec: f"{spec.kind} {spec.norm}",
+)  # fmt: skip
+def test_a_large_budget_in_other_norms_and_with_other_attacks(diagnosed, sound_linear, spec):
+    sound = diagnosed(sound_linear, spec)["large_eps", "a"]
+    assert sound.passed and sound.norm == spec.norm, sound.detail
 
 
 def test_an_attack_with_too_few_steps(diagnosed, sound_linear):

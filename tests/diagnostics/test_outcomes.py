@@ -81,5 +81,11 @@ def test_broken_by_an_earlier_attack_is_known(evaluated, sound_linear):
     _, (first, second) = read_outcomes(run.rows, (PGD, later))
     assert first.is_attacked.all() and first.is_broken.any()
     assert np.array_equal(~second.is_attacked, first.is_broken)
-    assert (second.breaking_eps <= np.where(first.is_broken.any(0), 0.4, math.inf)).all()
+    # Which is not its own doing, nor is what it was not let at left standing by it.
+    assert (second.breaking_eps[first.is_broken[0]] == math.inf).all() and not second.has_tried(0.05)[first.is_broken[0]].any()
+    norm = NormOutcomes("l2", (second,))
+    assert np.array_equal(norm.left_standing(0.2), ~first.is_broken[2] & ~second.is_broken[2])
+    assert np.array_equal(norm.left_standing(0.3), ~first.is_broken[3] & (second.breaking_eps > 0.3))
+    of_both = NormOutcomes("l2", (first, second)).breaking_eps
+    assert of_both.tolist() == np.minimum(first.breaking_eps, second.breaking_eps).tolist()
     assert dataclasses.replace(second).is_broken[~second.is_attacked].all()

@@ -122,8 +122,9 @@ def test_eval_looks_into_its_attacks_once(run, tmp_path):
     assert code == 0, err
     again = load_diagnostics(load_run(folder))
     assert again.model_copy(update={"wall_s": found.wall_s}) == found
-    # Nor does an older version stand.
+    # Nor does another version stand.
     path.write_text(json.dumps({**json.loads(before), "version": 0}))
+    assert load_diagnostics(load_run(folder)) is None
     assert run(*EVAL, "--out", tmp_path)[0] == 0
     assert load_diagnostics(load_run(folder)).version == found.version
 

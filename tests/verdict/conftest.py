@@ -20,10 +20,11 @@ from lrrobust.verdict.records import Claim
 SOUND = Diagnostic(name="zero_gradient", passed=True, detail="All images have a gradient.", attack=None)
 
 
-def build_large_eps(attack: str, passed: bool | None = True) -> Diagnostic:
+def build_large_eps(attack: str | None, passed: bool | None = True, norm: str = "linf") -> Diagnostic:
     """What an evaluation notes of an attack at a budget that holds plain grey."""
     survivors = 0 if passed else 3
-    return Diagnostic(name="large_eps", passed=passed, detail=f"{survivors} of 32 images withstand {attack}.", attack=attack)
+    detail = f"{survivors} of 32 images withstand {attack}."
+    return Diagnostic(name="large_eps", passed=passed, detail=detail, attack=attack, norm=norm)
 
 
 def write_results(run: Run, results: Sequence[Diagnostic]) -> None:
@@ -133,7 +134,7 @@ def make_run(tmp_path):
         run = build_run(model, attacks, folder=folder, **options)
         if folder is None:
             run = replace(run, folder=tmp_path / run.folder.relative_to("/results"))
-            write_results(run, [SOUND, *(build_large_eps(attack) for attack in attacks)])
+            write_results(run, [SOUND, *(build_large_eps(name, norm=attack.get("norm", "linf")) for name, attack in attacks.items())])
         return run
 
     return make

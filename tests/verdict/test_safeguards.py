@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lrrobust.diagnostics.records import DIAGNOSTICS_FILE
+from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, DIAGNOSTICS_VERSION, Diagnostics
 from lrrobust.verdict.evidence import collect_evidence
 from lrrobust.verdict.judge import judge
 from lrrobust.verdict.safeguards import check_evidence, find_excess
@@ -336,10 +336,11 @@ def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_c
         ([("pgd", True)], True),
         ([("pgd", True), ("pgd", False)], False),
         ([("pgd", None)], False),
-        ([("fgsm_of_another_norm", True)], False),
+        ([("pgd", True, "l2")], False),
+        ([(None, True)], True),
         ([], False),
     ],
-    ids=["broken", "not in every run", "not known", "of another norm", "nothing"],
+    ids=["broken", "not in every run", "not known", "of another norm", "by what stands in for several", "nothing"],
 )
 def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(make_claim, make_run, large_eps, note, noted, passed):
     ours, theirs = (make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2)))
@@ -397,6 +398,14 @@ def test_runs_that_were_not_looked_into_support_nothing(check, tmp_path):
     safeguards = check(treatment={"folder": tmp_path / "other"})
     assert failed(safeguards) == [("unbounded_attack", "pgd", ("supported",)), ("attack_diagnostics", None, ("supported",))]
     assert "other carries no diagnostics" in named(safeguards, "attack_diagnostics")[0].detail
+
+
+def test_diagnostics_of_another_version_are_none(check, tmp_path):
+    found = Diagnostics(fingerprint="ab" * 32, sample=(0,), wall_s=1.0, results=()).model_dump()
+    for version in (DIAGNOSTICS_VERSION - 1, DIAGNOSTICS_VERSION + 1):
+        (tmp_path / DIAGNOSTICS_FILE).write_text(json.dumps({**found, "version": version}))
+        (noted,) = [each for each in named(check(treatment={"folder": tmp_path}), "attack_diagnostics") if not each.passed]
+        assert "carries no diagnostics by the rules of this version" in noted.detail and "same eval command" in noted.detail
 
 
 def test_diagnostics_of_runs_count(check, large_eps, tmp_path):
