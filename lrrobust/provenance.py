@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 _CODE = ("attacks_configs", "pyproject.toml")
 
 
+@cache
 def find_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "-dirty" when code or attacks differ; None when installed."""
+    """Commit of the checkout this package runs from, with "-dirty" when code or attacks differ; None when installed.
+
+    Asked once: what this process runs is what it loaded then.
+    """
     package = Path(lrrobust.__file__).parent
     root = package.parent
     if not (root / ".git").exists():

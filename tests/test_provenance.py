@@ -37,13 +37,20 @@ def test_processor():
     assert described.endswith(f", {cores} cores") and not described.startswith(",")
 
 
+def find_commit_anew():
+    """As a process that starts now would."""
+    find_commit.cache_clear()
+    return find_commit()
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout that seems to hold this package, with nothing committed yet."""
     (tmp_path / "lrrobust").mkdir()
     (tmp_path / "lrrobust" / "__init__.py").write_text("")
     monkeypatch.setattr(lrrobust, "__file__", str(tmp_path / "lrrobust" / "__init__.py"))
-    return tmp_path
+    yield tmp_path
+    find_commit.cache_clear()
 
 
 def _git(folder, *arguments):
@@ -54,31 +61,31 @@ def _git(folder, *arguments):
 
 
 def test_commit_of_a_checkout(checkout):
-    assert find_commit() is None
+    assert find_commit_anew() is None
     _git(checkout, "init", "-q")
-    assert find_commit() is None
+    assert find_commit_anew() is None
     _git(checkout, "add", ".")
     _git(checkout, "commit", "-qm", "first")
     commit = _git(checkout, "rev-parse", "HEAD")
-    assert len(commit) == 40 and find_commit() == commit
+    assert len(commit) == 40 and find_commit_anew() == commit
     # Neither files beside the package, such as reports made anew, nor
     (checkout / "report.md").write_text("old")
     _git(checkout, "add", ".")
     _git(checkout, "commit", "-qm", "second")
     (checkout / "report.md").write_text("new")
     commit = _git(checkout, "rev-parse", "HEAD")
-    assert find_commit() == commit
+    assert find_commit_anew() == commit
     # new files, such as results, are a change of the code.
     (checkout / "notes.txt").write_text("new")
-    assert find_commit() == commit
+    assert find_commit_anew() == commit
     # Attacks lie beside the package, and a file that nobody has added counts like any other.
     (checkout / "attacks_configs").mkdir()
     (checkout / "attacks_configs" / "pgd.yaml").write_text("steps: 2")
-    assert find_commit() == f"{commit}-dirty"
+    assert find_commit_anew() == f"{commit}-dirty"
     (checkout / "attacks_configs" / "pgd.yaml").unlink()
-    assert find_commit() == commit
+    assert find_commit_anew() == commit
     (checkout / "lrrobust" / "__init__.py").write_text("changed = True\n")
-    assert find_commit() == f"{commit}-dirty"
+    assert find_commit_anew() == f"{commit}-dirty"
     assert describe_code() == f"lrrobust {lrrobust.__version__}, commit {commit} with uncommitted changes"
 
 
@@ -89,7 +96,7 @@ def test_without_git_there_is_no_commit(checkout, monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert find_commit() is None
+    assert find_commit_anew() is None
 
 
 def test_installed_into_someone_elses_checkout(tmp_path, monkeypatch):
@@ -97,4 +104,4 @@ def test_installed_into_someone_elses_checkout(tmp_path, monkeypatch):
     _git(tmp_path, "commit", "-qm", "theirs", "--allow-empty")
     (tmp_path / "site-packages" / "lrrobust").mkdir(parents=True)
     monkeypatch.setattr(lrrobust, "__file__", str(tmp_path / "site-packages" / "lrrobust" / "__init__.py"))
-    assert find_commit() is None
+    assert find_commit_anew() is None
