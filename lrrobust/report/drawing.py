@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -77,12 +77,19 @@ class Drawers:
         if not self._is_alone and figures >= _MANY:
             self._try_sharing([])
 
-    def begin(self, sketches: Sequence[Sketch]) -> Collect:
-        """Begins to draw; the function returned does the rest, the same whoever draws. To be called late, in the context."""
-        orders = [_Order(sketch) for sketch in sketches]
-        self._orders += orders
+    def begin(self, sketches: Iterable[Sketch]) -> Collect:
+        """Begins to draw, each figure as soon as it is sketched where the other process is there already.
+
+        The function returned does the rest, the same whoever draws. To be called late, in the context.
+        """
+        orders: list[_Order] = []
+        for sketch in sketches:
+            orders.append(_Order(sketch))
+            self._orders.append(orders[-1])
+            if not self._is_alone and self._pool is not None:
+                self._try_sharing(orders[-1:])
         waiting = [order for order in self._orders if order.future is None and order.drawing is None]
-        if not self._is_alone and (self._pool is not None or len(waiting) >= _MANY):
+        if not self._is_alone and len(waiting) >= _MANY:
             self._try_sharing(waiting)
         return lambda: self._collect(orders)
 
@@ -117,7 +124,7 @@ class Drawers:
         return drawings
 
 
-def draw(sketches: Sequence[Sketch]) -> Sequence[Drawing]:
+def draw(sketches: Iterable[Sketch]) -> Sequence[Drawing]:
     """What `Drawers.begin` gives, for who has nothing else to do meanwhile."""
     with Drawers() as drawers:
         return drawers.begin(sketches)()

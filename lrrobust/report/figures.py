@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -23,7 +23,7 @@ def draw_runs(
 
 def sketch_runs(
     runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
-) -> list[Sketch]:
+) -> Iterator[Sketch]:
     """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
 
     Args:
@@ -39,7 +39,6 @@ def sketch_runs(
 
     named, curves = name_runs(runs), minimal_norm_curves(runs)
     summary = summarise(runs) if summary is None else summary
-    sketches = []
     # Attacks on the model itself alone: transfer has its own tables.
     summary = summary[summary["surrogate"].isna()]
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):
@@ -48,13 +47,10 @@ def sketch_runs(
         for norm in of_dataset["norm"].unique():
             description = f"Robust accuracy against {norm} eps: {models}"
             arguments = (of_dataset, norm, kinds, curves[curves["run"].isin(of_dataset["run"])])
-            sketches.append(
-                Sketch(sha256, f"robust_accuracy_{stem}_{norm}", description, render_robustness_curves, arguments)
-            )
+            yield Sketch(sha256, f"robust_accuracy_{stem}_{norm}", description, render_robustness_curves, arguments)
         if arguments := _passes({name: named[name] for name in of_dataset["run"].unique()}, of_dataset):
             description = f"Robust accuracy against passes: {models}"
-            sketches.append(Sketch(sha256, f"passes_{stem}", description, render_passes, (*arguments, kinds)))
-    return sketches
+            yield Sketch(sha256, f"passes_{stem}", description, render_passes, (*arguments, kinds))
 
 
 def _passes(runs: Mapping[str, Run], summary: pd.DataFrame) -> tuple[pd.DataFrame, str, str, int] | None:
