@@ -99,8 +99,8 @@ def compare_attack_loops(
 
 def summarise_attack_loops(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Times as `summarise_times` gives them, beside the medians of all else that `compare_attack_loops` yields."""
-    found = frame.groupby([*by, "name"], sort=False).median(numeric_only=True).drop(columns=["repeat", "wall_s", "cpu_s"])
-    return summarise_times(frame, by, OURS).join(found, on=[*by, "name"])
+    also = frame.drop(columns=[*by, "name", "repeat", "wall_s", "cpu_s"]).columns
+    return summarise_times(frame, by, OURS, also)
 
 
 class _Counting(nn.Module):

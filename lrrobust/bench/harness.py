@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lrrobust.attacks.specs import PgdSpec
-from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved
+from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved, wait_for
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import evaluate, plan_tasks
@@ -52,12 +54,16 @@ def compare_with_bare_loop(
     ours made, in the same batches. Where all stand, they are attacked at the smallest and the largest budget only, which
     takes long enough: what is done once for all budgets, such as checking the model, weighs more here than in a whole ladder.
 
+    A ratio of two times holds the noise of both. How much of a time is spent outside the model's passes does not: whatever
+    slows the machine slows both parts of it.
+
     Args:
         model, num_classes, images, labels, spec, batch_size, chunk_size, seed: see `compare_attack_loops`; the norm is linf.
         repeats, budget_s, case, on_turn: see `time_interleaved`; both cases have equal shares of the budget.
 
     Yields:
-        One row for each case and time taken: `case`, and those of `time_interleaved`.
+        One row for each case and time taken: `case`, those of `time_interleaved`, and `outside`, the share of `wall_s` spent
+        outside the model's forward and backward passes.
 
     Raises:
         ConfigError: the bare loop does not know this attack.
@@ -67,6 +73,7 @@ def compare_with_bare_loop(
             f"{spec.name}: expected linf, one restart and budgets above 0, which is what the bare loop does, got {spec.norm=}, "
             f"{spec.restarts=}, {spec.eps=}"
         )
+    model = _Clocked(model)
     with torch.no_grad():
         # What the model says is right: every image is attacked.
         predicted = torch.cat([model(part).argmax(1) for part in images.split(batch_size)])
@@ -87,11 +94,12 @@ def compare_with_bare_loop(
     for name, (attack, classes, bare) in cases.items():
         ours = build_evaluation(model, num_classes, images, classes, attack, batch_size, chunk_size, seed)
         rows = time_interleaved(
-            {HARNESS: ours, BARE: bare}, warm_ups=warm_ups, repeats=repeats, budget_s=budget_s / len(cases), baseline=BARE,
+            {HARNESS: model.clocked(ours), BARE: model.clocked(bare)}, read=lambda done: {"inside_s": done.inside_s}, warm_ups=warm_ups, repeats=repeats, budget_s=budget_s / len(cases), baseline=BARE,
             device=images.device, case=f"{case}, {name}" if case else name, on_turn=on_turn,
         )
         for row in rows:
-            yield {"case": name, **row}
+            inside_s = row.pop("inside_s")
+            yield {"case": name, **row, "outside": 1 - inside_s / row["wall_s"]}
 
 
 def build_evaluation(
@@ -143,6 +151,58 @@ class _ImagesAtHand:
 
     def load(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[positions[0] : positions[-1] + 1], self.label_tensor[positions[0] : positions[-1] + 1]
+
+
+class Done(NamedTuple):
+    """What a way returned, and the seconds that the model's passes took of it."""
+
+    result: Any
+    inside_s: float
+
+
+class _Clocked(nn.Module):
+    """Adds up what the forward and backward passes of a model take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.inside_s = self._begun = 0.0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self._begin(images.device)
+        # Backward goes from the logits to the images.
+        logits = self.model(_Signal.apply(images, self._end) if images.requires_grad else images)
+        self._end(images.device)
+        return _Signal.apply(logits, self._begin) if logits.requires_grad else logits
+
+    def clocked(self, way: Callable[[], Any]) -> Callable[[], Done]:
+        def run() -> Done:
+            self.inside_s = 0.0
+            return Done(way(), self.inside_s)
+
+        return run
+
+    def _begin(self, device: torch.device) -> None:
+        wait_for(device)
+        self._begun = time.perf_counter()
+
+    def _end(self, device: torch.device) -> None:
+        wait_for(device)
+        self.inside_s += time.perf_counter() - self._begun
+
+
+class _Signal(torch.autograd.Function):
+    """Leaves a tensor as it is, and says when its gradient is there."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, say: Callable[[torch.device], None]) -> torch.Tensor:
+        ctx.say = say
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.say(gradient.device)
+        return gradient, None
 
 
 class _Recording(nn.Module):

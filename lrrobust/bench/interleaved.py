@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -114,13 +114,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summarise_times(frame: pd.DataFrame, by: list[str], baseline: str) -> pd.DataFrame:
+def summarise_times(frame: pd.DataFrame, by: list[str], baseline: str, also: Sequence[str] = ()) -> pd.DataFrame:
     """Medians over the rounds, and what they are worth.
 
     Args:
         frame: rows of `time_interleaved`, perhaps of several cases.
         by: columns that tell the cases.
         baseline: the way that the others are compared with, in every case.
+        also: columns whose medians are added.
 
     Returns:
         One row for each case and way: `repeats`, how often it was timed; `median_s`; `spread`, the range of its times by
@@ -136,7 +137,7 @@ def summarise_times(frame: pd.DataFrame, by: list[str], baseline: str) -> pd.Dat
         frame[ratio] = frame[clock] / frame[f"base_{clock}"]
     grouped = frame.groupby([*by, "name"], sort=False)
     summary = grouped["wall_s"].agg(repeats="size", median_s="median", spread=_spread)
-    return summary.join(grouped[list(ratios.values())].median()).reset_index()
+    return summary.join(grouped[[*ratios.values(), *also]].median()).reset_index()
 
 
 def _spread(times: pd.Series) -> float:

@@ -136,7 +136,7 @@ def bench_attack_loop(request: BenchRequest) -> BenchResult:
 def bench_harness(request: BenchRequest) -> BenchResult:
     """An evaluation beside a bare loop that makes the same passes; ratios to the bare loop."""
     return _measure(
-        _on_models(compare_with_bare_loop, request), lambda times: summarise_times(times, ["model", "size", "case"], BARE)
+        _on_models(compare_with_bare_loop, request), lambda times: summarise_times(times, ["model", "size", "case"], BARE, ["outside"])
     )
 
 
@@ -221,7 +221,7 @@ def format_cell(column: str, value: object) -> str:
         return f"{1e3 * value:.1f} ms" if value < 10 else f"{value:.1f} s"
     if column.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if column == "spread" or column.startswith("robust_accuracy"):
+    if column in ("spread", "outside") or column.startswith("robust_accuracy"):
         return f"{100 * value:.1f} %"
     return f"{value:.2f}"
 

@@ -1,3 +1,5 @@
+import time
+
 import pandas as pd
 import pytest
 import torch
@@ -8,6 +10,15 @@ from lrrobust.bench.harness import BARE, BREAK, HARNESS, STAND, compare_with_bar
 from lrrobust.errors import ConfigError
 
 SPEC = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(2e-4, 4e-4, 1e-3), steps=4)
+
+
+class Slower(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function.apply(images)
 
 
 @pytest.fixture
@@ -29,11 +40,12 @@ def test_both_do_the_same_work(counted, monkeypatch):
     def noting(ways, *, case, **options):
         for name, way in ways.items():
             del passes[:]
-            found[case, name] = way(), list(passes)
+            found[case, name] = way().result, list(passes)
         return time_interleaved(ways, case=case, **options)
 
     monkeypatch.setattr(harness, "time_interleaved", noting)
     frame = pd.DataFrame(compare_with_bare_loop(problem.model, 2, problem.images, labels, SPEC, repeats=2, batch_size=6, chunk_size=12))
+    assert frame["outside"].between(0, 1).all()
     assert list(frame["case"]) == 4 * [STAND] + 4 * [BREAK] and list(frame["name"]) == 4 * [HARNESS, BARE]
     accuracies, ours = found[STAND, HARNESS]
     standing, bare = found[STAND, BARE]
@@ -57,6 +69,37 @@ def test_the_bare_loop_is_the_attack(linear_problem):
         standing = harness._bare_loop(problem.model, problem.images, problem.labels, spec, 5, 0)()
         assert (nearest > 1.001 * eps).sum() <= standing <= (nearest > 0.95 * eps).sum()
     assert 0 < standing < 12
+
+
+def test_time_outside_the_passes_is_told_from_time_inside(linear_problem):
+    problem = linear_problem(12, 2)
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, images):
+            time.sleep(0.1)
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            time.sleep(0.2)
+            return gradient
+
+    model = harness._Clocked(torch.nn.Sequential(Slower(Slow), problem.model))
+    images = problem.images.clone().requires_grad_()
+
+    def step():
+        time.sleep(0.4)
+        torch.autograd.grad(model(images).sum(), images)
+        return "done"
+
+    assert torch.equal(model(problem.images), problem.model(problem.images))
+    done = model.clocked(step)()
+    # Nothing of what was before, nor of what is outside.
+    assert done.result == "done" and 0.3 <= done.inside_s
+    started = time.perf_counter()
+    again = model.clocked(step)()
+    assert again.inside_s <= time.perf_counter() - started - 0.4
 
 
 @pytest.mark.parametrize("change", [{"norm": "l2"}, {"restarts": 2}, {"eps": (0.0, 0.1)}])
