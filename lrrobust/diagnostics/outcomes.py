@@ -60,6 +60,11 @@ class Outcomes:
     last_margin: NDArray[np.float64]
     backward_passes: NDArray[np.float64]
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether it attacked anything: a budget of 0 leaves nothing to find."""
+        return any(0 < eps < np.inf for eps in self.eps)
+
     def tells_of(self, eps: float) -> bool:
         """Whether rows say what it breaks at that budget: one of its own, or any where it finds distances."""
         return eps in self.eps or self.spec.minimises
@@ -87,8 +92,8 @@ class NormOutcomes:
 
     @property
     def by_gradient(self) -> NormOutcomes | None:
-        """Those that see gradients, without what black-box attacks broke; None where there are none."""
-        attacks = tuple(attack for attack in self.attacks if is_white_box(attack.spec))
+        """Those that see gradients and had a budget, without what black-box attacks broke; None where there are none."""
+        attacks = tuple(attack for attack in self.attacks if is_white_box(attack.spec) and attack.has_budget)
         return replace(self, attacks=attacks) if attacks else None
 
     def broke(self, eps: float) -> NDArray[np.bool_]:

@@ -183,6 +183,19 @@ def test_what_was_broken_before_tells_nothing_of_later_attacks(diagnosed, sound_
     found = diagnosed(sound_linear, LONG_SQUARE, PGD.model_copy(update={"survivors_only": True}))
     assert not failed(found) & {"black_box", "random_noise", "convergence", "large_eps"}
     assert " breaks 0 of " in found["black_box", "square"].detail
+    # Nor does it pass for that.
+    assert found["black_box", "square"].passed is None and "were not let at" in found["black_box", "square"].detail
+
+
+def test_an_attack_by_gradient_without_a_budget_is_none(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, PGD.model_copy(update={"eps": (0.0,)}), LONG_SQUARE)
+    assert found["black_box", None].passed is None and "None of the attacks sees gradients" in found["black_box", None].detail
+
+
+def test_one_step_is_compared_at_a_budget_that_both_had(diagnosed, sound_linear):
+    near, far = PGD.model_copy(update={"eps": LADDER[:1]}), PGD.model_copy(update={"name": "far", "eps": LADDER[2:3]})
+    found = diagnosed(sound_linear, near, far)
+    assert found["single_step", "pgd"].passed and found["single_step", "far"].passed
 
 
 def test_black_box_attacks_alone_leave_nothing_to_compare(diagnosed, sound_linear):
