@@ -94,8 +94,9 @@ def compare_with_bare_loop(
     for name, (attack, classes, bare) in cases.items():
         ours = build_evaluation(model, num_classes, images, classes, attack, batch_size, chunk_size, seed)
         rows = time_interleaved(
-            {HARNESS: model.clocked(ours), BARE: model.clocked(bare)}, read=lambda done: {"inside_s": done.inside_s}, warm_ups=warm_ups, repeats=repeats, budget_s=budget_s / len(cases), baseline=BARE,
-            device=images.device, case=f"{case}, {name}" if case else name, on_turn=on_turn,
+            {HARNESS: model.clocked(ours), BARE: model.clocked(bare)}, read=lambda done: {"inside_s": done.inside_s},
+            warm_ups=warm_ups, repeats=repeats, budget_s=budget_s / len(cases), baseline=BARE, device=images.device,
+            case=f"{case}, {name}" if case else name, on_turn=on_turn,
         )
         for row in rows:
             inside_s = row.pop("inside_s")

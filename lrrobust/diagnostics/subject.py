@@ -55,7 +55,7 @@ class Subject:
         found: dict[Norm, list[Outcomes]] = {}
         for outcomes in self.outcomes:
             found.setdefault(outcomes.spec.norm, []).append(outcomes)
-        has_budget = {outcomes.spec.norm for outcomes in self.outcomes if any(0 < eps < np.inf for eps in outcomes.eps)}
+        has_budget = {outcomes.spec.norm for outcomes in self.outcomes if outcomes.has_budget}
         return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items() if norm in has_budget]
 
     def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
