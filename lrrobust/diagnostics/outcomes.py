@@ -73,6 +73,17 @@ class Outcomes:
         """Images that it was let at, (N,), at a budget or else at the next larger one."""
         return self.is_attacked[min(int(np.searchsorted(self.eps, eps)), len(self.eps) - 1)]
 
+    def withstood(self, eps: float) -> NDArray[np.bool_]:
+        """Images that it was let at and could not break within eps, (N,).
+
+        Without rows of that budget, those that it could not break at the next larger one: which of the others it would
+        have broken here is not known.
+        """
+        if self.eps[-1] < eps:
+            return np.zeros(self.is_broken.shape[1], dtype=bool)
+        within = eps if self.tells_of(eps) else self.eps[int(np.searchsorted(self.eps, eps))]
+        return self.has_tried(eps) & (self.breaking_eps > within)
+
 
 @dataclass(frozen=True)
 class NormOutcomes:
@@ -100,12 +111,24 @@ class NormOutcomes:
         """Images that one of these attacks broke within eps, (N,)."""
         return self.breaking_eps <= eps
 
-    def left_standing(self, eps: float) -> NDArray[np.bool_]:
-        """Images that every one of these attacks was let at, (N,), and that none broke within eps.
+    @property
+    def _most_able(self) -> list[Outcomes]:
+        """Those of several gradient steps: what one step leaves standing tells nothing beside them. All, where none is."""
+        return [attack for attack in self.attacks if is_multi_step(attack.spec)] or list(self.attacks)
 
-        What an attack not among these had broken before, one of these might have broken too: it is neither.
+    def reaches(self, eps: float) -> bool:
+        """Whether what was broken within eps by others can be compared with these: one had a budget as large."""
+        return any(attack.eps[-1] >= eps for attack in self._most_able)
+
+    def left_standing(self, eps: float) -> NDArray[np.bool_]:
+        """Images that none of these attacks broke within eps, (N,), though each that has rows of that budget was let at them.
+
+        What an attack not among these had broken before, one of these might have broken too: it is neither. Where none has
+        rows of that budget, those that one could not break at a larger one.
         """
-        return np.logical_and.reduce([attack.has_tried(eps) for attack in self.attacks]) & ~self.broke(eps)
+        here = [attack for attack in self._most_able if attack.tells_of(eps)]
+        meet = np.logical_and if here else np.logical_or
+        return meet.reduce([attack.withstood(eps) for attack in here or self._most_able]) & ~self.broke(eps)
 
     @property
     def climbers(self) -> list[Outcomes]:

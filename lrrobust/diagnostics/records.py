@@ -12,7 +12,7 @@ from lrrobust.results import Run, write_file
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 #: Raised with every change that makes the same run be diagnosed differently: files of other versions count as none.
-DIAGNOSTICS_VERSION = 3
+DIAGNOSTICS_VERSION = 4
 
 
 class _Record(BaseModel):
@@ -56,6 +56,8 @@ class _Versioned(BaseModel):
 def load_diagnostics(run: Run) -> Diagnostics | None:
     """What is known of whether the attacks of a run worked; None where nothing was looked for, or by another version's rules.
 
+    See `made_by_other_rules` for the latter.
+
     Raises:
         StoreError: the file of diagnostics is damaged, or of another run.
     """
@@ -75,6 +77,15 @@ def load_diagnostics(run: Run) -> Diagnostics | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it and run the same command again")
+
+
+def made_by_other_rules(run: Run) -> bool:
+    """Whether beside a run there is a file of another version, which counts as none."""
+    try:
+        text = (run.folder / DIAGNOSTICS_FILE).read_bytes()
+        return _Versioned.model_validate_json(text).version != DIAGNOSTICS_VERSION
+    except (OSError, ValidationError):
+        return False
 
 
 def write_diagnostics(run: Run, diagnostics: Diagnostics) -> None:

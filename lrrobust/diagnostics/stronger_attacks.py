@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.own_attacks import PGD_STEPS, plain_pgd
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.diagnostics.subject import Subject
+from lrrobust.diagnostics.subject import Subject, parts
 from lrrobust.report.formatting import format_eps
 from lrrobust.threat import box_diameter
 
 #: Steps at the budget where every image can be turned into plain grey: each moves a fortieth of the way.
 LARGE_STEPS = 50
-
-#: Images that are attacked at a time there.
-PART = 64
 
 
 def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
@@ -45,10 +41,6 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
         yield Diagnostic(name="convergence", passed=passed, detail=f"{detail}.", attack=norm.name, norm=norm.norm)
 
 
-def _parts(places: NDArray[np.int64]) -> Iterator[list[int]]:
-    return (places[first : first + PART].tolist() for first in range(0, len(places), PART))
-
-
 def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
     """The strongest attack of each norm at a budget that holds plain grey: linf 1/2, and its like in other norms.
 
@@ -68,7 +60,7 @@ def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
         struck, withstanding = 0, 0
         # Every image that is left standing, and the sample, to which the attack may do less here than it did before.
         left = np.flatnonzero(norm.breaking_eps > eps)
-        for chosen in _parts(np.union1d(np.arange(len(subject)), left)):
+        for chosen in parts(np.union1d(np.arange(len(subject)), left)):
             part = subject.on(chosen)
             struck += len(part)
             withstanding += int((~part.strike(attack, eps, np.arange(len(part))).is_broken).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,13 @@ from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes
 from lrrobust.evaluation.chunks import start_seed
 from lrrobust.evaluation.judge import Judge
 from lrrobust.threat import Norm, ThreatModel
+
+#: Images beyond the sample that are loaded and attacked at a time.
+PART = 64
+
+
+def parts(places: NDArray[np.int64]) -> Iterator[list[int]]:
+    return (places[first : first + PART].tolist() for first in range(0, len(places), PART))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lrrobust.diagnostics.records import load_diagnostics
+from lrrobust.diagnostics.records import load_diagnostics, made_by_other_rules
 from lrrobust.results import Run
 from lrrobust.tables import Cell, Column, Table
 
@@ -14,11 +14,17 @@ HOW_TO_READ = (
     "makes a model look robust, so a failed check withholds the verdict that would rest on it."
 )
 
+#: What is said instead of results that other rules found.
+OTHER_RULES = (
+    "What is known was found by the rules of another version of lrrobust and counts as nothing: the run's eval command, with "
+    "diagnostics, looks into it anew."
+)
+
 RESULTS = {True: "passed", False: "FAILED", None: "not known"}
 
 
 def diagnostics_table(runs: Mapping[str, Run]) -> Table:
-    """A row for each check of each run that was looked into; without rows where none was.
+    """A row for each check of each run that was looked into, one for a run of other rules; without rows where none was.
 
     Args:
         runs: name to show -> run.
@@ -32,4 +38,6 @@ def diagnostics_table(runs: Mapping[str, Run]) -> Table:
         for result in found.results if found is not None else ():
             texts = (name, result.name.replace("_", " "), result.attack or "-", RESULTS[result.passed], result.detail)
             rows.append([Cell(text, text) for text in texts])
+        if made_by_other_rules(run):
+            rows.append([Cell(text, text) for text in (name, "all", "-", RESULTS[None], OTHER_RULES)])
     return Table([Column(heading, is_text=True) for heading in ("run", "check", "attack", "result", "what was found")], rows)

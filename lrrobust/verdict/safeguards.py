@@ -405,13 +405,18 @@ def _unbounded_attack(
 def _checked_at_large_eps(side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
     """What diagnostics say of a budget that holds plain grey, in runs that made some of these attacks.
 
-    There the strongest attack of the norm was made, or PGD in the place of those that take no budget or a single step.
+    There the strongest attack of the norm was made, or PGD in the place of those that take no budget or a single step. That
+    an attack succeeds there whose rows are not judged says nothing of the judged ones.
     """
     names = {attack.name for attack in attacks}
     checked = []
     for run, diagnostics in zip(side.runs, side.diagnostics):
         if names & {spec["name"] for spec in manifest_value(run, "attacks") if spec["norm"] == norm}:
-            checked += [found for found in diagnostics or () if found.name == "large_eps" and found.norm == norm]
+            checked += [
+                found
+                for found in diagnostics or ()
+                if found.name == "large_eps" and found.norm == norm and (found.attack is None or found.attack in names)
+            ]
     return checked
 
 
@@ -437,7 +442,7 @@ def _attack_diagnostics(
         # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
         detail = (
             f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on {model} was "
-            "not looked into; the same eval command does so."
+            "not looked into; the same eval command, without --no-diagnostics, does so."
         )
         yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
     for found in diagnostics or ():

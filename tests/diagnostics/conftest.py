@@ -214,12 +214,14 @@ def evaluated(tmp_path, images):
             "attacks": [spec.model_dump(mode="json") for spec in specs],
             "plan": {"chunk_size": 50, "parts": [list(task.part) for task in tasks]},
         }
-        with RunStore.create_or_resume(tmp_path / "run", json.loads(json.dumps(manifest))) as store:
+        # Of its own for every call: a second one in the same folder would go on with the rows of the first.
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        with RunStore.create_or_resume(folder, json.loads(json.dumps(manifest))) as store:
             evaluate(
                 model, CLASSES, data, tasks, store,
                 fingerprint=manifest["fingerprint"], device=torch.device("cpu"), part_metadata={},
             )
-        return data, load_run(tmp_path / "run")
+        return data, load_run(folder)
 
     return run
 

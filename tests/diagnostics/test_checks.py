@@ -182,9 +182,51 @@ def test_what_was_broken_before_tells_nothing_of_later_attacks(diagnosed, sound_
     # PGD is left little that breaks: that Square broke the rest is no reproach to it.
     found = diagnosed(sound_linear, LONG_SQUARE, PGD.model_copy(update={"survivors_only": True}))
     assert not failed(found) & {"black_box", "random_noise", "convergence", "large_eps"}
-    assert " breaks 0 of " in found["black_box", "square"].detail
-    # Nor does it pass for that.
-    assert found["black_box", "square"].passed is None and "were not let at" in found["black_box", "square"].detail
+    # It is made on them before anything is said.
+    assert found["black_box", "square"].passed
+    assert " breaks 0 of " in found["black_box", "square"].detail and "pgd among them" in found["black_box", "square"].detail
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (LONG_SQUARE, PGD.model_copy(update={"survivors_only": True})),
+        (PGD, LONG_SQUARE, APGD_CE.model_copy(update={"survivors_only": True})),
+        (LONG_SQUARE, CW.model_copy(update={"norm": "l2"}), PGD.model_copy(update={"survivors_only": True})),
+    ],
+    ids=["first", "between", "first, and another norm"],
+)
+def test_masked_gradients_do_not_pass_where_square_took_the_images_away(diagnosed, unsound, specs):
+    found = diagnosed(unsound("gradient_of_quarter"), *specs)["black_box", "square"]
+    assert found.passed is False and "that not all of these were let at" in found.detail
+
+
+def test_square_is_compared_at_budgets_of_its_own(diagnosed, unsound, sound_linear):
+    square = LONG_SQUARE.model_copy(update={"eps": tuple(step / 255 for step in (3, 6, 12))})
+    found = diagnosed(unsound("gradient_of_quarter"), PGD, square)["black_box", "square"]
+    assert found.passed is False and "At eps 12/255" in found.detail
+    # PGD broke most at the next larger budget: at this one it is made anew.
+    assert diagnosed(sound_linear, PGD, square)["black_box", "square"].passed
+
+
+def test_an_attack_without_rows_of_a_budget_does_not_stand_in_the_way(diagnosed, unsound):
+    # One step at another budget, and PGD at smaller ones alone, which says nothing of larger ones.
+    one_step, near = FGSM.model_copy(update={"eps": (3 / 255,)}), PGD.model_copy(update={"name": "near", "eps": LADDER[:1]})
+    found = diagnosed(unsound("gradient_of_quarter"), one_step, PGD, near, LONG_SQUARE)
+    assert found["black_box", "square"].passed is False
+    found = diagnosed(unsound("gradient_of_quarter"), near, LONG_SQUARE.model_copy(update={"eps": LADDER[1:]}))
+    assert found["black_box", "square"].passed is None
+    assert "No attack by gradient has a budget as large" in found["black_box", "square"].detail
+
+
+def test_one_step_at_a_budget_of_its_own_is_compared_with_the_next_larger_one(diagnosed, unsound, sound_linear):
+    one_step = FGSM.model_copy(update={"eps": (3 / 255, 20 / 255)})
+    found = diagnosed(unsound("gradient_on_grid"), one_step, PGD)["single_step", "pgd"]
+    assert found.passed is False and "At eps 3/255" in found.detail
+    assert diagnosed(sound_linear, one_step, PGD)["single_step", "pgd"].passed
+    # At none that both reach, a step is taken on the sample.
+    found = diagnosed(unsound("gradient_on_grid"), one_step.model_copy(update={"eps": (20 / 255,)}), PGD)["single_step", "pgd"]
+    assert found.passed is False and "one gradient step breaks" in found.detail
 
 
 def test_an_attack_by_gradient_without_a_budget_is_none(diagnosed, sound_linear):

@@ -85,7 +85,33 @@ def test_broken_by_an_earlier_attack_is_known(evaluated, sound_linear):
     assert (second.breaking_eps[first.is_broken[0]] == math.inf).all() and not second.has_tried(0.05)[first.is_broken[0]].any()
     norm = NormOutcomes("l2", (second,))
     assert np.array_equal(norm.left_standing(0.2), ~first.is_broken[2] & ~second.is_broken[2])
-    assert np.array_equal(norm.left_standing(0.3), ~first.is_broken[3] & (second.breaking_eps > 0.3))
+    # Without rows of a budget it is known of what withstood the next larger one.
+    assert np.array_equal(norm.left_standing(0.3), ~first.is_broken[3] & ~second.is_broken[3])
     of_both = NormOutcomes("l2", (first, second)).breaking_eps
     assert of_both.tolist() == np.minimum(first.breaking_eps, second.breaking_eps).tolist()
     assert dataclasses.replace(second).is_broken[~second.is_attacked].all()
+
+
+def test_who_says_what_was_left_standing():
+    near = outcomes(0.05, math.inf, math.inf, math.inf, spec=PGD.model_copy(update={"eps": (0.05, 0.1)}))
+    far = outcomes(0.4, 0.4, math.inf, math.inf, spec=PGD.model_copy(update={"name": "far", "eps": (0.4,)}))
+    minimal = outcomes(0.3, 0.3, 0.3, math.inf, spec=CW)
+    one_step = outcomes(0.05, 0.05, math.inf, math.inf, spec=PGD.model_copy(update={"steps": 1, "eps": (0.4,)}))
+    for attacks, eps, left in [
+        ((near,), 0.1, [0, 1, 1, 1]),
+        # What it broke at 0.1 it may have broken at 0.07; of more than 0.1 it says nothing.
+        ((near,), 0.07, [0, 1, 1, 1]),
+        ((near,), 0.2, [0, 0, 0, 0]),
+        ((far,), 0.2, [0, 0, 1, 1]),
+        # Rows of the budget itself say more.
+        ((near, far), 0.1, [0, 1, 1, 1]),
+        ((near, far), 0.2, [0, 0, 1, 1]),
+        ((near, far, minimal), 0.2, [0, 1, 1, 1]),
+        ((far, minimal), 0.4, [0, 0, 0, 1]),
+        # One step breaks images, but leaves none standing.
+        ((one_step, near), 0.4, [0, 0, 0, 0]),
+        ((one_step,), 0.4, [0, 0, 1, 1]),
+    ]:
+        norm = NormOutcomes("l2", attacks)
+        assert norm.left_standing(eps).tolist() == [bool(one) for one in left], (len(attacks), eps)
+        assert norm.reaches(eps) == (attacks[-1] is not near or eps <= 0.1)

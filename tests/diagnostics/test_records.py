@@ -50,7 +50,9 @@ def test_files_of_other_versions_count_as_none(run, version):
     path = run.folder / DIAGNOSTICS_FILE
     path.write_text(json.dumps({"version": version, "fingerprint": "ab" * 8, "sample": [3, 5], "wall_s": 1.5, "results": found}))
     assert load_diagnostics(run) is None
-    assert not diagnostics_table({"a": run}).rows
+    # But nobody is left to wonder where they are.
+    ((name, _, _, result, detail),) = diagnostics_table({"a": run}).rows
+    assert (name.text, result.text) == ("a", "not known") and "another version" in detail.text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"fingerprint": "abababababababab", "sample": [], "wall_s": 1, "results": [{"name": "x"}]}'])

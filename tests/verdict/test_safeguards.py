@@ -338,9 +338,10 @@ def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_c
         ([("pgd", None)], False),
         ([("pgd", True, "l2")], False),
         ([(None, True)], True),
+        ([("unjudged", True)], False),
         ([], False),
     ],
-    ids=["broken", "not in every run", "not known", "of another norm", "by what stands in for several", "nothing"],
+    ids=["broken", "not in every run", "not known", "of another norm", "by what stands in for several", "of another attack", "nothing"],
 )
 def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(make_claim, make_run, large_eps, note, noted, passed):
     ours, theirs = (make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2)))
