@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrrobust.bench.resident_memory import forget_freed_memory, resident_bytes
+from lrrobust.bench.resident_memory import forget_freed_memory, keep_no_freed_memory, resident_bytes
 from lrrobust.interrupts import interrupts_kept_from_children
 
 #: Called in a process of its own with the arguments given; returns a small run that loads everything there is
@@ -21,7 +21,8 @@ def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
     """Peak resident memory of the measured run on the CPU, less what was resident before it, in bytes.
 
     In a fresh process, since memory that an earlier computation has freed but kept would hide the need for
-    it. NaN where the system does not tell (it is read from /proc, so only Linux does).
+    it, and one that keeps nothing that it frees: what glibc's heap holds beside it by default depends on the order of
+    sizes, and is no need of the computation. NaN where the system does not tell (it is read from /proc, so only Linux does).
 
     Args:
         prepare: a function at the top level of a module; its arguments must be picklable.
@@ -50,6 +51,7 @@ def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
 
 
 def _measure(sender: Connection, threads: int, prepare: Preparation, arguments: tuple[Any, ...]) -> None:
+    keep_no_freed_memory()
     torch.set_num_threads(threads)
     warm_up, run = prepare(*arguments)
     warm_up()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 
+#: Bytes of an allocation from which on glibc takes pages of their own for it, and gives them back with it: mallopt(3).
+_M_MMAP_THRESHOLD, _PAGES_OF_THEIR_OWN = -3, 256 * 1024
+
 
 def resident_bytes(field: str, process: int | None = None) -> float:
     """Resident memory of a process, by default this one, now ("VmRSS") or at its peak ("VmHWM"), in bytes.
@@ -19,6 +22,18 @@ def resident_bytes(field: str, process: int | None = None) -> float:
     except OSError:
         pass
     return math.nan
+
+
+def keep_no_freed_memory() -> None:
+    """Has this process give back what it frees at once, at the price of time; nothing where the system cannot.
+
+    By default glibc keeps more and more of it in its heap, where pieces between blocks in use serve nobody: resident memory
+    would tell of the heap's past, and not of what is needed.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _PAGES_OF_THEIR_OWN)
+    except (AttributeError, OSError, TypeError):  # no glibc
+        pass
 
 
 def forget_freed_memory() -> None:

@@ -26,6 +26,19 @@ def prepare_after_rubbish(megabytes):
     return lambda: pieces, lambda: torch.ones(megabytes << 20, dtype=torch.uint8)
 
 
+def prepare_holes(megabytes):
+    """Half of many small blocks freed, each between two that stay, and then larger ones that fit into no hole."""
+
+    def run(size):
+        # Freed once, blocks as large as this come from glibc's heap from then on.
+        torch.ones(16 << 20, dtype=torch.uint8)
+        blocks = [torch.ones(size, dtype=torch.uint8) for _ in range(megabytes)]
+        del blocks[::2]
+        return blocks, [torch.ones(2 * size, dtype=torch.uint8) for _ in range(megabytes // 4)]
+
+    return lambda: run(1 << 10), lambda: run(1 << 20)
+
+
 def prepare_exit():
     return lambda: sys.exit(3), lambda: None
 
@@ -38,6 +51,11 @@ def test_peak_is_what_was_held_at_once():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
 def test_what_the_preparation_has_freed_makes_room_for_nothing():
     assert measure_peak_bytes(prepare_after_rubbish, 100) == pytest.approx(100 << 20, rel=0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_holes_that_are_left_in_the_heap_count_for_nothing():
+    assert measure_peak_bytes(prepare_holes, 100) == pytest.approx(100 << 20, rel=0.05)
 
 
 def test_a_failure_there_is_said_here():
