@@ -809,6 +809,10 @@ event.register("numba:compile", _Announcement())
 # --- threads -----------------------------------------------------------------------------------------
 
 
+#: Pieces that each thread takes on average.
+PIECES = 2
+
+
 class _Threads:
     """Runs a compiled range on as many threads as torch uses.
 
@@ -822,17 +826,32 @@ class _Threads:
         self._size = 0
         self._pool: ThreadPoolExecutor | None = None
 
+    @staticmethod
+    def count_pieces(count: int) -> int:
+        """Into how many pieces range(count) is cut: the more, the sooner a thread that comes late finds its work done."""
+        threads = max(1, min(torch.get_num_threads(), count))
+        return min(count, threads * PIECES) if threads > 1 else 1
+
     def run(self, work: Callable[[int, int, int], None], count: int) -> None:
-        """Calls work(share, start, stop) for equal shares of range(count)."""
-        shares = max(1, min(torch.get_num_threads(), count))
-        bounds = [count * share // shares for share in range(shares + 1)]
-        futures = []
-        if shares > 1:
-            pool = self._get_pool(shares - 1)
-            futures = [pool.submit(work, s, bounds[s], bounds[s + 1]) for s in range(1, shares)]
-        work(0, bounds[0], bounds[1])
+        """Calls work(piece, start, stop) for equal pieces of range(count); who comes first takes the next one.
+
+        The second thread may well come late: where torch has just used it, its core is kept busy waiting for more.
+        """
+        pieces = self.count_pieces(count)
+        left = iter(range(pieces))
+
+        def take() -> None:
+            # One `next` of a range's iterator is one step of the interpreter: no piece is taken twice.
+            for piece in left:
+                work(piece, count * piece // pieces, count * (piece + 1) // pieces)
+
+        others = min(torch.get_num_threads(), pieces) - 1
+        futures = [self._get_pool(others).submit(take) for _ in range(others)]
+        take()
         for future in futures:
-            future.result()
+            # Who has not even begun finds nothing to do.
+            if not future.cancel():
+                future.result()
 
     def _get_pool(self, size: int) -> ThreadPoolExecutor:
         with self._lock:
@@ -902,16 +921,16 @@ def _backward(
     arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
     options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
     grads = [_empty_like(tensor) for tensor in (query, key, value)]
-    # One accumulator a thread, added at the end: the geometry is shared by all images.
-    by_thread = torch.zeros(torch.get_num_threads(), *geometry.flatten(1).shape)
+    # One accumulator a piece, added at the end in order, whoever computed it: the geometry is shared by all images.
+    by_piece = torch.zeros(_threads.count_pieces(len(maximum)), *geometry.flatten(1).shape)
     saved = (maximum.numpy(), normaliser.numpy(), _flat(grad_out))
-    targets, accumulators = tuple(map(_flat, grads)), by_thread.numpy()
+    targets, accumulators = tuple(map(_flat, grads)), by_piece.numpy()
 
-    def work(share: int, start: int, stop: int) -> None:
-        _backward_range(start, stop, *arrays, *options, *saved, *targets, accumulators[share], needs_geometry)
+    def work(piece: int, start: int, stop: int) -> None:
+        _backward_range(start, stop, *arrays, *options, *saved, *targets, accumulators[piece], needs_geometry)
 
     _threads.run(work, len(maximum))
-    grads.append(by_thread.sum(0).view_as(geometry) if needs_geometry else geometry.new_empty(0))
+    grads.append(by_piece.sum(0).view_as(geometry) if needs_geometry else geometry.new_empty(0))
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, geometry), strict=True))
 
 
