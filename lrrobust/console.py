@@ -403,16 +403,15 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
             f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
             f"{100 * max(accuracies):.1f} % on {of_model.measurements[0].n} images"
         )
-    measurements = [measurement for of_model in now.models for measurement in of_model.measurements]
-    noticed = smallest_noticed_fall(now.rule, measurements)
+    noticed = smallest_noticed_fall(now)
     if noticed is None:
         logging.warning(
-            "%s is not sure to notice any fall: the loss of every robust image may pass as chance; take more images, "
-            "or a smaller eps",
+            "%s is not sure to notice a fall of every model: the loss of all its robust images may pass as chance; take more "
+            "images, or a smaller eps",
             path,
         )
     else:
-        _notice(f"a check is sure to notice a fall of {100 * noticed / measurements[0].n:.1f} points")
+        _notice(f"a check is sure to notice a fall of {100 * noticed / now.models[0].measurements[0].n:.1f} points")
     _notice(f"wrote {path}: commit it; `lrrobust check {path}` does the evaluation again and compares")
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lrrobust.check.baseline import Baseline, Measurement, Record, Rule, in_request_order, measure, protocol_of
+from lrrobust.check.baseline import Baseline, Measurement, ModelBaseline, Record, Rule, in_request_order, measure, protocol_of
 from lrrobust.errors import BaselineError
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
@@ -165,14 +165,11 @@ def another_comparison(baseline: Baseline, differences: Sequence[str], baseline_
     )
 
 
-def smallest_noticed_fall(rule: Rule, measurements: Sequence[Measurement]) -> int | None:
-    """Fewest images whose loss at one comparison fails a check, none gained; None: not even all robust ones of the most robust.
-
-    Args:
-        measurements: of the baseline, one or more, on the same images; each is a comparison.
-    """
-    needed = _images_to_lose(rule, measurements[0].n, len(measurements))
-    return needed if needed <= _most_robust(measurements) else None
+def smallest_noticed_fall(baseline: Baseline) -> int | None:
+    """Fewest images whose loss at one comparison of any model fails a check, none gained; None: some model has not so many."""
+    count = sum(len(of_model.measurements) for of_model in baseline.models)
+    needed = _images_to_lose(baseline.rule, baseline.models[0].measurements[0].n, count)
+    return needed if all(needed <= _most_robust(of_model) for of_model in baseline.models) else None
 
 
 def _images_to_lose(rule: Rule, n: int, count: int) -> int:
@@ -180,24 +177,25 @@ def _images_to_lose(rule: Rule, n: int, count: int) -> int:
     return max(math.ceil(math.log2(count) - math.log2(rule.significance) - 1e-9), math.ceil(rule.floor * n - 1e-9), 1)
 
 
-def _most_robust(measurements: Sequence[Measurement]) -> int:
-    return max(int(measurement.is_robust().sum()) for measurement in measurements)
+def _most_robust(of_model: ModelBaseline) -> int:
+    return max(int(measurement.is_robust().sum()) for measurement in of_model.measurements)
 
 
 def require_sensitivity(baseline: Baseline, baseline_file: str) -> None:
-    """Refuses a comparison that would pass whatever became of the models.
+    """Refuses a comparison that would pass whatever became of a model.
 
     Raises:
-        BaselineError: nowhere are as many images robust as would have to be lost.
+        BaselineError: a model has nowhere as many robust images as would have to be lost.
     """
-    measurements = [measurement for of_model in baseline.models for measurement in of_model.measurements]
-    most, n = _most_robust(measurements), measurements[0].n
-    if most < _images_to_lose(baseline.rule, n, 1):
-        raise BaselineError(
-            f"a check against {baseline_file} could never fail: at most {most} of its {n} images are robust at any attack and "
-            f"eps, and so few may be lost (significance {baseline.rule.significance:g}, floor {100 * baseline.rule.floor:g} "
-            "points); make a baseline of more images or smaller eps, or lower the floor"
-        )
+    for of_model in baseline.models:
+        most, n = _most_robust(of_model), of_model.measurements[0].n
+        if most < _images_to_lose(baseline.rule, n, 1):
+            others = ", or leave that model out" if len(baseline.models) > 1 else ""
+            raise BaselineError(
+                f"a check against {baseline_file} could never fail: at most {most} of its {n} images are robust at any attack "
+                f"and eps for {of_model.name}, and so few may be lost (significance {baseline.rule.significance:g}, floor "
+                f"{100 * baseline.rule.floor:g} points); make a baseline of more images or smaller eps, or lower the floor{others}"
+            )
 
 
 def _find_flips(
@@ -242,7 +240,7 @@ def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
             f"({worst.attack}), {len(images)} images lost ({how})"
         )
     flips = sum(len(c.lost) + len(c.gained) for c in comparisons)
-    noticed = smallest_noticed_fall(rule, [m for of_model in baseline.models for m in of_model.measurements])
+    noticed = smallest_noticed_fall(baseline)
     able = "no fall at all: too few images are robust in the baseline"
     if noticed is not None:
         able = f"a fall of {100 * noticed / comparisons[0].n:.1f} points"

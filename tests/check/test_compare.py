@@ -155,7 +155,7 @@ def test_smallest_noticed_fall_is_the_smallest_that_fails(run_of, baseline_of):
     for n, rule in ((200, Rule()), (50, Rule(significance=0.01)), (2000, Rule(floor=0.02))):
         outcomes = {key: np.ones(n, bool) for key in keys}
         baseline = baseline_of(outcomes, rule)
-        count = smallest_noticed_fall(rule, baseline.models[0].measurements)
+        count = smallest_noticed_fall(baseline)
         for lost, expected in ((count, "regressed"), (count - 1, "passed")):
             # All comparisons lose as much, so that all share the level.
             changed = with_lost(outcomes, np.random.default_rng(0), lost)
@@ -166,7 +166,7 @@ def test_smallest_noticed_fall_is_the_smallest_that_fails(run_of, baseline_of):
 def test_only_robust_images_can_be_lost(run_of, baseline_of, robust, noticed):
     key = ("pgd", "linf", LADDER[0])
     baseline = baseline_of({key: np.arange(20) < robust})
-    assert smallest_noticed_fall(baseline.rule, baseline.models[0].measurements) == noticed
+    assert smallest_noticed_fall(baseline) == noticed
     nothing_left = run_of({key: np.zeros(20, bool)})
     result = compare(baseline, [nothing_left], "b.json")
     assert result.verdict == ("passed" if noticed is None else "regressed")
@@ -198,6 +198,16 @@ def test_a_check_that_could_just_fail_is_not_refused(baseline_of, run_of, robust
     baseline = baseline_of(outcomes, rule)
     require_sensitivity(baseline, "b.json")
     assert verdict(baseline, run_of({key: np.zeros(n, bool) for key in outcomes})) == "regressed"
+
+
+def test_one_model_of_which_nothing_could_be_lost_is_refused_beside_another(baseline_of, run_of):
+    key = ("pgd", "linf", LADDER[0])
+    strong, weak = (baseline_of({key: np.arange(50) < robust}) for robust in (40, 2))
+    of_weak = weak.models[0].model_copy(update={"model": {**weak.models[0].model, "name": "weak"}})
+    both = strong.model_copy(update={"models": (strong.models[0], of_weak)})
+    with pytest.raises(BaselineError, match="at most 2 of its 50 images .* for weak.*or leave that model out"):
+        require_sensitivity(both, "b.json")
+    assert smallest_noticed_fall(both) is None and smallest_noticed_fall(strong) is not None
 
 
 class TestAnotherComparison:
