@@ -21,7 +21,7 @@ def measure_peak_bytes(prepare: Preparation, *arguments: Any) -> float:
     """Peak resident memory of the measured run on the CPU, less what was resident before it, in bytes.
 
     In a fresh process, since memory that an earlier computation has freed but kept would hide the need for
-    it, and one that keeps nothing that it frees: what glibc's heap holds beside it by default depends on the order of
+    it, and one that keeps no large block that it frees: what glibc's heap holds beside it by default depends on the order of
     sizes, and is no need of the computation. NaN where the system does not tell (it is read from /proc, so only Linux does).
 
     Args:

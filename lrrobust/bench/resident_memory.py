@@ -6,7 +6,7 @@ import ctypes
 import math
 
 #: Bytes of an allocation from which on glibc takes pages of their own for it, and gives them back with it: mallopt(3).
-_M_MMAP_THRESHOLD, _PAGES_OF_THEIR_OWN = -3, 256 * 1024
+_M_MMAP_THRESHOLD, _PAGES_OF_THEIR_OWN = -3, 64 * 1024
 
 
 def resident_bytes(field: str, process: int | None = None) -> float:
@@ -25,7 +25,7 @@ def resident_bytes(field: str, process: int | None = None) -> float:
 
 
 def keep_no_freed_memory() -> None:
-    """Has this process give back what it frees at once, at the price of time; nothing where the system cannot.
+    """Has this process give back blocks of 64 KiB and more as it frees them, at the price of time; nothing where the system cannot.
 
     By default glibc keeps more and more of it in its heap, where pieces between blocks in use serve nobody: resident memory
     would tell of the heap's past, and not of what is needed.

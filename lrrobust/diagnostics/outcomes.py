@@ -37,6 +37,11 @@ def aims_at_classes(spec: AttackSpec) -> bool:
     return getattr(spec, "target", "none") != "none" or getattr(spec, "loss", None) == "targeted_dlr"
 
 
+def aims_at_one_class(spec: AttackSpec) -> bool:
+    """Whether it leads to a class that need not be among the nearest."""
+    return getattr(spec, "target", "none") not in ("none", "top_k")
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What one attack did to N images at L budgets.
@@ -135,25 +140,38 @@ class NormOutcomes:
         return [attack for attack in self.attacks if is_climber(attack.spec)]
 
     @property
-    def strongest(self) -> AttackSpec:
-        """The attack of several steps within a budget that breaks most images, all budgets together.
+    def budgets(self) -> list[float]:
+        """Of all attacks together, ascending."""
+        return sorted({eps for attack in self.attacks for eps in attack.eps if 0 < eps < np.inf})
 
-        By gradients, unless all attacks are black-box ones. Where they minimise the distance, or take one step, plain PGD
-        stands in for them.
+    @property
+    def strongest(self) -> AttackSpec:
+        """The attack of several steps within a budget that itself broke most images, at the budgets of all.
+
+        By gradients, unless all attacks are black-box ones, and towards no chosen class, unless all are. Where they minimise
+        the distance, or take one step, plain PGD stands in for them.
         """
         is_black = not any(is_white_box(attack.spec) for attack in self.attacks)
-        best = max(self.attacks if is_black else self.climbers, key=lambda attack: attack.is_broken.mean(), default=None)
+
+        def strength(attack: Outcomes) -> tuple[bool, float]:
+            broken = attack.breaking_eps <= np.array(self.budgets)[:, None]
+            return not aims_at_classes(attack.spec), float(broken.mean())
+
+        best = max(self.attacks if is_black else self.climbers, key=strength, default=None)
         return plain_pgd(self.norm) if best is None else best.spec
 
     def choose_eps(self) -> float:
-        """The budget at which the attacks have broken nearest to half of the images.
+        """The budget at which the attacks have broken nearest to half of the images of which they tell.
 
         There a better attack has the most to find, and a worse one the most to miss. Where nothing is broken at any
         budget it is the largest, where everything is, the smallest.
         """
-        ladder = sorted({eps for attack in self.attacks for eps in attack.eps if 0 < eps < np.inf})
-        shares = [self.broke(eps).mean() for eps in ladder]
-        return min(zip(ladder, shares), key=lambda at: (abs(at[1] - 0.5), at[0] if at[1] > 0.5 else -at[0]))[0]
+        shares = {}
+        for eps in self.budgets:
+            broke = self.broke(eps)
+            told = int((broke | self.left_standing(eps)).sum())
+            shares[eps] = broke.sum() / told if told else np.inf
+        return min(shares, key=lambda eps: (abs(shares[eps] - 0.5), eps if shares[eps] > 0.5 else -eps))
 
 
 def read_outcomes(rows: pd.DataFrame, specs: Sequence[AttackSpec]) -> tuple[NDArray[np.int64], tuple[Outcomes, ...]]:

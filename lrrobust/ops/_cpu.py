@@ -832,12 +832,11 @@ class _Threads:
         threads = max(1, min(torch.get_num_threads(), count))
         return min(count, threads * PIECES) if threads > 1 else 1
 
-    def run(self, work: Callable[[int, int, int], None], count: int) -> None:
+    def run(self, work: Callable[[int, int, int], None], count: int, pieces: int) -> None:
         """Calls work(piece, start, stop) for equal pieces of range(count); who comes first takes the next one.
 
         The second thread may well come late: where torch has just used it, its core is kept busy waiting for more.
         """
-        pieces = self.count_pieces(count)
         left = iter(range(pieces))
 
         def take() -> None:
@@ -847,11 +846,16 @@ class _Threads:
 
         others = min(torch.get_num_threads(), pieces) - 1
         futures = [self._get_pool(others).submit(take) for _ in range(others)]
-        take()
-        for future in futures:
-            # Who has not even begun finds nothing to do.
-            if not future.cancel():
-                future.result()
+        try:
+            take()
+        finally:
+            # After an error, or Ctrl-C, nobody begins another piece.
+            for _ in left:
+                pass
+            for future in futures:
+                # Who has not even begun finds nothing to do.
+                if not future.cancel():
+                    future.result()
 
     def _get_pool(self, size: int) -> ThreadPoolExecutor:
         with self._lock:
@@ -896,7 +900,10 @@ def _forward(
     arrays = (*map(_flat, (query, key, value)), _rows(geometry), _sizes(query, value))
     options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
     results = (_flat(out), maximum.numpy(), normaliser.numpy())
-    _threads.run(lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), len(maximum))
+    count = len(maximum)
+    _threads.run(
+        lambda _, start, stop: _forward_range(start, stop, *arrays, *options, *results), count, _threads.count_pieces(count)
+    )
     return out.to(value.dtype), maximum, normaliser
 
 
@@ -922,14 +929,15 @@ def _backward(
     options = (per_group, stride, dilation, SIMILARITY_CODES[similarity])
     grads = [_empty_like(tensor) for tensor in (query, key, value)]
     # One accumulator a piece, added at the end in order, whoever computed it: the geometry is shared by all images.
-    by_piece = torch.zeros(_threads.count_pieces(len(maximum)), *geometry.flatten(1).shape)
+    pieces = _threads.count_pieces(len(maximum))
+    by_piece = torch.zeros(pieces, *geometry.flatten(1).shape)
     saved = (maximum.numpy(), normaliser.numpy(), _flat(grad_out))
     targets, accumulators = tuple(map(_flat, grads)), by_piece.numpy()
 
     def work(piece: int, start: int, stop: int) -> None:
         _backward_range(start, stop, *arrays, *options, *saved, *targets, accumulators[piece], needs_geometry)
 
-    _threads.run(work, len(maximum))
+    _threads.run(work, len(maximum), pieces)
     grads.append(by_piece.sum(0).view_as(geometry) if needs_geometry else geometry.new_empty(0))
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, geometry), strict=True))
 

@@ -184,7 +184,7 @@ def test_what_was_broken_before_tells_nothing_of_later_attacks(diagnosed, sound_
     assert not failed(found) & {"black_box", "random_noise", "convergence", "large_eps"}
     # It is made on them before anything is said.
     assert found["black_box", "square"].passed
-    assert " breaks 0 of " in found["black_box", "square"].detail and "pgd among them" in found["black_box", "square"].detail
+    assert " breaks 0 of " in found["black_box", "square"].detail and "were let at" in found["black_box", "square"].detail
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_masked_gradients_do_not_pass_where_square_took_the_images_away(diagnose
 def test_square_is_compared_at_budgets_of_its_own(diagnosed, unsound, sound_linear):
     square = LONG_SQUARE.model_copy(update={"eps": tuple(step / 255 for step in (3, 6, 12))})
     found = diagnosed(unsound("gradient_of_quarter"), PGD, square)["black_box", "square"]
-    assert found.passed is False and "At eps 12/255" in found.detail
+    assert found.passed is False and any(f"At eps {step}/255," in found.detail for step in (3, 6, 12))
     # PGD broke most at the next larger budget: at this one it is made anew.
     assert diagnosed(sound_linear, PGD, square)["black_box", "square"].passed
 
@@ -217,6 +217,60 @@ def test_an_attack_without_rows_of_a_budget_does_not_stand_in_the_way(diagnosed,
     found = diagnosed(unsound("gradient_of_quarter"), near, LONG_SQUARE.model_copy(update={"eps": LADDER[1:]}))
     assert found["black_box", "square"].passed is None
     assert "No attack by gradient has a budget as large" in found["black_box", "square"].detail
+
+
+FAR = tuple(step / 255 for step in (4, 8, 16, 128))
+
+
+def test_masked_gradients_do_not_pass_where_a_far_budget_breaks_all(diagnosed, unsound):
+    square = LONG_SQUARE.model_copy(update={"eps": FAR})
+    found = diagnosed(unsound("gradient_of_quarter"), square, PGD.model_copy(update={"eps": FAR, "survivors_only": True}))
+    assert found["black_box", "square"].passed is False and "At eps 128/255" not in found["black_box", "square"].detail
+    # Nor are others asked where nothing is left to be told of.
+    for check in ("black_box", "random_noise"):
+        assert "of 0)" not in found[check, None].detail and "of 0 images" not in found[check, None].detail
+
+
+def test_a_weak_attack_does_not_hide_behind_a_sound_one_at_another_budget(diagnosed, sound_linear):
+    weak = WEAK.model_copy(update={"eps": LADDER[1:2], "steps": 5, "step_size_ratio": 0.3})
+    square = LONG_SQUARE.model_copy(update={"eps": LADDER[1::2]})
+    sound = APGD_CE.model_copy(update={"eps": LADDER[3:], "survivors_only": True})
+    found = diagnosed(sound_linear, weak, square, sound)["black_box", "square"]
+    assert found.passed is False and "At eps 4/255" in found.detail
+
+
+@pytest.mark.parametrize("model", ["sound_linear", "sound_cnn"])
+def test_what_aims_elsewhere_does_not_stand_in_for_a_sound_attack(diagnosed, request, model):
+    aimed = PgdSpec(name="aimed", kind="pgd", norm="linf", eps=LADDER[3:], steps=20, target="least_likely", survivors_only=True)
+    found = diagnosed(request.getfixturevalue(model), LONG_SQUARE, PGD.model_copy(update={"survivors_only": True}), aimed)
+    assert not failed(found), {key: result.detail for key, result in found.items() if result.passed is False}
+    if model == "sound_cnn":
+        of_aimed = found["single_step", "aimed"]
+        assert of_aimed.passed is None and "aimed aims at one class, which may be far" in of_aimed.detail
+
+
+def test_noise_may_break_all_that_the_attacks_break_where_that_is_all(diagnosed, sound_linear):
+    found = diagnosed(sound_linear, PGD.model_copy(update={"eps": (0.5,)}))["random_noise", "pgd"]
+    assert found.passed and "breaks 24 of 24 images" in found.detail
+
+
+def test_one_step_that_came_later_is_no_reproach(diagnosed, sound_cnn):
+    short = PGD.model_copy(update={"eps": LADDER[3:], "steps": 5})
+    found = diagnosed(sound_cnn, short, FGSM.model_copy(update={"eps": LADDER[3:], "survivors_only": True}))
+    # What PGD broke it was not let at: a step on the sample has its turn.
+    assert found["single_step", "pgd"].passed and "one gradient step breaks" in found["single_step", "pgd"].detail
+
+
+@pytest.mark.parametrize("other", [(), (FGSM.model_copy(update={"name": "far", "eps": (20 / 255,)}),)], ids=["alone", "beside"])
+def test_one_step_that_came_first_does_not_hide_that_more_mislead(diagnosed, unsound, other):
+    found = diagnosed(unsound("gradient_on_grid"), *other, FGSM, PGD.model_copy(update={"survivors_only": True}))
+    assert found["single_step", "pgd"].passed is False
+
+
+def test_rows_of_any_single_step_are_compared(diagnosed, unsound):
+    far = FGSM.model_copy(update={"name": "far", "eps": (20 / 255,)})
+    found = diagnosed(unsound("gradient_on_grid"), far, FGSM, PGD)["single_step", "pgd"]
+    assert found.passed is False and "the single step of fgsm" in found.detail
 
 
 def test_one_step_at_a_budget_of_its_own_is_compared_with_the_next_larger_one(diagnosed, unsound, sound_linear):

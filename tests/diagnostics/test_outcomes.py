@@ -92,6 +92,28 @@ def test_broken_by_an_earlier_attack_is_known(evaluated, sound_linear):
     assert dataclasses.replace(second).is_broken[~second.is_attacked].all()
 
 
+def test_the_strongest_is_it_by_what_it_broke_itself():
+    first = outcomes(0.05, 0.2, math.inf, math.inf)
+    later = dataclasses.replace(outcomes(math.inf, math.inf, 0.4, math.inf, spec=PGD.model_copy(update={"name": "later"})))
+    # As rows have it where it met survivors only: what the first had broken counts as broken.
+    is_broken = later.is_broken | first.is_broken
+    later = dataclasses.replace(later, is_broken=is_broken, is_attacked=~first.is_broken)
+    assert NormOutcomes("l2", (first, later)).strongest is first.spec
+    # Towards a class only where there is no other.
+    aimed = outcomes(0.05, 0.05, 0.05, 0.05, spec=PGD.model_copy(update={"name": "aimed", "target": "least_likely"}))
+    assert NormOutcomes("l2", (first, aimed)).strongest is first.spec
+    assert NormOutcomes("l2", (aimed,)).strongest is aimed.spec
+
+
+def test_a_budget_of_which_nothing_is_told_is_not_looked_at():
+    spec = PGD.model_copy(update={"survivors_only": True})
+    few = outcomes(0.05, math.inf, math.inf, math.inf, spec=spec)
+    is_attacked = np.ones_like(few.is_attacked)
+    is_attacked[2:] = False
+    assert NormOutcomes("l2", (few,)).choose_eps() == 0.4
+    assert NormOutcomes("l2", (dataclasses.replace(few, is_attacked=is_attacked),)).choose_eps() == 0.1
+
+
 def test_who_says_what_was_left_standing():
     near = outcomes(0.05, math.inf, math.inf, math.inf, spec=PGD.model_copy(update={"eps": (0.05, 0.1)}))
     far = outcomes(0.4, 0.4, math.inf, math.inf, spec=PGD.model_copy(update={"name": "far", "eps": (0.4,)}))

@@ -56,3 +56,25 @@ def test_no_folder_at_all(compiled, monkeypatch, capsys):
 
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "__init__", refuse)
     assert hits(compiled()) == 0 and capsys.readouterr().err == ""
+
+
+def test_after_an_error_nobody_begins_another_piece():
+    begun = []
+
+    def work(piece, start, stop):
+        begun.append(piece)
+        if threading.current_thread() is threading.main_thread():
+            raise ValueError("in the caller's piece")
+        time.sleep(0.1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="in the caller's piece"):
+            _Threads().run(work, 32, 16)
+    finally:
+        torch.set_num_threads(before)
+    # Whoever had begun has ended, and no more of them follow.
+    known = len(begun)
+    time.sleep(0.3)
+    assert len(begun) == known <= 3
