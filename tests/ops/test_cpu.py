@@ -2,9 +2,12 @@
 
 import importlib.util
 import shutil
+import threading
+import time
 
 import numba
 import pytest
+import torch
 
 from lrrobust.ops import _cpu
 
@@ -71,7 +74,7 @@ def test_after_an_error_nobody_begins_another_piece():
     torch.set_num_threads(2)
     try:
         with pytest.raises(ValueError, match="in the caller's piece"):
-            _Threads().run(work, 32, 16)
+            _cpu._Threads().run(work, 32, 16)
     finally:
         torch.set_num_threads(before)
     # Whoever had begun has ended, and no more of them follow.
