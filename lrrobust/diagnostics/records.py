@@ -56,7 +56,7 @@ class _Versioned(BaseModel):
 def load_diagnostics(run: Run) -> Diagnostics | None:
     """What is known of whether the attacks of a run worked; None where nothing was looked for, or by another version's rules.
 
-    See `made_by_other_rules` for the latter.
+    See `other_rules` for the latter.
 
     Raises:
         StoreError: the file of diagnostics is damaged, or of another run.
@@ -79,13 +79,18 @@ def load_diagnostics(run: Run) -> Diagnostics | None:
     raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it and run the same command again")
 
 
-def made_by_other_rules(run: Run) -> bool:
-    """Whether beside a run there is a file of another version, which counts as none."""
+def other_rules(run: Run) -> str | None:
+    """What is to be said of a file of another version beside a run, which counts as none; None where there is none."""
     try:
-        text = (run.folder / DIAGNOSTICS_FILE).read_bytes()
-        return _Versioned.model_validate_json(text).version != DIAGNOSTICS_VERSION
+        version = _Versioned.model_validate_json((run.folder / DIAGNOSTICS_FILE).read_bytes()).version
     except (OSError, ValidationError):
-        return False
+        return None
+    if version == DIAGNOSTICS_VERSION:
+        return None
+    return (
+        f"its diagnostics are of version {version}, and only those of version {DIAGNOSTICS_VERSION} count: the same eval command, "
+        "without --no-diagnostics, makes them anew"
+    )
 
 
 def write_diagnostics(run: Run, diagnostics: Diagnostics) -> None:

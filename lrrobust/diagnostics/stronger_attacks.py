@@ -31,13 +31,19 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
         spec = plain_pgd(norm.norm, steps, name="convergence")
         broken = int(subject.strike(spec, eps, places).is_broken.sum()) if len(places) else 0
         passed = is_tolerable(broken, len(subject))
+        # Its gradients may lead nowhere, and no attack of the run has shown that they do.
+        is_alone = norm.by_gradient is None
+        if passed and is_alone:
+            passed = None
         detail = (
             f"At eps {format_eps(eps, norm.norm)} PGD in {norm.norm} from a new start with {steps} steps breaks {broken} of the "
             f"{len(places)} images (of {len(subject)}) that the attacks left standing"
         )
         if passed is False:
-            why = "they see no gradients" if norm.by_gradient is None else "they had not converged"
+            why = "they see no gradients" if is_alone else "they had not converged"
             detail += f": {why}, and robust accuracy is lower than they say"
+        elif is_alone:
+            detail += ": none of these sees gradients, so whether those that PGD follows lead anywhere is not known"
         yield Diagnostic(name="convergence", passed=passed, detail=f"{detail}.", attack=norm.name, norm=norm.norm)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lrrobust.diagnostics.records import load_diagnostics, made_by_other_rules
+from lrrobust.diagnostics.records import load_diagnostics, other_rules
 from lrrobust.results import Run
 from lrrobust.tables import Cell, Column, Table
 
@@ -12,12 +12,6 @@ from lrrobust.tables import Cell, Column, Table
 HOW_TO_READ = (
     "Checks of whether the attacks worked, on each run's rows and on images that were attacked once more: a failed attack "
     "makes a model look robust, so a failed check withholds the verdict that would rest on it."
-)
-
-#: What is said instead of results that other rules found.
-OTHER_RULES = (
-    "What is known was found by the rules of another version of lrrobust and counts as nothing: the run's eval command, with "
-    "diagnostics, looks into it anew."
 )
 
 RESULTS = {True: "passed", False: "FAILED", None: "not known"}
@@ -38,6 +32,7 @@ def diagnostics_table(runs: Mapping[str, Run]) -> Table:
         for result in found.results if found is not None else ():
             texts = (name, result.name.replace("_", " "), result.attack or "-", RESULTS[result.passed], result.detail)
             rows.append([Cell(text, text) for text in texts])
-        if made_by_other_rules(run):
-            rows.append([Cell(text, text) for text in (name, "all", "-", RESULTS[None], OTHER_RULES)])
+        said = other_rules(run)
+        if said is not None:
+            rows.append([Cell(text, text) for text in (name, "all", "-", RESULTS[None], f"{said[0].upper()}{said[1:]}.")])
     return Table([Column(heading, is_text=True) for heading in ("run", "check", "attack", "result", "what was found")], rows)

@@ -301,6 +301,11 @@ def test_black_box_attacks_alone_leave_nothing_to_compare(diagnosed, sound_linea
     assert not failed(found) & {"random_noise", "large_eps"}
 
 
+def test_that_pgd_breaks_nothing_more_tells_nothing_where_no_gradient_was_seen_to_lead_anywhere(diagnosed, unsound):
+    found = diagnosed(unsound("rounded"), LONG_SQUARE)["convergence", "square"]
+    assert found.passed is None and "lead anywhere is not known" in found.detail
+
+
 def test_thousands_of_queries_may_beat_a_single_step(diagnosed, sound_linear):
     found = diagnosed(sound_linear, FGSM, LONG_SQUARE)
     assert ("black_box", "square") not in found and found["black_box", None].passed
