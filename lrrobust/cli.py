@@ -409,8 +409,7 @@ def report(
     ] = True,
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
-    from lrrobust.console import print_report, print_verdicts
-    from lrrobust.diagnostics.records import other_rules
+    from lrrobust.console import print_report, print_verdicts, warn_of_other_rules
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
     from lrrobust.page.claim_figures import sketch_claims
@@ -439,9 +438,7 @@ def report(
                 if len(folders) == 1:
                     raise
                 logging.warning("left out: %s", error)
-        for each in loaded:
-            if (said := other_rules(each)) is not None:
-                logging.warning("%s: %s", each.folder, said)
+        warn_of_other_rules(loaded)
         summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
         verdicts = judge_claims(claims, loaded)

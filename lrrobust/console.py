@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_runs
@@ -331,6 +332,13 @@ def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
         f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
         "in the order of the logits, are the weights trained, and does the network normalise as it did in training?"
     )
+
+
+def warn_of_other_rules(runs: Sequence[Run]) -> None:
+    """A line for each run whose diagnostics count for nothing."""
+    for run in runs:
+        if (said := other_rules(run)) is not None:
+            logging.warning("%s: %s", run.folder, said)
 
 
 def _print_diagnostics(runs: Sequence[Run]) -> None:

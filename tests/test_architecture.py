@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
-    "console": {"report", "results", "stats", "verdict", "diagnostics.table"},
+    "console": {"report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"report.formatting", "report.notices", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {

@@ -94,7 +94,7 @@ def rows_of(folder):
     return {path.name: path.read_bytes() for path in (folder / "parts").iterdir()}
 
 
-def test_eval_looks_into_its_attacks_once(run, tmp_path):
+def test_eval_looks_into_its_attacks_once(run, tmp_path, caplog):
     code, out, err = run(*EVAL, "--out", tmp_path, "--no-diagnostics")
     assert code == 0, err
     assert "did the attacks work?" not in out
@@ -125,6 +125,8 @@ def test_eval_looks_into_its_attacks_once(run, tmp_path):
     # Nor does another version stand.
     path.write_text(json.dumps({**json.loads(before), "version": 0}))
     assert load_diagnostics(load_run(folder)) is None
+    assert run("report", tmp_path, "--out", tmp_path / "summary")[0] == 0
+    assert "diagnostics are of version 0, and only those of version" in caplog.text
     assert run(*EVAL, "--out", tmp_path)[0] == 0
     assert load_diagnostics(load_run(folder)).version == found.version
 
