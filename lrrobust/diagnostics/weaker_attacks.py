@@ -42,11 +42,7 @@ def check_single_step(subject: Subject) -> Iterator[Diagnostic]:
                 continue
             by_rows = (_against_rows(one, outcomes) for one in single)
             found = next((found for found in by_rows if found is not None), None)
-            found = _against_one_step(subject, norm, outcomes) if found is None else found
-            if found.passed is False and aims_at_one_class(outcomes.spec):
-                why = f" {outcomes.spec.name} aims at one class, which may be far: one step towards the nearest may well break more."
-                found = found.model_copy(update={"passed": None, "detail": found.detail.partition(": more steps")[0] + "." + why})
-            yield found
+            yield _against_one_step(subject, norm, outcomes) if found is None else found
 
 
 def _against_rows(single: Outcomes, several: Outcomes) -> Diagnostic | None:
@@ -61,14 +57,14 @@ def _against_rows(single: Outcomes, several: Outcomes) -> Diagnostic | None:
             counts.append((int((theirs & ~ours).sum()), int((ours & known & ~theirs).sum()), eps))
     if not counts:
         return None
-    name, attack = "single_step", several.spec.name
+    attack = several.spec.name
     passed = is_never_beaten([count[0] for count in counts], [count[1] for count in counts])
     theirs, ours, eps = max(counts, key=lambda count: count[0] - count[1])
     detail = (
         f"At eps {format_eps(eps, several.spec.norm)}, the budget most in its favour, the single step of {single.spec.name} "
         f"breaks {theirs} images that {attack} does not; {attack} breaks {ours} that it does not"
     )
-    return Diagnostic(name=name, passed=passed, detail=detail + _if_beaten(passed), attack=attack, norm=several.spec.norm)
+    return _beside_one_step(several, passed, detail)
 
 
 def _against_one_step(subject: Subject, norm: NormOutcomes, several: Outcomes) -> Diagnostic:
@@ -85,12 +81,20 @@ def _against_one_step(subject: Subject, norm: NormOutcomes, several: Outcomes) -
         f"At eps {format_eps(eps, norm.norm)} one gradient step breaks {(theirs & ~ours).sum()} of {len(subject)} images that "
         f"{several.spec.name} does not; {several.spec.name} breaks {(ours & ~theirs).sum()} that it does not"
     )
-    detail += _if_beaten(passed)
-    return Diagnostic(name="single_step", passed=passed, detail=detail, attack=several.spec.name, norm=norm.norm)
+    return _beside_one_step(several, passed, detail)
 
 
-def _if_beaten(passed: bool) -> str:
-    return "." if passed else ": more steps must not do worse, so the gradients along the way mislead it."
+def _beside_one_step(several: Outcomes, is_ahead: bool, detail: str) -> Diagnostic:
+    spec, passed = several.spec, is_ahead
+    if not is_ahead and aims_at_one_class(spec):
+        passed = None
+    if passed:
+        detail += "."
+    elif passed is None:
+        detail += f". {spec.name} aims at one class, which may be far: one step towards the nearest may well break more."
+    else:
+        detail += ": more steps must not do worse, so the gradients along the way mislead it."
+    return Diagnostic(name="single_step", passed=passed, detail=detail, attack=spec.name, norm=spec.norm)
 
 
 def check_random_noise(subject: Subject) -> Iterator[Diagnostic]:

@@ -94,7 +94,7 @@ def test_broken_by_an_earlier_attack_is_known(evaluated, sound_linear):
 
 def test_the_strongest_is_it_by_what_it_broke_itself():
     first = outcomes(0.05, 0.2, math.inf, math.inf)
-    later = dataclasses.replace(outcomes(math.inf, math.inf, 0.4, math.inf, spec=PGD.model_copy(update={"name": "later"})))
+    later = outcomes(math.inf, math.inf, 0.4, math.inf, spec=PGD.model_copy(update={"name": "later"}))
     # As rows have it where it met survivors only: what the first had broken counts as broken.
     is_broken = later.is_broken | first.is_broken
     later = dataclasses.replace(later, is_broken=is_broken, is_attacked=~first.is_broken)
