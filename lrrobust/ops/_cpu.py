@@ -31,6 +31,8 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
+from lrrobust.ops._operation import build_operation
+
 #: Lanes of a vector: one AVX-512 register, or one of AVX2 and narrower machines' register pairs.
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 #: Channels aggregated together; wider groups are run as several slabs of this many channels.
@@ -890,7 +892,6 @@ def _empty_like(tensor: Tensor, *shape: int) -> Tensor:
     return tensor.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("lrrobust::local_relation_cpu", mutates_args=(), device_types="cpu")
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, geometry: Tensor,
     stride: int, dilation: int, similarity: str, per_group: int,
@@ -913,13 +914,6 @@ def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Ten
     return _empty_like(value, batch, value.shape[1], *size), maximum, torch.empty_like(maximum)
 
 
-@_forward.register_fake
-def _(query, key, value, geometry, stride, dilation, similarity, per_group):
-    out, maximum, normaliser = _allocate_outputs(query, value)
-    return out.to(value.dtype), maximum, normaliser
-
-
-@torch.library.custom_op("lrrobust::local_relation_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, maximum: Tensor, normaliser: Tensor, grad_out: Tensor,
     stride: int, dilation: int, similarity: str, per_group: int, needs_geometry: bool,
@@ -942,28 +936,20 @@ def _backward(
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, geometry), strict=True))
 
 
-@_backward.register_fake
-def _(query, key, value, geometry, maximum, normaliser, grad_out, stride, dilation, similarity, per_group, needs_geometry):
+def _fake_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    out, maximum, normaliser = _allocate_outputs(query, value)
+    return out.to(value.dtype), maximum, normaliser
+
+
+def _fake_gradients(query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, needs_geometry: bool) -> tuple[Tensor, ...]:
     grads = [_empty_like(x).to(x.dtype) for x in (query, key, value)]
     return *grads, geometry.new_empty(geometry.shape if needs_geometry else 0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_maximum, grad_normaliser):
-    if grad_out is None:
-        return (None,) * 8
-    needs_geometry = ctx.needs_input_grad[3]
-    options = (ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group)
-    *grads, grad_geometry = _backward(*ctx.saved_tensors, grad_out, *options, needs_geometry)
-    return *grads, grad_geometry if needs_geometry else None, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_local_relation = build_operation(
+    "local_relation_cpu", forward=_forward, backward=_backward, allocate_outputs=_fake_outputs,
+    allocate_gradients=_fake_gradients, device_types=("cpu",),
+)  # fmt: skip
 
 
 def local_relation_cpu(
@@ -978,4 +964,4 @@ def local_relation_cpu(
     channels_per_group: int,
 ) -> Tensor:
     """Same arguments and result as `local_relation`, which checks them first. Computes in float32."""
-    return _forward(query, key, value, geometry, stride, dilation, similarity, channels_per_group)[0]
+    return _local_relation(query, key, value, geometry, stride, dilation, similarity, channels_per_group)

@@ -11,7 +11,8 @@ What must move is every input once and the output once; the 49-fold reuse has to
   float32 a group's 8 channels are two 16-byte loads in two threads, which exchange one weight a tap.
   There are no atomic additions: all results are the same from run to run.
 * The forward pass finds the largest score first, from the keys alone (an eighth of the bytes), then sums
-  in one pass, and saves the log-sum-exp. The backward pass recomputes the weights from it.
+  in one pass, and saves it and the sum of the weights, from which the backward pass recomputes them. Their
+  logarithm would be one number less, and lose what a window whose scores are all far below zero is told by.
 * Backward is two launches, because the first finds a number per output position that all input positions
   around it need, delta = sum over p of weight * d loss / d weight. Reading it off the stored output
   instead would cost half-precision gradients their accuracy. The first launch also adds up the geometry's gradient
@@ -31,11 +32,14 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lrrobust.ops._operation import build_operation
 
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
 
@@ -80,9 +84,9 @@ def _sign(difference):
     return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
 
 
-@triton.jit(do_not_specialize=["ONE"])
+@triton.jit(do_not_specialize=["batch", "ONE"])
 def _forward_kernel(
-    query, key, value, geometry, out, log_sum, batch, ONE,
+    query, key, value, geometry, out, maximum, normaliser, mean_key, batch, ONE,
     QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
     KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
@@ -119,6 +123,7 @@ def _forward_kernel(
     largest = tl.where(exists_2d, largest, 0.0)
 
     total = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    from_query = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
     sums = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_M), tl.float32)
     for i in range(KERNEL):
         row = y * STRIDE + (i - RADIUS) * DILATION
@@ -133,11 +138,15 @@ def _forward_kernel(
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
             weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest), 0.0)
             total += weight
+            from_query += weight * (k - q)
             sums += weight[:, :, None] * v
 
     total = tl.where(exists_2d, total, 1.0)
     at = n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x
-    tl.store(log_sum + at[:, None] * GROUPS + alone[None, :], largest + tl.log(total), mask=exists_2d)
+    at_group = at[:, None] * GROUPS + alone[None, :]
+    tl.store(maximum + at_group, largest, mask=exists_2d)
+    tl.store(normaliser + at_group, 1.0 / total, mask=exists_2d)
+    tl.store(mean_key + at_group, q + from_query / total, mask=exists_2d)
     result = sums / total[:, :, None]
     tl.store(
         out + at[:, None, None] * CHANNELS + c[None, :, :],
@@ -145,9 +154,9 @@ def _forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ONE"])
+@triton.jit(do_not_specialize=["batch", "ONE"])
 def _backward_outputs_kernel(
-    query, key, value, geometry, log_sum, grad_out, grad_query, delta, grad_geometry, batch, ONE,
+    query, key, value, geometry, maximum, normaliser, mean_key, grad_out, grad_query, delta, grad_geometry, batch, ONE,
     QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
     KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
@@ -172,15 +181,16 @@ def _backward_outputs_kernel(
 
     at = (n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x)[:, None] * GROUPS + alone[None, :]
     q = tl.load(query + (n * QN + y * QY + x * QX)[:, None] + alone[None, :] * QG, mask=exists_2d, other=0.0).to(tl.float32)
-    normaliser = tl.load(log_sum + at, mask=exists_2d, other=0.0)
+    largest = tl.load(maximum + at, mask=exists_2d, other=0.0)
+    share = tl.load(normaliser + at, mask=exists_2d, other=0.0)
     grad = tl.load(
         grad_out + (n * ON + y * OY + x * OX)[:, None, None] + c[None, :, :] * OC, mask=exists_3d, other=0.0
     ).to(tl.float32)
     keys = key + (n * KN)[:, None] + alone[None, :] * KG
     values = value + (n * VN)[:, None, None] + c[None, :, :] * VC
-    # d score / d query is needed up to what all neighbours have in common, since the weights' gradients
-    # sum to zero: keys relative to the centre's do not cancel where queries and keys are large.
-    centre = tl.load(keys + (y * (STRIDE * KY) + x * (STRIDE * KX))[:, None], mask=exists_2d, other=0.0).to(tl.float32)
+    # d score / d query is needed up to what all neighbours have in common, since the weights' gradients sum to zero: keys
+    # relative to their weighted mean do not cancel, wherever queries and keys lie.
+    middle = tl.load(mean_key + at, mask=exists_2d, other=0.0)
 
     mean = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
     mean_slope = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
@@ -196,9 +206,9 @@ def _backward_outputs_kernel(
                 values + (row * VY + column * VX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
             ).to(tl.float32)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
             by_weight = tl.sum(grad * v, axis=2)
-            slope = -_sign(q - k) if SIMILARITY == 1 else k - centre
+            slope = -_sign(q - k) if SIMILARITY == 1 else k - middle
             mean += weight * by_weight
             mean_slope += weight * slope
             mean_product += weight * by_weight * slope
@@ -223,15 +233,15 @@ def _backward_outputs_kernel(
                 ).to(tl.float32)  # fmt: skip
                 tap = alone * (KERNEL * KERNEL) + i * KERNEL + j
                 bias = tl.load(geometry + tap, mask=has_group, other=0.0).to(tl.float32)
-                weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+                weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
                 by_score = tl.sum(weight * (tl.sum(grad * v, axis=2) - mean), axis=0)
                 block = tl.program_id(0).to(tl.int64) * (GROUPS * KERNEL * KERNEL)
                 tl.store(grad_geometry + block + tap, by_score, mask=has_group)
 
 
-@triton.jit(do_not_specialize=["ONE"])
+@triton.jit(do_not_specialize=["batch", "ONE"])
 def _backward_inputs_kernel(
-    query, key, value, geometry, log_sum, grad_out, delta, grad_key, grad_value, batch, ONE,
+    query, key, value, geometry, maximum, normaliser, grad_out, delta, grad_key, grad_value, batch, ONE,
     QN, QG: tl.constexpr, QY: tl.constexpr, QX: tl.constexpr,
     KN, KG: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     VN, VC: tl.constexpr, VY: tl.constexpr, VX: tl.constexpr,
@@ -278,10 +288,11 @@ def _backward_inputs_kernel(
                 grads + (row * OY + column * OX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
             ).to(tl.float32)
             at = outputs + ((row * OUT_WIDTH + column) * GROUPS)[:, None]
-            normaliser = tl.load(log_sum + at, mask=mask, other=0.0)
+            largest = tl.load(maximum + at, mask=mask, other=0.0)
+            share = tl.load(normaliser + at, mask=mask, other=0.0)
             mean = tl.load(delta + at, mask=mask, other=0.0)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - normaliser), 0.0)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
             by_score = weight * (tl.sum(grad * v, axis=2) - mean)
             if SIMILARITY == 0:
                 by_key += by_score * (2.0 * (q - k))
@@ -312,50 +323,93 @@ def _block_positions(block_groups: int, block_channels: int) -> int:
     return max(8, BLOCK_NUMBERS // (block_groups * block_channels))
 
 
-def _strides(name: str, maps: Tensor) -> dict[str, int]:
-    """As kernel arguments: from image to image, channel to channel, row to row and column to column."""
-    channel = "C" if name in "VO" else "G"
-    return dict(zip((f"{name}N", f"{name}{channel}", f"{name}Y", f"{name}X"), maps.stride(), strict=True))
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    query_shape: torch.Size, value_shape: torch.Size, kernel_size: int, strides: tuple[tuple[str, tuple[int, ...]], ...],
+    stride: int, dilation: int, similarity: str, per_group: int,
+) -> dict[str, int]:  # fmt: skip
+    """What kernels are told beside tensors: the same for all calls of a layer, and longer to put together than a launch.
 
-
-def _constants(query, value, geometry, stride, dilation, similarity, per_group) -> dict[str, int]:
-    return {
+    Args:
+        strides: of tensors, from image to image, channel to channel, row to row and column to column, by their letter.
+    """
+    constants = {
         "ONE": 1,
-        "GROUPS": query.shape[1],
-        "CHANNELS": value.shape[1],
+        "batch": value_shape[0],
+        "GROUPS": query_shape[1],
+        "CHANNELS": value_shape[1],
         "PER_GROUP": per_group,
-        "HEIGHT": value.shape[2],
-        "WIDTH": value.shape[3],
-        "OUT_HEIGHT": query.shape[2],
-        "OUT_WIDTH": query.shape[3],
-        "KERNEL": geometry.shape[-1],
+        "HEIGHT": value_shape[2],
+        "WIDTH": value_shape[3],
+        "OUT_HEIGHT": query_shape[2],
+        "OUT_WIDTH": query_shape[3],
+        "KERNEL": kernel_size,
         "STRIDE": stride,
         "DILATION": dilation,
         "SIMILARITY": SIMILARITY_CODES[similarity],
         "BLOCK_M": triton.next_power_of_2(per_group),
     }
+    for name, by_axis in strides:
+        channel = "C" if name in "VO" else "G"
+        constants |= dict(zip((f"{name}N", f"{name}{channel}", f"{name}Y", f"{name}X"), by_axis, strict=True))
+    return constants
 
 
-def _blocks(maps: Tensor, block_positions: int) -> int:
-    """How many programs cover the positions of all images."""
-    batch, _, height, width = maps.shape
+def _arguments(query, key, value, geometry, stride, dilation, similarity, per_group, grad_out=None) -> dict[str, Any]:
+    """What all kernels are given."""
+    strides = ("Q", query.stride()), ("K", key.stride()), ("V", value.stride())
+    if grad_out is not None:
+        strides += (("O", grad_out.stride()),)
+    sizes = (query.shape, value.shape, geometry.shape[-1], strides)
+    constants = _constants(*sizes, stride, dilation, similarity, per_group)
+    return {"query": query, "key": key, "value": value, "geometry": geometry.contiguous(), **constants}
+
+
+@functools.lru_cache(maxsize=4096)
+def _blocks(shape: torch.Size, block_positions: int) -> int:
+    """How many programs cover the positions of all images of a (N, *, H, W) tensor."""
+    batch, _, height, width = shape
     strip = _strip_width(width)
     return triton.cdiv(batch * height * strip * triton.cdiv(width, strip), block_positions)
 
 
-def _launch(kernel, positions: Tensor, arguments: dict, may_tune: bool = True) -> None:
+def _launch(kernel, positions: Tensor, arguments: dict[str, Any], may_tune: bool = True) -> None:
     """Runs a kernel over the positions of a (N, *, H, W) tensor and all groups."""
-    block_m, groups = arguments["BLOCK_M"], arguments["GROUPS"]
-
-    def grid(meta):
-        return _blocks(positions, meta["BLOCK_P"]), triton.cdiv(groups, meta["BLOCK_G"])
-
-    arguments = {**arguments, "batch": positions.shape[0], "STRIP": _strip_width(positions.shape[3])}
+    shape, block_m, groups = positions.shape, arguments["BLOCK_M"], arguments["GROUPS"]
+    strip = _strip_width(shape[3])
     if may_tune and positions.is_cuda and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
-        _tuned(kernel, block_m)[grid](**arguments)
+
+        def grid(meta):
+            return _blocks(shape, meta["BLOCK_P"]), triton.cdiv(groups, meta["BLOCK_G"])
+
+        _tuned(kernel, block_m)[grid](**arguments, STRIP=strip)
     else:
         block_g, warps = CONFIGS[0]
-        kernel[grid](**arguments, BLOCK_P=_block_positions(block_g, block_m), BLOCK_G=block_g, num_warps=warps)
+        block_p = _block_positions(block_g, block_m)
+        grid = (_blocks(shape, block_p), triton.cdiv(groups, block_g))
+        _run(kernel, grid, {**arguments, "STRIP": strip, "BLOCK_P": block_p, "BLOCK_G": block_g}, warps)
+
+
+#: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors, and numbers.
+_compiled: dict[tuple, Any] = {}
+
+#: From 3.3 on a compiled kernel takes the arguments of its source, constants among them.
+_HAS_FULL_SIGNATURES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
+def _run(kernel, grid: tuple[int, int], arguments: dict[str, Any], warps: int) -> None:
+    """`kernel[grid](**arguments)`, past the search for what is compiled already, which takes longer than small maps do."""
+    if IS_INTERPRETED or not _HAS_FULL_SIGNATURES:
+        kernel[grid](**arguments, num_warps=warps)
+        return
+    values = [arguments[name] for name in kernel.arg_names]
+    key = (kernel, torch.cuda.current_device(), warps)
+    key += tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in values)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](**arguments, num_warps=warps)
+    else:
+        compiled[(*grid, 1)](*values)
 
 
 @functools.cache
@@ -364,7 +418,7 @@ def _tuned(kernel, block_m: int):
         triton.Config({"BLOCK_P": _block_positions(groups, block_m), "BLOCK_G": groups}, num_warps=warps)
         for groups, warps in CONFIGS
     ]
-    key = ["batch", "GROUPS", "CHANNELS", "HEIGHT", "WIDTH", "STRIDE", "DILATION", "KERNEL", "SIMILARITY"]
+    key = ["GROUPS", "CHANNELS", "HEIGHT", "WIDTH", "STRIDE", "DILATION", "KERNEL", "SIMILARITY"]
     return triton.autotune(configs, key=key)(kernel)
 
 
@@ -373,10 +427,10 @@ def _new_maps(batch: int, channels: int, height: int, width: int, like: Tensor, 
     return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     batch, groups, *size = query.shape
     out = _new_maps(batch, value.shape[1], *size, like=value)
-    return out, _new_maps(batch, groups, *size, like=query, dtype=torch.float32)
+    return out, *(_new_maps(batch, groups, *size, like=query, dtype=torch.float32) for _ in range(3))
 
 
 def _allocate_gradients(query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, needs_geometry: bool):
@@ -384,47 +438,36 @@ def _allocate_gradients(query: Tensor, key: Tensor, value: Tensor, geometry: Ten
     return *grads, geometry.new_empty(geometry.shape if needs_geometry else 0)
 
 
-@torch.library.custom_op("lrrobust::local_relation", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, geometry: Tensor,
     stride: int, dilation: int, similarity: str, per_group: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and the log-sum-exp of every window's scores in float32."""
-    out, log_sum = _allocate_outputs(query, value)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, and of every window in float32 the largest score, the inverse of its normaliser, and the mean key."""
+    out, maximum, normaliser, mean_key = _allocate_outputs(query, value)
     if query.shape[0]:
-        arguments = {"query": query, "key": key, "value": value, "geometry": geometry.contiguous()}
-        arguments |= {"out": out, "log_sum": log_sum}
-        arguments |= _strides("Q", query) | _strides("K", key) | _strides("V", value)
-        arguments |= _constants(query, value, geometry, stride, dilation, similarity, per_group)
+        arguments = _arguments(query, key, value, geometry, stride, dilation, similarity, per_group)
         with _on(value):
-            _launch(_forward_kernel, query, arguments)
-    return out, log_sum
+            results = {"out": out, "maximum": maximum, "normaliser": normaliser, "mean_key": mean_key}
+            _launch(_forward_kernel, query, arguments | results)
+    return out, maximum, normaliser, mean_key
 
 
-@_forward.register_fake
-def _(query, key, value, geometry, stride, dilation, similarity, per_group):
-    return _allocate_outputs(query, value)
-
-
-@torch.library.custom_op("lrrobust::local_relation_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _backward(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, log_sum: Tensor, grad_out: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, geometry: Tensor,
+    maximum: Tensor, normaliser: Tensor, mean_key: Tensor, grad_out: Tensor,
     stride: int, dilation: int, similarity: str, per_group: int, needs_geometry: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and geometry; that of the geometry is empty if it is not needed."""
     *grads, grad_geometry = _allocate_gradients(query, key, value, geometry, needs_geometry)
     if not query.shape[0]:
         return *grads, grad_geometry.zero_()
-    delta = torch.empty_like(log_sum)
-    constants = _constants(query, value, geometry, stride, dilation, similarity, per_group)
+    delta = torch.empty_like(maximum)
+    arguments = _arguments(query, key, value, geometry, stride, dilation, similarity, per_group, grad_out)
     # One row a program, added up in their order by torch: atomic additions would come in any order.
-    blocks = _blocks(query, _block_positions(CONFIGS[0][0], constants["BLOCK_M"])) if needs_geometry else 0
-    by_block = log_sum.new_empty((blocks, *geometry.shape))
-    arguments = {"query": query, "key": key, "value": value, "geometry": geometry.contiguous()}
-    arguments |= {"log_sum": log_sum, "grad_out": grad_out, "delta": delta}
-    arguments |= _strides("Q", query) | _strides("K", key) | _strides("V", value) | _strides("O", grad_out)
-    arguments |= constants
-    by_output = {"grad_query": grads[0], "grad_geometry": by_block, "NEEDS_GEOMETRY": needs_geometry}
+    blocks = _blocks(query.shape, _block_positions(CONFIGS[0][0], arguments["BLOCK_M"])) if needs_geometry else 0
+    by_block = maximum.new_empty((blocks, *geometry.shape))
+    arguments |= {"maximum": maximum, "normaliser": normaliser, "grad_out": grad_out, "delta": delta}
+    by_output = {"mean_key": mean_key, "grad_query": grads[0], "grad_geometry": by_block, "NEEDS_GEOMETRY": needs_geometry}
     by_input = {"grad_key": grads[1], "grad_value": grads[2]}
     with _on(value):
         _launch(_backward_outputs_kernel, query, arguments | by_output, may_tune=not needs_geometry)
@@ -434,35 +477,15 @@ def _backward(
     return *grads, grad_geometry
 
 
-@_backward.register_fake
-def _(query, key, value, geometry, log_sum, grad_out, stride, dilation, similarity, per_group, needs_geometry):
-    return _allocate_gradients(query, key, value, geometry, needs_geometry)
-
-
 def _on(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, whatever the tensors' is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_log_sum):
-    if grad_out is None:
-        return (None,) * 8
-    needs_geometry = ctx.needs_input_grad[3]
-    *grads, grad_geometry = _backward(
-        *ctx.saved_tensors, grad_out, ctx.stride, ctx.dilation, ctx.similarity, ctx.per_group, needs_geometry
-    )
-    return *grads, grad_geometry if needs_geometry else None, None, None, None, None
-
-
-# No rule for autocast is needed: custom operations take their arguments as they come, and this one takes
-# half precision and float32 side by side and always sums in float32.
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_local_relation = build_operation(
+    "local_relation", forward=_forward, backward=_backward, allocate_outputs=_allocate_outputs,
+    allocate_gradients=_allocate_gradients, device_types=("cpu", "cuda"),
+)  # fmt: skip
 
 
 def local_relation_triton(
@@ -477,4 +500,4 @@ def local_relation_triton(
     channels_per_group: int,
 ) -> Tensor:
     """Same arguments and result as `local_relation`, which checks them first. Differentiable once."""
-    return _forward(query, key, value, geometry, stride, dilation, similarity, channels_per_group)[0]
+    return _local_relation(query, key, value, geometry, stride, dilation, similarity, channels_per_group)

@@ -69,7 +69,8 @@ def run(inputs, backend="triton", layout=lambda x: x, **options):
 def assert_agrees(found, inputs, relative=1e-5, **options):
     expected = run([x.double() for x in inputs], "reference", **options)
     for name, x, truth in zip(NAMES, found, expected, strict=True):
-        tolerance = relative * max(truth.abs().max().item(), 1e-6)
+        # Where a window has one tap, gradients of 0 are differences of sums of products of about 1.
+        tolerance = relative * max(truth.abs().max().item(), 1e-2)
         torch.testing.assert_close(x.double(), truth, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -118,6 +119,15 @@ def test_gradient_of_the_query_does_not_cancel_where_queries_are_large():
     assert (found[1].double() - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()
 
 
+def test_gradients_do_not_suffer_from_queries_far_from_all_keys():
+    query, key, value, geometry = make_inputs(1, 8, 6, 6, 5)
+    inputs = [query + 8, key, value, geometry]
+    truth = run([x.double() for x in inputs], "reference")
+    plain = run(inputs, "reference")
+    for name, x, by_plain, exact in zip(NAMES, run(inputs), plain, truth, strict=True):
+        assert (x.double() - exact).abs().max() <= 2 * (by_plain.double() - exact).abs().max() + 1e-7, name
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_far_apart_scores_stay_finite(similarity):
     _, _, value, _ = make_inputs(1, 8, 4, 4, 7)
@@ -152,7 +162,9 @@ def test_layout_of_inputs_plays_no_part(layout):
     inputs = make_inputs(2, 12, 5, 4, 3, 2)
     expected = run([layout(x).contiguous() for x in inputs], stride=2)
     if layout(inputs[0]).equal(inputs[0]):
-        torch.testing.assert_close(run(inputs, layout=layout, stride=2), expected, rtol=0, atol=0)
+        # Other strides are another kernel, whose products and sums a GPU may fuse otherwise.
+        tolerance = 1e-6 if HAS_GPU else 0
+        torch.testing.assert_close(run(inputs, layout=layout, stride=2), expected, rtol=tolerance, atol=tolerance)
     assert_agrees(run([layout(x) for x in inputs], stride=2), [layout(x) for x in inputs], stride=2)
 
 
@@ -161,7 +173,9 @@ def test_expanded_output_gradient():
     options = {"kernel_size": 3, "backend": "triton"}
     by_sum = torch.autograd.grad(local_relation(*inputs, **options).sum(), inputs)
     out = local_relation(*inputs, **options)
-    torch.testing.assert_close(by_sum, torch.autograd.grad(out, inputs, torch.ones_like(out)), rtol=0, atol=0)
+    tolerance = 1e-6 if HAS_GPU else 0  # as above
+    expected = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    torch.testing.assert_close(by_sum, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_results_are_channels_last():
@@ -210,7 +224,7 @@ def test_refuses_to_be_differentiated_twice():
     leaves = [x.requires_grad_() for x in make_inputs(1, 8, 3, 3, 3)]
     out = local_relation(*leaves, kernel_size=3, backend="triton")
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
@@ -228,8 +242,8 @@ def test_operations_are_registered_as_torch_wants():
     inputs = [x.requires_grad_() for x in make_inputs(1, 3, 2, 3, 3, 2)]
     options = (2, 1, "squared_difference", 8)
     torch.library.opcheck(torch.ops.lrrobust.local_relation.default, (*inputs, *options))
-    out, log_sum = torch.ops.lrrobust.local_relation(*(x.detach() for x in inputs), *options)
-    arguments = (*(x.detach() for x in inputs), log_sum, torch.ones_like(out), *options)
+    out, *saved = torch.ops.lrrobust.local_relation(*(x.detach() for x in inputs), *options)
+    arguments = (*(x.detach() for x in inputs), *saved, torch.ones_like(out), *options)
     for needs_geometry in (False, True):
         torch.library.opcheck(torch.ops.lrrobust.local_relation_backward.default, (*arguments, needs_geometry))
 
@@ -302,7 +316,7 @@ for kernel in (kernels._forward_kernel, kernels._backward_outputs_kernel, kernel
         elif name in ("batch", "ONE", "QN", "KN", "VN", "ON"):
             types[name] = "i32"
         else:
-            types[name] = "*fp32" if name in ("geometry", "log_sum", "delta", "grad_geometry") else sys.argv[1]
+            types[name] = "*fp32" if name in ("geometry", "maximum", "normaliser", "mean_key", "delta", "grad_geometry") else sys.argv[1]
         if types[name].startswith("*") or name in ("QN", "KN", "VN", "ON"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): number for name, number in CONSTANTS.items() if name in kernel.arg_names}
