@@ -87,6 +87,4 @@ def build_operation(
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     """Whether nobody but autograd has to learn of an operation on these tensors."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return not torch.compiler.is_compiling() and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)

@@ -342,6 +342,83 @@ def test_kernels_compile_for_a_gpu(dtype, tmp_path):
         assert all(re.search(r"synchronisations 0 wide loads [1-9]", line) for line in lines), done.stdout
 
 
+_LAUNCH = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+launched, loaded = [], []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        told = [(a.dtype, tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        launched.append((self.name, (x, y, z), told))
+
+
+class Driver:
+    launcher_cls = Launcher
+    utils = property(lambda self: self)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name, kernel, shared, device):
+        loaded.append(name)
+        return 1, 1, 32, 0, 1024
+
+
+driver.set_active(Driver())
+torch.cuda.current_device = lambda: 0
+from lrrobust.ops import _triton as kernels
+
+
+def step(batch):
+    launched.clear(), loaded.clear()
+    maps = [torch.zeros(batch, n, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_() for n in (2, 2, 16)]
+    options = {"stride": 1, "dilation": 1, "similarity": "squared_difference", "channels_per_group": 8}
+    out = kernels.local_relation_triton(*maps, torch.zeros(2, 3, 3), **options)
+    torch.autograd.grad(out, maps, torch.ones_like(out))
+    return [*launched], [*loaded]
+
+
+first, compiled = step(16)
+assert compiled == ["_forward_kernel", "_backward_outputs_kernel", "_backward_inputs_kernel"], compiled
+found = []
+search = type(kernels._forward_kernel).run
+type(kernels._forward_kernel).run = lambda self, *rest, **more: found.append(self) or search(self, *rest, **more)
+again, compiled = step(16)
+assert again == first and len(again) == 3 and not compiled
+assert not found, "looked for what it knew"
+# Attacks end with batches of any size: none of them waits for a compiler.
+for batch in (1, 3, 32):
+    other, compiled = step(batch)
+    assert not compiled, (batch, compiled)
+    assert [name for name, *_ in other] == [name for name, *_ in first] and other != first
+"""
+
+
+def test_what_is_compiled_is_launched_without_a_search_and_for_any_batch_size(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(lrrobust.__file__).parents[1]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", _LAUNCH], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 # --- what only a GPU can show -----------------------------------------------------------------------
 
 
