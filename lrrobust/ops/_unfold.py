@@ -28,14 +28,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Maps of at most this many pixels are one tile: nearly every pixel sees nearly every other.
-WHOLE_MAP = 64
-#: Rows of output positions, and columns of pixels that such a row steps over, in a tile of a larger map. A 7x7
-#: window then costs 80 scores for 49; smaller tiles save less of that than their products and copies cost.
-TILE = (2, 4)
-#: At most as many scores as there are values are held at once; never fewer than the first of these
-#: (small operations cost their calls), and on the CPU never more than the second (its caches).
-LEAST_CHUNK, LARGEST_CPU_CHUNK = 2**16, 2**20
+class Cut(NamedTuple):
+    """How finely maps and batches are cut.
+
+    Attributes:
+        whole_map: maps of at most this many pixels are one tile: nearly every pixel sees nearly every other.
+        tile: rows of output positions, and columns of pixels that such a row steps over, in a tile of a larger map.
+        least_chunk, largest_chunk: at most as many scores as there are values are held at once; never fewer than the
+            first of these (small operations cost their calls), and never more than the second.
+    """
+
+    whole_map: int
+    tile: tuple[int, int]
+    least_chunk: int
+    largest_chunk: float
+
+
+#: A 7x7 window costs 80 scores for 49; smaller tiles save less of that than their products and copies cost. Chunks fit the caches.
+CPU_CUT = Cut(64, (2, 4), 2**16, 2**20)
+#: An accelerator has the arithmetic to spare, and waits for every call: large tiles, 196 scores for 49, and few chunks.
+ACCELERATOR_CUT = Cut(256, (8, 8), 2**24, math.inf)
+
+
+def _cut_for(device: torch.device) -> Cut:
+    return CPU_CUT if device.type == "cpu" else ACCELERATOR_CUT
 
 
 class Options(NamedTuple):
@@ -62,12 +78,13 @@ class _Tiling:
         self.groups, self.depth = query.shape[1], options.channels_per_group
         self.dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value, geometry)), torch.float32)
         self.out_size, self.size, self.kernel_size = query.shape[2:], key.shape[2:], geometry.shape[-1]
-        if math.prod(self.size) <= WHOLE_MAP:
+        self._cut = cut = _cut_for(value.device)
+        if math.prod(self.size) <= cut.whole_map:
             self.counts, self.tile, self.patch, self.step, self.before = (1, 1), self.out_size, self.size, self.size, 0
         else:
             self.before = options.dilation * (self.kernel_size // 2)
             # Strips are never more than about three times as wide as the part of the map that they stand for.
-            self.tile = (TILE[0], -(-max(TILE[1], self.before) // options.stride))
+            self.tile = (cut.tile[0], -(-max(cut.tile[1], self.before) // options.stride))
             self.counts = [-(-length // part) for length, part in zip(self.out_size, self.tile, strict=True)]
             self.step = [length * options.stride for length in self.tile]
             self.patch = [length - options.stride + 2 * self.before + 1 for length in self.step]
@@ -117,9 +134,7 @@ class _Tiling:
 
     def chunks(self, value: Tensor) -> Iterator[slice]:
         """The images of the batch, some at a time."""
-        chunk = max(LEAST_CHUNK, value.numel())
-        if value.device.type == "cpu":
-            chunk = min(chunk, LARGEST_CPU_CHUNK)
+        chunk = min(max(self._cut.least_chunk, value.numel()), self._cut.largest_chunk)
         largest = self.groups * self.counts[1] * max(self.index.numel(), self.depth * self.size[0] * self.patch[1])
         images = max(1, chunk // max(1, largest))
         return (slice(first, min(first + images, len(value))) for first in range(0, len(value), images))

@@ -17,10 +17,7 @@ SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of about 3x3 and one or two images at a time, so that small maps have many."""
-    monkeypatch.setattr(_unfold, "WHOLE_MAP", 0)
-    monkeypatch.setattr(_unfold, "TILE", (3, 3))
-    monkeypatch.setattr(_unfold, "LEAST_CHUNK", 1)
-    monkeypatch.setattr(_unfold, "LARGEST_CPU_CHUNK", 1500)
+    monkeypatch.setattr(_unfold, "CPU_CUT", _unfold.Cut(0, (3, 3), 1, 1500))
 
 
 def make_inputs(batch, channels, height, width, kernel_size, stride=1, per_group=8, dtype=torch.float64):
@@ -70,6 +67,20 @@ def test_real_tiles_agree_with_the_reference(stride):
     torch.testing.assert_close(run(inputs, "unfold", stride=stride), expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("side, stride", [(33, 1), (35, 2), (16, 1)])
+def test_an_accelerators_tiles_agree_and_are_few_calls(side, stride, monkeypatch):
+    inputs = make_inputs(2, 12, side, side, 7, stride)
+    expected = run(inputs, "reference", stride=stride)
+    calls = []
+    for cut in (_unfold.CPU_CUT, _unfold.ACCELERATOR_CUT):
+        monkeypatch.setattr(_unfold, "CPU_CUT", cut)
+        with _Calls() as counted:
+            torch.testing.assert_close(run(inputs, "unfold", stride=stride), expected, rtol=1e-10, atol=1e-11)
+        calls.append(counted.number)
+    assert calls[1] < calls[0] / 2
+    assert _unfold._cut_for(torch.device("cuda")) is _unfold._cut_for(torch.device("mps")) is _unfold.ACCELERATOR_CUT
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_can_be_differentiated_twice(similarity, small_tiles):
     inputs = make_inputs(1, 3, 4, 3, 3, per_group=2)
@@ -79,6 +90,18 @@ def test_can_be_differentiated_twice(similarity, small_tiles):
 
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operations, each of which an accelerator waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.number += 1
+        return function(*arguments, **(keywords or {}))
 
 
 class _LargestResult(TorchDispatchMode):
@@ -98,7 +121,7 @@ class _LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [2, 32])
 def test_memory_is_bounded_whatever_the_batch(batch):
     inputs = make_inputs(batch, 64, 12, 12, 7, dtype=torch.float32)
-    bound = max(inputs[2].numel(), _unfold.LEAST_CHUNK)
+    bound = max(inputs[2].numel(), _unfold.CPU_CUT.least_chunk)
     largest = {}
     for backend in ("unfold", "reference"):
         with _LargestResult() as seen:
