@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+
+from lrrobust.evaluation.memory import is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 #: Rounds in which everything is timed, whatever it costs: what is timed once says nothing of its noise.
 LEAST_ROUNDS = 2
@@ -40,6 +45,8 @@ def time_interleaved(
     ones. Where everything takes longer than it did then, the rounds end when the budget is spent. Nothing is timed less
     than `LEAST_ROUNDS` times, whatever the budget.
 
+    Whoever runs out of memory is told of and takes part no longer; without the baseline there are no further rows.
+
     Args:
         baseline: the way that the others are compared with: it is part of every round.
         budget_s: for all counted rounds.
@@ -51,9 +58,27 @@ def time_interleaved(
         `name`, `repeat`, `wall_s`, `cpu_s` (of all threads of this process), and what was read.
     """
     told = f"{case}: " if case else ""
-    for name, warm_up in (ways if warm_ups is None else warm_ups).items():
+    ways = dict(ways)
+
+    def fits(name: str, work: Callable[[], object], found: list[object]) -> bool:
+        try:
+            found.append(work())
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not while the error lives, whose frames hold what filled the memory.
+        del ways[name]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        others = ", and with it what is compared with it" if name == baseline else ""
+        _log.warning("%s%s is left out%s: it runs out of memory on %s; a smaller --batch-size needs less", told, name, others, device)
+        return False
+
+    for name, warm_up in list((ways if warm_ups is None else warm_ups).items()):
         on_turn(f"{told}{name}, warming up")
-        warm_up()
+        if not fits(name, warm_up, []) and name == baseline:
+            return
     counts = dict.fromkeys(ways, repeats)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
@@ -64,15 +89,20 @@ def time_interleaved(
             taking_part = rare and {*rare, baseline}
         else:
             taking_part = {name for name, count in counts.items() if _takes_part(repeat, count, rounds)}
-        for name in (name for name in ways if name in taking_part):
+        for name in [name for name in ways if name in taking_part]:
             on_turn(f"{told}{name}, round {repeat + 1} of {rounds}")
             wait_for(device)
             started, started_cpu = time.perf_counter(), time.process_time()
-            found = ways[name]()
+            found: list[object] = []
+            if not fits(name, ways[name], found):
+                if name == baseline:
+                    return
+                counts.pop(name), taken.pop(name)
+                continue
             wait_for(device)
             wall_s, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
             taken[name].append(wall_s)
-            yield {"name": name, "repeat": repeat, "wall_s": wall_s, "cpu_s": cpu_s, **read(found)}
+            yield {"name": name, "repeat": repeat, "wall_s": wall_s, "cpu_s": cpu_s, **read(found.pop())}
         if is_last:
             return
         if repeat == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
@@ -14,10 +16,16 @@ from lrrobust.bench.peak_memory import measure_peak_bytes
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, why_not
 
+_log = logging.getLogger(__name__)
+
 KERNEL_SIZE = 7
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 SLICES = "49 slices"
 CONVOLUTION = "3x3 convolution"
+#: Neighbourhood attention with the same window and channels: scores are products of 8 numbers, and windows are moved into the image.
+NATTEN = "natten"
+#: A copy that moves as many bytes as must be moved: forward the inputs and the output, backward the inputs and all gradients.
+COPY = "copy"
 
 
 class Stage(NamedTuple):
@@ -78,13 +86,22 @@ def compare_operations(
         ways[SLICES] = _step(inputs, lambda *tensors, s=stage: sum_of_slices(*tensors, stride=s.stride))
         if stage.convolution_channels is not None:
             ways[CONVOLUTION] = _convolution_step(stage, batch_size, device, dtype)
+        if stage.stride == 1 and importlib.util.find_spec("natten") is not None:
+            try:
+                ways[NATTEN] = _natten_step(stage, batch_size, device, dtype)
+                ways[NATTEN]()
+            except Exception as error:  # of many types, for what this build of it has no kernel for
+                ways.pop(NATTEN, None)
+                _log.warning("%s: without natten, which says %s: %s", stage.name, type(error).__name__, error)
         peaks = {}
         if with_memory and device.type == "cpu":
             for name in (name for name in ways if name in BACKENDS):
                 on_turn(f"{stage.name}: {name}, memory")
                 peaks[name] = {"peak_bytes": measure_peak_bytes(prepare_step, stage, batch_size, name)}
         outputs = inputs.value.numel() // stage.stride**2
-        io_bytes = (2 * sum(t.numel() for t in inputs[:3]) + 2 * outputs) * inputs.value.element_size()
+        read = sum(t.numel() for t in inputs[:3])
+        io_bytes = (2 * read + 2 * outputs) * inputs.value.element_size()
+        ways[COPY] = _copy_step((3 * read + 2 * outputs) // 2, device, dtype)
         rows = time_interleaved(
             ways, repeats=repeats, device=device, baseline=fused, budget_s=budget_s / len(stages), case=stage.name,
             on_turn=on_turn,
@@ -154,6 +171,26 @@ def _step(inputs: _Inputs, function: Callable[..., torch.Tensor]) -> Callable[[]
     def step() -> object:
         out = function(*inputs)
         return torch.autograd.grad(out, inputs[:3], out.detach())
+
+    return step
+
+
+def _copy_step(numbers: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    source = torch.ones(numbers, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _natten_step(stage: Stage, batch_size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    import natten
+
+    heads = -(-stage.channels // PAPER_CHANNELS_PER_GROUP)
+    shape = batch_size, stage.size, stage.size, heads, PAPER_CHANNELS_PER_GROUP
+    tensors = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    def step() -> object:
+        out = natten.na2d(*tensors, kernel_size=KERNEL_SIZE)
+        return torch.autograd.grad(out, tensors, out.detach())
 
     return step
 

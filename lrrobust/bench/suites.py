@@ -79,6 +79,8 @@ class BenchResult:
 def _measure(rows: Iterable[dict[str, object]], summarise: Callable[[pd.DataFrame], pd.DataFrame]) -> BenchResult:
     """Takes the measurements, and sums up those that were taken."""
     times, interruption = collect(rows)
+    if not len(times) and interruption is None:
+        raise ConfigError("nothing was measured: all that the others are compared with ran out of memory; give a smaller --batch-size")
     return BenchResult(times, summarise(times) if len(times) else times, interruption)
 
 

@@ -46,6 +46,32 @@ def test_warm_ups_and_what_was_read(clock):
     assert called == ["short"] and row["found"] == 7
 
 
+def run_out(_=None):
+    raise torch.OutOfMemoryError("tried to allocate 140 GiB")
+
+
+def test_who_runs_out_of_memory_is_left_out_and_the_others_go_on(clock, caplog):
+    rounds = iter([clock(1), clock(1), run_out])  # to warm up, the first round, the second
+    ways = {"base": clock(1), "greedy": run_out, "late": lambda: next(rounds)(), "fast": clock(1)}
+    frame = pd.DataFrame(time_interleaved(ways, repeats=3, device=CPU, baseline="base", case="64 pixels"))
+    assert frame.groupby("name").size().to_dict() == {"base": 3, "fast": 3, "late": 1}
+    told = "64 pixels: {} is left out: it runs out of memory on cpu; a smaller --batch-size needs less"
+    assert caplog.messages == [told.format("greedy"), told.format("late")]
+
+
+def test_without_the_baseline_there_is_nothing_to_compare(clock, caplog):
+    rows = list(time_interleaved({"base": run_out, "other": clock(1)}, repeats=2, device=CPU, baseline="base"))
+    assert rows == [] and "base is left out, and with it what is compared with it" in caplog.text
+
+
+def test_other_failures_are_not_taken_for_memory(clock):
+    def broken():
+        raise ValueError("shapes")
+
+    with pytest.raises(ValueError, match="shapes"):
+        list(time_interleaved({"base": clock(1), "other": broken}, repeats=2, device=CPU, baseline="base"))
+
+
 @pytest.mark.parametrize(
     "budget_s, counts",
     [

@@ -44,6 +44,25 @@ def test_peaks_are_set_beside_what_they_are_measured_by(monkeypatch):
     assert list(suites.bench_operation(request).summary.peak_ratio) == [1.5]
 
 
+def test_nothing_measured_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(suites, "compare_operations", lambda **options: iter(()))
+    assert cli.run(["bench", "operation", "--out", str(tmp_path)]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: nothing was measured: all that the others are compared with ran out of memory")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 140 GiB"), MemoryError()])
+def test_memory_that_runs_out_outside_of_what_is_timed_is_one_line(error, monkeypatch, tmp_path, capsys):
+    def run_out(**options):
+        raise error
+
+    monkeypatch.setattr(suites, "compare_operations", run_out)
+    assert cli.run(["bench", "operation", "--out", str(tmp_path)]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"error: memory ran out ({str(error) or 'MemoryError'}); what was finished is kept; give a smaller")
+
+
 class _Interrupted:
     """A comparison that Ctrl-C ends when it has yielded some rows."""
 
