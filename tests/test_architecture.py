@@ -77,7 +77,7 @@ MAY_IMPORT = {
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
-    "cli": {"bench", "crosscheck", "learning_curves", "training.ranks"},
+    "cli": {"bench", "crosscheck", "learning_curves", "training.ranks", "evaluation.memory"},
     "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.
