@@ -56,7 +56,7 @@ def attack_by_rules(
         is_broken = claim(rows, proposals, eps, is_last)
         for row, budget, broken in zip(rows, eps, is_broken, strict=True):
             if broken:
-                standing[row] = ladder.index(budget)
+                standing[row] = min(int(standing[row]), ladder.index(budget))
         return is_broken
 
     for position, rule in enumerate(rules):

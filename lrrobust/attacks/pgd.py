@@ -15,7 +15,7 @@ from lrrobust.attacks.targets import Target, choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
 #: Told of proposals: their rows among the attacked images, the proposals (M, C, H, W), the budget of each,
-#: and whether each is the last of its start. Says which images are broken: by these, and for good.
+#: and whether each is the last of its start. Says which images are broken within these budgets, and for good.
 Claim = Callable[[Sequence[int], torch.Tensor, Sequence[float], Sequence[bool]], Sequence[bool]]
 
 #: Random numbers for one start: row among the attacked images, budget, restart -> a generator on the CPU.
@@ -28,8 +28,6 @@ class _Climb:
 
     row: int
     level: int
-    #: First level at which it is not attacked any more.
-    stop: int
     #: Number of the start at this level: the restarts towards one target, then those towards the next.
     start: int = 0
     step: int = 0
@@ -57,6 +55,7 @@ def pgd(
     targets: int = 1,
     sparsity: float = 0.01,
     warm_start: bool = False,
+    ahead: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attack images at every budget, from the smallest up, until they are broken.
 
@@ -94,6 +93,9 @@ def pgd(
         sparsity: share of the values that a step in l1 changes; without effect in other norms.
         warm_start: begin the first restart at a larger budget where it ended at the one before, the perturbation
             stretched to the larger ball.
+        ahead: fill a batch that no image waits for with the larger budgets of those in it. Where a step costs the same
+            however many images it takes, as on a GPU while they are few, larger budgets then cost nothing; passes at
+            budgets above the one that breaks an image are lost. By default on a GPU, but for warm starts, which cannot.
 
     Returns:
         Forward and backward passes by budget and image, int64 (len(ladder), N): one each a gradient step, and a
@@ -113,6 +115,11 @@ def pgd(
         attacked = torch.where(levels > first, levels, 0)
         classes = choose_targets(model, images, labels, attacked, target, targets, batch_size)
     starts = restarts * (classes.shape[1] if target == "top_k" else 1)
+    if ahead is None:
+        ahead = images.device.type == "cuda"
+    ahead = ahead and not warm_start
+    #: By row, the next level to begin with, and the first at which the image is not attacked any more.
+    following, stop = [first] * len(images), levels.tolist()
     #: Perturbations at the budget before, in units of it, by row and number of the start.
     ended: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -132,18 +139,48 @@ def pgd(
                 climb.iterate = _start(image, norm, eps, generator) if random_start else image
         return climb
 
-    waiting = deque(_Climb(row, first, stop) for row, stop in enumerate(levels.tolist()) if first < stop)
+    def goes_on(climb: _Climb) -> bool:
+        """Moves an image to its next start or budget; False when there is none."""
+        climb.iterate = None
+        climb.start += 1
+        if climb.start == starts:
+            climb.start = 0
+            climb.level = following[climb.row]
+            following[climb.row] += 1
+        return climb.level < stop[climb.row]
+
+    def one_ahead() -> _Climb | None:
+        """The smallest budget that is not begun of an image that is attacked."""
+        rows = {climb.row for climb in active if following[climb.row] < stop[climb.row]}
+        if not rows:
+            return None
+        row = min(rows, key=lambda row: (following[row], row))
+        following[row] += 1
+        return _Climb(row, following[row] - 1)
+
+    waiting = deque(_Climb(row, first) for row in range(len(images)) if first < stop[row])
+    following = [level + 1 for level in following]
     active: list[_Climb] = []
-    claims: list[tuple[_Climb, torch.Tensor, bool]] = []
+    claims: list[_Claimed] = []
     while waiting or active or claims:
         while waiting and len(active) < batch_size:
             active.append(begin(waiting.popleft()))
+        while ahead and len(active) < batch_size and (climb := one_ahead()) is not None:
+            active.append(begin(climb))
         # Claims are judged together: when they fill a batch, or the batch needs who comes back from them.
         # Few do but those whose start came to its end.
         is_short = len(active) < batch_size and (not active or any(is_last for *_, is_last in claims))
         if len(claims) >= batch_size or (claims and is_short):
-            judged, claims = claims[:batch_size], claims[batch_size:]
-            for climb, is_last in _unbroken(judged, ladder, claim):
+            judged, claims = _take(claims, batch_size)
+            unbroken, broken = _judge(judged, ladder, claim)
+            for climb in broken:
+                stop[climb.row] = min(stop[climb.row], climb.level)
+            if ahead and broken:
+                active = [climb for climb in active if climb.level < stop[climb.row]]
+                waiting = deque(climb for climb in waiting if climb.level < stop[climb.row])
+                claims = [claimed for claimed in claims if claimed[0].level < stop[claimed[0].row]]
+                unbroken = [(climb, is_last) for climb, is_last in unbroken if climb.level < stop[climb.row]]
+            for climb, is_last in unbroken:
                 if not is_last and climb.step == steps:
                     claims.append((climb, climb.iterate, True))
                 elif not is_last:
@@ -151,7 +188,7 @@ def pgd(
                 else:
                     if warm_start and climb.start % restarts == 0:
                         ended[climb.row, climb.start] = (climb.iterate - images[climb.row]) / ladder[climb.level]
-                    if _goes_on(climb, starts):
+                    if goes_on(climb):
                         waiting.append(climb)
             continue
         rows = torch.tensor([climb.row for climb in active], device=images.device)
@@ -198,10 +235,26 @@ def _start(image: torch.Tensor, norm: Norm, eps: float, generator: torch.Generat
     return (image + noise.to(image)).clamp(0, 1)
 
 
-def _unbroken(
-    claims: Sequence[tuple[_Climb, torch.Tensor, bool]], ladder: Sequence[float], claim: Claim
-) -> list[tuple[_Climb, bool]]:
-    """Has the claims judged; those that broke nothing, with whether they were the last of their start."""
+#: An image, what is proposed for it, and whether that is the last of its start.
+_Claimed = tuple[_Climb, torch.Tensor, bool]
+
+
+def _take(claims: Sequence[_Claimed], count: int) -> tuple[list[_Claimed], list[_Claimed]]:
+    """The first claims, of every image one at most, and all others."""
+    taken: dict[int, _Claimed] = {}
+    left = []
+    for claimed in claims:
+        if len(taken) < count and claimed[0].row not in taken:
+            taken[claimed[0].row] = claimed
+        else:
+            left.append(claimed)
+    return list(taken.values()), left
+
+
+def _judge(
+    claims: Sequence[_Claimed], ladder: Sequence[float], claim: Claim
+) -> tuple[list[tuple[_Climb, bool]], list[_Climb]]:
+    """Has the claims judged; those that broke nothing, with whether they were the last of their start, and the others."""
     climbs, proposals, is_last = zip(*claims, strict=True)
     is_broken = claim(
         [climb.row for climb in climbs],
@@ -209,17 +262,8 @@ def _unbroken(
         [ladder[climb.level] for climb in climbs],
         is_last,
     )
-    return [(climb, last) for climb, last, broken in zip(climbs, is_last, is_broken, strict=True) if not broken]
-
-
-def _goes_on(climb: _Climb, starts: int) -> bool:
-    """Moves an image to its next start or budget; False when there is none."""
-    climb.iterate = None
-    climb.start += 1
-    if climb.start == starts:
-        climb.start = 0
-        climb.level += 1
-    return climb.level < climb.stop
+    unbroken = [(climb, last) for climb, last, broken in zip(climbs, is_last, is_broken, strict=True) if not broken]
+    return unbroken, [climb for climb, broken in zip(climbs, is_broken, strict=True) if broken]
 
 
 def _evaluate(

@@ -366,7 +366,7 @@ class _Outcomes:
     def enter(
         self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
     ) -> torch.Tensor:
-        """Keeps the nearest adversarial image of each row; which rows are broken by now, bool (M,)."""
+        """Keeps the nearest adversarial image of each row; which rows are broken within their eps by now, bool (M,)."""
         nearest, found = self.distance(threat.norm), verdict.distance(threat.norm)
         is_nearer = verdict.is_adversarial & (found < nearest[rows])
         better = rows[is_nearer]
@@ -378,7 +378,8 @@ class _Outcomes:
         self.linf[better] = verdict.linf_distance[is_nearer]
         self.l2[better] = verdict.l2_distance[is_nearer]
         self.l1[better] = verdict.l1_distance[is_nearer]
-        return self.is_broken[rows]
+        reached = torch.minimum(nearest, self.found_at)[rows]
+        return self.is_broken[rows] & (reached <= torch.as_tensor(threat.eps).to(reached))
 
     def enter_quantized(
         self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel
@@ -527,7 +528,7 @@ def _round_and_judge(
     run: _Run, batch: _ChunkImages, outcomes: _Outcomes, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement,
     threat: ThreatModel,
 ) -> torch.Tensor:
-    """Judges what was found adversarial once more in 8 bits; which of `rows` are broken so by now, bool (M,)."""
+    """Judges what was found adversarial once more in 8 bits; which of `rows` are broken so within their eps, bool (M,)."""
     found = verdict.is_adversarial.nonzero().squeeze(1)
     images, budgets = batch.images[rows[found]], ThreatModel(threat.norm, threat.eps[found])
     rounded = quantize(images, proposed[found], budgets)
@@ -540,7 +541,8 @@ def _round_and_judge(
         # Held in 8 bits it is an adversarial image like any other.
         outcomes.enter(at, rounded, judged, budgets)
         outcomes.enter_quantized(at, rounded, judged, budgets)
-    return outcomes.quantized_at[rows].isfinite()
+    reached = outcomes.quantized_at[rows]
+    return reached.isfinite() & (reached <= threat.eps.to(reached))
 
 
 def _rows(

@@ -1,11 +1,13 @@
 """PGD beside torchattacks, and what it does that torchattacks does not: leave broken images, keep batches full."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
+from lrrobust.attacks import build
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.errors import ConfigError
@@ -205,6 +207,65 @@ def test_batches_are_kept_full_while_images_wait(trained):
     assert max(attacked) == 16 and attacked.count(16) / len(attacked) > 0.75
     # Claims are collected: judged one by one they would be small batches too.
     assert sum(judged) / len(judged) > 8
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """What attacks on a GPU do: larger budgets fill batches that no image waits for."""
+    monkeypatch.setitem(build._RUNNERS, PgdSpec, build._with_settings(functools.partial(build.pgd, ahead=True)))
+
+
+@NORMS
+@pytest.mark.parametrize("batch_size, restarts", [(64, 1), (7, 1), (30, 3)])
+def test_budgets_attacked_ahead_change_the_order_alone(norm, batch_size, restarts, trained, attack_with, request):
+    model, images, labels = trained
+    spec, forwards = pgd(norm, steps=5, restarts=restarts), []
+    hook = model.register_forward_hook(lambda module, inputs, output: forwards.append(inputs[0].requires_grad))
+    try:
+        model.double()
+        one_by_one = attack_with(spec, model, images[:20].double(), labels[:20], batch_size=batch_size)
+        calls = sum(forwards)
+        forwards.clear()
+        request.getfixturevalue("ahead")
+        at_once = attack_with(spec, model, images[:20].double(), labels[:20], batch_size=batch_size)
+    finally:
+        hook.remove()
+        model.float()
+    assert torch.equal(at_once.is_broken, one_by_one.is_broken) and not at_once.is_broken.all()
+    standing = ~at_once.is_broken
+    torch.testing.assert_close(at_once.proposals[standing], one_by_one.proposals[standing], atol=1e-9, rtol=0)
+    # At budgets at which an image stands, and at the one that breaks it, it is attacked as ever.
+    counted = standing.clone()
+    counted[1:] |= standing[:-1]
+    counted[0] = True
+    assert torch.equal(at_once.effort.forward_passes[counted], one_by_one.effort.forward_passes[counted])
+    assert (one_by_one.effort.forward_passes[~counted] == 0).all()
+    if batch_size == 64:  # all that can be at once
+        assert sum(forwards) <= 0.6 * calls
+
+
+def test_budgets_attacked_ahead_are_claimed_once_and_one_image_at_a_time(trained, ahead):
+    model, images, labels = trained
+    spec = pgd("linf", 0.01, 0.02, 0.04, steps=5, restarts=2)
+    last = []
+
+    def refuse(rows, proposed, eps, is_last):
+        assert len(rows) == len(set(rows)) <= 20
+        last.extend((row, each) for row, each, whether in zip(rows, eps, is_last, strict=True) if whether)
+        return [False] * len(rows)
+
+    effort = Attack(spec)(model, images[:9], labels[:9], batch_size=20, claim=refuse, draw=draw)
+    assert (effort.forward_passes == 10).all()
+    assert sorted(last) == sorted((row, eps) for row in range(9) for eps in spec.eps for _ in range(2))
+
+
+def test_no_budget_is_attacked_ahead_of_its_own_levels(trained, ahead):
+    model, images, labels = trained
+    levels = torch.tensor([0, 1, 3, 2])
+    effort = Attack(pgd("linf", 0.0, 0.001, 0.002, steps=2))(
+        model, images[:4], labels[:4], batch_size=64, claim=lambda rows, *_: [False] * len(rows), draw=draw, levels=levels
+    )
+    assert effort.forward_passes.tolist() == [[0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 0]]
 
 
 def test_a_claim_that_the_judge_refuses_changes_nothing(trained):

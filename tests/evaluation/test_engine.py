@@ -1,5 +1,6 @@
 """The engine on models whose nearest adversarial images are known, and on models and attacks that misbehave."""
 
+import functools
 import math
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.attacks import build
 from lrrobust.attacks.build import Attack, Effort
+from lrrobust.attacks.pgd import pgd
 from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
 from lrrobust.evaluation import engine
@@ -249,6 +252,31 @@ def test_chunks_and_batches_change_nothing_but_rounding(problem, tmp_path, spec)
         for column in ("linf_distance", "l2_distance", "adversarial_margin"):
             np.testing.assert_allclose(rows[column].to_numpy(float), reference[column].to_numpy(float), rtol=1e-9, atol=1e-12)
     assert {"broken", "robust"} <= set(reference.outcome)
+
+
+@pytest.mark.parametrize("real_pixels", [None, "judged"])
+@pytest.mark.parametrize("spec", [PGD, PGD_L2], ids=lambda spec: spec.name)
+def test_larger_budgets_ahead_take_nothing_from_smaller_ones(spec, real_pixels, linear_problem, tmp_path, monkeypatch):
+    problem = linear_problem(40, 3)
+    pixels, labels = problem.images.double(), problem.labels
+    problem.model.double()
+    if real_pixels is not None:  # images of 8 bits, some grey levels away from the boundary
+        pixels = (255 * (0.5 + 8 * (pixels - 0.5)).clamp(0.1, 0.9)).round() / 255
+        labels = problem.model(pixels).argmax(1)
+        spec = spec.model_copy(update={"eps": (1.3 / 255, 2 / 255, 3.7 / 255, 6 / 255) if spec is PGD else (0.05, 0.1, 0.2, 0.4)})
+    images = ImagesInMemory(pixels, labels)
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setitem(build._RUNNERS, PgdSpec, build._with_settings(functools.partial(pgd, ahead=ahead)))
+        folder = tmp_path / str(ahead)
+        rows = run(problem.model, 3, images, [spec], folder, chunk_size=40, batch_size=200, real_pixels=real_pixels)
+        found.append(rows.sort_values(["index", "eps"]))
+    same = ["index", "eps", "is_broken", "outcome", "is_broken_quantized"]
+    assert found[0][same].equals(found[1][same])
+    assert {"broken", "broken_at_smaller_eps", "robust"} <= set(found[0].outcome)
+    assert real_pixels is None or 0 < found[0].is_broken_quantized.sum() < found[0].is_broken.sum()
+    stands = found[0].outcome == "robust"
+    np.testing.assert_allclose(found[0][stands].adversarial_margin, found[1][stands].adversarial_margin, rtol=1e-9)
 
 
 def test_forward_passes_and_time_are_those_of_the_attack(problem, tmp_path):
