@@ -22,7 +22,7 @@ What must move is every input once and the output once; the 49-fold reuse has to
 
 Scores, weights and sums are float32 whatever the inputs. A 7x7 window costs a position 49 exponentials and
 49 * 9 multiply-adds a group, for 4 * 8 bytes moved in half precision: counted against the H200's data
-sheet that arithmetic, not memory, is the bound there. Not yet measured on a GPU.
+sheet that arithmetic, not memory, is the bound there. On small maps it is the way to the launch (reports/bench).
 
 Block sizes are fixed by rule, so that results do not depend on timing; with
 `torch.backends.cudnn.benchmark = True` the fastest of a few is measured at the first call of each shape.
