@@ -42,10 +42,12 @@ lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
 lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive" --no-gallery
 lrrobust report "$RUNS/photos" --out "$OUT/photos"
 
-# What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone.
+# What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone, and of
+# adaptive/ the table.
 for set in val_a photos; do
     (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
 done
-for set in val_a photos adaptive; do
+for set in val_a photos; do
     sed -i.whole '/^!\[.*](passes_/d' "$OUT/$set/robust_accuracy.md" && rm "$OUT/$set/robust_accuracy.md.whole"
 done
+sed -i.whole '/^!\[/d' "$OUT/adaptive/robust_accuracy.md" && rm "$OUT/adaptive/robust_accuracy.md.whole" "$OUT"/adaptive/*.png
