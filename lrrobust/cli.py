@@ -721,7 +721,7 @@ def run(arguments: list[str]) -> int:
 def _explain_usage(error: _UsageError) -> str:
     """One line; without a command its list, which is what was missing."""
     context = getattr(error, "ctx", None)
-    message = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().split()).replace("Input should be", "expected")
     if context is None:
         return f"error: {message}"
     if type(error).__name__ == "NoArgsIsHelpError":

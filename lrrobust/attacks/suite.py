@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -158,6 +159,9 @@ def _locate(name: str | Path, relative_to: Path) -> Path:
         except (OSError, RuntimeError, ValueError):  # loops of links; zero bytes
             raise ConfigError(f"{text!r}: expected the path of a YAML file") from None
     if text not in _shipped():
+        beside = next((name for name in (f"{text}.yaml", f"{text}.yml", text) if os.path.isfile(relative_to / name)), None)
+        if beside is not None:
+            raise ConfigError(f"unknown attack {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
         raise UnknownNameError("attack", text, _shipped())
     return _shipped()[text]
 

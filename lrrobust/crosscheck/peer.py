@@ -52,6 +52,7 @@ class Peer:
         name: ours for it.
         modules: what it is imported as, the first that is installed is taken.
         distributions: what pip calls these.
+        options: of pip, for what asks for versions that it does not need.
         adapter: name of the module here that knows it.
     """
 
@@ -59,12 +60,13 @@ class Peer:
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
     adapter: str
+    options: str = ""
 
     def why_not(self) -> str | None:
         """Why it cannot take part, or None. Imports nothing."""
         if any(importlib.util.find_spec(module) is not None for module in self.modules):
             return None
-        return f"{self.name} is not installed: pip install {self.distributions[0]}"
+        return f"{self.name} is not installed: pip install {self.options}{self.distributions[0]}"
 
     @property
     def version(self) -> str:
@@ -101,7 +103,7 @@ PEERS = {
     for peer in (
         Peer("foolbox", ("foolbox",), ("foolbox",), "with_foolbox"),
         # The authors' own package is not on PyPI; pyautoattack is their code, packaged by others.
-        Peer("autoattack", ("autoattack", "pyautoattack"), ("pyautoattack", "autoattack"), "with_autoattack"),
+        Peer("autoattack", ("autoattack", "pyautoattack"), ("pyautoattack", "autoattack"), "with_autoattack", "--no-deps "),
         Peer("torchattacks", ("torchattacks",), ("torchattacks",), "with_torchattacks"),
         Peer("adv-lib", ("adv_lib",), ("adv-lib",), "with_adv_lib"),
     )
