@@ -438,6 +438,11 @@ def report(
                 if len(folders) == 1:
                     raise
                 logging.warning("left out: %s", error)
+        if not any(len(run.rows) for run in loaded):
+            raise StoreError(
+                f"nothing to report: no run in {', '.join(map(str, roots))} holds a result that can be read; "
+                "run its `lrrobust eval` command again, which computes what is missing"
+            )
         warn_of_other_rules(loaded)
         summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))

@@ -415,6 +415,15 @@ def test_a_damaged_part_is_said_and_done_again(run, workplace, whole, tmp_path, 
     assert timeless(find_runs(tmp_path)[0]).equals(whole["build"])
 
 
+def test_a_report_of_nothing_is_refused_and_written_nowhere(run, workplace, tmp_path):
+    assert run(*evaluation(workplace, tmp_path))[0] == 0
+    for part in parts_in(tmp_path):
+        part.write_bytes(b"")
+    code, _, err = run("report", tmp_path, "--out", tmp_path / "report")
+    assert code == 2 and err.splitlines()[-1].startswith("error: nothing to report: no run in ")
+    assert not (tmp_path / "report").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
 def test_a_damaged_manifest_is_said(run, workplace, tmp_path, content):
     arguments = evaluation(workplace, tmp_path)
