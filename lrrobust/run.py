@@ -470,6 +470,12 @@ def prepare_training(
         ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
     """
     recipe: Recipe = load_recipe(request.recipe, request.precision)
+    if ranks.is_first and (last_size := recipe.phases[-1].size) != recipe.image_size:
+        _log.warning(
+            "recipe %s ends at %d pixels, and its networks are for %d: batch statistics depend on the size, so that they may "
+            "be far better there than here; a last phase of %d pixels mends that",
+            recipe.name, last_size, recipe.image_size, recipe.image_size,
+        )
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)

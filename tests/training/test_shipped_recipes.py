@@ -75,6 +75,17 @@ def test_trains_from_images_to_weights(name, smaller, photos, tmp_path, capsys):
     assert (tmp_path / "out" / "log.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("size", [16, 24])
+def test_a_recipe_that_ends_at_another_size_is_warned_of(size, smaller, photos, tmp_path, caplog):
+    path = smaller("tiny_imagenet_short")
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**settings, "image_size": 16, "phases": [{"epochs": 1, "size": size}]}))
+    request = TrainingRequest("tiny", str(path), str(photos("tiny_imagenet_short")), tmp_path / "out", device="cpu")
+    prepare_training(request)
+    told = [message for message in caplog.messages if "ends at" in message]
+    assert len(told) == (size != 16) and all("ends at 24 pixels, and its networks are for 16" in each for each in told)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_where_images_are_kept(name, smaller, photos, tmp_path):
     request = TrainingRequest("tiny", str(smaller(name)), str(photos(name)), tmp_path / "out", device="cpu")
