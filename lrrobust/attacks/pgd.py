@@ -115,9 +115,7 @@ def pgd(
         attacked = torch.where(levels > first, levels, 0)
         classes = choose_targets(model, images, labels, attacked, target, targets, batch_size)
     starts = restarts * (classes.shape[1] if target == "top_k" else 1)
-    if ahead is None:
-        ahead = images.device.type == "cuda"
-    ahead = ahead and not warm_start
+    ahead = _is_ahead(ahead, images.device, warm_start)
     #: By row, the next level to begin with, and the first at which the image is not attacked any more.
     following, stop = [first] * len(images), levels.tolist()
     #: Perturbations at the budget before, in units of it, by row and number of the start.
@@ -214,6 +212,11 @@ def pgd(
                 still.append(climb)
         active = still
     return passes if classes is None else with_the_choice(passes), passes
+
+
+def _is_ahead(asked: bool | None, device: torch.device, warm_start: bool) -> bool:
+    """Whether to attack larger budgets before smaller ones are done; a warm start begins where those ended."""
+    return (device.type == "cuda" if asked is None else asked) and not warm_start
 
 
 def _choose_one(classes: torch.Tensor, target: Target, number: int, generator: torch.Generator) -> int:

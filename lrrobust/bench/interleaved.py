@@ -128,13 +128,17 @@ def _takes_part(repeat: int, count: int, rounds: int) -> bool:
 
 
 def collect(rows: Iterable[dict[str, object]]) -> tuple[pd.DataFrame, KeyboardInterrupt | None]:
-    """All rows, or those measured before an interruption, and the interruption."""
-    collected = []
+    """All rows, or those measured before an interruption, and the interruption; those until memory ran out likewise."""
+    collected: list[dict[str, object]] = []
     try:
         for row in rows:
             collected.append(row)
     except KeyboardInterrupt as interruption:
         return pd.DataFrame(collected), interruption
+    except Exception as error:
+        if not (collected and is_out_of_memory(error)):
+            raise
+        _log.warning("memory ran out, which ends this benchmark (%s); what was measured until then is kept", " ".join(str(error).split())[:120])
     return pd.DataFrame(collected), None
 
 

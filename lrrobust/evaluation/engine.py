@@ -34,7 +34,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 #: Raise it with every change of this package that changes the rows of the same run: it is part of a
-#: run's identity, so that old and new rows never mix.
+#: run's identity, so that old and new rows never mix. Passes on a GPU depend on what shares a batch there, and are not meant.
 ROWS_VERSION = 4
 
 #: Clean margins stored earlier and computed now may differ by this share of the largest margin: other
@@ -341,9 +341,8 @@ class _Outcomes:
     """What is known of a chunk's N images under one attack with L budgets; all tensors on the device.
 
     `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
-    `prediction`, `margin` and the distances (N,) are its own, `found_at` the eps of its proposal, infinity
-    where there is none. `last_...` and `is_rejected`
-    (L, N) tell of the last proposal at each budget, of the clean image where there was none. Of adversarial images
+    `prediction`, `margin` and the distances (N,) are its own, infinity where there is none. From budget `breaks_at` (N,) on
+    some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each budget, of the clean image where there was none. Of adversarial images
     rounded to 8 bits, `quantized` is the nearest verified one, float64 `quantized_at` the budget from which on it counts,
     infinity where there is none, and `quantized_prediction` its own.
     """
@@ -353,7 +352,7 @@ class _Outcomes:
         self.is_clean_correct = clean.label == labels
         self.is_broken = torch.zeros_like(self.is_clean_correct)
         self.prediction, self.margin = clean.label.clone(), clean.margin.clone()
-        self.found_at = torch.full_like(clean.margin, math.inf)
+        self.breaks_at = torch.full_like(clean.margin, math.inf)
         self.linf = torch.full_like(clean.margin, math.inf)
         self.l2 = torch.full_like(clean.margin, math.inf)
         self.l1 = torch.full_like(clean.margin, math.inf)
@@ -374,12 +373,15 @@ class _Outcomes:
         self.is_broken[better] = True
         self.prediction[better] = verdict.prediction.label[is_nearer]
         self.margin[better] = verdict.prediction.margin[is_nearer]
-        self.found_at[better] = torch.as_tensor(threat.eps).to(found).expand_as(found)[is_nearer]
         self.linf[better] = verdict.linf_distance[is_nearer]
         self.l2[better] = verdict.l2_distance[is_nearer]
         self.l1[better] = verdict.l1_distance[is_nearer]
-        reached = torch.minimum(nearest, self.found_at)[rows]
-        return self.is_broken[rows] & (reached <= torch.as_tensor(threat.eps).to(reached))
+        # Of every proposal, not of the nearest alone: its distance may exceed its eps by the tolerance of the ball, and one
+        # of a larger eps be nearer by less than that.
+        eps = torch.as_tensor(threat.eps).to(found).expand_as(found)
+        reached = torch.where(verdict.is_adversarial, torch.minimum(found, eps), math.inf)
+        self.breaks_at[rows] = torch.minimum(self.breaks_at[rows], reached)
+        return self.is_broken[rows] & (self.breaks_at[rows] <= eps)
 
     def enter_quantized(
         self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel
@@ -554,10 +556,9 @@ def _rows(
     An image counts as broken at eps when its verified adversarial image lies within eps, also where
     the attack found it at a larger eps only. `earlier` (N,): distances at which attacks before broke them.
     """
-    nearest = outcomes.distance(task.spec.norm)
     final = zip(
         outcomes.is_broken.tolist(),
-        torch.minimum(nearest, outcomes.found_at).tolist(),
+        outcomes.breaks_at.tolist(),
         outcomes.prediction.tolist(),
         outcomes.margin.tolist(),
         outcomes.linf.tolist(),

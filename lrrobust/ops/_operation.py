@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def build_operation(
@@ -75,9 +75,10 @@ def build_operation(
             return output[0]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_out):
-            return differentiate(ctx, grad_out, backward)
+            # Where the gradient is to be differentiated in turn, the operation refuses. `once_differentiable` would do so
+            # only for those who ask for gradients of all there is, and leave its part out for others.
+            return differentiate(ctx, grad_out, backward_op if torch.is_grad_enabled() else backward)
 
     def call(*inputs) -> Tensor:
         return _LocalRelation.apply(*inputs) if _is_plain(inputs[:4]) else forward_op(*inputs)[0]
@@ -87,4 +88,9 @@ def build_operation(
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     """Whether nobody but autograd has to learn of an operation on these tensors."""
-    return not torch.compiler.is_compiling() and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    # Tracers, and policies of checkpoints.
+    if _get_current_dispatch_mode() is not None:
+        return False
+    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)

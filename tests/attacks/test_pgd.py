@@ -9,6 +9,7 @@ from torch import nn
 
 from lrrobust.attacks import build
 from lrrobust.attacks.build import Attack
+from lrrobust.attacks.pgd import _is_ahead
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.errors import ConfigError
 from lrrobust.threat import ThreatModel, is_in_box
@@ -257,6 +258,12 @@ def test_budgets_attacked_ahead_are_claimed_once_and_one_image_at_a_time(trained
     effort = Attack(spec)(model, images[:9], labels[:9], batch_size=20, claim=refuse, draw=draw)
     assert (effort.forward_passes == 10).all()
     assert sorted(last) == sorted((row, eps) for row in range(9) for eps in spec.eps for _ in range(2))
+
+
+def test_who_attacks_ahead():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [_is_ahead(None, device, warm) for device in (gpu, cpu) for warm in (False, True)] == [True, False, False, False]
+    assert _is_ahead(True, cpu, False) and not _is_ahead(True, cpu, True) and not _is_ahead(False, gpu, False)
 
 
 def test_no_budget_is_attacked_ahead_of_its_own_levels(trained, ahead):

@@ -64,6 +64,21 @@ def test_without_the_baseline_there_is_nothing_to_compare(clock, caplog):
     assert rows == [] and "base is left out, and with it what is compared with it" in caplog.text
 
 
+def test_rows_measured_before_memory_ran_out_are_kept(caplog):
+    def rows(count, error):
+        yield from ({"name": "a", "repeat": repeat} for repeat in range(count))
+        raise error
+
+    frame, interruption = collect(rows(2, torch.OutOfMemoryError("tried to allocate 140 GiB")))
+    assert len(frame) == 2 and interruption is None
+    assert caplog.messages == [
+        "memory ran out, which ends this benchmark (tried to allocate 140 GiB); what was measured until then is kept"
+    ]
+    for count, error in ((0, torch.OutOfMemoryError()), (2, ValueError())):
+        with pytest.raises(type(error)):
+            collect(rows(count, error))
+
+
 def test_other_failures_are_not_taken_for_memory(clock):
     def broken():
         raise ValueError("shapes")
