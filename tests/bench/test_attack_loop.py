@@ -54,6 +54,29 @@ def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
     assert sum(taken) == 2 * (ours + 12 * 3 * 4 + 8 * 3 * 4) + (1 + 4) + 5 + 1
 
 
+def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkeypatch):
+    monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+    build, rounds = attack_loop._torchattacks, []
+
+    def greedy(*arguments, is_correct_only=False):
+        run = build(*arguments, is_correct_only=is_correct_only)
+
+        def run_out():
+            found = run()
+            rounds.append(1)
+            if len(rounds) > 1:  # the first warms up
+                raise torch.OutOfMemoryError("tried to allocate 140 GiB")
+            return found
+
+        return run if is_correct_only else run_out
+
+    monkeypatch.setattr(attack_loop, "_torchattacks", greedy)
+    made, labels = problem
+    frame = pd.DataFrame(compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12))
+    assert set(frame["name"]) == {OURS, CORRECT_ONLY}
+    assert set(frame[frame["name"] == CORRECT_ONLY].gradients) == {8 * 3 * 4}
+
+
 def test_summary_keeps_what_was_found():
     rows = [(OURS, [2.0, 4.0, 3.0]), (USUAL, [8.0, 4.0, 6.0])]
     frame = pd.DataFrame(
