@@ -889,7 +889,9 @@ def _sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
 def _empty_like(tensor: Tensor, *shape: int) -> Tensor:
     """float32 (N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
     batch, channels, height, width = shape or tensor.shape
-    return tensor.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
+    # Not a permuted view, which nobody may change in place where autograd made it.
+    strides = (height * width * channels, 1, width * channels, channels)
+    return tensor.new_empty_strided((batch, channels, height, width), strides, dtype=torch.float32)
 
 
 def _forward(

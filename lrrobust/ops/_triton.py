@@ -424,7 +424,9 @@ def _tuned(kernel, block_m: int):
 
 def _new_maps(batch: int, channels: int, height: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
-    return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+    # Not a permuted view, which nobody may change in place where autograd made it.
+    strides = (height * width * channels, 1, width * channels, channels)
+    return like.new_empty_strided((batch, channels, height, width), strides, dtype=dtype)
 
 
 def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, ...]:

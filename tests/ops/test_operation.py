@@ -120,5 +120,12 @@ def test_without_gradients_nothing_is_kept(inputs):
     assert not relate(*(x.detach() for x in inputs)).requires_grad
 
 
+@pytest.mark.parametrize("is_past", [True, False])
+def test_an_output_may_be_changed_in_place(is_past, inputs):
+    leaf = inputs[3] if is_past else inputs[3].detach().as_subclass(Logits)
+    expected = gradients(relate(*inputs).relu(), inputs[:3])
+    torch.testing.assert_close(gradients(relate(*inputs[:3], leaf).relu_(), inputs[:3]), expected, rtol=0, atol=0)
+
+
 def test_an_output_without_a_gradient_gives_none(inputs):
     assert torch.autograd.grad(Nothing.apply(relate(*inputs)).sum(), inputs, allow_unused=True) == (None,) * 4

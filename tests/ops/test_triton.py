@@ -184,6 +184,14 @@ def test_results_are_channels_last():
         assert maps.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_output_may_be_changed_in_place():
+    leaves = [x.requires_grad_() for x in make_inputs(1, 8, 3, 3, 3)]
+    out = local_relation(*leaves, kernel_size=3, backend="triton")
+    expected = torch.autograd.grad(out.relu().sum(), leaves)
+    out = local_relation(*leaves, kernel_size=3, backend="triton")
+    torch.testing.assert_close(torch.autograd.grad(out.relu_().sum(), leaves), expected)
+
+
 def test_results_are_the_same_every_time():
     inputs = make_inputs(2, 12, 5, 4, 3)
     torch.testing.assert_close(run(inputs), run(inputs), rtol=0, atol=0)
