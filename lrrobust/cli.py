@@ -710,12 +710,12 @@ def run(arguments: list[str]) -> int:
     except SystemExit as done:  # how shells ask for completions
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
-        from lrrobust.evaluation.memory import is_out_of_memory
+        from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
         print(
-            f"error: memory ran out ({' '.join(str(error).split())[:120] or type(error).__name__}); what was finished is kept; "
+            f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "
             "give a smaller --batch-size where the command has one, fewer or smaller images, or another device",
             file=sys.stderr,
         )

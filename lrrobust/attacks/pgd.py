@@ -117,7 +117,7 @@ def pgd(
     starts = restarts * (classes.shape[1] if target == "top_k" else 1)
     ahead = _is_ahead(ahead, images.device, warm_start)
     #: By row, the next level to begin with, and the first at which the image is not attacked any more.
-    following, stop = [first] * len(images), levels.tolist()
+    following, stop = [first + 1] * len(images), levels.tolist()
     #: Perturbations at the budget before, in units of it, by row and number of the start.
     ended: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -157,7 +157,6 @@ def pgd(
         return _Climb(row, following[row] - 1)
 
     waiting = deque(_Climb(row, first) for row in range(len(images)) if first < stop[row])
-    following = [level + 1 for level in following]
     active: list[_Climb] = []
     claims: list[_Claimed] = []
     while waiting or active or claims:

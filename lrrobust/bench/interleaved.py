@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lrrobust.evaluation.memory import is_out_of_memory
+from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def collect(rows: Iterable[dict[str, object]]) -> tuple[pd.DataFrame, KeyboardIn
     except Exception as error:
         if not (collected and is_out_of_memory(error)):
             raise
-        _log.warning("memory ran out, which ends this benchmark (%s); what was measured until then is kept", " ".join(str(error).split())[:120])
+        _log.warning("memory ran out, which ends this benchmark (%s); what was measured until then is kept", explain_in_brief(error))
     return pd.DataFrame(collected), None
 
 

@@ -350,7 +350,6 @@ class _Outcomes:
     def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
         self.nearest = images.clone()
         self.is_clean_correct = clean.label == labels
-        self.is_broken = torch.zeros_like(self.is_clean_correct)
         self.prediction, self.margin = clean.label.clone(), clean.margin.clone()
         self.breaks_at = torch.full_like(clean.margin, math.inf)
         self.linf = torch.full_like(clean.margin, math.inf)
@@ -362,6 +361,11 @@ class _Outcomes:
         self.quantized_prediction = clean.label.clone()
         self.quantized_at = torch.full_like(clean.margin, math.inf)
 
+    @property
+    def is_broken(self) -> torch.Tensor:
+        """Of which images there is a verified adversarial one, bool (N,)."""
+        return self.breaks_at.isfinite()
+
     def enter(
         self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
     ) -> torch.Tensor:
@@ -370,7 +374,6 @@ class _Outcomes:
         is_nearer = verdict.is_adversarial & (found < nearest[rows])
         better = rows[is_nearer]
         self.nearest[better] = proposed[is_nearer].detach().to(self.nearest)
-        self.is_broken[better] = True
         self.prediction[better] = verdict.prediction.label[is_nearer]
         self.margin[better] = verdict.prediction.margin[is_nearer]
         self.linf[better] = verdict.linf_distance[is_nearer]

@@ -25,6 +25,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def explain_in_brief(error: BaseException) -> str:
+    """What an allocator says, in part of a line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 class FittingBatch:
     """The size of batches, halved whenever memory runs out; it does not grow again.
 
@@ -52,7 +57,7 @@ class FittingBatch:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = " ".join(str(error).split())[:120]
+                reason = explain_in_brief(error)
             if self.size == 1:
                 raise ModelError(
                     f"out of memory on {self._device} with a single image: use smaller images, or another device ({reason})"

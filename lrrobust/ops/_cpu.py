@@ -31,7 +31,7 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from lrrobust.ops._operation import build_operation
+from lrrobust.ops._operation import build_operation, new_channels_last
 
 #: Lanes of a vector: one AVX-512 register, or one of AVX2 and narrower machines' register pairs.
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
@@ -887,11 +887,7 @@ def _sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
 
 
 def _empty_like(tensor: Tensor, *shape: int) -> Tensor:
-    """float32 (N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
-    batch, channels, height, width = shape or tensor.shape
-    # Not a permuted view, which nobody may change in place where autograd made it.
-    strides = (height * width * channels, 1, width * channels, channels)
-    return tensor.new_empty_strided((batch, channels, height, width), strides, dtype=torch.float32)
+    return new_channels_last(tensor, shape or tensor.shape, torch.float32)
 
 
 def _forward(

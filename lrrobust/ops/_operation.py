@@ -7,7 +7,7 @@ and backward; plain tensors in a plain program go through an autograd function i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ def build_operation(
         return _LocalRelation.apply(*inputs) if _is_plain(inputs[:4]) else forward_op(*inputs)[0]
 
     return call
+
+
+def new_channels_last(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """(N, C, H, W) on the device of `like`, whose memory is (N, H, W, C) without gaps, whatever the sizes.
+
+    Not a permuted view, which nobody may change in place where autograd made it.
+    """
+    _, channels, height, width = shape
+    return like.new_empty_strided(shape, (height * width * channels, 1, width * channels, channels), dtype=dtype)
 
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrrobust.ops._operation import build_operation
+from lrrobust.ops._operation import build_operation, new_channels_last
 
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
 
@@ -365,7 +365,6 @@ def _arguments(query, key, value, geometry, stride, dilation, similarity, per_gr
     return {"query": query, "key": key, "value": value, "geometry": geometry.contiguous(), **constants}
 
 
-@functools.lru_cache(maxsize=4096)
 def _blocks(shape: torch.Size, block_positions: int) -> int:
     """How many programs cover the positions of all images of a (N, *, H, W) tensor."""
     batch, _, height, width = shape
@@ -404,7 +403,9 @@ def _run(kernel, grid: tuple[int, int], arguments: dict[str, Any], warps: int) -
         return
     values = [arguments[name] for name in kernel.arg_names]
     key = (kernel, torch.cuda.current_device(), warps)
-    key += tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in values)
+    # All but the number of images, which makes no other kernel.
+    told = (x for name, x in zip(kernel.arg_names, values, strict=True) if name != "batch")
+    key += tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in told)
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](**arguments, num_warps=warps)
@@ -422,21 +423,14 @@ def _tuned(kernel, block_m: int):
     return triton.autotune(configs, key=key)(kernel)
 
 
-def _new_maps(batch: int, channels: int, height: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(N, C, H, W) whose memory is (N, H, W, C) without gaps, whatever the sizes."""
-    # Not a permuted view, which nobody may change in place where autograd made it.
-    strides = (height * width * channels, 1, width * channels, channels)
-    return like.new_empty_strided((batch, channels, height, width), strides, dtype=dtype)
-
-
 def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     batch, groups, *size = query.shape
-    out = _new_maps(batch, value.shape[1], *size, like=value)
-    return out, *(_new_maps(batch, groups, *size, like=query, dtype=torch.float32) for _ in range(3))
+    out = new_channels_last(value, (batch, value.shape[1], *size))
+    return out, *(new_channels_last(query, (batch, groups, *size), torch.float32) for _ in range(3))
 
 
 def _allocate_gradients(query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, needs_geometry: bool):
-    grads = [_new_maps(*x.shape, like=x) for x in (query, key, value)]
+    grads = [new_channels_last(x, x.shape) for x in (query, key, value)]
     return *grads, geometry.new_empty(geometry.shape if needs_geometry else 0)
 
 

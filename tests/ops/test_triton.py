@@ -334,15 +334,20 @@ for kernel in (kernels._forward_kernel, kernels._backward_outputs_kernel, kernel
 """
 
 
+def compiler_environment(cache):
+    """Of a process in which Triton compiles for a GPU, afresh."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(lrrobust.__file__).parents[1]), environment.get("PYTHONPATH", "")])
+    return environment
+
+
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 def test_kernels_compile_for_a_gpu(dtype, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
     # What the interpreter accepts is more than what the compiler does.
     script = tmp_path / "compile_kernels.py"
     script.write_text(_COMPILE, encoding="utf-8")
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(lrrobust.__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, script, dtype], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, dtype], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3
@@ -430,10 +435,7 @@ for dtype, offset in ((torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 
 
 
 def test_what_is_compiled_is_launched_without_a_search_and_for_any_batch_size(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(lrrobust.__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", _LAUNCH], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _LAUNCH], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
