@@ -401,7 +401,9 @@ def report(
     ] = None,
     claim: Annotated[
         Optional[list[str]],
-        typer.Option(help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust"),
+        typer.Option(
+            help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust, where there are runs of its models"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
     gallery: Annotated[
@@ -420,6 +422,7 @@ def report(
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
+    from lrrobust.verdict.evidence import model_of
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
     claims = [load_claim(name) for name in dict.fromkeys(claim or [DEFAULT_CLAIM])]
@@ -443,6 +446,8 @@ def report(
                 f"nothing to report: no run in {', '.join(map(str, roots))} holds a result that can be read; "
                 "run its `lrrobust eval` command again, which computes what is missing"
             )
+        if not claim and not any(model_of(run) in (each.treatment, each.control) for run in loaded for each in claims):
+            claims = []  # nobody asked for it
         warn_of_other_rules(loaded)
         summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
@@ -538,8 +543,8 @@ def train(
             training, evaluation_sets = prepare_training(request, on_scan, ranks, own_device)
         with TrainingProgress(training) as progress:
             training.run(progress.on_step, progress.on_epoch)
-    plot_learning_curves({model: folder / "log.csv"}, folder / "learning_curve")
     print_weights(training.export(name, evaluation_sets, note))
+    plot_learning_curves({model: folder / "log.csv"}, folder / "learning_curve")
 
 
 @app.command()

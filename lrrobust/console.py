@@ -112,10 +112,21 @@ def report_subset(images: EvaluationSet) -> None:
     """Says what is evaluated, and aloud what is left out."""
     _notice(f"{images.name}: {len(images)} images")
     if images.left_out_count:
-        _notice(f"left out: {images.left_out_count} images of classes the model does not know")
+        unknown, without = (_name_some(names) for names in images.left_out_classes)
+        also = f"; no image has its {without}" if without else ""
+        _notice(f"left out: {images.left_out_count} images of classes the model does not know ({unknown}){also}")
     if images.corrupt_keys:
         shown = ", ".join(images.corrupt_keys[:5]) + (", ..." if len(images.corrupt_keys) > 5 else "")
         _notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
+
+
+#: Classes that a notice names.
+_NAMED = 3
+
+
+def _name_some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
 
 
 def _build_bar(*columns: ProgressColumn | str) -> Progress:
@@ -330,7 +341,8 @@ def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
         return None
     return (
         f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
-        "in the order of the logits, are the weights trained, and does the network normalise as it did in training?"
+        "in the order of the logits, are the weights trained, does the network normalise as it did in training, and is "
+        f"{run.manifest['model']['input_size']} the side of images that it takes (--input-size)?"
     )
 
 

@@ -75,6 +75,8 @@ def assert_robust(
     """
     __tracebackhide__ = True
     module = model.module if isinstance(model, Classifier) else model
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}")
     _check(images, labels, at_least)
     specs = load_suite([attack], eps=[eps])
     device = next((p.device for p in [*module.parameters(), *module.buffers()]), images.device)
@@ -109,6 +111,9 @@ def assert_robust(
 
 
 def _check(images: torch.Tensor, labels: torch.Tensor, at_least: float) -> None:
+    for what, given, hint in (("images", images, "torch.from_numpy(images)"), ("labels", labels, "torch.tensor(labels)")):
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"expected {what} as a torch.Tensor, got {type(given).__name__}: {hint}")
     if images.ndim != 4 or images.dtype != torch.float32 or not len(images):
         raise ValueError(f"expected at least one float32 image, (N, 3, H, W), got {tuple(images.shape)}, {images.dtype}")
     if not ((images >= 0) & (images <= 1)).all():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lrrobust.determinism import deterministic_float32
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.evaluation.judge import Judge
@@ -65,12 +66,12 @@ def verify_export(
     if unknown:
         raise ModelError(f"{model.name} does not know the class {unknown[0]!r} of the images in {folder}")
     is_same = {**model.record, "weights": None} == {**export.about["model"], "weights": None}
-    # As in the evaluation, to the last bit.
+    # As in the evaluation, to the last bit: minimal perturbations end at the very boundary.
     module = model.folded.module.to(device)
     judge = Judge(module, len(classifier.classes), batch_size)
     counts: dict[str, list[int]] = {}
     pairs = read_pairs(export)
-    with frozen(module):
+    with frozen(module), deterministic_float32():
         while batch := list(islice(pairs, batch_size)):
             for norm in dict.fromkeys(row["norm"] for row, _, _ in batch):
                 of_norm = [pair for pair in batch if pair[0]["norm"] == norm]

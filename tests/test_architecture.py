@@ -26,20 +26,20 @@ MAY_IMPORT = {
         "data", "attacks", "evaluation", "diagnostics", "models", "results", "training", "provenance", "threat", "config_file",
         "errors",
     },
-    "verify": {"run", "evaluation", "export", "threat", "frozen", "errors"},
+    "verify": {"run", "evaluation", "export", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.
-    "evaluation": {"attacks", "threat", "results", "errors", "frozen"},
+    "evaluation": {"attacks", "threat", "results", "errors", "determinism", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "determinism", "frozen"},
     "bench": {
-        "attacks", "crosscheck", "data", "evaluation", "models", "ops", "results", "tables", "errors", "interrupts", "process_settings",
+        "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",
     },
     # Of a run what it left; the model and the images are given to it.
-    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "frozen", "torchvision_import"},
+    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
-    "training": {"models", "data", "attacks.ball", "threat", "eps", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    "training": {"models", "data", "attacks.ball", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "eps": set(),
     "norm": set(),
     "frozen": set(),
+    "determinism": set(),
     "gradient_rules": set(),
     "half_precision": set(),
     "torchvision_import": set(),

@@ -127,6 +127,20 @@ def test_stored_parts_say_that_a_run_goes_on(clock):
     assert (first, last) == ("going on with runs/tiny", "tiny: 1/2 parts, 60 s, at most 41 s left")
 
 
+def test_what_is_left_out_is_named(capsys):
+    images = SimpleNamespace(
+        name="cifar", left_out_count=8, left_out_classes=(("a", "b", "c", "d", "e"), ("plane",)), corrupt_keys=()
+    )
+
+    class Images(list):
+        __getattr__ = lambda self, name: getattr(images, name)  # noqa: E731
+
+    console.report_subset(Images(range(32)))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cifar: 32 images" in said
+    assert "left out: 8 images of classes the model does not know ('a', 'b', 'c' and 2 more); no image has its 'plane'" in said
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (125, "2 min"), (5990, "100 min"), (9000, "2.5 h")])
 def test_durations_are_as_exact_as_estimates(seconds, text):
     assert console._round_duration(seconds) == text

@@ -75,6 +75,8 @@ def test_takes_a_classifier_and_text(problem):
     ("change", "error", "message"),
     [
         ({"images": torch.zeros(3, 8, 8)}, ValueError, "float32 image"),
+        ({"images": torch.zeros(30, 3, 8, 8).numpy()}, ValueError, r"images as a torch.Tensor, got ndarray: torch.from_numpy"),
+        ({"labels": [0] * 30}, ValueError, r"labels as a torch.Tensor, got list"),
         ({"images": torch.zeros(30, 3, 8, 8).double()}, ValueError, "float64"),
         ({"images": torch.full((30, 3, 8, 8), 2.0)}, ValueError, r"in \[0, 1\]"),
         ({"labels": torch.zeros(30)}, ValueError, "int64 labels"),

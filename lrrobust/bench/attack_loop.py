@@ -13,6 +13,7 @@ from torch import nn
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.bench.harness import build_evaluation
 from lrrobust.bench.interleaved import OnTurn, say_nothing, summarise_times, time_interleaved
+from lrrobust.determinism import seeded
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 
@@ -167,12 +168,11 @@ def _foolbox(
 def _seeded(run: Callable[[], list[float]], device: torch.device, seed: int) -> _Way:
     """Peers draw from the global generator."""
 
-    def seeded() -> list[float]:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+    def run_seeded() -> list[float]:
+        with seeded(device, seed):
             return run()
 
-    return seeded
+    return run_seeded
 
 
 @torch.no_grad()

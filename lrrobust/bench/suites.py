@@ -25,8 +25,9 @@ from lrrobust.data.class_lists import IMAGENET_1K
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
-from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
+from lrrobust.determinism import deterministic_float32
 from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.models import load_classifier
 from lrrobust.models.folding import fold_constants
 from lrrobust.tables import Cell, Column, Table, to_markdown
@@ -77,8 +78,13 @@ class BenchResult:
 
 
 def _measure(rows: Iterable[dict[str, object]], summarise: Callable[[pd.DataFrame], pd.DataFrame]) -> BenchResult:
-    """Takes the measurements, and sums up those that were taken."""
-    times, interruption = collect(rows)
+    """Takes the measurements, and sums up those that were taken.
+
+    With the float32 of an evaluation for all: convolutions of torch's own choice would take TF32 on a GPU, and be compared
+    with products that may not.
+    """
+    with deterministic_float32():
+        times, interruption = collect(rows)
     if not len(times) and interruption is None:
         raise ConfigError("nothing was measured: all that the others are compared with ran out of memory; give a smaller --batch-size")
     return BenchResult(times, summarise(times) if len(times) else times, interruption)

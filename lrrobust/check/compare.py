@@ -106,7 +106,9 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
     differences: list[str] = []
     notes: list[str] = []
     for of_model, manifest in zip(baseline.models, manifests, strict=True):
-        differences += _named_differences(baseline.protocol, protocol_of(manifest))
+        protocol, moved = _same_images(baseline.protocol, protocol_of(manifest))
+        notes += moved
+        differences += _named_differences(baseline.protocol, protocol)
         before, now = of_model.model, manifest["model"]
         how_seen = [{k: v for k, v in m.items() if k not in _MODEL_HASHES.keys() | _MODEL_NAMES} for m in (before, now)]
         differences += _named_differences(*how_seen, prefix="model.")
@@ -117,7 +119,15 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
         if before["name"] != now["name"]:
             said += f" (now {now['name']})"
         (notes if baseline.rule.weights_may_change else differences).append(said)
-    return list(dict.fromkeys(differences)), notes
+    return list(dict.fromkeys(differences)), list(dict.fromkeys(notes))
+
+
+def _same_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The protocol of now with the data set's name of before, where the images are the same; and what is to be said of it."""
+    was, name = before["dataset"], now["dataset"]["name"]
+    if was["sha256"] != now["dataset"]["sha256"] or was["name"] == name:
+        return now, []
+    return {**now, "dataset": {**now["dataset"], "name": was["name"]}}, [f"the data set is called {name} now, {was['name']} in the baseline"]
 
 
 def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> CheckResult:

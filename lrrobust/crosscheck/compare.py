@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.crosscheck.peer import PEERS, Peer, PeerAttack
+from lrrobust.determinism import deterministic_float32, seeded
 from lrrobust.eps import parse_eps
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.judge import Judge
@@ -169,7 +169,7 @@ def crosscheck(
     """
     rows: list[dict[str, object]] = []
     notes: list[str] = []
-    with frozen(model):
+    with frozen(model), deterministic_float32():
         judge = Judge(model, num_classes, batch_size)
         keys = [str(position) for position in range(len(images))]
         is_correct = judge.predict(images, labels, keys).label == labels
@@ -250,7 +250,8 @@ def _attack(
         on_call(eps)
         claimed_at = torch.full_like(breaks_at, math.inf)
         started = time.perf_counter()
-        with _seeded(images.device, seed), torch.enable_grad():
+        # Peers draw from the global generators, and some seed them.
+        with seeded(images.device, seed), torch.enable_grad():
             for rows in [rows for _ in range(contest.starts) for rows in standing.split(judge.batch_size)]:
                 clean, true = images[rows], labels[rows]
                 proposal = contest.propose(judge.model, clean.clone(), true.clone(), eps)
@@ -306,11 +307,3 @@ def _rows(
             }
         )
     return rows
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Peers draw from the global generators, and some seed them."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -32,6 +32,7 @@ class EvaluationSet:
         labels: position of that class in the classes of the model.
         sha256: identifies keys, encoded bytes and classes, however the data set is packed.
         left_out_count: images of the data set whose class is not among those asked for.
+        left_out_classes: these classes, and the classes asked for that no image of the data set has, both in their order.
         corrupt_keys: chosen images that were dropped because they cannot be decoded.
         subset: how the images were chosen, JSON-ready.
     """
@@ -43,6 +44,7 @@ class EvaluationSet:
     labels: tuple[int, ...] = field(repr=False)
     sha256: str
     left_out_count: int
+    left_out_classes: tuple[tuple[str, ...], tuple[str, ...]]
     corrupt_keys: tuple[str, ...]
     subset: dict[str, Any]
     _source: ImageSource = field(repr=False)
@@ -76,6 +78,11 @@ class EvaluationSet:
                 )
             images[row] = self._preprocessing(self._source.decode(index, encoded))
         return images, torch.tensor([self.labels[position] for position in positions], dtype=torch.int64)
+
+    @property
+    def input_size(self) -> int:
+        """Side of the images in pixels, as the model takes them."""
+        return self._preprocessing.input_size
 
     def seen_by(self, classes: Sequence[str], preprocessing: Preprocessing) -> EvaluationSet:
         """The same images for another model that knows their classes; nothing is read or checked again."""
@@ -163,12 +170,19 @@ def build_evaluation_set(
         labels=tuple(label_of[index] for index in whole),
         sha256=_hash_images((source.keys[index], digests[index].hex(), source.wnids[index]) for index in whole),
         left_out_count=len(source) - len(eligible),
+        left_out_classes=_unmatched(source.wnids, classes if known_classes is None else [c for c in classes if c in known_classes]),
         corrupt_keys=tuple(source.keys[index] for index in corrupt),
         subset=subset,
         _source=source,
         _preprocessing=preprocessing,
         _digests=tuple(digests[index] for index in whole),
     )
+
+
+def _unmatched(found: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What either has and the other lacks."""
+    here, there = set(found), set(wanted)
+    return tuple(sorted(here - there)), tuple(name for name in wanted if name not in here)
 
 
 def _no_known_class(source: ImageSource, classes: Sequence[str]) -> str:

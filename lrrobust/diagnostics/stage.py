@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
+from lrrobust.determinism import deterministic_float32, seeded
 from lrrobust.diagnostics.late_breaks import check_late_breaks
 from lrrobust.diagnostics.loss_rises import check_loss_rises
 from lrrobust.diagnostics.numerics import check_determinism, check_float64
@@ -19,7 +20,7 @@ from lrrobust.diagnostics.subject import Subject
 from lrrobust.diagnostics.weaker_attacks import check_black_box, check_random_noise, check_single_step
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, chunk_seed
-from lrrobust.evaluation.engine import Images, deterministic_float32, seeded
+from lrrobust.evaluation.engine import Images
 from lrrobust.evaluation.judge import Judge
 from lrrobust.evaluation.memory import FittingBatch
 from lrrobust.frozen import frozen

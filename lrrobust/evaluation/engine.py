@@ -16,6 +16,7 @@ from torch import nn
 
 from lrrobust.attacks.build import Attack, Effort
 from lrrobust.attacks.specs import AttackSpec
+from lrrobust.determinism import deterministic_float32, seeded
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed, plan_chunks, start_seed
 from lrrobust.evaluation.constancy import Constancy
@@ -248,26 +249,6 @@ class _AtHand:
     def _predict(self, chunk: Chunk, batch: _ChunkImages) -> Prediction:
         with seeded(self._device, chunk_seed(self._run.fingerprint, "clean", chunk.start)):
             return self._run.judge.predict(batch.images, batch.labels, batch.keys)
-
-
-@contextmanager
-def deterministic_float32() -> Iterator[None]:
-    """No TF32 and no autotuned kernels on CUDA: the rows say float32, and a rerun must give the same."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
-    try:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = False, True, False, False
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
-
-
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global generators start at `seed` inside, and are put back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _check_same_model(

@@ -15,7 +15,11 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 #: How allocators say so that raise no error of their own kind.
-_SIGNS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+#: Drivers and Triton do not raise the allocator's type either: "CUDA error: out of memory", "Triton Error [CUDA]: out of memory".
+_SIGNS = (
+    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

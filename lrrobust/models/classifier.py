@@ -35,6 +35,8 @@ class Classifier:
     recipe: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.classes, str):
+            raise ModelError(f"a Classifier needs the names of its classes, got the text {self.classes!r}: give them as a tuple")
         object.__setattr__(self, "classes", tuple(self.classes))
         if not isinstance(self.module, nn.Module):
             raise ModelError(f"a Classifier needs a torch.nn.Module, got {type(self.module).__name__}")

@@ -219,7 +219,7 @@ def _load_timm(
     try:
         import timm
     except ImportError:
-        raise ModelError(f"timm:{name} needs the package timm: pip install 'lrrobust[timm]'") from None
+        raise ModelError(f"timm:{name} needs the package timm: pip install timm") from None
     if name.split(".")[0] not in timm.list_models():
         raise UnknownNameError("timm model", name, timm.list_models())
     pretrained = weights is None
@@ -291,6 +291,7 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
     """Runs the user's own file: the one place where a model's name executes code."""
+    import_torchvision()  # mended, should the file import it
     path_text, factory_name = name.rsplit(":", 1)
     # Absolute, as Python names the file in tracebacks.
     path = Path(path_text).absolute()

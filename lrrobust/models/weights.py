@@ -233,16 +233,25 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is neither a safetensors file nor a checkpoint of tensors only "
             f"(torch.load with weights_only=True): {_one_line(error)}; save the network's state_dict()"
         ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    is_state = isinstance(content, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
-    )
-    if not is_state or not content:
-        raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors")
+    if not _is_state(content) and isinstance(content, dict):
+        # Beside the optimiser's state and such; whatever its key, there must be no second one to choose from.
+        states = [key for key in ("state_dict", "model") if _is_state(content.get(key))]
+        states = states or [key for key, value in content.items() if _is_state(value)]
+        if len(states) > 1:
+            raise WeightsError(f"{path} holds several state dicts ({', '.join(map(str, states))}): save the one that is meant alone")
+        if states:
+            content = content[states[0]]
+    if not _is_state(content):
+        found = ", ".join(map(str, content))[:100] if isinstance(content, dict) and content else f"a {type(content).__name__} without"
+        raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()")
     # DistributedDataParallel prefixes every key.
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def _is_state(content: object) -> bool:
+    if not isinstance(content, dict):
+        return False
+    return bool(content) and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
 def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:

@@ -6,9 +6,11 @@ What must move is every input once and the output once; the 49-fold reuse has to
   Positions run row by row through vertical strips of the image (`_strip_width`), then through the
   images: a block of a large map is about square, so that its halo is small and stays in the first-level
   cache, and a block of a small map (7x7, 4x4, 2x2) takes several images.
-* Taps are a plain loop over registers. In half precision a thread holds all channels of its groups, and
-  nothing in the forward pass and in the gradients of query, key and value passes between threads. In
-  float32 a group's 8 channels are two 16-byte loads in two threads, which exchange one weight a tap.
+* Taps are a plain loop over registers. Tensors are (groups, positions, channels), so that neighbouring threads
+  take neighbouring groups, whose queries and keys lie side by side in memory. In half precision a thread holds all
+  channels of its groups, and nothing in the forward pass and in the gradients of query, key and value passes
+  between threads. In float32 a group's 8 channels are two 16-byte loads in two threads, which exchange one weight
+  a tap: so a program is a single warp there, in which nobody waits for others (`BLOCKS`).
   There are no atomic additions: all results are the same from run to run.
 * The forward pass finds the largest score first, from the keys alone (an eighth of the bytes), then sums
   in one pass, and saves it and the sum of the weights, from which the backward pass recomputes them. Their
@@ -24,8 +26,7 @@ Scores, weights and sums are float32 whatever the inputs. A 7x7 window costs a p
 49 * 9 multiply-adds a group, for 4 * 8 bytes moved in half precision: counted against the H200's data
 sheet that arithmetic, not memory, is the bound there. On small maps it is the way to the launch (reports/bench).
 
-Block sizes are fixed by rule, so that results do not depend on timing; with
-`torch.backends.cudnn.benchmark = True` the fastest of a few is measured at the first call of each shape.
+Block sizes are fixed by rule, so that results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from lrrobust.ops._operation import build_operation, new_channels_last
 
 SIMILARITY_CODES = {"squared_difference": 0, "absolute_difference": 1, "multiplication": 2}
 
-#: Numbers a program holds per accumulator.
-BLOCK_NUMBERS = 1024
-#: (BLOCK_G, warps): the first is the rule, all are tried under `cudnn.benchmark`.
-CONFIGS = ((4, 4), (2, 4), (1, 4), (8, 4), (4, 8), (4, 2), (4, 1))
+#: Groups of a program.
+BLOCK_GROUPS = 4
+#: Numbers that a program holds per accumulator, and its warps, by the bytes of a number in `value`.
+BLOCKS = {2: (1024, 4), 4: (256, 1)}
 
 
 @triton.jit
@@ -103,54 +104,54 @@ def _forward_kernel(
     c = g[:, None] * PER_GROUP + m[None, :]
     has_group = g < GROUPS
     has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
-    exists_2d = exists[:, None] & has_group[None, :]
+    exists_2d = exists[None, :] & has_group[:, None]
 
-    q = tl.load(query + (n * QN + y * QY + x * QX)[:, None] + alone[None, :] * QG, mask=exists_2d, other=0.0).to(tl.float32)
-    keys = key + (n * KN)[:, None] + alone[None, :] * KG
-    values = value + (n * VN)[:, None, None] + c[None, :, :] * VC
+    q = tl.load(query + (n * QN + y * QY + x * QX)[None, :] + alone[:, None] * QG, mask=exists_2d, other=0.0).to(tl.float32)
+    keys = key + (n * KN)[None, :] + alone[:, None] * KG
+    values = value + (n * VN)[None, :, None] + c[:, None, :] * VC
 
-    largest = tl.full((BLOCK_P, BLOCK_G), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_G, BLOCK_P), float("-inf"), tl.float32)
     for i in range(KERNEL):
         row = y * STRIDE + (i - RADIUS) * DILATION
         for j in tl.static_range(KERNEL):
             column = x * STRIDE + (j - RADIUS) * DILATION
             inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-            mask = inside[:, None] & has_group[None, :]
-            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            mask = inside[None, :] & has_group[:, None]
+            k = tl.load(keys + (row * KY + column * KX)[None, :], mask=mask, other=0.0).to(tl.float32)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            score = _score(q, k, bias[None, :], SIMILARITY)
+            score = _score(q, k, bias[:, None], SIMILARITY)
             largest = tl.maximum(largest, tl.where(mask, score, float("-inf")))
     largest = tl.where(exists_2d, largest, 0.0)
 
-    total = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
-    from_query = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
-    sums = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    from_query = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    sums = tl.zeros((BLOCK_G, BLOCK_P, BLOCK_M), tl.float32)
     for i in range(KERNEL):
         row = y * STRIDE + (i - RADIUS) * DILATION
         for j in tl.static_range(KERNEL):
             column = x * STRIDE + (j - RADIUS) * DILATION
             inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-            mask = inside[:, None] & has_group[None, :]
-            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            mask = inside[None, :] & has_group[:, None]
+            k = tl.load(keys + (row * KY + column * KX)[None, :], mask=mask, other=0.0).to(tl.float32)
             v = tl.load(
-                values + (row * VY + column * VX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+                values + (row * VY + column * VX)[None, :, None], mask=mask[:, :, None] & has_channel[:, None, :], other=0.0
             ).to(tl.float32)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest), 0.0)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[:, None], SIMILARITY) - largest), 0.0)
             total += weight
             from_query += weight * (k - q)
             sums += weight[:, :, None] * v
 
     total = tl.where(exists_2d, total, 1.0)
     at = n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x
-    at_group = at[:, None] * GROUPS + alone[None, :]
+    at_group = at[None, :] * GROUPS + alone[:, None]
     tl.store(maximum + at_group, largest, mask=exists_2d)
     tl.store(normaliser + at_group, 1.0 / total, mask=exists_2d)
     tl.store(mean_key + at_group, q + from_query / total, mask=exists_2d)
     result = sums / total[:, :, None]
     tl.store(
-        out + at[:, None, None] * CHANNELS + c[None, :, :],
-        result.to(out.dtype.element_ty), mask=exists_2d[:, :, None] & has_channel[None, :, :],
+        out + at[None, :, None] * CHANNELS + c[:, None, :],
+        result.to(out.dtype.element_ty), mask=exists_2d[:, :, None] & has_channel[:, None, :],
     )  # fmt: skip
 
 
@@ -176,37 +177,37 @@ def _backward_outputs_kernel(
     c = g[:, None] * PER_GROUP + m[None, :]
     has_group = g < GROUPS
     has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
-    exists_2d = exists[:, None] & has_group[None, :]
-    exists_3d = exists_2d[:, :, None] & has_channel[None, :, :]
+    exists_2d = exists[None, :] & has_group[:, None]
+    exists_3d = exists_2d[:, :, None] & has_channel[:, None, :]
 
-    at = (n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x)[:, None] * GROUPS + alone[None, :]
-    q = tl.load(query + (n * QN + y * QY + x * QX)[:, None] + alone[None, :] * QG, mask=exists_2d, other=0.0).to(tl.float32)
+    at = (n * (OUT_HEIGHT * OUT_WIDTH) + y * OUT_WIDTH + x)[None, :] * GROUPS + alone[:, None]
+    q = tl.load(query + (n * QN + y * QY + x * QX)[None, :] + alone[:, None] * QG, mask=exists_2d, other=0.0).to(tl.float32)
     largest = tl.load(maximum + at, mask=exists_2d, other=0.0)
     share = tl.load(normaliser + at, mask=exists_2d, other=0.0)
     grad = tl.load(
-        grad_out + (n * ON + y * OY + x * OX)[:, None, None] + c[None, :, :] * OC, mask=exists_3d, other=0.0
+        grad_out + (n * ON + y * OY + x * OX)[None, :, None] + c[:, None, :] * OC, mask=exists_3d, other=0.0
     ).to(tl.float32)
-    keys = key + (n * KN)[:, None] + alone[None, :] * KG
-    values = value + (n * VN)[:, None, None] + c[None, :, :] * VC
+    keys = key + (n * KN)[None, :] + alone[:, None] * KG
+    values = value + (n * VN)[None, :, None] + c[:, None, :] * VC
     # d score / d query is needed up to what all neighbours have in common, since the weights' gradients sum to zero: keys
     # relative to their weighted mean do not cancel, wherever queries and keys lie.
     middle = tl.load(mean_key + at, mask=exists_2d, other=0.0)
 
-    mean = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
-    mean_slope = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
-    mean_product = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    mean = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    mean_slope = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    mean_product = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
     for i in range(KERNEL):
         row = y * STRIDE + (i - RADIUS) * DILATION
         for j in tl.static_range(KERNEL):
             column = x * STRIDE + (j - RADIUS) * DILATION
             inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-            mask = inside[:, None] & has_group[None, :]
-            k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            mask = inside[None, :] & has_group[:, None]
+            k = tl.load(keys + (row * KY + column * KX)[None, :], mask=mask, other=0.0).to(tl.float32)
             v = tl.load(
-                values + (row * VY + column * VX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+                values + (row * VY + column * VX)[None, :, None], mask=mask[:, :, None] & has_channel[:, None, :], other=0.0
             ).to(tl.float32)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[:, None], SIMILARITY) - largest) * share, 0.0)
             by_weight = tl.sum(grad * v, axis=2)
             slope = -_sign(q - k) if SIMILARITY == 1 else k - middle
             mean += weight * by_weight
@@ -225,16 +226,16 @@ def _backward_outputs_kernel(
             for j in tl.static_range(KERNEL):
                 column = x * STRIDE + (j - RADIUS) * DILATION
                 inside = exists & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-                mask = inside[:, None] & has_group[None, :]
-                k = tl.load(keys + (row * KY + column * KX)[:, None], mask=mask, other=0.0).to(tl.float32)
+                mask = inside[None, :] & has_group[:, None]
+                k = tl.load(keys + (row * KY + column * KX)[None, :], mask=mask, other=0.0).to(tl.float32)
                 v = tl.load(
-                    values + (row * VY + column * VX)[:, None, None],
-                    mask=mask[:, :, None] & has_channel[None, :, :], other=0.0,
+                    values + (row * VY + column * VX)[None, :, None],
+                    mask=mask[:, :, None] & has_channel[:, None, :], other=0.0,
                 ).to(tl.float32)  # fmt: skip
                 tap = alone * (KERNEL * KERNEL) + i * KERNEL + j
                 bias = tl.load(geometry + tap, mask=has_group, other=0.0).to(tl.float32)
-                weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
-                by_score = tl.sum(weight * (tl.sum(grad * v, axis=2) - mean), axis=0)
+                weight = tl.where(mask, tl.exp(_score(q, k, bias[:, None], SIMILARITY) - largest) * share, 0.0)
+                by_score = tl.sum(weight * (tl.sum(grad * v, axis=2) - mean), axis=1)
                 block = tl.program_id(0).to(tl.int64) * (GROUPS * KERNEL * KERNEL)
                 tl.store(grad_geometry + block + tap, by_score, mask=has_group)
 
@@ -260,19 +261,19 @@ def _backward_inputs_kernel(
     c = g[:, None] * PER_GROUP + m[None, :]
     has_group = g < GROUPS
     has_channel = (m < PER_GROUP)[None, :] & (c < CHANNELS)
-    exists_2d = exists[:, None] & has_group[None, :]
-    exists_3d = exists_2d[:, :, None] & has_channel[None, :, :]
+    exists_2d = exists[None, :] & has_group[:, None]
+    exists_3d = exists_2d[:, :, None] & has_channel[:, None, :]
 
-    k = tl.load(key + (n * KN + y * KY + x * KX)[:, None] + alone[None, :] * KG, mask=exists_2d, other=0.0).to(tl.float32)
+    k = tl.load(key + (n * KN + y * KY + x * KX)[None, :] + alone[:, None] * KG, mask=exists_2d, other=0.0).to(tl.float32)
     v = tl.load(
-        value + (n * VN + y * VY + x * VX)[:, None, None] + c[None, :, :] * VC, mask=exists_3d, other=0.0
+        value + (n * VN + y * VY + x * VX)[None, :, None] + c[:, None, :] * VC, mask=exists_3d, other=0.0
     ).to(tl.float32)
-    queries = query + (n * QN)[:, None] + alone[None, :] * QG
-    grads = grad_out + (n * ON)[:, None, None] + c[None, :, :] * OC
-    outputs = (n * (OUT_HEIGHT * OUT_WIDTH * GROUPS))[:, None] + alone[None, :]
+    queries = query + (n * QN)[None, :] + alone[:, None] * QG
+    grads = grad_out + (n * ON)[None, :, None] + c[:, None, :] * OC
+    outputs = (n * (OUT_HEIGHT * OUT_WIDTH * GROUPS))[None, :] + alone[:, None]
 
-    by_key = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
-    by_value = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_M), tl.float32)
+    by_key = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    by_value = tl.zeros((BLOCK_G, BLOCK_P, BLOCK_M), tl.float32)
     for i in range(KERNEL):
         # stride * row: of the output that has this position as its tap (i, j)
         row_at = y - (i - RADIUS) * DILATION
@@ -282,17 +283,17 @@ def _backward_inputs_kernel(
             column_at = x - (j - RADIUS) * DILATION
             column = column_at // STRIDE
             inside = exists & row_inside & (column_at >= 0) & (column_at % STRIDE == 0) & (column < OUT_WIDTH)
-            mask = inside[:, None] & has_group[None, :]
-            q = tl.load(queries + (row * QY + column * QX)[:, None], mask=mask, other=0.0).to(tl.float32)
+            mask = inside[None, :] & has_group[:, None]
+            q = tl.load(queries + (row * QY + column * QX)[None, :], mask=mask, other=0.0).to(tl.float32)
             grad = tl.load(
-                grads + (row * OY + column * OX)[:, None, None], mask=mask[:, :, None] & has_channel[None, :, :], other=0.0
+                grads + (row * OY + column * OX)[None, :, None], mask=mask[:, :, None] & has_channel[:, None, :], other=0.0
             ).to(tl.float32)
-            at = outputs + ((row * OUT_WIDTH + column) * GROUPS)[:, None]
+            at = outputs + ((row * OUT_WIDTH + column) * GROUPS)[None, :]
             largest = tl.load(maximum + at, mask=mask, other=0.0)
             share = tl.load(normaliser + at, mask=mask, other=0.0)
             mean = tl.load(delta + at, mask=mask, other=0.0)
             bias = tl.load(geometry + alone * (KERNEL * KERNEL) + i * KERNEL + j, mask=has_group, other=0.0).to(tl.float32)
-            weight = tl.where(mask, tl.exp(_score(q, k, bias[None, :], SIMILARITY) - largest) * share, 0.0)
+            weight = tl.where(mask, tl.exp(_score(q, k, bias[:, None], SIMILARITY) - largest) * share, 0.0)
             by_score = weight * (tl.sum(grad * v, axis=2) - mean)
             if SIMILARITY == 0:
                 by_key += by_score * (2.0 * (q - k))
@@ -303,9 +304,9 @@ def _backward_inputs_kernel(
             by_value += weight[:, :, None] * grad
 
     at = n * (HEIGHT * WIDTH) + y * WIDTH + x
-    tl.store(grad_key + at[:, None] * GROUPS + alone[None, :], by_key.to(grad_key.dtype.element_ty), mask=exists_2d)
+    tl.store(grad_key + at[None, :] * GROUPS + alone[:, None], by_key.to(grad_key.dtype.element_ty), mask=exists_2d)
     tl.store(
-        grad_value + at[:, None, None] * CHANNELS + c[None, :, :],
+        grad_value + at[None, :, None] * CHANNELS + c[:, None, :],
         by_value.to(grad_value.dtype.element_ty), mask=exists_3d,
     )  # fmt: skip
 
@@ -319,8 +320,9 @@ def _strip_width(width: int) -> int:
     return width if width <= 32 else -(-width // -(-width // 16))
 
 
-def _block_positions(block_groups: int, block_channels: int) -> int:
-    return max(8, BLOCK_NUMBERS // (block_groups * block_channels))
+def _block_positions(value: Tensor, block_channels: int) -> int:
+    numbers, _ = BLOCKS[value.element_size()]
+    return max(8, numbers // (BLOCK_GROUPS * block_channels))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -372,21 +374,14 @@ def _blocks(shape: torch.Size, block_positions: int) -> int:
     return triton.cdiv(batch * height * strip * triton.cdiv(width, strip), block_positions)
 
 
-def _launch(kernel, positions: Tensor, arguments: dict[str, Any], may_tune: bool = True) -> None:
+def _launch(kernel, positions: Tensor, arguments: dict[str, Any]) -> None:
     """Runs a kernel over the positions of a (N, *, H, W) tensor and all groups."""
-    shape, block_m, groups = positions.shape, arguments["BLOCK_M"], arguments["GROUPS"]
-    strip = _strip_width(shape[3])
-    if may_tune and positions.is_cuda and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
-
-        def grid(meta):
-            return _blocks(shape, meta["BLOCK_P"]), triton.cdiv(groups, meta["BLOCK_G"])
-
-        _tuned(kernel, block_m)[grid](**arguments, STRIP=strip)
-    else:
-        block_g, warps = CONFIGS[0]
-        block_p = _block_positions(block_g, block_m)
-        grid = (_blocks(shape, block_p), triton.cdiv(groups, block_g))
-        _run(kernel, grid, {**arguments, "STRIP": strip, "BLOCK_P": block_p, "BLOCK_G": block_g}, warps)
+    value = arguments["value"]
+    block_p = _block_positions(value, arguments["BLOCK_M"])
+    grid = (_blocks(positions.shape, block_p), triton.cdiv(arguments["GROUPS"], BLOCK_GROUPS))
+    blocks = {"STRIP": _strip_width(positions.shape[3]), "BLOCK_P": block_p, "BLOCK_G": BLOCK_GROUPS}
+    _, warps = BLOCKS[value.element_size()]
+    _run(kernel, grid, arguments | blocks, warps)
 
 
 #: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors, and numbers.
@@ -411,16 +406,6 @@ def _run(kernel, grid: tuple[int, int], arguments: dict[str, Any], warps: int) -
         _compiled[key] = kernel[grid](**arguments, num_warps=warps)
     else:
         compiled[(*grid, 1)](*values)
-
-
-@functools.cache
-def _tuned(kernel, block_m: int):
-    configs = [
-        triton.Config({"BLOCK_P": _block_positions(groups, block_m), "BLOCK_G": groups}, num_warps=warps)
-        for groups, warps in CONFIGS
-    ]
-    key = ["GROUPS", "CHANNELS", "HEIGHT", "WIDTH", "STRIDE", "DILATION", "KERNEL", "SIMILARITY"]
-    return triton.autotune(configs, key=key)(kernel)
 
 
 def _allocate_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -460,13 +445,13 @@ def _backward(
     delta = torch.empty_like(maximum)
     arguments = _arguments(query, key, value, geometry, stride, dilation, similarity, per_group, grad_out)
     # One row a program, added up in their order by torch: atomic additions would come in any order.
-    blocks = _blocks(query.shape, _block_positions(CONFIGS[0][0], arguments["BLOCK_M"])) if needs_geometry else 0
+    blocks = _blocks(query.shape, _block_positions(value, arguments["BLOCK_M"])) if needs_geometry else 0
     by_block = maximum.new_empty((blocks, *geometry.shape))
     arguments |= {"maximum": maximum, "normaliser": normaliser, "grad_out": grad_out, "delta": delta}
     by_output = {"mean_key": mean_key, "grad_query": grads[0], "grad_geometry": by_block, "NEEDS_GEOMETRY": needs_geometry}
     by_input = {"grad_key": grads[1], "grad_value": grads[2]}
     with _on(value):
-        _launch(_backward_outputs_kernel, query, arguments | by_output, may_tune=not needs_geometry)
+        _launch(_backward_outputs_kernel, query, arguments | by_output)
         _launch(_backward_inputs_kernel, key, arguments | by_input)
     if needs_geometry:
         grad_geometry.copy_(by_block.sum(0))

@@ -200,10 +200,20 @@ def _why_not_a_gpu(device: torch.device) -> str | None:
         return f"it needs tensors on an NVIDIA GPU, got one on {device}"
     if torch.version.hip is not None:
         return "it is made for NVIDIA GPUs, this torch is built for ROCm"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
     return None
+
+
+#: Device -> its compute capability: asking torch takes a tenth of what a small map does, and a network asks at every layer.
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 #: Backend -> why its packages cannot be used. Importing what is imported costs nothing, failing again would; and

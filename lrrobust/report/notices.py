@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from lrrobust.results import Run
 
-#: Part metadata that the engine writes only where something is wrong.
-_WARNING_KEYS = ("randomised", "probabilities", "nonfinite_gradients")
+#: Part metadata that the engine writes only where something is wrong, and what it means.
+_WARNINGS = {
+    "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
+    "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
+    "randomised": "the model's logits are random: robustness is overstated",
+}
 
 
 def warnings_of(run: Run) -> list[str]:
     """What the engine noticed while it computed the run and readers of its numbers must know."""
-    noticed = {key: part[key] for part in run.part_metadata.values() for key in _WARNING_KEYS if key in part}
-    return [f"{key.replace('_', ' ')}: {text}" for key, text in sorted(noticed.items())]
+    noticed = {key for part in run.part_metadata.values() for key in part}
+    return [text for key, text in _WARNINGS.items() if key in noticed]
 
 
 def mixed_metadata(run: Run) -> dict[str, list[str]]:
     """The metadata in which the parts of a run differ, such as devices, with their values."""
-    keys = {key for metadata in run.part_metadata.values() for key in metadata} - set(_WARNING_KEYS)
+    keys = {key for metadata in run.part_metadata.values() for key in metadata} - _WARNINGS.keys()
     values = {key: sorted({part.get(key, "unknown") for part in run.part_metadata.values()}) for key in keys}
     return {key: found for key, found in values.items() if len(found) > 1}

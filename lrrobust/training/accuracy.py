@@ -7,10 +7,16 @@ from torch import nn
 
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.data.preprocessing import Preprocessing
+from lrrobust.determinism import deterministic_float32
 from lrrobust.training.images import TrainingImages
 from lrrobust.training.ranks import Ranks
 
-EVALUATION_BATCH_SIZE = 100
+#: Images at once on the CPU, and pixels on a GPU, where 1000 images of 64 x 64 take as long as 100.
+_IMAGES_AT_ONCE, _PIXELS_ON_A_GPU = 100, 1000 * 64**2
+
+
+def _batch_size(device: torch.device, side: int) -> int:
+    return _IMAGES_AT_ONCE if device.type == "cpu" else max(1, _PIXELS_ON_A_GPU // side**2)
 
 
 @torch.inference_mode()
@@ -26,7 +32,7 @@ def accuracy_on_images(
     device = next(network.parameters()).device
     correct = torch.zeros((), dtype=torch.int64, device=device)
     own = range(ranks.rank, len(data.labels), ranks.count)
-    for images, labels in data.whole(own, preprocessing, EVALUATION_BATCH_SIZE):
+    for images, labels in data.whole(own, preprocessing, _batch_size(device, preprocessing.input_size)):
         inputs = (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = network(inputs)
@@ -36,12 +42,14 @@ def accuracy_on_images(
 
 @torch.inference_mode()
 def accuracy_on_set(network: nn.Module, images: EvaluationSet) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy as fractions, in float32."""
+    """Top-1 and top-5 accuracy as fractions, in the float32 of an evaluation."""
     device = next(network.parameters()).device
+    batch_size = _batch_size(device, images.input_size)
     top1 = top5 = 0
-    for start in range(0, len(images), EVALUATION_BATCH_SIZE):
-        batch, labels = images.load(range(start, min(start + EVALUATION_BATCH_SIZE, len(images))))
-        logits = network(batch.to(device))
+    for start in range(0, len(images), batch_size):
+        batch, labels = images.load(range(start, min(start + batch_size, len(images))))
+        with deterministic_float32():
+            logits = network(batch.to(device))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         hits = best == labels.view(-1, 1)
         top1 += hits[:, 0].sum().item()

@@ -98,7 +98,9 @@ class TrainingSet:
 
     def whole(self, positions: range, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(positions), batch_size):
-            chosen = list(positions[start : start + batch_size])
+            part = positions[start : start + batch_size]
+            # No list of positions, which a GPU would be waited for to look up.
+            chosen = slice(part.start, part.stop, part.step)
             yield self.images[chosen], self.labels[chosen]
 
 

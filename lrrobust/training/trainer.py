@@ -122,6 +122,10 @@ class Training:
         # Step, loss and length of the gradient where one was first no number; a negative step means never.
         self._bad = torch.full((3,), -1.0, dtype=torch.float64, device=self.device)
         self._resume()
+        # Collected once: they are changed in place alone, and a GPU would wait for the collecting at every step.
+        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
+        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @property
     def checkpoint_path(self) -> Path:
@@ -194,8 +198,10 @@ class Training:
             if self.step >= (epoch + 1) * self.steps_per_epoch:
                 batches = None
                 row = self._end_epoch(epoch)
-                self.save_checkpoint()
-                last_checkpoint = time.monotonic()
+                # Not after every epoch of a GPU, which takes no longer than the writing.
+                if len(self.rows) == self.recipe.epochs or time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
+                    self.save_checkpoint()
+                    last_checkpoint = time.monotonic()
                 if on_epoch is not None:
                     on_epoch(row)
                 continue
@@ -236,7 +242,8 @@ class Training:
         images = self._attacked(images, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step, self.steps)
-        self.network.train()
+        if not self.network.training:  # half a millisecond of modules
+            self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             logits = self._parallel(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
@@ -287,12 +294,9 @@ class Training:
     def _update_average(self) -> None:
         # Shorter memory at the start, so that the initial weights are soon forgotten.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        average, current = self.average.state_dict(), self.network.state_dict()
-        floating = [key for key, tensor in average.items() if tensor.is_floating_point()]
-        others = [key for key in average if key not in set(floating)]
-        torch._foreach_lerp_([average[key] for key in floating], [current[key] for key in floating], 1 - decay)
-        if others:
-            torch._foreach_copy_([average[key] for key in others], [current[key] for key in others])
+        torch._foreach_lerp_(*map(list, zip(*self._floating, strict=True)), 1 - decay)
+        if self._counters:
+            torch._foreach_copy_(*map(list, zip(*self._counters, strict=True)))
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         started = time.monotonic()

@@ -245,6 +245,13 @@ class TestAnotherComparison:
         assert said in result.reason
         assert not result.comparisons
 
+    def test_the_same_images_by_another_name_are_compared_and_said(self, run_of, baseline_of):
+        run = run_of(self.OUTCOMES)
+        run.manifest["dataset"] = {**run.manifest["dataset"], "name": "elsewhere"}
+        result = compare(baseline_of(self.OUTCOMES), [run], "b.json")
+        assert result.verdict == "passed"
+        assert "the data set is called elsewhere now, images in the baseline" in result.notes
+
     def test_preprocessing(self, run_of, baseline_of):
         run = run_of(self.OUTCOMES)
         run.manifest["model"]["input_size"] = 16

@@ -96,6 +96,12 @@ def test_images_of_other_classes_are_left_out(source):
     assert (chosen.wnids, chosen.labels, chosen.indices, chosen.left_out_count) == (("dog", "dog"), (0, 0), (3, 4), 3)
 
 
+def test_classes_of_one_side_only_are_named(source):
+    chosen = build_evaluation_set(source, ["hound", "dog", "Cat"], EXACT)
+    assert chosen.left_out_classes == (("cat",), ("hound", "Cat"))
+    assert build_evaluation_set(source, CLASSES, EXACT, known_classes={"dog", "zebra"}).left_out_classes[0] == ("cat",)
+
+
 def test_known_classes_leave_out_without_moving_labels(source):
     chosen = build_evaluation_set(source, CLASSES, EXACT, known_classes={"dog", "zebra"})
     assert (chosen.labels, chosen.left_out_count) == ((1, 1), 3)

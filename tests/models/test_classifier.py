@@ -19,6 +19,7 @@ def test_defaults():
     "change, message",
     [
         ({"module": len}, "needs a torch.nn.Module, got builtin_function_or_method"),
+        ({"classes": "cat"}, "names of its classes, got the text 'cat'"),
         ({"classes": ("cat",)}, "at least two classes, all different, got 1"),
         ({"classes": ("cat", "dog", "cat")}, "at least two classes, all different, got 3"),
         ({"input_size": 0}, "1 <= input_size <= resize_size, got self.input_size=0, self.resize_size=None"),

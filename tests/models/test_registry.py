@@ -208,7 +208,7 @@ def test_every_torchvision_model_has_a_preprocessing_we_can_follow(torchvision_m
 
 def test_timm_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModelError, match=r"timm:vit_tiny needs the package timm: pip install 'lrrobust\[timm\]'"):
+    with pytest.raises(ModelError, match=r"timm:vit_tiny needs the package timm: pip install timm"):
         load("timm:vit_tiny")
 
 
@@ -343,6 +343,14 @@ def test_what_a_user_file_does_to_the_process_harms_nobody(user_file, monkeypatc
     user_file.write_text(GOOD.replace("def build():", f"def build():\n    import os, sys\n    {line}"))
     assert load("my_model.py:build").input_size == 40
     assert os.getcwd() == str(user_file.parent)
+
+
+def test_torchvision_is_mended_before_a_user_file_imports_it(user_file, monkeypatch):
+    called = []
+    monkeypatch.setattr("lrrobust.models.registry.import_torchvision", lambda: called.append(1))
+    user_file.write_text(GOOD)
+    load(f"{user_file}:build")
+    assert called
 
 
 def test_user_module_with_classes(user_file):

@@ -242,6 +242,18 @@ def test_checkpoints(tmp_path, state, wrap):
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
 
 
+def test_a_state_beside_other_things_whatever_its_name(tmp_path, state):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"net": dict(state), "acc": 0.9, "optimizer": {"state": {}, "lr": 0.1}}, path)
+    torch.testing.assert_close(read_weights(path)[0], dict(state), rtol=0, atol=0)
+    torch.save({"net": dict(state), "ema": dict(state)}, path)
+    with pytest.raises(WeightsError, match=r"holds several state dicts \(net, ema\): save the one that is meant alone"):
+        read_weights(path)
+    torch.save({"acc": 0.9, "epoch": 3}, path)
+    with pytest.raises(WeightsError, match=r"holds no state dict: .*, found acc, epoch; save"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"epoch": 3}, {0: torch.zeros(2)}, {"state_dict": {}}, torch.zeros(2)])
 def test_checkpoint_without_a_state(tmp_path, content):
     path = tmp_path / "checkpoint.pt"

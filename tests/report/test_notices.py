@@ -3,7 +3,7 @@ from lrrobust.report.notices import mixed_metadata, warnings_of
 
 def test_says_what_the_engine_noticed(make_run):
     run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
-    assert warnings_of(run) == ["randomised: yes: robustness is overstated"]
+    assert warnings_of(run) == ["the model's logits are random: robustness is overstated"]
     assert warnings_of(make_run()) == []
 
 

@@ -392,7 +392,7 @@ def test_what_the_engine_noticed_counts(check):
     noticed = {"pgd-000000-000004": {"nonfinite_gradients": "yes: the attack was not at full strength"}}
     safeguards = check(treatment={"part_metadata": noticed})
     assert failed(safeguards) == [("attack_diagnostics", None, ("supported",))]
-    assert any("nonfinite gradients: yes: the attack was not at full strength" in guard.detail for guard in safeguards)
+    assert any("gradients were infinite or NaN: the attack was not at full strength" in guard.detail for guard in safeguards)
 
 
 def test_runs_that_were_not_looked_into_support_nothing(check, tmp_path):

@@ -1,0 +1,44 @@
+"""The same numbers from the same seeds: float32 that is float32, and random numbers that depend on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+@contextmanager
+def deterministic_float32() -> Iterator[None]:
+    """No TF32 and no autotuned kernels on CUDA: the numbers are called float32, and a rerun must give the same."""
+    cudnn = torch.backends.cudnn
+    wanted = [(cudnn, "deterministic", True), (cudnn, "benchmark", False), *_exact_products()]
+    before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
+    try:
+        for place, name, value in wanted:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _exact_products() -> list[tuple[Any, str, object]]:
+    """What is to be set where, for convolutions and products of matrices in float32.
+
+    torch 2.9 and newer have a second set of settings, and refuse to read the first where a program has used the second.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32  # noqa: B018 - whether they can be read
+    except RuntimeError:
+        return [(kind, "fp32_precision", "ieee") for kind in (cudnn.conv, cudnn.rnn, matmul)]
+    return [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators start at `seed` inside, and are put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
