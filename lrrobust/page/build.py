@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from lrrobust.page.verdict_tables import area_table, comparison_table, norm_tabl
 from lrrobust.plots import label_runs
 from lrrobust.report.drawing import Collect, Drawing, draw
 from lrrobust.report.figures import draw_runs
+from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
 from lrrobust.report.reproduction import format_command, reproduction
@@ -301,6 +303,14 @@ def _notices(run: Run) -> list[str]:
     return notices
 
 
+def _settings(spec: Mapping[str, Any]) -> str:
+    """All that an attack was told, its name aside."""
+    told = {key: value for key, value in spec.items() if key != "name" and value is not None}
+    if isinstance(told.get("eps"), list):
+        told["eps"] = ", ".join(format_eps(eps, spec.get("norm")) if isinstance(eps, float) else str(eps) for eps in told["eps"])
+    return "; ".join(f"{key} {json.dumps(value) if not isinstance(value, str) else value}" for key, value in told.items())
+
+
 def _provenance(name: str, run: Run) -> _Provenance:
     manifest = run.manifest
     environment = manifest.get("provenance") or {}
@@ -312,6 +322,8 @@ def _provenance(name: str, run: Run) -> _Provenance:
         "images made on": (manifest.get("surrogate") or {}).get("name"),
         "images": f"{dataset['name']}, {dataset['n']} images",
         "images (sha256)": dataset["sha256"],
+        "images of other classes, left out": dataset.get("left_out_count") or None,
+        "side of the images in pixels": model.get("input_size"),
         "fingerprint": manifest["fingerprint"],
         "seed": manifest.get("seed"),
         "created": manifest.get("created_at"),
@@ -322,6 +334,7 @@ def _provenance(name: str, run: Run) -> _Provenance:
         "threads": environment.get("threads"),
         "python": environment.get("python"),
     }
+    facts |= {f"attack {spec.get('name')}": _settings(spec) for spec in manifest.get("attacks", []) if isinstance(spec, Mapping)}
     versions = environment.get("versions")
     if isinstance(versions, Mapping):
         facts["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items() if version)

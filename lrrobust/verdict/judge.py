@@ -425,19 +425,23 @@ def _one_per_norm(rows: Sequence[Comparison], sign: int) -> list[Comparison]:
 
 
 def _power(claim: Claim, decisive: Sequence[Comparison]) -> list[str]:
-    """How small a difference could have been shown: the smallest of each population, of the worst norm."""
+    """How small a difference could have been shown at each attack and budget, from where it is smallest to where it is largest."""
     parts = []
     for population in POPULATIONS:
-        of_norms: dict[str, list[float]] = {}
-        for row in decisive:
-            if row.population == population:
-                of_norms.setdefault(row.norm, []).append(row.smallest_detectable or np.inf)
-        if of_norms:
-            worst = max(min(found) for found in of_norms.values())
-            n = max(row.n for row in decisive if row.population == population)
-            least = _points(worst) if np.isfinite(worst) else "no difference at all"
-            parts.append(f"{least} on {_IN_WORDS[population]} (n = {n})")
-    return [f"Smallest difference that would be shown with probability {100 * claim.power:g} %: {', '.join(parts)}."]
+        rows = [row for row in decisive if row.population == population]
+        if not rows:
+            continue
+        found = sorted(row.smallest_detectable for row in rows if row.smallest_detectable is not None)
+        if found:
+            text = " to ".join(dict.fromkeys((_points(found[0]), _points(found[-1]))))
+            if len(found) < len(rows):
+                text += f" (at {len(rows) - len(found)} of {len(rows)} none at all)"
+        else:
+            text = "no difference at all"
+        parts.append(f"{text} on {_IN_WORDS[population]} (n = {max(row.n for row in rows)})")
+    return [
+        f"Smallest difference that would be shown with probability {100 * claim.power:g} %, from budget to budget: {', '.join(parts)}."
+    ]
 
 
 def _too_few(claim: Claim, decisive: Sequence[Comparison], more: str, sign: int) -> list[str]:

@@ -177,8 +177,9 @@ def _telling_eps(evidence: Evidence) -> Safeguard:
         for eps in evidence.ladder(attack)
     ]
     telling = sum(max(pair) >= matters and min(pair) <= 1 - matters for pair in shares)
-    detail = f"At {telling} of {len(shares)} budgets a difference of {100 * matters:g} points could show"
-    detail += "." if telling else ": both models are broken, or robust, on nearly all images; take budgets in between."
+    detail = f"At {telling} of {len(shares)} budgets the models are neither broken nor robust on so nearly all images"
+    detail += f" that a difference of {100 * matters:g} points is impossible."
+    detail += "" if telling else " Take budgets in between."
     return Safeguard(name="telling_eps", passed=telling > 0, detail=detail, withholds=("refuted",))
 
 

@@ -82,6 +82,16 @@ def test_the_verdict_comes_first_with_reasons_and_safeguards(page):
     assert "✗ failed" in visible and "✓ passed" in visible and "? not checked" in visible
 
 
+def test_provenance_says_what_the_attacks_were_told(make_run, tmp_path):
+    run = make_run("told")
+    run.manifest["attacks"][0] |= {"eps": [1 / 255, 2 / 255], "steps": 20, "random_start": True, "target": None}
+    run.manifest["dataset"]["left_out_count"] = 7
+    write_page([run], tmp_path / "out", COMMAND)
+    visible = Elements((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).visible
+    assert "norm linf; kind pgd; eps 1/255, 2/255; steps 20; random_start true" in visible
+    assert re.search(r"side of the images in pixels\s*8\b", visible) and re.search(r"left out\s*7\b", visible)
+
+
 def test_numbers_of_the_verdict(page):
     text = page()
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", text)

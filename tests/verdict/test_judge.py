@@ -54,6 +54,8 @@ class TestVerdicts:
         ]
         assert "all intervals lie above" in supported.reasons[2]
         assert "with probability 80 %" in supported.reasons[-2]
+        found = [row.smallest_detectable for row in supported.comparisons if row.is_decisive and row.population == "all"]
+        assert f"{100 * min(found):.3g} points to {100 * max(found):.3g} points on all images (n = 1500)" in supported.reasons[-2]
         assert "attacks that break more of A than those made here" in supported.reasons[-1]
 
     def test_the_mirrored_claim_is_supported_by_mirrored_evidence(self, judged, supported):
