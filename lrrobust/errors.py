@@ -58,12 +58,15 @@ class UnknownNameError(LrRobustError):
         kind: what the name stands for, as in "model".
         name: what was asked for.
         known: every name that would have been accepted.
+        otherwise: what may be given instead of a name.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], otherwise: str = "") -> None:
         known = sorted(set(known))
         spelled = {each.lower(): each for each in known}
         near = [spelled[each] for each in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
         more = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known[:_MOST_NAMES])}{more}"
+        if otherwise:
+            hint += f"{'' if near else ';'} or give {otherwise}"
         super().__init__(f"unknown {kind} {name!r}: {hint}")

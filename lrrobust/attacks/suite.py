@@ -162,7 +162,7 @@ def _locate(name: str | Path, relative_to: Path) -> Path:
         beside = next((name for name in (f"{text}.yaml", f"{text}.yml", text) if os.path.isfile(relative_to / name)), None)
         if beside is not None:
             raise ConfigError(f"unknown attack {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
-        raise UnknownNameError("attack", text, _shipped())
+        raise UnknownNameError("attack", text, _shipped(), "a YAML file")
     return _shipped()[text]
 
 

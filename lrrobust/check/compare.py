@@ -23,6 +23,7 @@ import numpy as np
 
 from lrrobust.check.baseline import Baseline, Measurement, ModelBaseline, Record, Rule, in_request_order, measure, protocol_of
 from lrrobust.errors import BaselineError
+from lrrobust.report.formatting import format_eps
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
 from lrrobust.stats import holm, mcnemar_p_value
@@ -244,10 +245,11 @@ def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
     how = f"significance {rule.significance:g}, floor {100 * rule.floor:g} points"
     if fallen:
         worst = max(fallen, key=lambda c: c.fall)
+        eps = format_eps(math.inf if worst.eps is None else worst.eps, worst.norm)
         images = {(c.model, flip.index) for c in fallen for flip in c.lost}
         return (
             f"robust accuracy fell in {len(fallen)} of {len(comparisons)} comparisons, most by {100 * worst.fall:.1f} points "
-            f"({worst.attack}), {len(images)} images lost ({how})"
+            f"({worst.attack} at eps {eps}), {len(images)} images lost ({how})"
         )
     flips = sum(len(c.lost) + len(c.gained) for c in comparisons)
     noticed = smallest_noticed_fall(baseline)

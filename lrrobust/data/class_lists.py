@@ -35,7 +35,7 @@ def load_class_list(name_or_path: str | Path) -> tuple[str, ...]:
         return _load_packaged(name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
-        raise UnknownNameError("class list (nor is there such a text file, one class a line)", str(name_or_path), _PACKAGED)
+        raise UnknownNameError("class list or file", str(name_or_path), _PACKAGED, "a text file with one class a line")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -67,9 +67,7 @@ def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
     worst = int(counts.argmax())
     p_value = binomial_p_value(int(counts[worst]), n, TOLERATED_LATE) * sum(eps > 0 for eps in outcomes.eps)
     passed = p_value > SIGNIFICANCE
-    detail = (
-        f"The last quarter of its {steps} steps breaks {counts[worst]} of {n} images at eps "
-        f"{format_eps(outcomes.eps[worst], spec.norm)}, where they are most"
-    )
+    seen = f"{counts[worst]} of {n} images at eps {format_eps(outcomes.eps[worst], spec.norm)}, where they are most"
+    detail = f"The last quarter of its {steps} steps breaks {seen if counts[worst] else f'none of {n} images at any eps'}"
     detail += "" if passed else f": {spec.name} had not converged, and more steps or restarts would break more"
     return passed, f"{detail}."

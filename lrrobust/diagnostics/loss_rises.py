@@ -48,9 +48,10 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
             continue
         p_value, _, idle, n, eps = worst
         passed = p_value * tested > SIGNIFICANCE
+        seen = f"{idle} of {n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
         detail = (
-            f"After the last step of {outcomes.spec.name} the margin is no smaller than that of the clean image for {idle} of "
-            f"{n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
+            f"After the last step of {outcomes.spec.name} the margin is no smaller than that of the clean image for "
+            f"{seen if idle else 'none of the images at any eps'}"
         )
         detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
         yield Diagnostic(

@@ -109,7 +109,8 @@ def _load_own(
     is_shipped = weights is None or weights in shipped
     path = _shipped_path(name, weights) if is_shipped else Path(weights)
     if not is_shipped and not path.is_file():
-        raise UnknownNameError(f"weights of {name} (nor is there such a file)", str(weights), [*shipped, *([OWN_WEIGHTS] if shipped else []), NO_WEIGHTS])
+        known = [*shipped, *([OWN_WEIGHTS] if shipped else []), NO_WEIGHTS]
+        raise UnknownNameError(f"weights of {name} (nor is there such a file)", str(weights), known)
     state, metadata = read_weights(path)
     if metadata is None:
         known = _need(classes, f"{name} with {path.name}, which carries no class list,")
@@ -185,8 +186,8 @@ def _load_torchvision(
             raise ModelError(f"unknown model {name!r}: expected path/to/file.py:factory, timm:NAME or torchvision:NAME")
         if Path(name).suffix in (".safetensors", ".pt", ".pth"):
             raise ModelError(f"unknown model {name!r}: weights are given with --weights, the network that they fit with --model")
-        known = [*NETWORKS, *models.list_models(module=models), "timm:NAME", "path/to/file.py:factory"]
-        raise UnknownNameError("model", name, known)
+        known = [*NETWORKS, *models.list_models(module=models)]
+        raise UnknownNameError("model", name, known, "timm:NAME, or path/to/file.py:factory for your own")
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
         known = _classes_of_foreign(name, weights, classes, imagenet_classes)
         preset = models.get_model_weights(name)["DEFAULT"].transforms()

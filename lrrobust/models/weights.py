@@ -271,6 +271,10 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
     if differences:
         more = len(differences) - _NAMED_DIFFERENCES
         tail = f" and {more} more differences" if more > 0 else ""
+        first = next(iter(state), "")
+        for prefix in {key.removesuffix(first) for key in wanted if first and key.endswith(f".{first}")}:
+            if all(f"{prefix}{key}" in wanted for key in state):
+                tail += f"; its names are those of {prefix.rstrip('.')}: load it there, before the network is wrapped"
         raise WeightsError(f"{where} does not fit the network: {'; '.join(differences[:_NAMED_DIFFERENCES])}{tail}")
     module.load_state_dict(dict(state))
 

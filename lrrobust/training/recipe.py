@@ -105,7 +105,7 @@ def load_recipe(name_or_path: str | Path, precision: str | None = None) -> Recip
     shipped = {path.stem: path for path in RECIPES_FOLDER.glob("*.yaml")}
     path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
-        raise UnknownNameError("recipe", str(name_or_path), shipped)
+        raise UnknownNameError("recipe", str(name_or_path), shipped, "a YAML file")
     recipe = check_keys(read_mapping(path, str(path), example="batch_size: 128"), Recipe, str(path))
     if precision is None:
         return recipe

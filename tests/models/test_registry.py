@@ -60,7 +60,7 @@ def test_names_of_our_networks():
         (lambda: load("lr_resnt50"), "unknown model 'lr_resnt50': did you mean lr_resnet50"),
         (lambda: load("vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
         (lambda: load("torchvision:vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
-        (lambda: load("zzzzzz"), "unknown model 'zzzzzz': known: .*lr_resnet26.*path/to/file.py:factory.*timm:NAME"),
+        (lambda: load("zzzzzz"), "unknown model 'zzzzzz': known: .*lr_resnet26.*; or give timm:NAME, or path/to/file.py:factory"),
         (lambda: load("VGG16"), "unknown model 'VGG16': did you mean vgg16"),
         # Models of torchvision for other tasks are no classifiers.
         (lambda: load("fcn_resnet50"), "unknown model 'fcn_resnet50'"),

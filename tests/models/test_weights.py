@@ -242,6 +242,15 @@ def test_checkpoints(tmp_path, state, wrap):
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
 
 
+def test_a_state_of_what_is_wrapped_says_where_it_belongs():
+    network = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+    with pytest.raises(WeightsError, match="its names are those of 1: load it there, before the network is wrapped"):
+        fit_weights(network, network[1].state_dict(), "best.pth")
+    with pytest.raises(WeightsError) as other:
+        fit_weights(network, {"0.weight": torch.zeros(2, 2), "classifier.weight": torch.zeros(2)}, "best.pth")
+    assert "load it there" not in str(other.value)
+
+
 def test_a_state_beside_other_things_whatever_its_name(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
     torch.save({"net": dict(state), "acc": 0.9, "optimizer": {"state": {}, "lr": 0.1}}, path)

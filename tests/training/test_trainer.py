@@ -191,7 +191,7 @@ def test_too_few_images(start, batch_size, holdout, message):
 def test_unknown_model_and_classes(start):
     with pytest.raises(UnknownNameError, match="unknown network 'tinny': did you mean tiny"):
         start(model="tinny")
-    with pytest.raises(UnknownNameError, match="unknown class list .* 'tiny-imagenet-20': did you mean tiny-imagenet-200"):
+    with pytest.raises(UnknownNameError, match="unknown class list or file 'tiny-imagenet-20': did you mean tiny-imagenet-200"):
         start(classes="tiny-imagenet-20")
 
 
