@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+
 @contextmanager
 def deterministic_float32() -> Iterator[None]:
     """No TF32 and no autotuned kernels on CUDA: the numbers are called float32, and a rerun must give the same."""

@@ -32,7 +32,7 @@ class EvaluationSet:
         labels: position of that class in the classes of the model.
         sha256: identifies keys, encoded bytes and classes, however the data set is packed.
         left_out_count: images of the data set whose class is not among those asked for.
-        left_out_classes: these classes, and the classes asked for that no image of the data set has, both in their order.
+        left_out_classes: these classes, sorted, and the classes asked for that no image of the data set has, in label order.
         corrupt_keys: chosen images that were dropped because they cannot be decoded.
         subset: how the images were chosen, JSON-ready.
     """

@@ -242,7 +242,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if states:
             content = content[states[0]]
     if not _is_state(content):
-        found = ", ".join(map(str, content))[:100] if isinstance(content, dict) and content else f"a {type(content).__name__} without"
+        found = ", ".join(map(str, content))[:100] or "nothing" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()")
     # DistributedDataParallel prefixes every key.
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}

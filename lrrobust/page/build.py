@@ -308,7 +308,7 @@ def _settings(spec: Mapping[str, Any]) -> str:
     told = {key: value for key, value in spec.items() if key != "name" and value is not None}
     if isinstance(told.get("eps"), list):
         told["eps"] = ", ".join(format_eps(eps, spec.get("norm")) if isinstance(eps, float) else str(eps) for eps in told["eps"])
-    return "; ".join(f"{key} {json.dumps(value) if not isinstance(value, str) else value}" for key, value in told.items())
+    return "; ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items())
 
 
 def _provenance(name: str, run: Run) -> _Provenance:

@@ -46,12 +46,12 @@ def accuracy_on_set(network: nn.Module, images: EvaluationSet) -> tuple[float, f
     device = next(network.parameters()).device
     batch_size = _batch_size(device, images.input_size)
     top1 = top5 = 0
-    for start in range(0, len(images), batch_size):
-        batch, labels = images.load(range(start, min(start + batch_size, len(images))))
-        with deterministic_float32():
+    with deterministic_float32():
+        for start in range(0, len(images), batch_size):
+            batch, labels = images.load(range(start, min(start + batch_size, len(images))))
             logits = network(batch.to(device))
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-        hits = best == labels.view(-1, 1)
-        top1 += hits[:, 0].sum().item()
-        top5 += hits.any(1).sum().item()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
+            hits = best == labels.view(-1, 1)
+            top1 += hits[:, 0].sum().item()
+            top5 += hits.any(1).sum().item()
     return top1 / len(images), top5 / len(images)

@@ -123,9 +123,9 @@ class Training:
         self._bad = torch.full((3,), -1.0, dtype=torch.float64, device=self.device)
         self._resume()
         # Collected once: they are changed in place alone, and a GPU would wait for the collecting at every step.
-        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
-        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        states = [list(network.state_dict().values()) for network in (self.average, self.network)]
+        self._floating = [[x for x in state if x.is_floating_point()] for state in states]
+        self._counters = [[x for x in state if not x.is_floating_point()] for state in states]
 
     @property
     def checkpoint_path(self) -> Path:
@@ -294,9 +294,9 @@ class Training:
     def _update_average(self) -> None:
         # Shorter memory at the start, so that the initial weights are soon forgotten.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(*map(list, zip(*self._floating, strict=True)), 1 - decay)
-        if self._counters:
-            torch._foreach_copy_(*map(list, zip(*self._counters, strict=True)))
+        torch._foreach_lerp_(*self._floating, 1 - decay)
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         started = time.monotonic()

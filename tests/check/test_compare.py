@@ -6,7 +6,6 @@ import pytest
 from scipy.stats import binomtest
 
 from lrrobust.check.baseline import Rule, build_baseline
-from lrrobust.check import compare as comparison
 from lrrobust.check.compare import compare, find_differences, require_sensitivity, smallest_noticed_fall
 from lrrobust.errors import BaselineError
 
