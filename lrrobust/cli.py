@@ -523,6 +523,10 @@ def train(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")
     ] = 8,
+    stop_after: Annotated[
+        Optional[int],
+        typer.Option(help="Epochs of the recipe's schedule to stop after, with the weights of then.", show_default="all"),
+    ] = None,
 ) -> None:
     """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
     from lrrobust.console import TrainingProgress, print_weights, scanning
@@ -532,7 +536,8 @@ def train(
 
     folder = out if out is not None else Path("reports/training") / model
     request = TrainingRequest(
-        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers, precision
+        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers, precision,
+        stop_after,
     )
     with joined_ranks(choose_device(device)) as (ranks, own_device):
         if not ranks.is_first:

@@ -24,6 +24,12 @@ def deterministic_float32() -> Iterator[None]:
             setattr(place, name, value)
 
 
+def float32_settings() -> tuple[object, ...]:
+    """What decides on CUDA which kernels compute in float32, and how exactly: equal where the same ones run."""
+    cudnn = torch.backends.cudnn
+    return cudnn.deterministic, cudnn.benchmark, *(getattr(place, name) for place, name, _ in _exact_products())
+
+
 def _exact_products() -> list[tuple[Any, str, object]]:
     """What is to be set where, for convolutions and products of matrices in float32.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
@@ -37,6 +38,7 @@ from lrrobust.evaluation.task_queue import Sharing
 from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
+from lrrobust.models.replay import replayed
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
@@ -155,7 +157,7 @@ class Evaluation:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device, RunStore.create_or_resume(self.folder, self.manifest, is_shared=sharing is not None) as store:
             evaluate(
-                self.classifier.module.to(self.device),
+                self._on_device(self.classifier),
                 len(self.classifier.classes),
                 self.images,
                 self.tasks,
@@ -172,13 +174,15 @@ class Evaluation:
                 sharing=sharing,
             )
 
+    def _on_device(self, classifier: Classifier) -> nn.Module:
+        return replayed(classifier.module.to(self.device))
+
     def _surrogate(self) -> Surrogate | None:
         if self.surrogate is None:
             return None
         label_of = {wnid: label for label, wnid in enumerate(self.surrogate.classes)}
         labels = [label_of[wnid] for wnid in self.images.wnids]
-        return Surrogate(self.surrogate.module.to(self.device), len(self.surrogate.classes), labels)
-
+        return Surrogate(self._on_device(self.surrogate), len(self.surrogate.classes), labels)
 
     def diagnose(self, on_check: OnCheck | None = None) -> None:
         """Looks into whether the attacks worked, unless that was done before; call it after `run`.
@@ -194,7 +198,7 @@ class Evaluation:
         if known is not None:
             return
         found = diagnose(
-            self.classifier.module.to(self.device),
+            self._on_device(self.classifier),
             len(self.classifier.classes),
             self.images,
             list(dict.fromkeys(task.spec for task in self.tasks)),
@@ -444,6 +448,7 @@ class TrainingRequest:
     Args:
         workers: processes that decode images while the network trains, where the recipe streams them; 0 for none.
         precision: replaces that of the recipe.
+        stop_after: epochs of the recipe's schedule after which the training ends; None is all.
     """
 
     model: str
@@ -456,6 +461,7 @@ class TrainingRequest:
     initial_weights: Path | None = None
     workers: int = 0
     precision: str | None = None
+    stop_after: int | None = None
 
 
 def prepare_training(
@@ -470,10 +476,11 @@ def prepare_training(
         ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
     """
     recipe: Recipe = load_recipe(request.recipe, request.precision)
-    if ranks.is_first and (last_size := recipe.phases[-1].size) != recipe.image_size:
+    last_size = recipe.size_of_epoch(recipe.last_epoch(request.stop_after) - 1)
+    if ranks.is_first and last_size != recipe.image_size:
         _log.warning(
-            "recipe %s ends at %d pixels, and its networks are for %d: batch statistics depend on the size, so that they may "
-            "be far better there than here; a last phase of %d pixels mends that",
+            "training by recipe %s ends at %d pixels, and its networks are for %d: batch statistics depend on the size, so "
+            "that they may be far better there than here; a last phase of %d pixels mends that",
             recipe.name, last_size, recipe.image_size, recipe.image_size,
         )
     if request.model not in NETWORKS:
@@ -486,7 +493,9 @@ def prepare_training(
     evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
     images = _open_training_images(request, recipe, classes, on_scan)
     where = choose_device(request.device) if device is None else device
-    training = Training(request.model, recipe, images, request.out, str(where), request.initial_weights, ranks)
+    training = Training(
+        request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
+    )
     return training, evaluation_sets
 
 

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"interrupts", "errors"},
-    "models": {"ops", "gradient_rules", "errors", "torchvision_import"},
+    "models": {"ops", "gradient_rules", "determinism", "errors", "torchvision_import"},
     "attacks": {"threat", "config_file", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},

@@ -211,7 +211,11 @@ class _Victim(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.nonfinite_gradients = 0
+        self._nonfinite = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def nonfinite_gradients(self) -> int:
+        return int(self._nonfinite)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.requires_grad:
@@ -221,7 +225,8 @@ class _Victim(nn.Module):
     def _mend_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Rows with NaN or infinity become zero."""
         is_finite = gradient.isfinite().flatten(1).all(1)
-        self.nonfinite_gradients += int((~is_finite).sum())
+        # Counted on the device: a GPU would be waited for at every gradient.
+        self._nonfinite = self._nonfinite.to(gradient.device) + (~is_finite).sum()
         return gradient.where(is_finite[:, None, None, None], 0)
 
 

@@ -14,10 +14,12 @@ from lrrobust.bench.peak_memory import measure_peak_bytes
 from lrrobust.models import build_network
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.lrnet import LocalRelationLayer
+from lrrobust.models.replay import replayed
 
 NETWORK, CONTROL = "lr_resnet50", "resnet50"
-#: How the LR-Net's operation is computed.
-CASES = "fused", "reference"
+#: How the LR-Net's operation is computed, and on a GPU how passes of both networks are launched: recorded, as the harness
+#: does, or kernel by kernel.
+FUSED, EAGER, REFERENCE = "fused", "fused, kernel by kernel", "reference"
 NUM_CLASSES = 200
 #: Sides of the images.
 SIZES = (64, 224)
@@ -55,24 +57,27 @@ def compare_gradient_steps(
             for name in names:
                 on_turn(f"{size} pixels: {name}, memory")
                 peaks[name] = {"peak_bytes": measure_peak_bytes(prepare_step, name, size, count)}
-        for case, name in zip(CASES, names[1:], strict=True):
-            ways = {name: build_step(name, size, count, device) for name in (CONTROL, name)}
+        cases = {FUSED: names[1], **({EAGER: names[1]} if device.type == "cuda" else {}), REFERENCE: names[2]}
+        for case, network in cases.items():
+            ways = {name: build_step(name, size, count, device, is_recorded=case != EAGER) for name in (CONTROL, network)}
             rows = time_interleaved(
-                ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes) / len(CASES),
+                ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes) / len(cases),
                 case=f"{size} pixels, {case}", on_turn=on_turn,
             )
             for row in rows:
                 yield {"size": size, "batch_size": count, "case": case, **row, **peaks.get(row["name"], {})}
 
 
-def build_step(name: str, size: int, batch_size: int, device: torch.device) -> Callable[[], torch.Tensor]:
+def build_step(
+    name: str, size: int, batch_size: int, device: torch.device, is_recorded: bool = True
+) -> Callable[[], torch.Tensor]:
     """One step of the network called `name`, as the harness evaluates it; "NAME, BACKEND" fixes the backend."""
     name, _, backend = name.partition(", ")
     network = fold_constants(build_network(name, NUM_CLASSES).eval()).to(device)
     for module in network.modules():
         if backend and isinstance(module, LocalRelationLayer):
             module.backend = backend
-    return _step_of(network, torch.rand(batch_size, 3, size, size, device=device))
+    return _step_of(replayed(network) if is_recorded else network, torch.rand(batch_size, 3, size, size, device=device))
 
 
 def prepare_step(name: str, size: int, batch_size: int) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -30,6 +30,7 @@ from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.models import load_classifier
 from lrrobust.models.folding import fold_constants
+from lrrobust.models.replay import replayed
 from lrrobust.tables import Cell, Column, Table, to_markdown
 
 
@@ -161,7 +162,8 @@ def _on_models(compare: Callable[..., Iterator[dict[str, object]]], request: Ben
         images = build_evaluation_set(open_dataset(request.dataset), classifier.classes, preprocessing, n=request.n)
         pixels, labels = images.load(range(len(images)))
         rows = compare(
-            fold_constants(classifier.module).eval().to(request.device),
+            # The same network for all, however its passes are launched: what is compared is the loops.
+            replayed(fold_constants(classifier.module).eval().to(request.device)),
             len(classifier.classes),
             pixels.to(request.device),
             labels.to(request.device),

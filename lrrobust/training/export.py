@@ -52,7 +52,9 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
         training={
             "images": len(training.train_set.labels),
             "steps": training.step,
-            "epochs": recipe.epochs,
+            "epochs": len(training.rows),
+            # Fewer were done where the training was stopped before its recipe's end.
+            "schedule_epochs": recipe.epochs,
             "seed": recipe.seed,
             "initial_weights": training.initial_weights,
             "note": note,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lrrobust.config_file import check_keys, read_mapping
 from lrrobust.data.preprocessing import Preprocessing
-from lrrobust.errors import UnknownNameError
+from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.models.residual import DEFAULT_STEM, Stem
 from lrrobust.training.adversarial import AdversarialSpec
 from lrrobust.training.mixing import MixingSpec
@@ -82,6 +82,21 @@ class Recipe(BaseModel):
     @property
     def epochs(self) -> int:
         return sum(phase.epochs for phase in self.phases)
+
+    def last_epoch(self, stop_after: int | None) -> int:
+        """The number of epochs after which a training ends: all, or the first `stop_after` of them.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        if stop_after is None:
+            return self.epochs
+        if not 1 <= stop_after <= self.epochs:
+            raise ConfigError(
+                f"--stop-after: expected 1 to {self.epochs}, the epochs of the recipe {self.name}, found {stop_after}: "
+                "give a number among them, or leave the option out to train to the end"
+            )
+        return stop_after
 
     def size_of_epoch(self, epoch: int) -> int:
         """Image size of epoch 0, 1, ..."""

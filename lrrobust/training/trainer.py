@@ -67,6 +67,8 @@ class Training:
     Args:
         initial_weights: file of weights to go on from instead of fresh ones; the optimiser starts anew.
         ranks: this process among those that train together; each has the same arguments.
+        stop_after: ends after so many epochs of the recipe's schedule, with its learning rates; None is its end. It is
+            no part of what the training is: a later one goes on from there.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class Training:
         device: str = "cpu",
         initial_weights: Path | None = None,
         ranks: Ranks = Ranks(),
+        stop_after: int | None = None,
     ) -> None:
+        self.epochs = recipe.last_epoch(stop_after)
         self.model_name = model_name
         self.recipe = recipe
         self.folder = folder
@@ -95,7 +99,9 @@ class Training:
                 f"{len(self.train_set.labels)} training images do not fill a batch of {recipe.batch_size}: "
                 "give more images or a recipe with a smaller batch_size"
             )
-        self.steps = self.steps_per_epoch * recipe.epochs
+        self.steps = self.steps_per_epoch * self.epochs
+        # The learning rates are those of the whole schedule, wherever this training ends.
+        self.schedule_steps = self.steps_per_epoch * recipe.epochs
         torch.manual_seed(recipe.seed)
         network = build_network(model_name, len(self.classes), recipe.stem)
         self.network = network.to(self.device, memory_format=torch.channels_last)
@@ -145,6 +151,12 @@ class Training:
         state = read_checkpoint(self.checkpoint_path, self._identity())
         if state is None:
             return
+        if state["step"] > self.steps:
+            raise ConfigError(
+                f"{self.checkpoint_path}: expected at most step {self.steps}, the end of epoch {self.epochs}, for "
+                f"--stop-after {self.epochs}, found step {state['step']}: the weights of then are gone; "
+                "choose another --out to train them again, or a later epoch to go on"
+            )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -174,7 +186,7 @@ class Training:
     def run(
         self, on_step: Callable[[Progress], None] | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        """Trains to the end of the recipe. Whatever interrupts it, the state so far is on disk."""
+        """Trains to the end of the recipe, or of `stop_after` epochs. Whatever interrupts it, the state so far is on disk."""
         # Processes must stop after the same step, or one waits for the other's gradients: they agree on it.
         held_back = interrupts_held_back() if self.ranks.count > 1 else nullcontext([])
         try:
@@ -192,14 +204,14 @@ class Training:
     ) -> None:
         last_checkpoint = time.monotonic()
         batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
-        while len(self.rows) < self.recipe.epochs:
+        while len(self.rows) < self.epochs:
             # An epoch is closed here, not after its last step: the run may have been interrupted in between.
             epoch = len(self.rows)
             if self.step >= (epoch + 1) * self.steps_per_epoch:
                 batches = None
                 row = self._end_epoch(epoch)
                 # Not after every epoch of a GPU, which takes no longer than the writing.
-                if len(self.rows) == self.recipe.epochs or time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
+                if len(self.rows) == self.epochs or time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
                     self.save_checkpoint()
                     last_checkpoint = time.monotonic()
                 if on_epoch is not None:
@@ -209,7 +221,7 @@ class Training:
             with interrupts_held_back():
                 loss, images_per_s = self._advance(epoch, batches)
             if on_step is not None:
-                on_step(Progress(epoch + 1, self.recipe.epochs, self.step, self.steps, loss, images_per_s))
+                on_step(Progress(epoch + 1, self.epochs, self.step, self.steps, loss, images_per_s))
             if self.ranks.total(int(bool(received)), self.device):
                 raise KeyboardInterrupt
             if time.monotonic() - last_checkpoint > CHECKPOINT_INTERVAL_S:
@@ -241,7 +253,7 @@ class Training:
         """One step of the optimiser; the loss of the whole batch, a tensor on the device."""
         images = self._attacked(images, targets)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step, self.steps)
+            group["lr"] = learning_rate(self.recipe, self.step, self.schedule_steps)
         if not self.network.training:  # half a millisecond of modules
             self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
@@ -310,7 +322,7 @@ class Training:
             "epoch": epoch + 1,
             "step": self.step,
             "image_size": self.recipe.size_of_epoch(epoch),
-            "learning_rate": learning_rate(self.recipe, self.step - 1, self.steps),
+            "learning_rate": learning_rate(self.recipe, self.step - 1, self.schedule_steps),
             "train_loss": self._loss_sum.item() / self._loss_count,
             "holdout_top1": top1,
             "images_per_s": self._loss_count * self.recipe.batch_size / max(1e-9, self.wall_s - previous),

@@ -35,6 +35,6 @@ def test_networks_side_by_side():
 
 
 def test_batches_are_as_large_as_their_images_allow(monkeypatch):
-    monkeypatch.setattr(gradient_step, "build_step", lambda *arguments: lambda: None)
+    monkeypatch.setattr(gradient_step, "build_step", lambda *arguments, **options: lambda: None)
     frame = pd.DataFrame(compare_gradient_steps((32, 64, 224, 640), repeats=1, with_memory=False))
     assert frame.groupby("size").batch_size.first().to_dict() == {32: 32, 64: 32, 224: 4, 640: 1}

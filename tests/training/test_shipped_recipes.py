@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,40 @@ def test_a_recipe_that_ends_at_another_size_is_warned_of(size, smaller, photos, 
     prepare_training(request)
     told = [message for message in caplog.messages if "ends at" in message]
     assert len(told) == (size != 16) and all("ends at 24 pixels, and its networks are for 16" in each for each in told)
+
+
+def test_the_size_that_is_warned_of_is_that_of_the_epoch_to_stop_after(smaller, photos, tmp_path, caplog):
+    path = smaller("tiny_imagenet_short")
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**settings, "phases": [{"epochs": 1, "size": 24}, {"epochs": 1, "size": 16}]}))
+    request = TrainingRequest("tiny", str(path), str(photos("tiny_imagenet_short")), tmp_path / "out", device="cpu")
+    prepare_training(request)
+    assert "ends at" not in caplog.text
+    prepare_training(replace(request, stop_after=1))
+    assert "ends at 24 pixels, and its networks are for 16" in caplog.text
+
+
+def test_stop_after_at_the_command_line(smaller, photos, tmp_path, capsys):
+    path = smaller("tiny_imagenet_short")
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**settings, "phases": [{"epochs": 2, "size": 16}]}))
+    arguments = [
+        "train", "--model", "tiny", "--recipe", str(path), "--data", str(photos("tiny_imagenet_short")),
+        "--out", str(tmp_path / "out"), "--device", "cpu",
+    ]
+    for options, code, said in (
+        (["--stop-after", "3"], 2, "error: --stop-after: expected 1 to 2"),
+        (["--stop-after", "1"], 0, ""),
+        ([], 0, "going on at step 2 of 4"),
+        (["--stop-after", "1"], 2, "expected at most step 2, the end of epoch 1, for --stop-after 1, found step 4"),
+    ):
+        with torch.random.fork_rng():
+            assert run([*arguments, *options]) == code
+        err = capsys.readouterr().err
+        assert said in err and (code == 0 or err.count("\n") == 1)
+        if code == 0:
+            training = read_metadata(tmp_path / "out" / "tiny-custom.safetensors").training
+            assert (training["epochs"], training["schedule_epochs"]) == (1 if options else 2, 2)
 
 
 @pytest.mark.parametrize("name", RECIPES)

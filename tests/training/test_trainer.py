@@ -46,8 +46,8 @@ def one_thread():
 def start(tiny_lr_net, recipe, colours, tmp_path):
     """start(folder name, **changes of the recipe) -> a Training there."""
 
-    def build(folder="run", data=colours, model=tiny_lr_net, **changes):
-        return Training(model, recipe.model_copy(update=changes), data, tmp_path / folder)
+    def build(folder="run", data=colours, model=tiny_lr_net, stop_after=None, **changes):
+        return Training(model, recipe.model_copy(update=changes), data, tmp_path / folder, stop_after=stop_after)
 
     return build
 
@@ -496,6 +496,68 @@ def test_failure_to_write_keeps_the_last_checkpoint(uninterrupted, monkeypatch, 
         uninterrupted.save_checkpoint()
     assert uninterrupted.checkpoint_path.read_bytes() == content
     assert {path.name for path in uninterrupted.folder.iterdir()} == {"checkpoint.pt", "log.csv"}
+
+
+# --- stopped before the end of the schedule ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_gone_on_with_is_as_if_run_through(start, optimizer):
+    phases = tuple(Phase(epochs=1, size=size) for size in (16, 20, 16))
+    through = start("through", phases=phases, optimizer=optimizer)
+    averages = []
+    through.run(on_epoch=lambda _: averages.append({k: v.clone() for k, v in through.average.state_dict().items()}))
+    for stop_after, expected in ((1, averages[0]), (2, averages[1]), (None, averages[2])):
+        part = start("parts", phases=phases, optimizer=optimizer, stop_after=stop_after)
+        told = []
+        part.run(told.append)
+        end = stop_after or 3
+        # A bar that ends where the training does.
+        assert {(p.epochs, p.steps) for p in told} == {(end, 5 * end)} and part.steps == 5 * end
+        assert [p.step for p in told] == list(range(5 * end - 4, 5 * end + 1))
+        torch.testing.assert_close(dict(part.average.state_dict()), expected, rtol=0, atol=0)
+    assert_same(part, through)
+
+
+def test_stopped_again_at_the_same_epoch_does_nothing_more(start):
+    start(stop_after=1).run()
+    again = start(stop_after=1)
+    again.run(on_step=lambda _: pytest.fail("a finished run took a step"))
+    assert (again.step, len(again.rows)) == (5, 1)
+
+
+@pytest.mark.parametrize("stop_after", [-1, 0, 3])
+def test_epochs_that_the_schedule_does_not_have(start, tmp_path, stop_after):
+    message = (
+        f"^--stop-after: expected 1 to 2, the epochs of the recipe colours, found {stop_after}: "
+        "give a number among them, or leave the option out to train to the end$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start(stop_after=stop_after)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_past_the_epoch_to_stop_after(start):
+    with pytest.raises(KeyboardInterrupt):
+        start().run(on_step=_Stop(6))
+    content = start().checkpoint_path.read_bytes()
+    message = (
+        r"checkpoint.pt: expected at most step 5, the end of epoch 1, for --stop-after 1, found step 6: "
+        r"the weights of then are gone; choose another --out [^\n]*$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start(stop_after=1)
+    assert start().checkpoint_path.read_bytes() == content
+    assert start(stop_after=2).step == 6
+
+
+def test_export_says_how_much_of_the_schedule_was_done(start):
+    for stop_after, epochs, steps in ((1, 1, 5), (None, 2, 10)):
+        training = start(stop_after=stop_after)
+        training.run()
+        metadata = read_metadata(training.export("V1", []))
+        assert [metadata.training[key] for key in ("epochs", "schedule_epochs", "steps")] == [epochs, 2, steps]
+        assert metadata.recipe == training.recipe.model_dump(mode="json")
 
 
 # --- the result --------------------------------------------------------------------------------------

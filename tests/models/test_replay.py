@@ -1,0 +1,198 @@
+import copy
+import logging
+
+import pytest
+import torch
+
+from lrrobust.gradient_rules import GradientRule, gradients_by
+from lrrobust.models import replay
+from lrrobust.models.folding import fold_constants
+from lrrobust.models.lrnet import lr_resnet26
+from lrrobust.models.replay import ReplayedNetwork, replayed
+from lrrobust.models.resnet import resnet26
+
+
+class RecordingOnCpu:
+    """Has a CUDA recording's fixed memory and its one set of intermediate results in the shared pool, but computes anew."""
+
+    made: list["RecordingOnCpu"] = []
+    stands = None
+
+    def __init__(self, network, images, needs_gradient, pool):
+        self.network, self.images = network, images.clone().requires_grad_(needs_gradient)
+        self.logits = network(self.images).detach()
+        self.grad_logits = torch.zeros_like(self.logits) if needs_gradient else None
+        self.grad_images = torch.zeros_like(images) if needs_gradient else None
+        RecordingOnCpu.made.append(self)
+
+    def forward(self):
+        with torch.set_grad_enabled(self.grad_logits is not None):
+            result = self.network(self.images)
+        RecordingOnCpu.stands = self, result
+        self.logits.copy_(result.detach())
+
+    def backward(self):
+        whose, result = RecordingOnCpu.stands
+        # As on a GPU: without a word the gradient of whatever stands in the pool.
+        (gradient,) = torch.autograd.grad(result, whose.images, self.grad_logits[: len(result)], retain_graph=True)
+        self.grad_images[: len(gradient)].copy_(gradient)
+
+
+@pytest.fixture(params=[lr_resnet26, resnet26], ids=["lr_resnet26", "resnet26"])
+def network(request, seeded, monkeypatch):
+    monkeypatch.setattr(RecordingOnCpu, "made", [])
+    network = request.param(5).eval()
+    # Residual branches start at zero.
+    for name, parameter in network.named_parameters():
+        if name.endswith("expand.1.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1)
+    return fold_constants(network)
+
+
+def gradient(network, images):
+    images = images.clone().requires_grad_()
+    logits = network(images)
+    return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), images)[0]
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_the_same_logits_and_gradients_in_filled_up_batches(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    for count in (3, 4, 5, 2):
+        images = torch.rand(count, 3, 32, 32)
+        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+            assert found.shape == expected.shape and close(found, expected)
+        with torch.no_grad():
+            assert close(recorded(images), network(images))
+    # 4 and 8 images, with and without a gradient.
+    assert sorted(len(made.images) for made in RecordingOnCpu.made) == [4, 4, 8, 8]
+
+
+def test_passes_that_came_between_do_not_change_a_gradient(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    first, second = torch.rand(2, 3, 3, 32, 32).unbind()
+    first.requires_grad_()
+    logits = recorded(first)
+    before = logits.detach().clone()
+    gradient(recorded, second)
+    with torch.no_grad():
+        recorded(second)
+    assert torch.equal(logits, before)
+    (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), first, retain_graph=True)
+    expected = gradient(network, first.detach())[1]
+    assert close(found, expected)
+    # A second time, after the first has used up what stood there.
+    assert close(torch.autograd.grad(logits.logsumexp(1).sum(), first)[0], expected)
+
+
+def test_a_gradient_is_of_all_uses_of_the_images(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32).requires_grad_()
+
+    def both(network):
+        return torch.autograd.grad((network(images) * network(images.flip(3)).detach() + network(images)).sum(), images)[0]
+
+    assert close(both(recorded), both(network))
+
+
+@pytest.mark.parametrize(
+    "case", ["too many", "too large", "float64", "training", "autocast", "rule"],
+)
+def test_computed_as_it_is_where_a_recording_would_not_hold(network, monkeypatch, case):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    if case == "too many":
+        monkeypatch.setattr(replay, "BATCH_SIZES", (1,))
+    if case == "too large":
+        monkeypatch.setattr(replay, "MOST_PIXELS", 2 * 32 * 32 - 1)
+    if case == "float64":
+        recorded, images = recorded.double(), images.double()
+        for module in recorded.modules():
+            if hasattr(module, "backend"):
+                module.backend = "reference"
+    if case == "training":
+        recorded.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        if case == "rule":
+            with gradients_by(recorded, GradientRule("constant_weights")) as layers:
+                by_rule = gradient(recorded, images)[1]
+                assert close(by_rule, gradient(network, images)[1])
+            if not layers:
+                return
+            assert not close(by_rule, gradient(network, images)[1])
+        else:
+            gradient(recorded, images)
+    assert RecordingOnCpu.made == []
+
+
+def test_moved_weights_are_recorded_anew(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    gradient(recorded, images)
+    recorded.to("cpu")
+    gradient(recorded, images)
+    assert len(RecordingOnCpu.made) == 2
+
+
+def test_a_copy_has_weights_and_recordings_of_its_own(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    logits, _ = gradient(recorded, images)
+    copied = copy.deepcopy(recorded)
+    with torch.no_grad():
+        copied.network.classifier.bias += 1
+    assert close(gradient(copied, images)[0], logits + 1)
+    assert close(gradient(recorded, images)[0], logits)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(network, caplog):
+    def refuse(*arguments):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    recorded = ReplayedNetwork(network, refuse)
+    images = torch.rand(2, 3, 32, 32)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+                assert torch.equal(found, expected)
+    (record,) = caplog.records
+    assert "operation not permitted when stream is capturing" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")])
+def test_memory_that_runs_out_is_for_the_caller(network, error):
+    def run_out(*arguments):
+        raise error
+
+    recorded = ReplayedNetwork(network, run_out)
+    with pytest.raises(type(error)):
+        recorded(torch.rand(2, 3, 32, 32))
+
+
+def test_only_networks_of_ours_on_a_gpu(network):
+    assert replayed(network) is network
+    assert replayed(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(network):
+    network = network.cuda()
+    recorded = replayed(network)
+    assert isinstance(recorded, ReplayedNetwork)
+    kept = []
+    for count in (3, 8, 5, 64, 3):
+        images = torch.rand(count, 3, 64, 64, device="cuda")
+        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+            assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+        with torch.inference_mode():
+            assert (recorded(images) - network(images)).abs().max() < 1e-3
+        images.requires_grad_()
+        kept.append((images, recorded(images)))
+    assert not recorded._gave_up and len(recorded._recordings) == 6
+    for images, logits in kept:
+        (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
+        expected = gradient(network, images.detach())[1]
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
