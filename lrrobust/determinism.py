@@ -13,7 +13,22 @@ import torch
 def deterministic_float32() -> Iterator[None]:
     """No TF32 and no autotuned kernels on CUDA: the numbers are called float32, and a rerun must give the same."""
     cudnn = torch.backends.cudnn
-    wanted = [(cudnn, "deterministic", True), (cudnn, "benchmark", False), *_exact_products()]
+    with _set([(cudnn, "deterministic", True), (cudnn, "benchmark", False), *_exact_products()]):
+        yield
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Products of float32 matrices may take TF32 on CUDA, several times as fast: for what is an approximation anyway."""
+    matmul = torch.backends.cuda.matmul
+    value = {"allow_tf32": True, "fp32_precision": "tf32"}
+    with _set([(place, name, value[name]) for place, name, _ in _exact_products() if place is matmul]):
+        yield
+
+
+@contextmanager
+def _set(wanted: list[tuple[Any, str, object]]) -> Iterator[None]:
+    """The settings have these values inside, and after it those of before."""
     before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
     try:
         for place, name, value in wanted:

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from lrrobust.determinism import deterministic_float32, seeded
+from lrrobust.determinism import deterministic_float32, float32_settings, seeded, tf32_products
 
 CPU = torch.device("cpu")
 
@@ -31,9 +31,26 @@ def test_no_tf32_inside_and_the_settings_of_before_afterwards(fast_settings):
     assert settings() == (True, True, False, True)
 
 
+def test_products_alone_may_take_tf32(fast_settings):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with pytest.raises(KeyError), tf32_products():
+        assert settings() == (False, True, False, True)
+        raise KeyError
+    assert settings() == (False, False, False, True)
+
+
+def test_settings_tell_apart_what_computes_otherwise(fast_settings):
+    found = float32_settings()
+    with deterministic_float32():
+        assert float32_settings() != found
+    assert float32_settings() == found
+    with tf32_products():  # on already
+        assert float32_settings() == found
+
+
 _NEW_SETTINGS = """
 import torch
-from lrrobust.determinism import deterministic_float32
+from lrrobust.determinism import deterministic_float32, tf32_products
 backends = torch.backends
 if not hasattr(backends, "fp32_precision"):
     raise SystemExit
@@ -46,6 +63,9 @@ else:
     raise SystemExit("torch reads the old settings")
 kinds = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
 with deterministic_float32():
+    assert [kind.fp32_precision for kind in kinds] == ["ieee"] * 3
+    with tf32_products():
+        assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee", "tf32"]
     assert [kind.fp32_precision for kind in kinds] == ["ieee"] * 3
 assert [kind.fp32_precision for kind in kinds] == ["tf32"] * 3
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,18 @@ import torch.nn.functional as F
 
 from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved
 from lrrobust.bench.peak_memory import measure_peak_bytes
+from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, why_not
 
 _log = logging.getLogger(__name__)
 
 KERNEL_SIZE = 7
+#: Steps that are timed at once. On a GPU they are recorded and launched together: what is compared is the kernels, not how long
+#: a processor takes to launch each.
+STEPS = {"cpu": 1, "cuda": 10}
+#: What is computed with where, and how a stage is called then.
+DTYPES = {"cpu": {torch.float32: ""}, "cuda": {torch.float32: "", torch.bfloat16: " bf16"}}
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 SLICES = "49 slices"
 CONVOLUTION = "3x3 convolution"
@@ -63,21 +70,24 @@ def compare_operations(
     repeats: int = 5,
     budget_s: float = math.inf,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
-    dtype: torch.dtype = torch.float32,
     with_memory: bool = True,
     on_turn: OnTurn = say_nothing,
 ) -> Iterator[dict[str, object]]:
     """Forward and backward (to query, key and value, as in an attack) of all that can run on the device.
 
+    On a GPU `STEPS` of them in one launch, by a CUDA graph; whoever cannot be recorded is told of, and runs as it is.
+
     Args:
         repeats, budget_s, on_turn: see `time_interleaved`; the stages have equal shares of the budget.
 
     Yields:
-        One row for each stage, round and way: `stage`, those of `time_interleaved`, where it was measured
+        One row for each type of numbers, stage, round and way: `stage`, those of `time_interleaved`, where it was measured
         `peak_bytes`, what was held at once beside the inputs, and `io_bytes`, inputs, outputs and gradients.
     """
     fused = fused_backend(device)
-    for stage in stages:
+    dtypes = DTYPES[device.type]
+    for dtype, stage in itertools.product(dtypes, stages):
+        stage = stage._replace(name=stage.name + dtypes[dtype])
         ways = {}
         inputs = _make_inputs(stage, batch_size, device, dtype)
         for backend in BACKENDS:
@@ -102,12 +112,16 @@ def compare_operations(
         read = sum(t.numel() for t in inputs[:3])
         io_bytes = (2 * read + 2 * outputs) * inputs.value.element_size()
         ways[COPY] = _copy_step((3 * read + 2 * outputs) // 2, device, dtype)
+        steps = STEPS[device.type]
+        if device.type == "cuda":
+            ways = {name: _recorded(step, steps, f"{stage.name}: {name}") for name, step in ways.items()}
         rows = time_interleaved(
-            ways, repeats=repeats, device=device, baseline=fused, budget_s=budget_s / len(stages), case=stage.name,
+            ways, repeats=repeats, device=device, baseline=fused, budget_s=budget_s / len(stages) / len(dtypes), case=stage.name,
             on_turn=on_turn,
         )
         for row in rows:
-            yield {"stage": stage.name, **row, **peaks.get(row["name"], {}), "io_bytes": io_bytes}
+            of_one = {key: row[key] / steps for key in ("wall_s", "cpu_s")}
+            yield {"stage": stage.name, **row, **of_one, **peaks.get(row["name"], {}), "io_bytes": io_bytes}
 
 
 def fused_backend(device: torch.device) -> str:
@@ -134,10 +148,10 @@ def sum_of_slices(
         for dy, dx in offsets
     ]
     weights = torch.stack(scores).softmax(0)
-    total = torch.zeros(())
+    total = value.new_zeros(())
     for weight, (dy, dx) in zip(weights, offsets, strict=True):
         spread = weight.repeat_interleave(PAPER_CHANNELS_PER_GROUP, dim=1)[:, :channels]
-        total = total.to(value) + spread * shifted(values, dy, dx)
+        total = total + spread * shifted(values, dy, dx)
     return total
 
 
@@ -173,6 +187,28 @@ def _step(inputs: _Inputs, function: Callable[..., torch.Tensor]) -> Callable[[]
         return torch.autograd.grad(out, inputs[:3], out.detach())
 
     return step
+
+
+def _recorded(step: Callable[[], object], steps: int, name: str) -> Callable[[], object]:
+    """`steps` times the step, as one launch where that is possible."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What is compiled or allocated once must be there before.
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                step()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        _log.warning("%s is launched kernel by kernel, since it cannot be recorded: %s", name, explain_in_brief(error))
+        return lambda: [step() for _ in range(steps)]
+    return graph.replay
 
 
 def _copy_step(numbers: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

@@ -100,7 +100,8 @@ def _with_memory(times: pd.DataFrame, summary: pd.DataFrame, by: str) -> pd.Data
 def bench_operation(request: BenchRequest) -> BenchResult:
     """The local relation operation at the stages of LR-Net-50, forward and backward.
 
-    Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients.
+    Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients. In float32, and on
+    a GPU in bfloat16 too.
     """
 
     def summarise(times: pd.DataFrame) -> pd.DataFrame:

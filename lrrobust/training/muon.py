@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lrrobust.determinism import tf32_products
+
 #: Quintic polynomial a*s + b*s^3 + c*s^5 that takes every singular value in (0, 1] near 1 in a few
 #: applications; it trades exactness (results lie in about [0.7, 1.2]) for a steep slope at zero.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -124,8 +126,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_lerp_(momenta, [parameter.grad for parameter in parameters], 1 - group["momentum"])
-        for stack in _stacks(parameters):
-            _add_orthogonal([parameters[i] for i in stack], [momenta[i] for i in stack], group)
+        # The iterations bear far less than TF32 gives: Jordan et al. make them in bf16.
+        with tf32_products():
+            for stack in _stacks(parameters):
+                _add_orthogonal([parameters[i] for i in stack], [momenta[i] for i in stack], group)
 
     def _step_adam(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

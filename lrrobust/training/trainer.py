@@ -33,6 +33,7 @@ from lrrobust.interrupts import interrupts_held_back
 from lrrobust.training.optimizers import build_optimizer, learning_rate
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe
+from lrrobust.training.recorded import RecordedPasses
 
 #: A checkpoint at least this often, so that a kill costs little.
 CHECKPOINT_INTERVAL_S = 240.0
@@ -119,6 +120,7 @@ class Training:
         if ranks.count > 1:
             share_batch_statistics(self.network)
             self._parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+        self._recorded = RecordedPasses(self.network, recipe.precision) if self._may_record() else None
         self.optimizer = build_optimizer(self.network, recipe)
         self.step = 0
         self.wall_s = 0.0
@@ -256,8 +258,7 @@ class Training:
             group["lr"] = learning_rate(self.recipe, self.step, self.schedule_steps)
         if not self.network.training:  # half a millisecond of modules
             self.network.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits = self._parallel(images)
+        logits = self._passes(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -268,6 +269,17 @@ class Training:
         self.optimizer.step()
         self._update_average()
         return loss
+
+    def _may_record(self) -> bool:
+        # Several processes exchange gradients during the backward pass.
+        return self.device.type == "cuda" and self.ranks.count == 1
+
+    def _passes(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits with their way back to the parameters."""
+        if self._recorded is not None:
+            return self._recorded(images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return self._parallel(images)
 
     def _attacked(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         spec = self.recipe.adversarial

@@ -4,6 +4,7 @@ import logging
 import pytest
 import torch
 
+from lrrobust.determinism import deterministic_float32
 from lrrobust.gradient_rules import GradientRule, gradients_by
 from lrrobust.models import replay
 from lrrobust.models.folding import fold_constants
@@ -178,21 +179,24 @@ def test_only_networks_of_ours_on_a_gpu(network):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# torch says so wherever the first thing of a backward pass is a product of matrices.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 def test_on_a_gpu(network):
     network = network.cuda()
     recorded = replayed(network)
     assert isinstance(recorded, ReplayedNetwork)
     kept = []
-    for count in (3, 8, 5, 64, 3):
-        images = torch.rand(count, 3, 64, 64, device="cuda")
-        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
-            assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
-        with torch.inference_mode():
-            assert (recorded(images) - network(images)).abs().max() < 1e-3
-        images.requires_grad_()
-        kept.append((images, recorded(images)))
-    assert not recorded._gave_up and len(recorded._recordings) == 6
-    for images, logits in kept:
-        (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
-        expected = gradient(network, images.detach())[1]
-        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    with deterministic_float32():
+        for count in (3, 8, 5, 64, 3):
+            images = torch.rand(count, 3, 64, 64, device="cuda")
+            for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+                assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+            with torch.inference_mode():
+                assert (recorded(images) - network(images)).abs().max() < 1e-4 * network(images).abs().max()
+            images.requires_grad_()
+            kept.append((images, recorded(images)))
+        assert not recorded._gave_up and len(recorded._recordings) == 6
+        for images, logits in kept:
+            (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
+            expected = gradient(network, images.detach())[1]
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
