@@ -553,6 +553,29 @@ def train(
 
 
 @app.command()
+def average(
+    weights: Annotated[list[Path], typer.Argument(help="Files that `lrrobust train` wrote, of one network.")],
+    data: Annotated[str, typer.Option(help="Training images, for the statistics of batch normalisation; as for train.")],
+    share: Annotated[
+        Optional[list[float]], typer.Option("--share", help="Of each file in the mean, in order.", show_default="alike")
+    ] = None,
+    evaluate_on: Annotated[
+        Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the weights.")] = "AVERAGE",
+    note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the file.")] = Path("reports/training"),
+) -> None:
+    """Average weights of trainings that went on from one another: often better than each of them."""
+    from lrrobust.console import print_weights, scanning
+    from lrrobust.run import average_trained
+
+    with scanning("decoding images") as on_scan:
+        path = average_trained(weights, share or (), data, name, out, evaluate_on or (), note, on_scan)
+    print_weights(path)
+
+
+@app.command()
 def bench(
     what: Annotated[
         Optional[list[str]],

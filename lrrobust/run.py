@@ -39,9 +39,11 @@ from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.replay import replayed
-from lrrobust.models.weights import state_sha256
+from lrrobust.models.weights import read_metadata, state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
+from lrrobust.training.averaging import average_weights, check_shares
+from lrrobust.training.export import export_network
 from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe, load_recipe
@@ -486,8 +488,7 @@ def prepare_training(
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)
     classes = load_class_list(recipe.classes)
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", request.weights_name):
-        raise ConfigError(f"--name must be letters, digits, '_' and '.', got {request.weights_name!r}")
+    _check_weights_name(request.weights_name)
     # Measured at the end by the first process alone.
     sets = request.evaluate_on if ranks.is_first else ()
     evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
@@ -497,6 +498,38 @@ def prepare_training(
         request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
     )
     return training, evaluation_sets
+
+
+def average_trained(
+    files: Sequence[Path],
+    shares: Sequence[float],
+    data: str,
+    weights_name: str,
+    out: Path,
+    evaluate_on: Sequence[str] = (),
+    note: str = "",
+    on_scan: OnScan | None = None,
+) -> Path:
+    """Averages weights, see `average_weights`, measures what came of it, and writes it; the file's path.
+
+    Raises:
+        LrRobustError: one line says what does not fit.
+    """
+    _check_weights_name(weights_name)
+    shares = shares or [1.0] * len(files)
+    check_shares(files, shares)
+    last = read_metadata(files[-1])
+    preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
+    evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
+    images = TrainingSet(*load_training_images(open_dataset(data), last.classes, last.input_size, on_scan))
+    network, metadata = average_weights(files, shares, images)
+    training = metadata.training | {"note": note, "environment": describe_environment(torch.device("cpu"))}
+    return export_network(network, metadata.model_copy(update={"name": weights_name, "training": training}), out, evaluation_sets)
+
+
+def _check_weights_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+        raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
 
 
 def _open_training_images(

@@ -99,7 +99,8 @@ class WeightsMetadata(BaseModel):
 
     @property
     def recipe_identity(self) -> str:
-        """The recipe's name, and a hash of all that it asks for but the seed, of how long it was followed, and from where on.
+        """The recipe's name, and a hash of all that it asks for but the seed, of how long it was followed, from where on, and
+        what was averaged.
 
         Weights to go on from count by their name: each network has its own.
         """
@@ -107,6 +108,8 @@ class WeightsMetadata(BaseModel):
         followed = {key: self.training.get(key) for key in ("images", "steps")}
         if (initial := self.training.get("initial_weights")) is not None:
             followed["initial_weights"] = initial["name"]
+        if (averaged := self.training.get("averaged")) is not None:
+            followed["averaged"] = [(part["name"], part["share"]) for part in averaged]
         text = json.dumps([asked, followed], sort_keys=True)
         return f"{self.recipe.get('name', 'recipe')} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.models.weights import Accuracy, WeightsMetadata, dequantise, fit_weights, quantise, save_weights
@@ -27,18 +28,6 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
         note: what the recipe does not say of this training.
     """
     recipe = training.recipe
-    stored = quantise(training.average.state_dict())
-    rounded = copy.deepcopy(training.average)
-    fit_weights(rounded, dequantise(stored), "the rounded state")
-    accuracies = []
-    for images in evaluation_sets:
-        exact, _ = accuracy_on_set(training.average, images)
-        top1, top5 = accuracy_on_set(rounded, images)
-        accuracies.append(
-            Accuracy(
-                dataset=images.name, dataset_sha256=images.sha256, n=len(images), top1=top1, top5=top5, top1_float32=exact
-            )
-        )
     metadata = WeightsMetadata(
         name=name,
         model=training.model_name,
@@ -63,8 +52,31 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
             "processes": training.ranks.count,
             "environment": describe_environment(training.device),
         },
-        accuracy=tuple(accuracies),
+        accuracy=(),
     )
-    path = training.folder / f"{training.model_name}-{name.lower()}.safetensors"
-    save_weights(path, stored, metadata)
+    return export_network(training.average, metadata, training.folder, evaluation_sets)
+
+
+def export_network(
+    network: nn.Module, metadata: WeightsMetadata, folder: Path, evaluation_sets: Sequence[EvaluationSet]
+) -> Path:
+    """Writes a network's weights as int8, with metadata to which its accuracy on the sets is added.
+
+    Returns:
+        The file's path: MODEL-NAME.safetensors in `folder`.
+    """
+    stored = quantise(network.state_dict())
+    rounded = copy.deepcopy(network)
+    fit_weights(rounded, dequantise(stored), "the rounded state")
+    accuracies = []
+    for images in evaluation_sets:
+        exact, _ = accuracy_on_set(network, images)
+        top1, top5 = accuracy_on_set(rounded, images)
+        accuracies.append(
+            Accuracy(
+                dataset=images.name, dataset_sha256=images.sha256, n=len(images), top1=top1, top5=top5, top1_float32=exact
+            )
+        )
+    path = folder / f"{metadata.model}-{metadata.name.lower()}.safetensors"
+    save_weights(path, stored, metadata.model_copy(update={"accuracy": tuple(accuracies)}))
     return path

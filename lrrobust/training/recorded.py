@@ -31,6 +31,9 @@ class RecordedPasses:
         self._precision = precision
         self._by_shape: dict[torch.Size, Passes] = {}
         self._gave_up = False
+        # Recording leaves the last node of every parameter on a stream of its own, of which newer versions of torch warn.
+        if (warn := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)) is not None:
+            warn(False)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits, which the next call overwrites."""

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lrrobust.cli import run
+from lrrobust.data.class_lists import load_class_list
+from lrrobust.errors import ConfigError, WeightsError
+from lrrobust.models.registry import build_network
+from lrrobust.models.weights import WeightsMetadata, quantise, read_weights, save_weights, tensors_sha256
+from lrrobust.training import averaging
+from lrrobust.training.averaging import average_weights
+from lrrobust.training.images import TrainingSet
+
+pytestmark = pytest.mark.usefixtures("tiny_lr_net")
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return TrainingSet(torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8), torch.arange(40) % 8)
+
+
+def write(folder, name, seed=0, model="tiny", classes=tuple("abcdefgh"), **changes):
+    torch.manual_seed(seed)
+    network = build_network(model, len(classes))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_()
+    metadata = WeightsMetadata(
+        name=name, model=model, description="", classes=classes, input_size=16, resize_size=16, interpolation="bilinear",
+        recipe={"name": name.lower()}, training={"images": 40, "steps": 3}, accuracy=(),
+    ).model_copy(update=changes)  # fmt: skip
+    path = folder / f"{name}.safetensors"
+    save_weights(path, quantise(network.state_dict()), metadata)
+    return path
+
+
+def test_the_mean_by_shares(tmp_path, images):
+    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+    states = [read_weights(path)[0] for path in files]
+    network, metadata = average_weights(files, [1, 3], images)
+    assert not network.training
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.data, (0.25 * states[0][name].double() + 0.75 * states[1][name].double()).float())
+    assert metadata.name == "B" and metadata.accuracy == ()
+    averaged = [{"name": "A", "sha256": tensors_sha256(states[0]), "share": 0.25}, {"name": "B", "sha256": tensors_sha256(states[1]), "share": 0.75}]
+    assert metadata.training == {"averaged": averaged, "statistics_images": 40, "seed": 0}
+
+
+def test_statistics_are_those_of_the_images(tmp_path, images):
+    network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
+    pixels = images.images.float() / 255
+    features = network[0](pixels)
+    norm = network[1]
+    torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, features.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    assert norm.momentum == 0.1
+
+
+def test_many_images_are_drawn_and_taken_in_whole_batches(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(averaging, "STATISTICS_IMAGES", 21)
+    monkeypatch.setattr(averaging, "_AT_ONCE", 8)
+    sizes = []
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: sizes.append(len(x)) or x)
+    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+    _, metadata = average_weights(files, [1, 1], images)
+    assert set(sizes) == {8} and len(sizes) % 2 == 0 and metadata.training["statistics_images"] == 21
+
+
+def test_what_was_averaged_is_part_of_the_recipe(tmp_path, images):
+    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+    plain = read_weights(files[1])[1].recipe_identity
+    by_shares = [average_weights(files, shares, images)[1].recipe_identity for shares in ([1, 1], [2, 2], [1, 3])]
+    assert by_shares[0] == by_shares[1] and len({plain, *by_shares}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"input_size": 32}, "B.safetensors has input_size 32, .*A.safetensors has 16: average weights of one network"),
+        ({"stem": "small"}, "has stem small, .* has imagenet"),
+        ({"classes": (*"abcdefgx",)}, "has other classes, .* has its own"),
+        ({"model": "other"}, "has model other, .* has tiny"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, images, changes, says):
+    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2, **changes)]
+    with pytest.raises(WeightsError, match=says):
+        average_weights(files, [1, 1], images)
+
+
+def test_weights_that_say_nothing_are_refused(tmp_path, images):
+    torch.save(build_network("tiny", 8).state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(WeightsError, match="plain.pt does not say which network it is of"):
+        average_weights([write(tmp_path, "A"), tmp_path / "plain.pt"], [1, 1], images)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "says"),
+    [
+        (1, [1], "expected two files of weights to average at least, found 1"),
+        (2, [1], "--share: expected a number above 0 for each of the 2 files, found 1"),
+        (2, [1, 0], "found 1, 0"),
+        (2, [1, float("inf")], "found 1, inf"),
+        (2, [], "found none"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(tmp_path, images, count, shares, says):
+    files = [write(tmp_path, name) for name in "AB"[:count]]
+    with pytest.raises(ConfigError, match=says):
+        average_weights(files, shares, images)
+
+
+def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
+    classes = tuple(load_class_list("tiny-imagenet-200"))
+    files = [write(tmp_path, "A", 1, classes=classes), write(tmp_path, "B", 2, classes=classes)]
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        folder = tmp_path / "photos" / classes[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    data = str(tmp_path / "photos")
+    arguments = [*map(str, files), "--data", data, "--out", str(tmp_path / "out"), "--name", "MEAN", "--note", "why"]
+    assert run(["average", *arguments, "--share", "1", "--share", "3", "--evaluate-on", data]) == 0
+    path = tmp_path / "out" / "tiny-mean.safetensors"
+    assert str(path) in capfd.readouterr().err
+    _, metadata = read_weights(path)
+    assert metadata.name == "MEAN" and metadata.training["note"] == "why" and metadata.accuracy[0].n == 6
+    assert [part["share"] for part in metadata.training["averaged"]] == [0.25, 0.75]
+    assert metadata.training["environment"]["lrrobust"]
+    assert run(["average", *arguments, "--share", "1"]) == 2
+    assert "--share: expected a number above 0 for each of the 2 files, found 1" in capfd.readouterr().err
+    assert run(["average", *arguments, "--name", "a/b"]) == 2
+    assert "--name must be letters" in capfd.readouterr().err
