@@ -52,9 +52,9 @@ SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {
         ),
     },
     "resnet50": {
-        "TINY_IMAGENET_V0": ShippedWeights(
-            "resnet50-tiny_imagenet_v0.safetensors",
-            "22dc7ac90955f4b813146f3c0adc355bf5f181a2a439b8677b298c179963b79b",
+        "TINY_IMAGENET_V1": ShippedWeights(
+            "resnet50-tiny_imagenet_v1.safetensors",
+            "374df0969b0d1380949a8fb19f91a95e7a9f11700c7994246d61983c2d863b17",
         ),
     },
 }
