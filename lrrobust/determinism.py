@@ -29,20 +29,22 @@ def tf32_products() -> Iterator[None]:
 @contextmanager
 def _set(wanted: list[tuple[Any, str, object]]) -> Iterator[None]:
     """The settings have these values inside, and after it those of before."""
-    before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
+    # What is so already is left alone: several settings of torch's say the same, and not all can be put back through one.
+    changed = [(place, name, value, getattr(place, name)) for place, name, value in wanted if getattr(place, name) != value]
     try:
-        for place, name, value in wanted:
+        for place, name, value, _ in changed:
             setattr(place, name, value)
         yield
     finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+        for place, name, _, before in changed:
+            setattr(place, name, before)
 
 
 def float32_settings() -> tuple[object, ...]:
     """What decides on CUDA which kernels compute in float32, and how exactly: equal where the same ones run."""
     cudnn = torch.backends.cudnn
-    return cudnn.deterministic, cudnn.benchmark, *(getattr(place, name) for place, name, _ in _exact_products())
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    return is_deterministic, cudnn.deterministic, cudnn.benchmark, *(getattr(place, name) for place, name, _ in _exact_products())
 
 
 def _exact_products() -> list[tuple[Any, str, object]]:

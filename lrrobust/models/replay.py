@@ -8,9 +8,10 @@ beyond hold touches no other row, since the networks it is used for treat every 
 
 from __future__ import annotations
 
-import copy
 import logging
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -21,16 +22,19 @@ from lrrobust.models.residual import ResidualNetwork
 
 _log = logging.getLogger(__name__)
 
-#: Batches are filled up to one of these: at most a third of a large batch is computed in vain.
-BATCH_SIZES = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+#: Batches are filled up to one of these: at most a third of what is computed is computed in vain.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
-#: Pixels of a batch above which launching takes no part worth the memory that a recording holds.
+#: Pixels of a filled up batch above which launching takes no part worth the memory that a recording holds.
 MOST_PIXELS = 512 * 64 * 64
+
+#: What a recorded pass may differ by from the pass it was made of, as a share of the largest number.
+TOLERANCE = 1e-3
 
 
 class Recording(Protocol):
-    """Passes at one batch size. `forward` reads `images` and writes `logits`; `backward`, which must follow on it, reads
-    `grad_logits` and writes `grad_images`."""
+    """Passes at one batch size. `forward` reads `images` and writes `logits`; `backward`, which may follow on it more than
+    once, reads `grad_logits` and writes `grad_images`."""
 
     images: torch.Tensor
     logits: torch.Tensor
@@ -49,7 +53,7 @@ class CudaRecording:
         network: images to logits, with constant weights.
         images: (N, C, H, W) on the device, as an example of what will come.
         needs_gradient: whether the backward pass is recorded too.
-        pool: of memory that recordings share, so that at most one of them may stand between its two passes.
+        pool: of memory that recordings share: a pass of one destroys what another keeps for its backward pass.
 
     Raises:
         RuntimeError: something in a pass cannot be recorded, or memory ran out.
@@ -58,28 +62,33 @@ class CudaRecording:
     def __init__(self, network: nn.Module, images: torch.Tensor, needs_gradient: bool, pool: Any) -> None:
         self.images = images.clone().requires_grad_(needs_gradient)
         self.grad_logits = self.grad_images = None
-        self._warm_up(network)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads may go on with their own work on the device, such as copying the next images.
-        mode = {"capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._forward, pool, **mode):
-            self.logits = network(self.images)
-        if needs_gradient:
-            self.grad_logits = torch.zeros_like(self.logits)
-            with torch.cuda.graph(self._backward, pool, **mode):
-                (self.grad_images,) = torch.autograd.grad(self.logits, self.images, self.grad_logits)
-        self.logits = self.logits.detach()
+        # torch remembers a stream of whichever device came first; and a recording that fails leaves its stream behind.
+        before, stream = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
+        try:
+            self._warm_up(network, before, stream)
+            self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            # Other threads may go on with their own work on the device, such as copying the next images.
+            where = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._forward, **where):
+                logits = network(self.images)
+            if needs_gradient:
+                self.grad_logits = torch.zeros_like(logits)
+                with torch.cuda.graph(self._backward, **where):
+                    # Retained, so that it writes over nothing that it reads and can be replayed again.
+                    (self.grad_images,) = torch.autograd.grad(logits, self.images, self.grad_logits, retain_graph=True)
+            self.logits = logits.detach()
+        finally:
+            torch.cuda.set_stream(before)
 
-    def _warm_up(self, network: nn.Module) -> None:
+    def _warm_up(self, network: nn.Module, before: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
         # What is made once, kernels and workspaces of libraries among it, must be there before; torch asks for a side stream.
-        stream = torch.cuda.Stream(self.images.device)
-        stream.wait_stream(torch.cuda.current_stream(self.images.device))
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 logits = network(self.images)
                 if logits.requires_grad:
                     torch.autograd.grad(logits, self.images, torch.zeros_like(logits))
-        torch.cuda.current_stream(self.images.device).wait_stream(stream)
+        before.wait_stream(stream)
 
     def forward(self) -> None:
         self._forward.replay()
@@ -93,7 +102,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, network: ReplayedNetwork, recording: Recording) -> torch.Tensor:
-        ctx.network, ctx.recording, ctx.set_materialize_grads = network, recording, True
+        ctx.network, ctx.recording = network, recording
         ctx.save_for_backward(images)
         logits, ctx.turn = network.run_forward(recording, images)
         return logits
@@ -104,8 +113,7 @@ class _Replay(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         if ctx.turn != ctx.network.turn:
             # Other passes came between, and took the memory of this one's intermediate results.
-            ctx.network.run_forward(ctx.recording, images)
-        ctx.network.turn += 1
+            _, ctx.turn = ctx.network.run_forward(ctx.recording, images)
         recording = ctx.recording
         recording.grad_logits[: len(images)].copy_(gradient)
         recording.backward()
@@ -116,7 +124,8 @@ class ReplayedNetwork(nn.Module):
     """The same function as `network`, in recorded passes where that is possible and as it is everywhere else.
 
     Recorded are float32 batches on a GPU, up to `MOST_PIXELS`, outside of autocast, with or without their gradient,
-    which can be differentiated once. Where a pass cannot be recorded, a warning says so once.
+    which can be differentiated once. A recording is compared with the network before it is used. Where a pass cannot be
+    recorded, a warning says so once. Where memory runs out, all recordings are given up for it.
 
     Args:
         network: in evaluation mode, constant, each image's logits its own. Gradient rules of its layers are followed.
@@ -132,10 +141,18 @@ class ReplayedNetwork(nn.Module):
         self._recordings: dict[tuple, Recording] = {}
         self._pool: Any = None
         self._gave_up = False
+        #: Images of the largest batch that memory suffices to record.
+        self._most = BATCH_SIZES[-1]
         self._with_rules = [layer for layer in network.modules() if hasattr(layer, "gradient_rule")]
+        _all.add(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReplayedNetwork:
-        return ReplayedNetwork(copy.deepcopy(self.network, memo), self._record)
+    def __getstate__(self) -> dict[str, Any]:
+        # Of copies, here and in other processes: recordings hold the addresses of these weights.
+        return {**self.__dict__, "_recordings": {}, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _all.add(self)
 
     def _apply(self, *arguments: Any, **options: Any) -> ReplayedNetwork:
         # Recordings hold the addresses of weights, which may move now.
@@ -145,10 +162,19 @@ class ReplayedNetwork(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         recording = self._find_recording(images) if self._can_replay(images) else None
         if recording is None:
-            return self.network(images)
+            return self._run_as_it_is(images)
         if images.requires_grad and torch.is_grad_enabled():
             return _Replay.apply(images, self, recording)
         return self.run_forward(recording, images)[0]
+
+    def _run_as_it_is(self, images: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.network(images)
+        except torch.OutOfMemoryError:
+            if not forget_recordings():
+                raise
+        # Outside of the handler, whose frames hold what filled the memory.
+        return self.network(images)
 
     def run_forward(self, recording: Recording, images: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Logits (n, K), a copy, and the number of this pass among all."""
@@ -164,7 +190,8 @@ class ReplayedNetwork(nn.Module):
             and images.dtype == torch.float32
             and images.ndim == 4
             and 0 < len(images) <= BATCH_SIZES[-1]
-            and images.shape[0] * images.shape[2] * images.shape[3] <= MOST_PIXELS
+            and (count := _filled_up(len(images))) <= self._most
+            and count * images.shape[2] * images.shape[3] <= MOST_PIXELS
             and not self.network.training
             and not torch.is_autocast_enabled(images.device.type)
             and all(layer.gradient_rule is None for layer in self._with_rules)
@@ -173,31 +200,80 @@ class ReplayedNetwork(nn.Module):
         )
 
     def _find_recording(self, images: torch.Tensor) -> Recording | None:
-        count = next(size for size in BATCH_SIZES if size >= len(images))
         needs_gradient = images.requires_grad and torch.is_grad_enabled()
-        # The settings decide which kernels a pass runs.
-        key = (count, images.shape[1:], images.device, needs_gradient, float32_settings())
+        # The settings and the layers' backends decide which kernels a pass runs.
+        backends = tuple(layer.backend for layer in self._with_rules)
+        key = (_filled_up(len(images)), images.shape[1:], images.device, needs_gradient, float32_settings(), backends)
         if key not in self._recordings:
-            self.turn += 1
-            try:
-                self._recordings[key] = self._record_anew(images, count, needs_gradient)
-            except RuntimeError as error:
-                self._recordings.clear()
-                if "out of memory" in str(error):
-                    raise
-                self._gave_up = True
-                reason = " ".join(str(error).split())[:200]
-                _log.warning("passes cannot be recorded on %s, and take longer so: %s", images.device, reason)
+            found = self._record_anew(images, needs_gradient)
+            if found is None:
                 return None
+            self._recordings[key] = found
         return self._recordings[key]
 
-    def _record_anew(self, images: torch.Tensor, count: int, needs_gradient: bool) -> Recording:
+    def _record_anew(self, images: torch.Tensor, needs_gradient: bool) -> Recording | None:
+        """A recording, or None where there is none to be had, or no memory for it beside what must go on."""
+        self.turn += 1
         if self._pool is None and images.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        # Whatever mode the caller is in, a recording serves all.
-        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradient):
-            example = torch.zeros(count, *images.shape[1:], device=images.device)
-            return self._record(self.network, example, needs_gradient, self._pool)
+        # Not zeros, for which much that is wrong would be right.
+        generator = torch.Generator(images.device).manual_seed(0)
+        shape = _filled_up(len(images)), *images.shape[1:]
+        on_device = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
+        try:
+            # Whatever mode the caller is in, a recording serves all.
+            with on_device, torch.inference_mode(False), torch.set_grad_enabled(needs_gradient):
+                example = torch.rand(shape, device=images.device, generator=generator)
+                recording = self._record(self.network, example, needs_gradient, self._pool)
+                self._compare(recording, example, needs_gradient)
+            return recording
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason or "ALLOC_FAILED" in reason
+        # Outside of the handler, whose frames hold what a recording was made of.
+        if is_memory:
+            self._most = shape[0] - 1
+            forget_recordings()
+        else:
+            self._gave_up = True
+            self._recordings.clear()
+            _log.warning("passes cannot be recorded on %s, and take longer so: %s", images.device, reason)
+        return None
+
+    def _compare(self, recording: Recording, example: torch.Tensor, needs_gradient: bool) -> None:
+        """RuntimeError where a recording does other than the network."""
+        images = example.clone().requires_grad_(needs_gradient)
+        expected = [self.network(images)]
+        found = [self.run_forward(recording, images)[0]]
+        if needs_gradient:
+            weights = torch.linspace(-1, 1, expected[0].numel(), device=images.device).view_as(expected[0])
+            expected += torch.autograd.grad(expected[0], images, weights)
+            recording.grad_logits.copy_(weights)
+            recording.backward()
+            found.append(recording.grad_images.clone())
+        for ours, theirs in zip(found, expected, strict=True):
+            # Written so that NaN is a difference, but for a network that gives nothing else.
+            if theirs.isfinite().all() and not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max():
+                raise RuntimeError("a recorded pass gives other numbers than the network")
+
+
+#: All that may hold memory for recordings.
+_all: weakref.WeakSet[ReplayedNetwork] = weakref.WeakSet()
+
+
+def forget_recordings() -> bool:
+    """Gives the memory of all recordings back; whether there were any. They are made anew when they are next wanted."""
+    found = [network for network in _all if network._recordings]
+    for network in found:
+        network._recordings.clear()
+        network.turn += 1
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return bool(found)
+
+
+def _filled_up(count: int) -> int:
+    return next(size for size in BATCH_SIZES if size >= count)
 
 
 def replayed(network: nn.Module) -> nn.Module:

@@ -68,8 +68,8 @@ def test_the_same_logits_and_gradients_in_filled_up_batches(network):
             assert found.shape == expected.shape and close(found, expected)
         with torch.no_grad():
             assert close(recorded(images), network(images))
-    # 4 and 8 images, with and without a gradient.
-    assert sorted(len(made.images) for made in RecordingOnCpu.made) == [4, 4, 8, 8]
+    # 2, 4 and 8 images, with and without a gradient.
+    assert sorted(len(made.images) for made in RecordingOnCpu.made) == [2, 2, 4, 4, 8, 8]
 
 
 def test_passes_that_came_between_do_not_change_a_gradient(network):
@@ -108,7 +108,9 @@ def test_computed_as_it_is_where_a_recording_would_not_hold(network, monkeypatch
     if case == "too many":
         monkeypatch.setattr(replay, "BATCH_SIZES", (1,))
     if case == "too large":
-        monkeypatch.setattr(replay, "MOST_PIXELS", 2 * 32 * 32 - 1)
+        # Three images are filled up to four.
+        images = torch.rand(3, 3, 32, 32)
+        monkeypatch.setattr(replay, "MOST_PIXELS", 4 * 32 * 32 - 1)
     if case == "float64":
         recorded, images = recorded.double(), images.double()
         for module in recorded.modules():
@@ -163,14 +165,101 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(network, caplog)
     assert "operation not permitted when stream is capturing" in record.getMessage()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")])
-def test_memory_that_runs_out_is_for_the_caller(network, error):
-    def run_out(*arguments):
-        raise error
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_where_memory_runs_out_recordings_are_given_up(network, error, caplog):
+    tried = []
 
-    recorded = ReplayedNetwork(network, run_out)
-    with pytest.raises(type(error)):
-        recorded(torch.rand(2, 3, 32, 32))
+    def run_out(network, images, *arguments):
+        tried.append(len(images))
+        if len(images) > 2:
+            raise error
+        return RecordingOnCpu(network, images, *arguments)
+
+    other, recorded = ReplayedNetwork(network, RecordingOnCpu), ReplayedNetwork(network, run_out)
+    images = torch.rand(3, 3, 32, 32)
+    gradient(other, images)
+    for _ in range(2):
+        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+            assert torch.equal(found, expected)
+    assert not other._recordings and not caplog.records
+    # Not tried again, but for a batch that may fit.
+    assert close(gradient(recorded, images[:2])[1], gradient(network, images[:2])[1])
+    assert tried == [4, 2] and recorded._recordings
+    assert close(gradient(other, images)[0], network(images))
+
+
+def test_memory_that_runs_out_in_a_pass_itself_takes_that_of_recordings(network, monkeypatch):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    gradient(recorded, images)
+    forward = type(network).forward
+    calls = []
+
+    def run_out(network, images):
+        calls.append(bool(recorded._recordings))
+        if calls[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(network, images)
+
+    monkeypatch.setattr(type(network), "forward", run_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        recorded(images)
+    assert calls == [True, False]
+    monkeypatch.setattr(type(network), "forward", lambda network, images: (_ for _ in ()).throw(torch.OutOfMemoryError("again")))
+    with pytest.raises(torch.OutOfMemoryError, match="again"), torch.autocast("cpu", torch.bfloat16):
+        recorded(images)
+
+
+@pytest.mark.parametrize("what", ["logits", "gradient"])
+def test_a_recording_that_does_other_than_the_network_is_not_used(network, what, caplog):
+    class Wrong(RecordingOnCpu):
+        def forward(self):
+            super().forward()
+            if what == "logits":
+                self.logits *= 1.01
+
+        def backward(self):
+            super().backward()
+            if what == "gradient":
+                self.grad_images[-1] = 0
+
+    recorded = ReplayedNetwork(network, Wrong)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(gradient(recorded, images)[1], gradient(network, images)[1])
+    assert "gives other numbers" in caplog.text and recorded._gave_up
+
+
+def test_several_gradients_of_one_pass(network, monkeypatch):
+    passes = []
+    forward = RecordingOnCpu.forward
+    monkeypatch.setattr(RecordingOnCpu, "forward", lambda recording: passes.append(1) or forward(recording))
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    gradient(recorded, images)
+    passes.clear()
+
+    def gradients(network):
+        attacked = images.clone().requires_grad_()
+        logits = network(attacked)
+        return [torch.autograd.grad(logits[:, k].sum(), attacked, retain_graph=True)[0] for k in range(3)]
+
+    for found, expected in zip(gradients(recorded), gradients(network), strict=True):
+        assert close(found, expected)
+    assert len(passes) == 1
+
+
+def test_another_backend_is_recorded_anew(network):
+    recorded = ReplayedNetwork(network, RecordingOnCpu)
+    images = torch.rand(2, 3, 32, 32)
+    gradient(recorded, images)
+    layers = [module for module in network.modules() if hasattr(module, "backend")]
+    for layer in layers:
+        layer.backend = "reference"
+    gradient(recorded, images)
+    assert len(RecordingOnCpu.made) == (2 if layers else 1)
 
 
 def test_only_networks_of_ours_on_a_gpu(network):
@@ -195,8 +284,31 @@ def test_on_a_gpu(network):
                 assert (recorded(images) - network(images)).abs().max() < 1e-4 * network(images).abs().max()
             images.requires_grad_()
             kept.append((images, recorded(images)))
+            several = [torch.autograd.grad(kept[-1][1][:, k].sum(), images, retain_graph=True)[0] for k in (0, 1, 0)]
+            assert torch.equal(several[0], several[2]) and not torch.equal(several[0], several[1])
         assert not recorded._gave_up and len(recorded._recordings) == 6
         for images, logits in kept:
             (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
             expected = gradient(network, images.detach())[1]
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+class Refusing(torch.nn.Module):
+    """Waits for the device in the middle of a pass, which cannot be recorded."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) * (images.sum().item() * 0 + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+def test_a_gpu_is_as_it_was_after_a_recording_that_failed(network, caplog):
+    stream = torch.cuda.current_stream()
+    images = torch.rand(2, 3, 32, 32, device="cuda")
+    refusing = ReplayedNetwork(Refusing().cuda().eval())
+    assert torch.allclose(refusing(images), images.mean((2, 3))) and refusing._gave_up
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").isfinite().all()
+    recorded = replayed(network.cuda())
+    gradient(recorded, images)
+    assert recorded._recordings
