@@ -39,10 +39,10 @@ from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.replay import replayed
-from lrrobust.models.weights import read_metadata, state_sha256
+from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
-from lrrobust.training.averaging import average_weights, check_shares
+from lrrobust.training.averaging import STATISTICS_IMAGES, average_weights, check_alike
 from lrrobust.training.export import export_network
 from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
 from lrrobust.training.ranks import Ranks
@@ -517,11 +517,12 @@ def average_trained(
     """
     _check_weights_name(weights_name)
     shares = shares or [1.0] * len(files)
-    check_shares(files, shares)
-    last = read_metadata(files[-1])
+    last = check_alike(files, shares)
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
-    images = TrainingSet(*load_training_images(open_dataset(data), last.classes, last.input_size, on_scan))
+    source = open_dataset(data)
+    count = min(STATISTICS_IMAGES, len(match_classes(source.wnids, last.classes)[0]))
+    images = build_evaluation_set(source, last.classes, preprocessing, n=count or None, on_progress=on_scan)
     network, metadata = average_weights(files, shares, images)
     training = metadata.training | {"note": note, "environment": describe_environment(torch.device("cpu"))}
     return export_network(network, metadata.model_copy(update={"name": weights_name, "training": training}), out, evaluation_sets)

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.errors import ConfigError, WeightsError
 from lrrobust.models.registry import build_network
-from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
-from lrrobust.training.batches import seeded
-from lrrobust.training.images import TrainingSet
+from lrrobust.models.weights import WeightsMetadata, fit_weights, read_metadata, read_weights, tensors_sha256
 
 #: Images that the statistics of batch normalisation are taken of, and how many at once.
 STATISTICS_IMAGES, _AT_ONCE = 4096, 128
@@ -21,8 +20,30 @@ STATISTICS_IMAGES, _AT_ONCE = 4096, 128
 _IN_COMMON = ("model", "stem", "input_size", "resize_size", "interpolation", "classes")
 
 
+def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetadata:
+    """What the last file says of itself.
+
+    Raises:
+        ConfigError: fewer than two files, or shares that do not fit.
+        WeightsError: a file cannot be read, says nothing of itself, or is of another network than the first.
+    """
+    if len(files) < 2:
+        raise ConfigError(f"expected two files of weights to average at least, found {len(files)}")
+    if len(shares) != len(files) or not all(0 < share < float("inf") for share in shares):
+        found = ", ".join(f"{share:g}" for share in shares) or "none"
+        raise ConfigError(f"--share: expected a number above 0 for each of the {len(files)} files, found {found}")
+    known = [read_metadata(path) for path in files]
+    for path, metadata in zip(files, known, strict=True):
+        for field in _IN_COMMON:
+            ours, first = getattr(metadata, field), getattr(known[0], field)
+            if ours != first:
+                said = ("other classes", "its own") if field == "classes" else (f"{field} {ours}", str(first))
+                raise WeightsError(f"{path} has {said[0]}, {files[0]} has {said[1]}: average weights of one network")
+    return known[-1]
+
+
 def average_weights(
-    files: Sequence[Path], shares: Sequence[float], images: TrainingSet, seed: int = 0
+    files: Sequence[Path], shares: Sequence[float], images: EvaluationSet
 ) -> tuple[nn.Module, WeightsMetadata]:
     """The weighted mean of several weights of one network, which is often better than each where one came from another.
 
@@ -33,50 +54,26 @@ def average_weights(
     Args:
         files: of weights as `lrrobust train` writes them.
         shares: of each in the mean, above 0; only their ratios count.
-        images: for the statistics, at the size the network is for.
-        seed: draws `STATISTICS_IMAGES` of these.
+        images: of the training, for the statistics; `STATISTICS_IMAGES` are enough.
 
     Returns:
         The network in evaluation mode, and the metadata of the last file with what was averaged, but no accuracy.
 
     Raises:
-        ConfigError: fewer than two files, or shares that do not fit.
-        WeightsError: a file cannot be read, says nothing of itself, or is of another network than the first.
+        ConfigError, WeightsError: see `check_alike`.
     """
-    check_shares(files, shares)
-    states, known = zip(*(_read(path) for path in files), strict=True)
-    for path, metadata in zip(files, known, strict=True):
-        for field in _IN_COMMON:
-            ours, first = getattr(metadata, field), getattr(known[0], field)
-            if ours != first:
-                said = ("other classes", "its own") if field == "classes" else (f"{field} {ours}", str(first))
-                raise WeightsError(f"{path} has {said[0]}, {files[0]} has {said[1]}: average weights of one network")
+    last = check_alike(files, shares)
+    states = [read_weights(path)[0] for path in files]
     parts = [share / sum(shares) for share in shares]
-    network = build_network(known[0].model, len(known[0].classes), known[0].stem)
+    network = build_network(last.model, len(last.classes), last.stem)
     fit_weights(network, {key: _mean([state[key] for state in states], parts) for key in states[0]}, "the mean of the weights")
-    _take_statistics(network, images, seed)
+    _take_statistics(network, images)
     averaged = [
-        {"name": metadata.name, "sha256": tensors_sha256(state), "share": round(part, 6)}
-        for metadata, state, part in zip(known, states, parts, strict=True)
+        {"name": read_metadata(path).name, "sha256": tensors_sha256(state), "share": round(part, 6)}
+        for path, state, part in zip(files, states, parts, strict=True)
     ]
-    training = {"averaged": averaged, "statistics_images": min(STATISTICS_IMAGES, len(images.labels)), "seed": seed}
-    return network.eval(), known[-1].model_copy(update={"training": training, "accuracy": ()})
-
-
-def check_shares(files: Sequence[Path], shares: Sequence[float]) -> None:
-    """ConfigError where there is nothing to average, or shares do not fit."""
-    if len(files) < 2:
-        raise ConfigError(f"expected two files of weights to average at least, found {len(files)}")
-    if len(shares) != len(files) or not all(0 < share < float("inf") for share in shares):
-        found = ", ".join(f"{share:g}" for share in shares) or "none"
-        raise ConfigError(f"--share: expected a number above 0 for each of the {len(files)} files, found {found}")
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata]:
-    state, metadata = read_weights(path)
-    if metadata is None:
-        raise WeightsError(f"{path} does not say which network it is of: give weights that `lrrobust train` wrote")
-    return state, metadata
+    training = {"averaged": averaged, "statistics_images": len(images)}
+    return network.eval(), last.model_copy(update={"training": training, "accuracy": ()})
 
 
 def _mean(tensors: Sequence[torch.Tensor], parts: Sequence[float]) -> torch.Tensor:
@@ -86,17 +83,16 @@ def _mean(tensors: Sequence[torch.Tensor], parts: Sequence[float]) -> torch.Tens
 
 
 @torch.no_grad()
-def _take_statistics(network: nn.Module, images: TrainingSet, seed: int) -> None:
+def _take_statistics(network: nn.Module, images: EvaluationSet) -> None:
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
     network.train()
-    drawn = torch.randperm(len(images.labels), generator=seeded(seed))[:STATISTICS_IMAGES]
-    # Batches of one size: the mean of batches takes no account of it.
-    for positions in drawn.split(_AT_ONCE):
-        if len(positions) == _AT_ONCE or len(drawn) < _AT_ONCE:
-            network((images.images[positions].float() / 255).contiguous(memory_format=torch.channels_last))
+    # In batches of one size, or of all there are: the mean takes no account of it.
+    at_once = min(_AT_ONCE, len(images))
+    for start in range(0, len(images) - at_once + 1, at_once):
+        network(images.load(range(start, start + at_once))[0].contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -28,7 +28,7 @@ from lrrobust.training.batch_norm import share_batch_statistics
 from lrrobust.training.batches import STARTS, augmented_batches, seeded
 from lrrobust.training.checkpoint import read_checkpoint, write_checkpoint
 from lrrobust.training.export import export_weights
-from lrrobust.training.images import TrainingImages
+from lrrobust.training.images import TrainingImages, TrainingSet
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.training.optimizers import build_optimizer, learning_rate
 from lrrobust.training.ranks import Ranks
@@ -271,8 +271,8 @@ class Training:
         return loss
 
     def _may_record(self) -> bool:
-        # Several processes exchange gradients during the backward pass.
-        return self.device.type == "cuda" and self.ranks.count == 1
+        # Several processes exchange gradients during the backward pass, and those that decode images use the GPU meanwhile.
+        return self.device.type == "cuda" and self.ranks.count == 1 and isinstance(self.train_set, TrainingSet)
 
     def _passes(self, images: torch.Tensor) -> torch.Tensor:
         """Logits with their way back to the parameters."""

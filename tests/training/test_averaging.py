@@ -11,15 +11,26 @@ from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, quantise, read_weights, save_weights, tensors_sha256
 from lrrobust.training import averaging
 from lrrobust.training.averaging import average_weights
-from lrrobust.training.images import TrainingSet
 
 pytestmark = pytest.mark.usefixtures("tiny_lr_net")
 
 
+class Images:
+    """As much of an `EvaluationSet` as is needed."""
+
+    def __init__(self, count):
+        self.pixels = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def load(self, positions):
+        return self.pixels[positions.start : positions.stop], torch.zeros(len(positions))
+
+
 @pytest.fixture
 def images():
-    generator = torch.Generator().manual_seed(0)
-    return TrainingSet(torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8), torch.arange(40) % 8)
+    return Images(40)
 
 
 def write(folder, name, seed=0, model="tiny", classes=tuple("abcdefgh"), **changes):
@@ -47,27 +58,25 @@ def test_the_mean_by_shares(tmp_path, images):
         torch.testing.assert_close(parameter.data, (0.25 * states[0][name].double() + 0.75 * states[1][name].double()).float())
     assert metadata.name == "B" and metadata.accuracy == ()
     averaged = [{"name": "A", "sha256": tensors_sha256(states[0]), "share": 0.25}, {"name": "B", "sha256": tensors_sha256(states[1]), "share": 0.75}]
-    assert metadata.training == {"averaged": averaged, "statistics_images": 40, "seed": 0}
+    assert metadata.training == {"averaged": averaged, "statistics_images": 40}
 
 
 def test_statistics_are_those_of_the_images(tmp_path, images):
     network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
-    pixels = images.images.float() / 255
-    features = network[0](pixels)
+    features = network[0](images.pixels)
     norm = network[1]
     torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, features.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
     assert norm.momentum == 0.1
 
 
-def test_many_images_are_drawn_and_taken_in_whole_batches(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(averaging, "STATISTICS_IMAGES", 21)
+def test_images_are_taken_in_whole_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(averaging, "_AT_ONCE", 8)
     sizes = []
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: sizes.append(len(x)) or x)
-    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
-    _, metadata = average_weights(files, [1, 1], images)
-    assert set(sizes) == {8} and len(sizes) % 2 == 0 and metadata.training["statistics_images"] == 21
+    average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], Images(21))
+    # Three norms, two batches.
+    assert sizes == [8] * 6
 
 
 def test_what_was_averaged_is_part_of_the_recipe(tmp_path, images):
@@ -94,7 +103,7 @@ def test_weights_of_another_network_are_refused(tmp_path, images, changes, says)
 
 def test_weights_that_say_nothing_are_refused(tmp_path, images):
     torch.save(build_network("tiny", 8).state_dict(), tmp_path / "plain.pt")
-    with pytest.raises(WeightsError, match="plain.pt does not say which network it is of"):
+    with pytest.raises(WeightsError, match="plain.pt is not a weights file of lrrobust"):
         average_weights([write(tmp_path, "A"), tmp_path / "plain.pt"], [1, 1], images)
 
 
