@@ -90,9 +90,11 @@ def _take_statistics(network: nn.Module, images: EvaluationSet) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
     network.train()
-    # In batches of one size, or of all there are: the mean takes no account of it.
-    at_once = min(_AT_ONCE, len(images))
-    for start in range(0, len(images) - at_once + 1, at_once):
-        network(images.load(range(start, start + at_once))[0].contiguous(memory_format=torch.channels_last))
+    # In batches of one size, since their mean takes no account of it; and each from all over the set, where images of one class
+    # lie side by side: what varies between batches is in no batch's variance.
+    count = max(1, len(images) // _AT_ONCE)
+    for first in range(count):
+        positions = range(first, min(len(images), count * _AT_ONCE), count)
+        network(images.load(positions)[0].contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -25,7 +25,7 @@ class Images:
         return len(self.pixels)
 
     def load(self, positions):
-        return self.pixels[positions.start : positions.stop], torch.zeros(len(positions))
+        return self.pixels[list(positions)], torch.zeros(len(positions))
 
 
 @pytest.fixture
@@ -77,6 +77,14 @@ def test_images_are_taken_in_whole_batches(tmp_path, monkeypatch):
     average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], Images(21))
     # Three norms, two batches.
     assert sizes == [8] * 6
+
+
+def test_images_of_a_class_side_by_side_are_spread_over_the_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(averaging, "_AT_ONCE", 10)
+    images = Images(40)
+    images.pixels *= torch.linspace(0.1, 1, 40).view(-1, 1, 1, 1)
+    network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
+    torch.testing.assert_close(network[1].running_var, network[0](images.pixels).var((0, 2, 3)), rtol=0.05, atol=1e-5)
 
 
 def test_what_was_averaged_is_part_of_the_recipe(tmp_path, images):
