@@ -46,9 +46,9 @@ class ShippedWeights:
 #: Weights that come with the package: model -> name of the weights -> file; the first is the default.
 SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {
     "lr_resnet50": {
-        "TINY_IMAGENET_V0": ShippedWeights(
-            "lr_resnet50-tiny_imagenet_v0.safetensors",
-            "93155cafe0b7a36cd8c30f282a92adac027595bfbf4c8ed0e19c9c78d791434b",
+        "TINY_IMAGENET_V1": ShippedWeights(
+            "lr_resnet50-tiny_imagenet_v1.safetensors",
+            "accea79204c4dce0addfe55ec1849cef208ce04c6ce94a71a5d1f4d7567f1a4a",
         ),
     },
     "resnet50": {
