@@ -38,7 +38,8 @@ def test_same_function_and_gradient(network):
     exact_logits, exact_gradient = gradient(exact, images.double())
     logits, input_gradient = gradient(fold_constants(network), images)
     assert (logits - exact_logits).abs().max() < 2e-5 * exact_logits.abs().max()
-    assert (input_gradient - exact_gradient).abs().max() < 2e-4 * exact_gradient.abs().max()
+    # Rounding, which the plain network has as much of: up to 3e-4 where a processor adds in wider vectors.
+    assert (input_gradient - exact_gradient).abs().max() < 6e-4 * exact_gradient.abs().max()
 
 
 def test_nothing_constant_is_left_and_the_original_stays(network):
