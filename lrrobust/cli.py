@@ -743,7 +743,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as done:  # how shells ask for completions
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
-        from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
+        from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -29,17 +29,17 @@ MAY_IMPORT = {
     "verify": {"run", "evaluation", "export", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.
-    "evaluation": {"attacks", "threat", "results", "errors", "determinism", "frozen"},
+    "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},
     # Of the report only how it writes an eps.
     "diagnostics": {"attacks", "evaluation", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "determinism", "frozen"},
     "bench": {
-        "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "results", "tables", "errors", "interrupts", "process_settings",
+        "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "out_of_memory", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",
     },
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing.
-    "training": {"models", "data", "attacks.ball", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    "training": {"models", "out_of_memory", "data", "attacks.ball", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"interrupts", "errors"},
-    "models": {"ops", "gradient_rules", "determinism", "errors", "torchvision_import"},
+    "models": {"ops", "out_of_memory", "gradient_rules", "determinism", "errors", "torchvision_import"},
     "attacks": {"threat", "config_file", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},
@@ -67,6 +67,7 @@ MAY_IMPORT = {
     "norm": set(),
     "frozen": set(),
     "determinism": set(),
+    "out_of_memory": set(),
     "gradient_rules": set(),
     "half_precision": set(),
     "torchvision_import": set(),
@@ -78,7 +79,7 @@ MAY_IMPORT = {
 }
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
-    "cli": {"bench", "crosscheck", "learning_curves", "training.ranks", "evaluation.memory"},
+    "cli": {"bench", "crosscheck", "learning_curves", "training.ranks", "out_of_memory"},
     "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
+from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
+
 
 _log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved
 from lrrobust.bench.peak_memory import measure_peak_bytes
-from lrrobust.evaluation.memory import explain_in_brief, is_out_of_memory
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import PAPER_CHANNELS_PER_GROUP, Backend, why_not
+from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

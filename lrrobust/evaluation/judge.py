@@ -10,7 +10,7 @@ from torch import nn
 
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
-from lrrobust.evaluation.memory import is_out_of_memory
+from lrrobust.out_of_memory import is_out_of_memory
 from lrrobust.threat import Norm, ThreatModel, distance, is_in_box
 
 

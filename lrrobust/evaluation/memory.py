@@ -9,29 +9,11 @@ from typing import TypeVar
 import torch
 
 from lrrobust.errors import ModelError
+from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-#: How allocators say so that raise no error of their own kind.
-#: Drivers and Triton do not raise the allocator's type either: "CUDA error: out of memory", "Triton Error [CUDA]: out of memory".
-_SIGNS = (
-    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
-    "[CUDA]: out of memory",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this says that memory ran out, of the device or of the computer."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
-def explain_in_brief(error: BaseException) -> str:
-    """What an allocator says, in part of a line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 class FittingBatch:

@@ -19,10 +19,11 @@ from torch import nn
 
 from lrrobust.determinism import float32_settings
 from lrrobust.models.residual import ResidualNetwork
+from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
-#: Batches are filled up to one of these: at most a third of what is computed is computed in vain.
+#: Batches are filled up to one of these: of more than 32 images at most a third is computed in vain.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 #: Pixels of a filled up batch above which launching takes no part worth the memory that a recording holds.
@@ -228,8 +229,7 @@ class ReplayedNetwork(nn.Module):
                 self._compare(recording, example, needs_gradient)
             return recording
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            is_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason or "ALLOC_FAILED" in reason
+            reason, is_memory = explain_in_brief(error), is_out_of_memory(error)
         # Outside of the handler, whose frames hold what a recording was made of.
         if is_memory:
             self._most = shape[0] - 1

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from lrrobust.out_of_memory import explain_in_brief
+
 _log = logging.getLogger(__name__)
 
 #: Images of one shape to logits whose gradient reaches the parameters.
@@ -64,8 +66,7 @@ class RecordedPasses:
             return network.forward
         except RuntimeError as error:
             self._gave_up = True
-            reason = " ".join(str(error).split())[:200]
-            _log.warning("training passes cannot be recorded on %s, and take longer so: %s", images.device, reason)
+            _log.warning("training passes cannot be recorded on %s, and take longer so: %s", images.device, explain_in_brief(error))
             return None
         finally:
             network.__dict__.pop("forward", None)
