@@ -22,7 +22,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
-from lrrobust.config_file import brief
+from lrrobust.config_file import brief, check_keys
 from lrrobust.data.class_lists import IMAGENET_1K, load_class_list, match_classes
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
 from lrrobust.data.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ from lrrobust.models.replay import replayed
 from lrrobust.models.weights import state_sha256
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
-from lrrobust.training.averaging import STATISTICS_IMAGES, average_weights, check_alike
+from lrrobust.training.averaging import average_weights, check_alike
 from lrrobust.training.export import export_network
 from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
 from lrrobust.training.ranks import Ranks
@@ -371,7 +371,7 @@ def _plan(
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
         # Of no consequence for the rows, but for what they show.
-        **({"training": {"recipe": classifier.recipe}} if classifier.recipe else {}),
+        **({"training": {"recipe": classifier.recipe, "followed": classifier.followed}} if classifier.recipe else {}),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "request": request.record(),
@@ -492,7 +492,7 @@ def prepare_training(
     # Measured at the end by the first process alone.
     sets = request.evaluate_on if ranks.is_first else ()
     evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
-    images = _open_training_images(request, recipe, classes, on_scan)
+    images = _open_training_images(request.data, recipe, request.workers, on_scan)
     where = choose_device(request.device) if device is None else device
     training = Training(
         request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
@@ -512,6 +512,9 @@ def average_trained(
 ) -> Path:
     """Averages weights, see `average_weights`, measures what came of it, and writes it; the file's path.
 
+    Args:
+        data: the images of the last training, since what it held out is not to be looked at but to be measured on.
+
     Raises:
         LrRobustError: one line says what does not fit.
     """
@@ -520,12 +523,19 @@ def average_trained(
     last = check_alike(files, shares)
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
-    source = open_dataset(data)
-    count = min(STATISTICS_IMAGES, len(match_classes(source.wnids, last.classes)[0]))
-    images = build_evaluation_set(source, last.classes, preprocessing, n=count or None, on_progress=on_scan)
+    recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
+    images = _open_training_images(data, recipe, 0, on_scan)
+    expected = last.training.get("images", 0) + recipe.holdout
+    if len(images.labels) != expected:
+        raise DataError(
+            f"--data: expected the {expected} images that {files[-1]} was trained on, those held out among them, "
+            f"found {len(images.labels)}: give the same as to `lrrobust train`"
+        )
+    images, held_out = images.split(recipe.holdout, recipe.seed)
     network, metadata = average_weights(files, shares, images)
     training = metadata.training | {"note": note, "environment": describe_environment(torch.device("cpu"))}
-    return export_network(network, metadata.model_copy(update={"name": weights_name, "training": training}), out, evaluation_sets)
+    metadata = metadata.model_copy(update={"name": weights_name, "training": training})
+    return export_network(network, metadata, out, held_out, evaluation_sets)
 
 
 def _check_weights_name(name: str) -> None:
@@ -533,16 +543,15 @@ def _check_weights_name(name: str) -> None:
         raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
 
 
-def _open_training_images(
-    request: TrainingRequest, recipe: Recipe, classes: Sequence[str], on_scan: OnScan | None
-) -> TrainingImages:
-    source = open_dataset(request.data)
+def _open_training_images(data: str, recipe: Recipe, workers: int, on_scan: OnScan | None) -> TrainingImages:
+    classes = load_class_list(recipe.classes)
+    source = open_dataset(data)
     if recipe.loading == "memory":
         return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))
-    if request.workers and not source.is_fork_safe:
+    if workers and not source.is_fork_safe:
         raise DataError(
             f"{source.name}: several processes cannot read a zip or a compressed tar at once: "
             "unpack it into class folders, or give --workers 0"
         )
     positions, labels = match_classes(source.wnids, classes)
-    return StreamedImages(source, tuple(positions), torch.tensor(labels, dtype=torch.int64), request.workers)
+    return StreamedImages(source, tuple(positions), torch.tensor(labels, dtype=torch.int64), workers)

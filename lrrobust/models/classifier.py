@@ -24,6 +24,7 @@ class Classifier:
         interpolation: how images are resized.
         weights: where the weights come from, for people.
         recipe: name and hash of how they were trained, where the weights say; empty where not known.
+        followed: how far, as in "10 of 17 epochs"; empty where not known.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Classifier:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     weights: str = ""
     recipe: str = ""
+    followed: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):

@@ -117,17 +117,18 @@ def _load_own(
         if input_size is None:
             raise ModelError(f"{path.name} does not state the size of its images: add --input-size, as in --input-size 64")
         network, size, resize, interpolation = build_network(name, len(known)), input_size, None, "bilinear"
-        label, recipe = path.name, ""
+        label, recipe, followed = path.name, "", ""
     else:
         if metadata.model != name:
             raise WeightsError(f"{path} holds weights of {metadata.model}, not of {name}: use --model {metadata.model}")
-        known, label, recipe = metadata.classes, metadata.name, metadata.recipe_identity
+        known, label = metadata.classes, metadata.name
+        recipe, followed = metadata.recipe_identity, metadata.followed
         network = build_network(name, len(known), metadata.stem)
         size, resize, interpolation = metadata.input_size, metadata.resize_size, metadata.interpolation
     fit_weights(network, state, str(path))
     # On the CPU and on tensor cores convolutions run faster with channels innermost.
     network = network.to(memory_format=torch.channels_last)
-    return Classifier(network, tuple(known), size, resize, interpolation, weights=label, recipe=recipe)
+    return Classifier(network, tuple(known), size, resize, interpolation, weights=label, recipe=recipe, followed=followed)
 
 
 def _shipped_path(name: str, weights: str | None) -> Path:

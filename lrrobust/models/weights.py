@@ -99,19 +99,32 @@ class WeightsMetadata(BaseModel):
 
     @property
     def recipe_identity(self) -> str:
-        """The recipe's name, and a hash of all that it asks for but the seed, of how long it was followed, from where on, and
-        what was averaged.
+        """The recipe's name, and a hash of all that it asks for but the seed, of how many images, from where on, and what was
+        averaged.
 
-        Weights to go on from count by their name: each network has its own.
+        Weights to go on from, and those averaged, count by their name: each network has its own. How far the recipe was
+        followed is no part of it, see `followed`.
         """
         asked = {key: value for key, value in self.recipe.items() if key not in ("name", "description", "seed")}
-        followed = {key: self.training.get(key) for key in ("images", "steps")}
+        done: dict[str, Any] = {"images": self.training.get("images")}
         if (initial := self.training.get("initial_weights")) is not None:
-            followed["initial_weights"] = initial["name"]
+            done["initial_weights"] = initial["name"]
         if (averaged := self.training.get("averaged")) is not None:
-            followed["averaged"] = [(part["name"], part["share"]) for part in averaged]
-        text = json.dumps([asked, followed], sort_keys=True)
+            done["averaged"] = [(part["name"], part["share"]) for part in averaged]
+        text = json.dumps([asked, done], sort_keys=True)
         return f"{self.recipe.get('name', 'recipe')} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def followed(self) -> str:
+        """How far the recipe was followed, and those before it of weights to go on from: "17 of 17 epochs, then 11 of 11"."""
+        return ", then ".join(f"{done} of {scheduled}{' epochs' * (i == 0)}" for i, (done, scheduled) in enumerate(self.stages))
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Epochs done and epochs of the schedule, of every training that these weights went through, as far as they say."""
+        earlier = self.training.get("earlier_stages", ())
+        own = (self.training.get("epochs"), self.training.get("schedule_epochs"))
+        return (*((done, scheduled) for done, scheduled in earlier), *([] if None in own else [own]))
 
 
 def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,23 +21,24 @@ def _batch_size(device: torch.device, side: int) -> int:
 
 @torch.inference_mode()
 def accuracy_on_images(
-    network: nn.Module, data: TrainingImages, preprocessing: Preprocessing, precision: str, ranks: Ranks
-) -> float:
-    """Top-1 accuracy as a fraction; every process measures its share of the images.
+    network: nn.Module, data: TrainingImages, preprocessing: Preprocessing, precision: str, ranks: Ranks = Ranks()
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy as fractions; every process measures its share of the images.
 
     Args:
         preprocessing: of images that are not in memory already.
         precision: "bf16" runs the network under autocast.
     """
     device = next(network.parameters()).device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
     own = range(ranks.rank, len(data.labels), ranks.count)
     for images, labels in data.whole(own, preprocessing, _batch_size(device, preprocessing.input_size)):
         inputs = (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = network(inputs)
-        correct += (logits.argmax(1) == labels.to(device)).sum()
-    return ranks.total(int(correct.item()), device) / len(data.labels)
+        hits += _hits(logits, labels)
+    top1, top5 = (ranks.total(count, device) / len(data.labels) for count in hits.tolist())
+    return top1, top5
 
 
 @torch.inference_mode()
@@ -45,13 +46,16 @@ def accuracy_on_set(network: nn.Module, images: EvaluationSet) -> tuple[float, f
     """Top-1 and top-5 accuracy as fractions, in the float32 of an evaluation."""
     device = next(network.parameters()).device
     batch_size = _batch_size(device, images.input_size)
-    top1 = top5 = 0
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
     with deterministic_float32():
         for start in range(0, len(images), batch_size):
             batch, labels = images.load(range(start, min(start + batch_size, len(images))))
-            logits = network(batch.to(device))
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-            hits = best == labels.view(-1, 1)
-            top1 += hits[:, 0].sum().item()
-            top5 += hits.any(1).sum().item()
-    return top1 / len(images), top5 / len(images)
+            hits += _hits(network(batch.to(device)), labels)
+    top1, top5 = (count / len(images) for count in hits.tolist())
+    return top1, top5
+
+
+def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many labels are the first, and how many among the first five; int64 (2,)."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(logits.device).view(-1, 1)
+    return torch.stack([best[:, 0].sum(), best.any(1).sum()])

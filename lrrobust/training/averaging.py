@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrrobust.data.evaluation_set import EvaluationSet
+from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.errors import ConfigError, WeightsError
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_metadata, read_weights, tensors_sha256
+from lrrobust.training.images import TrainingImages
 
 #: Images that the statistics of batch normalisation are taken of, and how many at once.
 STATISTICS_IMAGES, _AT_ONCE = 4096, 128
@@ -43,7 +44,7 @@ def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetada
 
 
 def average_weights(
-    files: Sequence[Path], shares: Sequence[float], images: EvaluationSet
+    files: Sequence[Path], shares: Sequence[float], images: TrainingImages
 ) -> tuple[nn.Module, WeightsMetadata]:
     """The weighted mean of several weights of one network, which is often better than each where one came from another.
 
@@ -54,7 +55,7 @@ def average_weights(
     Args:
         files: of weights as `lrrobust train` writes them.
         shares: of each in the mean, above 0; only their ratios count.
-        images: of the training, for the statistics; `STATISTICS_IMAGES` are enough.
+        images: of the training, for the statistics, of which it takes `STATISTICS_IMAGES`.
 
     Returns:
         The network in evaluation mode, and the metadata of the last file with what was averaged, but no accuracy.
@@ -67,12 +68,13 @@ def average_weights(
     parts = [share / sum(shares) for share in shares]
     network = build_network(last.model, len(last.classes), last.stem)
     fit_weights(network, {key: _mean([state[key] for state in states], parts) for key in states[0]}, "the mean of the weights")
-    _take_statistics(network, images)
+    preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
+    count = _take_statistics(network, images, preprocessing)
     averaged = [
         {"name": read_metadata(path).name, "sha256": tensors_sha256(state), "share": round(part, 6)}
         for path, state, part in zip(files, states, parts, strict=True)
     ]
-    training = {"averaged": averaged, "statistics_images": len(images)}
+    training = {"averaged": averaged, "statistics_images": count}
     return network.eval(), last.model_copy(update={"training": training, "accuracy": ()})
 
 
@@ -83,18 +85,23 @@ def _mean(tensors: Sequence[torch.Tensor], parts: Sequence[float]) -> torch.Tens
 
 
 @torch.no_grad()
-def _take_statistics(network: nn.Module, images: EvaluationSet) -> None:
+def _take_statistics(network: nn.Module, images: TrainingImages, preprocessing: Preprocessing) -> int:
+    """Sets the statistics of batch normalisation; of how many images."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
     network.train()
-    # In batches of one size, since their mean takes no account of it; and each from all over the set, where images of one class
-    # lie side by side: what varies between batches is in no batch's variance.
-    count = max(1, len(images) // _AT_ONCE)
-    for first in range(count):
-        positions = range(first, min(len(images), count * _AT_ONCE), count)
-        network(images.load(positions)[0].contiguous(memory_format=torch.channels_last))
+    # Images of one class lie side by side: chosen from all over the set, and each batch from all over the chosen, since what
+    # varies between batches is in no batch's variance. In batches of one size, since their mean takes no account of it.
+    every = max(1, len(images.labels) // STATISTICS_IMAGES)
+    chosen = range(0, len(images.labels), every)[:STATISTICS_IMAGES]
+    batches = max(1, len(chosen) // _AT_ONCE)
+    size = min(len(chosen), _AT_ONCE)
+    for first in range(batches):
+        for stored, _ in images.whole(chosen[first::batches][:size], preprocessing, size):
+            network((stored.float() / 255).contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    return batches * size

@@ -11,16 +11,22 @@ import torch
 from torch import nn
 
 from lrrobust.data.evaluation_set import EvaluationSet
+from lrrobust.data.preprocessing import Preprocessing
+from lrrobust.determinism import deterministic_float32
 from lrrobust.models.weights import Accuracy, WeightsMetadata, dequantise, fit_weights, quantise, save_weights
 from lrrobust.provenance import describe_environment
-from lrrobust.training.accuracy import accuracy_on_set
+from lrrobust.training.accuracy import accuracy_on_images, accuracy_on_set
+from lrrobust.training.images import TrainingImages
 
 if TYPE_CHECKING:
     from lrrobust.training.trainer import Training
 
+#: The name under which the accuracy on them stands in the metadata.
+HELD_OUT = "held out of the training images"
+
 
 def export_weights(training: Training, name: str, evaluation_sets: Sequence[EvaluationSet], note: str = "") -> Path:
-    """Writes the averaged weights as int8 with their metadata, measured on the sets given.
+    """Writes the averaged weights as int8 with their metadata, measured on the held-out images and the sets given.
 
     Args:
         name: of the weights, as in TINY_IMAGENET_V1.
@@ -46,6 +52,7 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
             "schedule_epochs": recipe.epochs,
             "seed": recipe.seed,
             "initial_weights": training.initial_weights,
+            "earlier_stages": training.earlier_stages,
             "note": note,
             "wall_s": round(training.wall_s, 1),
             "threads": torch.get_num_threads(),
@@ -54,13 +61,20 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
         },
         accuracy=(),
     )
-    return export_network(training.average, metadata, training.folder, evaluation_sets)
+    return export_network(training.average, metadata, training.folder, training.held_out, evaluation_sets)
 
 
 def export_network(
-    network: nn.Module, metadata: WeightsMetadata, folder: Path, evaluation_sets: Sequence[EvaluationSet]
+    network: nn.Module,
+    metadata: WeightsMetadata,
+    folder: Path,
+    held_out: TrainingImages,
+    evaluation_sets: Sequence[EvaluationSet],
 ) -> Path:
-    """Writes a network's weights as int8, with metadata to which its accuracy on the sets is added.
+    """Writes a network's weights as int8, with metadata to which its accuracy is added, of the weights as stored.
+
+    Args:
+        held_out: images that the training left out; there may be none.
 
     Returns:
         The file's path: MODEL-NAME.safetensors in `folder`.
@@ -68,7 +82,7 @@ def export_network(
     stored = quantise(network.state_dict())
     rounded = copy.deepcopy(network)
     fit_weights(rounded, dequantise(stored), "the rounded state")
-    accuracies = []
+    accuracies = [_held_out_accuracy(network, rounded, metadata, held_out)] if len(held_out.labels) else []
     for images in evaluation_sets:
         exact, _ = accuracy_on_set(network, images)
         top1, top5 = accuracy_on_set(rounded, images)
@@ -80,3 +94,15 @@ def export_network(
     path = folder / f"{metadata.model}-{metadata.name.lower()}.safetensors"
     save_weights(path, stored, metadata.model_copy(update={"accuracy": tuple(accuracies)}))
     return path
+
+
+def _held_out_accuracy(
+    network: nn.Module, rounded: nn.Module, metadata: WeightsMetadata, held_out: TrainingImages
+) -> Accuracy:
+    preprocessing = Preprocessing(metadata.input_size, metadata.resize_size, metadata.interpolation)
+    with deterministic_float32():
+        exact, _ = accuracy_on_images(network, held_out, preprocessing, "float32")
+        top1, top5 = accuracy_on_images(rounded, held_out, preprocessing, "float32")
+    return Accuracy(
+        dataset=HELD_OUT, dataset_sha256=held_out.sha256(), n=len(held_out.labels), top1=top1, top5=top5, top1_float32=exact
+    )

@@ -77,7 +77,7 @@ class TrainingSet:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for tensor in (self.images, self.labels):
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def split(self, holdout: int, seed: int) -> tuple[TrainingSet, TrainingSet]:

@@ -107,6 +107,8 @@ class Training:
         network = build_network(model_name, len(self.classes), recipe.stem)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self.initial_weights: dict[str, str] | None = None
+        #: Of the trainings that the initial weights went through, see `WeightsMetadata.stages`.
+        self.earlier_stages: tuple[tuple[int, int], ...] = ()
         if initial_weights is not None:
             state, metadata = read_weights(initial_weights)
             fit_weights(self.network, state, str(initial_weights))
@@ -114,6 +116,7 @@ class Training:
                 "name": initial_weights.name if metadata is None else metadata.name,
                 "sha256": tensors_sha256(state),
             }
+            self.earlier_stages = () if metadata is None else metadata.stages
         # Evaluated only, so it needs no statistics of other processes.
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self._parallel: nn.Module = self.network
@@ -327,7 +330,7 @@ class Training:
         top1 = math.nan
         if len(self.held_out.labels):
             recipe = self.recipe
-            top1 = accuracy_on_images(self.average, self.held_out, recipe.preprocessing, recipe.precision, self.ranks)
+            top1, _ = accuracy_on_images(self.average, self.held_out, recipe.preprocessing, recipe.precision, self.ranks)
         self.wall_s += time.monotonic() - started
         previous = self.rows[-1]["wall_s"] if self.rows else 0.0
         row = {

@@ -100,9 +100,10 @@ def _one_network(evidence: Evidence) -> Safeguard:
 
 def _same_training(evidence: Evidence) -> Safeguard:
     """A recipe alone can make any network more robust: adversarial training does."""
+    sides = (evidence.treatment, evidence.control)
     recipes = [
         {manifest_value(run, "training", "recipe") if run.manifest.get("training") else None for run in side.runs}
-        for side in (evidence.treatment, evidence.control)
+        for side in sides
     ]
     known = set.union(*recipes)
     if not evidence.claim.same_training:
@@ -117,8 +118,14 @@ def _same_training(evidence: Evidence) -> Safeguard:
             "a claim that means to says `same_training: false`."
         )
     else:
-        passed, detail = True, f"Both models were trained by the same recipe ({known.pop()})."
+        passed, detail = True, f"Both models were trained by the same recipe ({known.pop()}){_unequal_lengths(sides)}."
     return Safeguard(name="same_training", passed=passed, detail=detail, withholds=_BOTH)
+
+
+def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
+    """Whoever learns faster may be stopped earlier, so that both are as accurate: `clean_accuracy` sees to that."""
+    ours, theirs = (" or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs})) for side in sides)
+    return "" if ours == theirs else f"; how far they followed it: {sides[0].model} {ours}; {sides[1].model} {theirs}"
 
 
 def _same_configuration(evidence: Evidence) -> Safeguard:

@@ -333,11 +333,25 @@ def test_the_identity_of_a_recipe_is_what_was_done_not_what_it_is_called():
 
     plain = identity()
     assert plain.startswith("short ") and plain == identity({"seed": 1, "description": "Other words."}, wall_s=3.0)
-    others = [identity({"epochs": 4}), identity(steps=8), identity(images=99)]
+    # The same schedule, left earlier.
+    assert plain == identity(steps=6, epochs=2, schedule_epochs=3)
+    others = [identity({"epochs": 4}), identity(images=99)]
     # Weights of an adversarial training, say, to go on from.
     others += [identity(initial_weights={"name": name, "sha256": "ab"}) for name in ("V0", "ROBUST")]
-    assert len({plain, *others}) == 6
+    assert len({plain, *others}) == 5
     assert others[-1] == identity(initial_weights={"name": "ROBUST", "sha256": "cd"})
+
+
+@pytest.mark.parametrize(
+    ("training", "followed"),
+    [
+        ({}, ""),
+        ({"epochs": 2, "schedule_epochs": 3}, "2 of 3 epochs"),
+        ({"epochs": 2, "schedule_epochs": 3, "earlier_stages": [[17, 17], [1, 4]]}, "17 of 17 epochs, then 1 of 4, then 2 of 3"),
+    ],
+)
+def test_how_far_recipes_were_followed(training, followed):
+    assert METADATA.model_copy(update={"training": training}).followed == followed
 
 
 @pytest.mark.parametrize(("name", "weights"), SHIPPED)

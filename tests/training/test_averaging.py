@@ -11,21 +11,22 @@ from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, quantise, read_weights, save_weights, tensors_sha256
 from lrrobust.training import averaging
 from lrrobust.training.averaging import average_weights
+from lrrobust.training.export import HELD_OUT
+from lrrobust.training.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("tiny_lr_net")
 
 
 class Images:
-    """As much of an `EvaluationSet` as is needed."""
+    """As much of `TrainingImages` as is needed."""
 
     def __init__(self, count):
-        self.pixels = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        self.pixels = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        self.labels = torch.zeros(count, dtype=torch.int64)
 
-    def __len__(self):
-        return len(self.pixels)
-
-    def load(self, positions):
-        return self.pixels[list(positions)], torch.zeros(len(positions))
+    def whole(self, positions, preprocessing, batch_size):
+        assert len(positions) <= batch_size and preprocessing.input_size == 16
+        yield self.pixels[list(positions)], self.labels[list(positions)]
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_the_mean_by_shares(tmp_path, images):
 
 def test_statistics_are_those_of_the_images(tmp_path, images):
     network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
-    features = network[0](images.pixels)
+    features = network[0](images.pixels / 255)
     norm = network[1]
     torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, features.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
@@ -82,9 +83,9 @@ def test_images_are_taken_in_whole_batches(tmp_path, monkeypatch):
 def test_images_of_a_class_side_by_side_are_spread_over_the_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(averaging, "_AT_ONCE", 10)
     images = Images(40)
-    images.pixels *= torch.linspace(0.1, 1, 40).view(-1, 1, 1, 1)
+    images.pixels = (images.pixels * torch.linspace(0.1, 1, 40).view(-1, 1, 1, 1)).byte()
     network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
-    torch.testing.assert_close(network[1].running_var, network[0](images.pixels).var((0, 2, 3)), rtol=0.05, atol=1e-5)
+    torch.testing.assert_close(network[1].running_var, network[0](images.pixels / 255).var((0, 2, 3)), rtol=0.05, atol=1e-5)
 
 
 def test_what_was_averaged_is_part_of_the_recipe(tmp_path, images):
@@ -133,7 +134,9 @@ def test_shares_that_do_not_fit_are_refused(tmp_path, images, count, shares, say
 
 def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
     classes = tuple(load_class_list("tiny-imagenet-200"))
-    files = [write(tmp_path, "A", 1, classes=classes), write(tmp_path, "B", 2, classes=classes)]
+    recipe = load_recipe("tiny_imagenet_short").model_dump(mode="json") | {"image_size": 16, "holdout": 2}
+    about = {"classes": classes, "recipe": recipe, "training": {"images": 4}}
+    files = [write(tmp_path, "A", 1, **about), write(tmp_path, "B", 2, **about)]
     generator = np.random.default_rng(0)
     for i in range(6):
         folder = tmp_path / "photos" / classes[i % 3]
@@ -145,10 +148,18 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
     path = tmp_path / "out" / "tiny-mean.safetensors"
     assert str(path) in capfd.readouterr().err
     _, metadata = read_weights(path)
-    assert metadata.name == "MEAN" and metadata.training["note"] == "why" and metadata.accuracy[0].n == 6
+    assert metadata.name == "MEAN" and metadata.training["note"] == "why" and metadata.training["statistics_images"] == 4
+    assert [(accuracy.dataset, accuracy.n) for accuracy in metadata.accuracy] == [(HELD_OUT, 2), ("photos", 6)]
     assert [part["share"] for part in metadata.training["averaged"]] == [0.25, 0.75]
     assert metadata.training["environment"]["lrrobust"]
     assert run(["average", *arguments, "--share", "1"]) == 2
     assert "--share: expected a number above 0 for each of the 2 files, found 1" in capfd.readouterr().err
     assert run(["average", *arguments, "--name", "a/b"]) == 2
     assert "--name must be letters" in capfd.readouterr().err
+    # Others than those of the training: what was held out there would be looked at here.
+    Image.new("RGB", (16, 16)).save(folder / "another.png")
+    assert run(["average", *arguments]) == 2
+    assert "expected the 6 images that" in (err := capfd.readouterr().err) and "found 7: give the same as to `lrrobust train`" in err
+    unknown = [str(write(tmp_path, name, classes=classes)) for name in "CD"]
+    assert run(["average", *unknown, "--data", data]) == 2
+    assert "the recipe in" in (err := capfd.readouterr().err) and "D.safetensors: expected also description" in err

@@ -598,7 +598,12 @@ def test_export_states_what_the_file_scores(start, photos, monkeypatch):
         logits = classifier.module.eval()(inputs)
         exact = training.average(inputs)
     rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-    (accuracy,) = metadata.accuracy
+    held_out, accuracy = metadata.accuracy
+    with torch.inference_mode():
+        logits_held_out = classifier.module(training.held_out.images / 255)
+    ours = (logits_held_out.argmax(1) == training.held_out.labels).double().mean().item()
+    assert (held_out.dataset, held_out.n, held_out.top1) == (export.HELD_OUT, 8, pytest.approx(ours))
+    assert held_out.dataset_sha256 == training.held_out.sha256()
     assert (accuracy.dataset, accuracy.dataset_sha256, accuracy.n) == (images.name, images.sha256, 48)
     assert accuracy.top1 == (rank == 0).double().mean().item()
     assert accuracy.top5 == (rank < 5).double().mean().item()
@@ -652,5 +657,6 @@ def test_goes_on_from_given_weights(start, photos, recipe, colours, tiny_lr_net,
     metadata = read_metadata(second.export("SECOND", [photos(first.classes)]))
     assert metadata.training["initial_weights"]["name"] == "FIRST"
     assert len(metadata.training["initial_weights"]["sha256"]) == 64
+    assert metadata.stages == ((2, 2), (2, 2)) and metadata.followed == "2 of 2 epochs, then 2 of 2"
     with pytest.raises(ConfigError, match="initial weights differ"):
         Training(tiny_lr_net, recipe, colours, tmp_path / "second")

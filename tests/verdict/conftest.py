@@ -93,6 +93,7 @@ def build_run(
     part_metadata: Mapping[str, dict[str, str]] | None = None,
     surrogate: str | None = None,
     recipe: str | None = "short 1234",
+    followed: str = "3 of 3 epochs",
 ) -> Run:
     """A run from the fields of `Attack` by name of attack; `images` are the numbers of the images, one class in ten each."""
     specs = {name: Attack(**attack) for name, attack in attacks.items()}
@@ -117,7 +118,7 @@ def build_run(
             "plan": {"chunk_size": 50},
             "seed": seed,
             **({} if surrogate is None else {"surrogate": {"name": surrogate, "weights": weights}}),
-            **({} if recipe is None else {"training": {"recipe": recipe}}),
+            **({} if recipe is None else {"training": {"recipe": recipe, "followed": followed}}),
             "provenance": {"commit": "1234abc"},
         },
         rows=rows,

@@ -126,6 +126,20 @@ def test_models_of_different_recipes_are_not_compared(check, recipes, passed, te
     assert found.passed is passed and text in found.detail and found.withholds == BOTH
 
 
+@pytest.mark.parametrize(
+    ("followed", "text"),
+    [
+        (("3 of 3 epochs", "3 of 3 epochs"), "(short 1234)."),
+        (("3 of 3 epochs", "2 of 3 epochs"), "(short 1234); how far they followed it: A 3 of 3 epochs; B 2 of 3 epochs."),
+        (("3 of 3 epochs", ""), "A 3 of 3 epochs; B not said."),
+    ],
+)
+def test_who_learns_faster_may_be_stopped_earlier(check, followed, text):
+    ours, theirs = ({"followed": length} for length in followed)
+    (found,) = named(check(treatment=ours, control=theirs), "same_training")
+    assert found.passed and found.detail.endswith(text)
+
+
 def test_a_claim_may_mean_the_trainings(make_claim, make_run):
     distances = {"pgd": dict(distances=[INF] * 200)}, {"pgd": dict(distances=[PIXEL / 2] * 200)}
     runs = [make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))]
