@@ -191,13 +191,13 @@ def _step(inputs: _Inputs, function: Callable[..., torch.Tensor]) -> Callable[[]
 
 def _recorded(step: Callable[[], object], steps: int, name: str) -> Callable[[], object]:
     """`steps` times the step, as one launch where that is possible."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         # What is compiled or allocated once must be there before.
         for _ in range(2):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -208,6 +208,8 @@ def _recorded(step: Callable[[], object], steps: int, name: str) -> Callable[[],
             raise
         _log.warning("%s is launched kernel by kernel, since it cannot be recorded: %s", name, explain_in_brief(error))
         return lambda: [step() for _ in range(steps)]
+    finally:
+        torch.cuda.set_stream(before)  # which a recording that fails leaves another
     return graph.replay
 
 

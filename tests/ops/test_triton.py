@@ -22,6 +22,9 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 NAMES = ("output", "query", "key", "value", "geometry")
 
+#: Other strides, or gradients left out, are another kernel, whose products and sums a GPU may fuse otherwise.
+OF_ANOTHER_KERNEL = {"rtol": 1e-6, "atol": 1e-6} if HAS_GPU else {"rtol": 0, "atol": 0}
+
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 
 pytestmark = [
@@ -162,9 +165,7 @@ def test_layout_of_inputs_plays_no_part(layout):
     inputs = make_inputs(2, 12, 5, 4, 3, 2)
     expected = run([layout(x).contiguous() for x in inputs], stride=2)
     if layout(inputs[0]).equal(inputs[0]):
-        # Other strides are another kernel, whose products and sums a GPU may fuse otherwise.
-        tolerance = 1e-6 if HAS_GPU else 0
-        torch.testing.assert_close(run(inputs, layout=layout, stride=2), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(run(inputs, layout=layout, stride=2), expected, **OF_ANOTHER_KERNEL)
     assert_agrees(run([layout(x) for x in inputs], stride=2), [layout(x) for x in inputs], stride=2)
 
 
@@ -173,9 +174,8 @@ def test_expanded_output_gradient():
     options = {"kernel_size": 3, "backend": "triton"}
     by_sum = torch.autograd.grad(local_relation(*inputs, **options).sum(), inputs)
     out = local_relation(*inputs, **options)
-    tolerance = 1e-6 if HAS_GPU else 0  # as above
     expected = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    torch.testing.assert_close(by_sum, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(by_sum, expected, **OF_ANOTHER_KERNEL)
 
 
 def test_results_are_channels_last():
@@ -215,7 +215,7 @@ def test_gradients_only_where_asked_for(wanted, kernels, monkeypatch):
     out.backward(grad_out)
     for name, leaf, gradient in zip(NAMES[1:], leaves, expected, strict=True):
         if name in wanted:
-            torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)
+            torch.testing.assert_close(leaf.grad, gradient, **OF_ANOTHER_KERNEL)
         else:
             assert leaf.grad is None
     assert [x["NEEDS_GEOMETRY"] for x in launched if "NEEDS_GEOMETRY" in x] == ["geometry" in wanted]
