@@ -85,7 +85,7 @@ def load_classifier(
     if name.endswith(".py"):
         raise ModelError(f"{name} names no function: add the factory, as in {name}:build")
     if ".py:" in name:
-        classifier = _load_user_model(name, weights, classes)
+        classifier = _load_user_model(name, weights, classes, input_size)
     elif name in NETWORKS:
         classifier = _load_own(name, weights, classes, input_size)
     elif name.startswith("timm:"):
@@ -291,7 +291,7 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 # --- the user's --------------------------------------------------------------------------------------
 
 
-def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None) -> Classifier:
+def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None) -> Classifier:
     """Runs the user's own file: the one place where a model's name executes code."""
     import_torchvision()  # mended, should the file import it
     path_text, factory_name = name.rsplit(":", 1)
@@ -333,7 +333,14 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
             if (getattr(sys.modules[helper], "__file__", None) or "").startswith(folder + os.sep):
                 del sys.modules[helper]
     if isinstance(made, nn.Module) and classes is not None:
-        made = Classifier(made, tuple(classes), getattr(made, "input_size", DEFAULT_INPUT_SIZE))
+        size = getattr(made, "input_size", None) if input_size is None else input_size
+        if size is None:
+            # Most networks take any size, and do worse than they can at another than they were trained at.
+            raise ModelError(
+                f"{name} returned a {type(made).__name__} that does not state the size of its images: add --input-size, as in "
+                "--input-size 224, or return a lrrobust.models.Classifier"
+            )
+        made = Classifier(made, tuple(classes), size)
     if not isinstance(made, Classifier):
         raise ModelError(
             f"{name} returned {type(made).__name__}: expected a lrrobust.models.Classifier, "

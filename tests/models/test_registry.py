@@ -306,6 +306,9 @@ def ends():
 
 def fails_in_two_lines():
     raise ValueError("first\\nsecond")
+
+def of_any_size():
+    return nn.Linear(2, 2)
 """
 
 
@@ -358,6 +361,11 @@ def test_user_module_with_classes(user_file):
     assert (classifier.classes, classifier.input_size) == (CLASSES[:2], 20)
     with pytest.raises(ModelError, match="bare returned Linear: expected a lrrobust.models.Classifier, or a torch.nn.Module together with --classes"):
         load(f"{user_file}:bare")
+    # At another size than it was trained at it would seem worse than it is.
+    with pytest.raises(ModelError, match="returned a Linear that does not state the size of its images: add --input-size"):
+        load(f"{user_file}:of_any_size", classes=CLASSES[:2])
+    assert load(f"{user_file}:of_any_size", classes=CLASSES[:2], input_size=32).input_size == 32
+    assert load(f"{user_file}:bare", classes=CLASSES[:2], input_size=32).input_size == 32
 
 
 def test_two_models_with_helpers_of_one_name_do_not_mix(tmp_path):
