@@ -387,14 +387,29 @@ def _plan(
 
 
 def _model_code(name: str, classifier: Classifier) -> bytes:
-    """Structure of the network and, for a user's model, its file: parameters alone do not say what is computed.
+    """Structure of the network and, for a user's model, its code: parameters alone do not say what is computed.
 
-    Code that the file imports is not seen here; a resumed run compares predictions besides.
+    The code is its file, and those beside or below that which define a layer of the network. What these import otherwise
+    is not seen here; a resumed run compares predictions besides.
     """
-    path = Path(name.rsplit(":", 1)[0]) if ".py:" in name else None
     # Without addresses of objects, which differ from process to process.
-    structure = re.sub(r"0x[0-9a-f]+", "", repr(classifier.module))
-    return structure.encode() + (path.read_bytes() if path is not None else b"")
+    structure = re.sub(r"0x[0-9a-f]+", "", repr(classifier.module)).encode()
+    if ".py:" not in name:
+        return structure
+    path = Path(name.rsplit(":", 1)[0]).absolute()
+    others = sorted(file for file in _files_of_layers(classifier.module) - {path} if _is_of_project(file, path.parent))
+    return b"".join([structure, *(file.read_bytes() for file in (path, *others))])
+
+
+def _files_of_layers(network: torch.nn.Module) -> set[Path]:
+    # By the compiled functions: the modules they came from may be forgotten.
+    functions = [function for kind in {*map(type, network.modules())} for base in kind.__mro__ for function in vars(base).values()]
+    return {Path(function.__code__.co_filename) for function in functions if hasattr(function, "__code__")}
+
+
+def _is_of_project(file: Path, folder: Path) -> bool:
+    # A virtual environment may lie in the folder.
+    return file.is_relative_to(folder) and not {"site-packages", "dist-packages"} & {*file.parts} and file.is_file()
 
 
 def choose_device(name: str) -> torch.device:

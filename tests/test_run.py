@@ -196,6 +196,19 @@ def test_fingerprint_follows_the_code_of_the_model(request_for, tmp_path):
     assert fingerprint(request) != base
 
 
+def test_fingerprint_follows_the_code_of_its_layers_beside_it(request_for, tmp_path):
+    (tmp_path / "model.py").write_text("import unrelated\nfrom layers import Twice\n" + MODEL.replace("nn.Flatten()", "nn.Flatten(), Twice()"))
+    (tmp_path / "unrelated.py").write_text("")
+    layers = tmp_path / "layers.py"
+    layer = "from torch import nn\n\nclass Twice(nn.Module):\n    def forward(self, x):\n        return 2 * x\n"
+    found = []
+    for code, unrelated in ((layer, ""), (layer.replace("2 * x", "3 * x"), ""), (layer, "import os\n")):
+        layers.write_text(code)
+        (tmp_path / "unrelated.py").write_text(unrelated)
+        found.append(fingerprint(request_for("build")))
+    assert found[0] != found[1] and found[0] == found[2]
+
+
 def test_request_survives_its_record(request_for, tmp_path):
     request = request_for(
         "build", "build_scaled", n=5, seed=3, eps=("1/255",), indices=tmp_path / "indices.txt", weights=("a", "b"), device="cpu"
