@@ -20,6 +20,9 @@ STATISTICS_IMAGES, _AT_ONCE = 4096, 128
 #: What averaged weights have in common.
 _IN_COMMON = ("model", "stem", "input_size", "resize_size", "interpolation", "classes")
 
+#: What of the last training is said of the mean too.
+_OF_THE_LAST = ("images", "steps", "epochs", "schedule_epochs", "seed", "initial_weights", "earlier_stages")
+
 
 def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetadata:
     """What the last file says of itself.
@@ -74,7 +77,8 @@ def average_weights(
         {"name": read_metadata(path).name, "sha256": tensors_sha256(state), "share": round(part, 6)}
         for path, state, part in zip(files, states, parts, strict=True)
     ]
-    training = {"averaged": averaged, "statistics_images": count}
+    training = {key: last.training[key] for key in _OF_THE_LAST if key in last.training}
+    training |= {"averaged": averaged, "statistics_images": count}
     return network.eval(), last.model_copy(update={"training": training, "accuracy": ()})
 
 

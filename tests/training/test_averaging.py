@@ -59,7 +59,15 @@ def test_the_mean_by_shares(tmp_path, images):
         torch.testing.assert_close(parameter.data, (0.25 * states[0][name].double() + 0.75 * states[1][name].double()).float())
     assert metadata.name == "B" and metadata.accuracy == ()
     averaged = [{"name": "A", "sha256": tensors_sha256(states[0]), "share": 0.25}, {"name": "B", "sha256": tensors_sha256(states[1]), "share": 0.75}]
-    assert metadata.training == {"averaged": averaged, "statistics_images": 40}
+    assert metadata.training == {"images": 40, "steps": 3, "averaged": averaged, "statistics_images": 40}
+
+
+def test_the_mean_says_how_far_its_recipes_were_followed(tmp_path, images):
+    about = {"images": 40, "epochs": 2, "schedule_epochs": 11, "earlier_stages": [[8, 17]], "initial_weights": {"name": "A", "sha256": "ab"}}
+    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2, training=about | {"wall_s": 9.0})]
+    metadata = average_weights(files, [1, 3], images)[1]
+    assert about.items() <= metadata.training.items() and "wall_s" not in metadata.training
+    assert metadata.followed == "8 of 17 epochs, then 2 of 11"
 
 
 def test_statistics_are_those_of_the_images(tmp_path, images):
