@@ -31,7 +31,7 @@ from lrrobust.data.subset import read_indices
 from lrrobust.data.training_images import load_training_images
 from lrrobust.diagnostics.records import load_diagnostics, write_diagnostics
 from lrrobust.diagnostics.stage import OnCheck, diagnose
-from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError
+from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError, WeightsError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing
@@ -396,20 +396,9 @@ def _model_code(name: str, classifier: Classifier) -> bytes:
     structure = re.sub(r"0x[0-9a-f]+", "", repr(classifier.module)).encode()
     if ".py:" not in name:
         return structure
-    path = Path(name.rsplit(":", 1)[0]).absolute()
-    others = sorted(file for file in _files_of_layers(classifier.module) - {path} if _is_of_project(file, path.parent))
+    path = Path(name.rsplit(":", 1)[0])
+    others = [file for file in classifier.files if file != path.resolve()]
     return b"".join([structure, *(file.read_bytes() for file in (path, *others))])
-
-
-def _files_of_layers(network: torch.nn.Module) -> set[Path]:
-    # By the compiled functions: the modules they came from may be forgotten.
-    functions = [function for kind in {*map(type, network.modules())} for base in kind.__mro__ for function in vars(base).values()]
-    return {Path(function.__code__.co_filename) for function in functions if hasattr(function, "__code__")}
-
-
-def _is_of_project(file: Path, folder: Path) -> bool:
-    # A virtual environment may lie in the folder.
-    return file.is_relative_to(folder) and not {"site-packages", "dist-packages"} & {*file.parts} and file.is_file()
 
 
 def choose_device(name: str) -> torch.device:
@@ -507,7 +496,7 @@ def prepare_training(
     # Measured at the end by the first process alone.
     sets = request.evaluate_on if ranks.is_first else ()
     evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
-    images = _open_training_images(request.data, recipe, request.workers, on_scan)
+    images = _open_training_images(request.data, classes, recipe, request.workers, on_scan)
     where = choose_device(request.device) if device is None else device
     training = Training(
         request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
@@ -539,12 +528,14 @@ def average_trained(
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
     recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
-    images = _open_training_images(data, recipe, 0, on_scan)
-    expected = last.training.get("images", 0) + recipe.holdout
-    if len(images.labels) != expected:
+    images = _open_training_images(data, last.classes, recipe, 0, on_scan)
+    count, digest = last.training.get("images"), last.training.get("images_sha256")
+    if count is None:
+        raise WeightsError(f"{files[-1]} does not say of how many images it was trained: give a file that `lrrobust train` wrote last")
+    if len(images.labels) != count + recipe.holdout or digest not in (None, images.sha256()):
         raise DataError(
-            f"--data: expected the {expected} images that {files[-1]} was trained on, those held out among them, "
-            f"found {len(images.labels)}: give the same as to `lrrobust train`"
+            f"--data: expected the {count + recipe.holdout} images that {files[-1]} was trained on, those held out among them, "
+            f"found {len(images.labels)}{' others' * (len(images.labels) == count + recipe.holdout)}: give the same as to `lrrobust train`"
         )
     images, held_out = images.split(recipe.holdout, recipe.seed)
     network, metadata = average_weights(files, shares, images)
@@ -558,8 +549,9 @@ def _check_weights_name(name: str) -> None:
         raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
 
 
-def _open_training_images(data: str, recipe: Recipe, workers: int, on_scan: OnScan | None) -> TrainingImages:
-    classes = load_class_list(recipe.classes)
+def _open_training_images(
+    data: str, classes: Sequence[str], recipe: Recipe, workers: int, on_scan: OnScan | None
+) -> TrainingImages:
     source = open_dataset(data)
     if recipe.loading == "memory":
         return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))

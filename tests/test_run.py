@@ -209,6 +209,25 @@ def test_fingerprint_follows_the_code_of_its_layers_beside_it(request_for, tmp_p
     assert found[0] != found[1] and found[0] == found[2]
 
 
+def test_code_of_layers_is_found_however_it_is_written_and_named(request_for, tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text("from layers import Wide\n" + MODEL.replace("nn.Flatten()", "nn.Flatten(), Wide()"))
+    # No function of its own, and one that is wrapped by torch's; an attribute that claims to have everything.
+    layers = tmp_path / "layers.py"
+    code = (
+        "import torch\nfrom torch import nn\n\nclass Base(nn.Module):\n    ops = torch.ops\n    @torch.no_grad()\n"
+        "    def forward(self, x):\n        return self.factor * x\n\nclass Wide(Base):\n    factor = 2\n"
+    )
+    layers.write_text(code)
+    request = request_for("build")
+    base = fingerprint(request)
+    (tmp_path / "linked").symlink_to(tmp_path, target_is_directory=True)
+    assert fingerprint(dataclasses.replace(request, models=(f"{tmp_path}/linked/model.py:build",))) == base
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(dataclasses.replace(request, models=("./model.py:build",))) == base
+    layers.write_text(code.replace("factor = 2", "factor = 3"))
+    assert fingerprint(request) != base
+
+
 def test_request_survives_its_record(request_for, tmp_path):
     request = request_for(
         "build", "build_scaled", n=5, seed=3, eps=("1/255",), indices=tmp_path / "indices.txt", weights=("a", "b"), device="cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -25,6 +26,7 @@ class Classifier:
         weights: where the weights come from, for people.
         recipe: name and hash of how they were trained, where the weights say; empty where not known.
         followed: how far, as in "10 of 17 epochs"; empty where not known.
+        files: Python files of the user's that define its layers, absolute; they tell models apart.
     """
 
     module: nn.Module
@@ -35,6 +37,7 @@ class Classifier:
     weights: str = ""
     recipe: str = ""
     followed: str = ""
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):

@@ -46,6 +46,9 @@ OWN_WEIGHTS = "DEFAULT"
 #: Image size of a network whose weights do not state one.
 DEFAULT_INPUT_SIZE = 224
 
+#: Packages whose versions runs record, wherever they are installed.
+_KNOWN_BY_VERSION = ("lrrobust", "torch", "torchvision", "timm")
+
 
 def build_network(name: str, num_classes: int, stem: Stem = DEFAULT_STEM) -> nn.Module:
     """One of our networks with fresh weights; UnknownNameError names the nearest."""
@@ -315,6 +318,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         if not callable(factory):
             raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
         made = factory()
+        files = _files_of_layers(made, path.parent)
     except LrRobustError:
         raise
     except (Exception, SystemExit) as error:
@@ -346,6 +350,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
             f"{name} returned {type(made).__name__}: expected a lrrobust.models.Classifier, "
             "or a torch.nn.Module together with --classes"
         )
+    made = replace(made, files=files)
     if weights is None:
         return made
     if weights == NO_WEIGHTS:
@@ -356,8 +361,25 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     state, _ = read_weights(Path(weights))
     fit_weights(made.module, state, weights)
     return Classifier(
-        made.module, made.classes, made.input_size, made.resize_size, made.interpolation, weights=Path(weights).name
+        made.module, made.classes, made.input_size, made.resize_size, made.interpolation, weights=Path(weights).name, files=files
     )
+
+
+def _files_of_layers(made: object, folder: Path) -> tuple[Path, ...]:
+    """Files in `folder`, or below it, of the classes of a network's layers, while their modules are still known."""
+    network = made.module if isinstance(made, Classifier) else made
+    if not isinstance(network, nn.Module):
+        return ()
+    root, found = folder.resolve(), set()
+    for name in {base.__module__ for kind in {*map(type, network.modules())} for base in kind.__mro__}:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if not file or not file.endswith(".py") or name.partition(".")[0] in _KNOWN_BY_VERSION:
+            continue
+        path = Path(file).resolve()
+        # A virtual environment may lie in the folder.
+        if path.is_relative_to(root) and "site-packages" not in path.relative_to(root).parts:
+            found.add(path)
+    return tuple(sorted(found))
 
 
 def _line_in(error: BaseException, path: Path) -> str:

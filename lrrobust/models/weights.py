@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -74,6 +74,30 @@ class Accuracy(BaseModel):
     top1_float32: float
 
 
+class _InitialWeights(BaseModel):
+    #: `WeightsMetadata.recipe_identity` and `stages` of these.
+    recipe: str = ""
+    stages: list[tuple[NonNegativeInt, NonNegativeInt]] = []
+
+
+class _Averaged(BaseModel):
+    name: str
+    share: float
+    recipe: str = ""
+
+
+class _Training(BaseModel):
+    """What code reads of how a training went; the rest is for people."""
+
+    images: PositiveInt | None = None
+    images_sha256: str | None = None
+    epochs: NonNegativeInt = 0
+    schedule_epochs: NonNegativeInt = 0
+    initial_weights: _InitialWeights | None = None
+    averaged: list[_Averaged] = []
+    held_out_unseen: bool = False
+
+
 class WeightsMetadata(BaseModel):
     """What a weights file says of itself."""
 
@@ -97,34 +121,63 @@ class WeightsMetadata(BaseModel):
     #: Of the stored tensors; guards against damage.
     tensors_sha256: str = ""
 
+    @field_validator("training")
+    @classmethod
+    def _check_training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        _Training.model_validate(training)
+        return training
+
     @property
     def recipe_identity(self) -> str:
-        """The recipe's name, and a hash of all that it asks for but the seed, of how many images, from where on, and what was
-        averaged.
+        """The recipe's name, and a hash of all that it asks for but the seed, of how many images, of the recipes of weights
+        that it went on from, and of those averaged; empty where these are not known.
 
-        Weights to go on from, and those averaged, count by their name: each network has its own. How far the recipe was
-        followed is no part of it, see `followed`.
+        How far the recipe was followed is no part of it, see `followed`.
         """
         asked = {key: value for key, value in self.recipe.items() if key not in ("name", "description", "seed")}
         done: dict[str, Any] = {"images": self.training.get("images")}
         if (initial := self.training.get("initial_weights")) is not None:
-            done["initial_weights"] = initial["name"]
+            done["initial_weights"] = initial.get("recipe")
         if (averaged := self.training.get("averaged")) is not None:
-            done["averaged"] = [(part["name"], part["share"]) for part in averaged]
+            done["averaged"] = [(part.get("recipe"), part.get("share")) for part in averaged]
+        if not all([done.get("initial_weights", True), *(recipe for recipe, _ in done.get("averaged", ()))]):
+            return ""
         text = json.dumps([asked, done], sort_keys=True)
         return f"{self.recipe.get('name', 'recipe')} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
-    def followed(self) -> str:
-        """How far the recipe was followed, and those before it of weights to go on from: "17 of 17 epochs, then 11 of 11"."""
-        return ", then ".join(f"{done} of {scheduled}{' epochs' * (i == 0)}" for i, (done, scheduled) in enumerate(self.stages))
-
-    @property
     def stages(self) -> tuple[tuple[int, int], ...]:
         """Epochs done and epochs of the schedule, of every training that these weights went through, as far as they say."""
-        earlier = self.training.get("earlier_stages", ())
+        earlier = (self.training.get("initial_weights") or {}).get("stages", ())
         own = (self.training.get("epochs"), self.training.get("schedule_epochs"))
         return (*((done, scheduled) for done, scheduled in earlier), *([] if None in own else [own]))
+
+    @property
+    def followed(self) -> str:
+        """How far the recipe was followed, and those before it of weights to go on from: "17 of 17 epochs, then 11 of 11"."""
+        said = [f"{done} of {scheduled}{' epochs' * (i == 0)}" for i, (done, scheduled) in enumerate(self.stages)]
+        if "stages" not in (self.training.get("initial_weights") or {"stages": ()}):
+            said.insert(0, "not said")
+        return ", then ".join(said)
+
+    def has_never_seen(self, holdout: int, seed: int, images: int) -> bool:
+        """Whether these weights were not trained on what is held out of `images` images in all.
+
+        A smaller draw of the same seed is part of a larger one. Of initial weights that say nothing it is not known.
+        """
+        own = self.recipe.get("holdout", 0)
+        return (
+            self.training.get("held_out_unseen", self.training.get("initial_weights") is None)
+            and self.recipe.get("seed") == seed
+            and own >= holdout
+            and (self.training.get("images") or 0) + own == images
+        )
+
+
+def describe_initial_weights(name: str, sha256: str, metadata: WeightsMetadata | None) -> dict[str, Any]:
+    """What the metadata of a training that went on from weights says of these, given theirs."""
+    about = {"name": name, "sha256": sha256}
+    return about if metadata is None else about | {"recipe": metadata.recipe_identity, "stages": metadata.stages}
 
 
 def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,14 +14,14 @@ from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_metadata, read_weights, tensors_sha256
 from lrrobust.training.images import TrainingImages
 
-#: Images that the statistics of batch normalisation are taken of, and how many at once.
+#: Images that the statistics of batch normalisation are taken of at most, and about how many at once.
 STATISTICS_IMAGES, _AT_ONCE = 4096, 128
 
 #: What averaged weights have in common.
 _IN_COMMON = ("model", "stem", "input_size", "resize_size", "interpolation", "classes")
 
 #: What of the last training is said of the mean too.
-_OF_THE_LAST = ("images", "steps", "epochs", "schedule_epochs", "seed", "initial_weights", "earlier_stages")
+_OF_THE_LAST = ("images", "images_sha256", "steps", "epochs", "schedule_epochs", "seed", "initial_weights")
 
 
 def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetadata:
@@ -58,7 +58,7 @@ def average_weights(
     Args:
         files: of weights as `lrrobust train` writes them.
         shares: of each in the mean, above 0; only their ratios count.
-        images: of the training, for the statistics, of which it takes `STATISTICS_IMAGES`.
+        images: that were trained on, for the statistics, of which it takes up to `STATISTICS_IMAGES`.
 
     Returns:
         The network in evaluation mode, and the metadata of the last file with what was averaged, but no accuracy.
@@ -73,12 +73,21 @@ def average_weights(
     fit_weights(network, {key: _mean([state[key] for state in states], parts) for key in states[0]}, "the mean of the weights")
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     count = _take_statistics(network, images, preprocessing)
+    known = [read_metadata(path) for path in files]
     averaged = [
-        {"name": read_metadata(path).name, "sha256": tensors_sha256(state), "share": round(part, 6)}
-        for path, state, part in zip(files, states, parts, strict=True)
+        {
+            "name": metadata.name,
+            "sha256": tensors_sha256(state),
+            "share": round(part, 6),
+            "recipe": metadata.recipe_identity,
+            "followed": metadata.followed,
+        }
+        for metadata, state, part in zip(known, states, parts, strict=True)
     ]
     training = {key: last.training[key] for key in _OF_THE_LAST if key in last.training}
-    training |= {"averaged": averaged, "statistics_images": count}
+    holdout, seed = last.recipe.get("holdout", 0), last.recipe.get("seed")
+    unseen = all(metadata.has_never_seen(holdout, seed, len(images.labels) + holdout) for metadata in known)
+    training |= {"averaged": averaged, "statistics_images": count, "held_out_unseen": unseen}
     return network.eval(), last.model_copy(update={"training": training, "accuracy": ()})
 
 
@@ -98,14 +107,14 @@ def _take_statistics(network: nn.Module, images: TrainingImages, preprocessing: 
         norm.momentum = None  # the plain mean of all batches
     network.train()
     # Images of one class lie side by side: chosen from all over the set, and each batch from all over the chosen, since what
-    # varies between batches is in no batch's variance. In batches of one size, since their mean takes no account of it.
-    every = max(1, len(images.labels) // STATISTICS_IMAGES)
-    chosen = range(0, len(images.labels), every)[:STATISTICS_IMAGES]
+    # varies between batches is in no batch's variance. In batches alike but for one image, since their mean takes no account of
+    # their size.
+    chosen = range(0, len(images.labels), -(-len(images.labels) // STATISTICS_IMAGES))
     batches = max(1, len(chosen) // _AT_ONCE)
-    size = min(len(chosen), _AT_ONCE)
     for first in range(batches):
-        for stored, _ in images.whole(chosen[first::batches][:size], preprocessing, size):
+        own = chosen[first::batches]
+        for stored, _ in images.whole(own, preprocessing, len(own)):
             network((stored.float() / 255).contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return batches * size
+    return len(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,17 @@ from torch import nn
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.determinism import deterministic_float32
-from lrrobust.models.weights import Accuracy, WeightsMetadata, dequantise, fit_weights, quantise, save_weights
+from lrrobust.models.weights import (
+    Accuracy, WeightsMetadata, dequantise, describe_initial_weights, fit_weights, quantise, save_weights
+)  # fmt: skip
 from lrrobust.provenance import describe_environment
 from lrrobust.training.accuracy import accuracy_on_images, accuracy_on_set
 from lrrobust.training.images import TrainingImages
 
 if TYPE_CHECKING:
     from lrrobust.training.trainer import Training
+
+_log = logging.getLogger(__name__)
 
 #: The name under which the accuracy on them stands in the metadata.
 HELD_OUT = "held out of the training images"
@@ -46,13 +51,17 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
         recipe=recipe.model_dump(mode="json"),
         training={
             "images": len(training.train_set.labels),
+            # Of these and those held out.
+            "images_sha256": training.images_sha256,
             "steps": training.step,
             "epochs": len(training.rows),
             # Fewer were done where the training was stopped before its recipe's end.
             "schedule_epochs": recipe.epochs,
             "seed": recipe.seed,
-            "initial_weights": training.initial_weights,
-            "earlier_stages": training.earlier_stages,
+            "initial_weights": None
+            if training.initial_weights is None
+            else describe_initial_weights(**training.initial_weights, metadata=training.initial_metadata),
+            "held_out_unseen": training.is_held_out_unseen,
             "note": note,
             "wall_s": round(training.wall_s, 1),
             "threads": torch.get_num_threads(),
@@ -74,7 +83,8 @@ def export_network(
     """Writes a network's weights as int8, with metadata to which its accuracy is added, of the weights as stored.
 
     Args:
-        held_out: images that the training left out; there may be none.
+        held_out: images that the training left out; there may be none. Where it went on from weights that may have been trained
+            on them, a warning says so, and nothing is measured on them.
 
     Returns:
         The file's path: MODEL-NAME.safetensors in `folder`.
@@ -82,7 +92,11 @@ def export_network(
     stored = quantise(network.state_dict())
     rounded = copy.deepcopy(network)
     fit_weights(rounded, dequantise(stored), "the rounded state")
-    accuracies = [_held_out_accuracy(network, rounded, metadata, held_out)] if len(held_out.labels) else []
+    accuracies = []
+    if len(held_out.labels) and not metadata.training["held_out_unseen"]:
+        _log.warning("no accuracy on held-out images is stored: the weights that %s went on from may have seen them", metadata.name)
+    elif len(held_out.labels):
+        accuracies.append(_held_out_accuracy(network, rounded, metadata, held_out))
     for images in evaluation_sets:
         exact, _ = accuracy_on_set(network, images)
         top1, top5 = accuracy_on_set(rounded, images)

@@ -21,7 +21,7 @@ from lrrobust.data.class_lists import load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.errors import ConfigError, DataError, StoreError
 from lrrobust.models.registry import build_network
-from lrrobust.models.weights import fit_weights, read_weights, tensors_sha256
+from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
 from lrrobust.training.accuracy import accuracy_on_images
 from lrrobust.training.adversarial import draw_starts, perturb
 from lrrobust.training.batch_norm import share_batch_statistics
@@ -107,8 +107,8 @@ class Training:
         network = build_network(model_name, len(self.classes), recipe.stem)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self.initial_weights: dict[str, str] | None = None
-        #: Of the trainings that the initial weights went through, see `WeightsMetadata.stages`.
-        self.earlier_stages: tuple[tuple[int, int], ...] = ()
+        #: What the initial weights say of themselves, where they do.
+        self.initial_metadata: WeightsMetadata | None = None
         if initial_weights is not None:
             state, metadata = read_weights(initial_weights)
             fit_weights(self.network, state, str(initial_weights))
@@ -116,7 +116,7 @@ class Training:
                 "name": initial_weights.name if metadata is None else metadata.name,
                 "sha256": tensors_sha256(state),
             }
-            self.earlier_stages = () if metadata is None else metadata.stages
+            self.initial_metadata = metadata
         # Evaluated only, so it needs no statistics of other processes.
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self._parallel: nn.Module = self.network
@@ -141,6 +141,16 @@ class Training:
     @property
     def checkpoint_path(self) -> Path:
         return self.folder / "checkpoint.pt"
+
+    @property
+    def is_held_out_unseen(self) -> bool:
+        """Whether the weights that this goes on from were never trained on what is held out here, as far as is known."""
+        if self.initial_weights is None:
+            return True
+        images = len(self.train_set.labels) + len(self.held_out.labels)
+        return self.initial_metadata is not None and self.initial_metadata.has_never_seen(
+            self.recipe.holdout, self.recipe.seed, images
+        )
 
     # --- checkpoints ---------------------------------------------------------------------------------
 

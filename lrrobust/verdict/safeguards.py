@@ -87,7 +87,7 @@ def _one_network(evidence: Evidence) -> Safeguard:
         for side in sides
         if len({tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs}) > 1
     ]
-    # What hashes do not cover, such as code that a model's file imports, shows in what it predicts.
+    # What hashes do not cover, such as functions that a model's file imports, shows in what it predicts.
     changed = [side for side in sides if side.contradictions > CONTRADICTED_SHARE * len(side.images)]
     detail = "All runs of a model are of one network."
     if several:
@@ -110,6 +110,10 @@ def _same_training(evidence: Evidence) -> Safeguard:
         passed, detail = None, "The claim compares two models as they are, however they were trained: the recipes do not count."
     elif None in known:
         passed, detail = None, "Not all weights say by which recipe they were trained: whether by the same is not known."
+    elif len({recipe.partition(" ")[0] for recipe in known}) == 1 < len(known) and any(
+        "followed" not in run.manifest["training"] for side in sides for run in side.runs
+    ):
+        passed, detail = None, "Some runs name their recipe as older versions did: whether they mean the same is not known."
     elif len(known) > 1:
         ours, theirs = (", ".join(sorted(found)) for found in recipes)
         passed = False

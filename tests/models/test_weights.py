@@ -337,9 +337,46 @@ def test_the_identity_of_a_recipe_is_what_was_done_not_what_it_is_called():
     assert plain == identity(steps=6, epochs=2, schedule_epochs=3)
     others = [identity({"epochs": 4}), identity(images=99)]
     # Weights of an adversarial training, say, to go on from.
-    others += [identity(initial_weights={"name": name, "sha256": "ab"}) for name in ("V0", "ROBUST")]
-    assert len({plain, *others}) == 5
-    assert others[-1] == identity(initial_weights={"name": "ROBUST", "sha256": "cd"})
+    others += [identity(initial_weights={"name": "V0", "sha256": "ab", "recipe": recipe}) for recipe in ("short 1", "at 2")]
+    others += [identity(averaged=[{"name": "V0", "share": 0.5, "recipe": recipe}]) for recipe in ("short 1", "at 2")]
+    assert len({plain, *others}) == 7
+    assert others[2] == identity(initial_weights={"name": "V1", "sha256": "cd", "recipe": "short 1"})
+
+
+@pytest.mark.parametrize("unknown", [{"name": "V0", "sha256": "ab"}, {"name": "V0", "recipe": ""}])
+def test_who_went_on_from_unknown_weights_has_no_known_recipe(unknown):
+    for training in ({"initial_weights": unknown}, {"averaged": [{"name": "V1", "share": 0.5, "recipe": "short 1"}, unknown]}):
+        assert METADATA.model_copy(update={"training": training}).recipe_identity == ""
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"images": "many"}, {"images": 0}, {"initial_weights": {"stages": [1]}}, {"initial_weights": {"stages": [[1, -2]]}}, {"averaged": 3}],
+)
+def test_a_header_with_a_wrong_account_of_the_training_is_refused(tmp_path, training):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, {"a": torch.zeros(1)}, METADATA.model_copy(update={"training": training}))
+    with pytest.raises(WeightsError, match="training"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("training", "split", "unseen"),
+    [
+        ({}, (10, 0, 110), True),
+        ({}, (5, 0, 110), True),  # a part of what was held out
+        ({}, (11, 0, 110), False),
+        ({}, (10, 1, 110), False),
+        ({}, (10, 0, 111), False),
+        ({"held_out_unseen": False}, (10, 0, 110), False),
+        ({"initial_weights": {"name": "V0"}}, (10, 0, 110), False),
+        ({"initial_weights": {"name": "V0"}, "held_out_unseen": True}, (10, 0, 110), True),
+    ],
+)
+def test_whether_images_were_trained_on(training, split, unseen):
+    recipe = {"holdout": 10, "seed": 0}
+    metadata = METADATA.model_copy(update={"recipe": recipe, "training": {"images": 100} | training})
+    assert metadata.has_never_seen(*split) is unseen
 
 
 @pytest.mark.parametrize(
@@ -347,7 +384,11 @@ def test_the_identity_of_a_recipe_is_what_was_done_not_what_it_is_called():
     [
         ({}, ""),
         ({"epochs": 2, "schedule_epochs": 3}, "2 of 3 epochs"),
-        ({"epochs": 2, "schedule_epochs": 3, "earlier_stages": [[17, 17], [1, 4]]}, "17 of 17 epochs, then 1 of 4, then 2 of 3"),
+        (
+            {"epochs": 2, "schedule_epochs": 3, "initial_weights": {"stages": [[17, 17], [1, 4]]}},
+            "17 of 17 epochs, then 1 of 4, then 2 of 3",
+        ),
+        ({"epochs": 2, "schedule_epochs": 3, "initial_weights": {"name": "V0"}}, "not said, then 2 of 3 epochs"),
     ],
 )
 def test_how_far_recipes_were_followed(training, followed):

@@ -6,12 +6,16 @@ from torch import nn
 
 from lrrobust.cli import run
 from lrrobust.data.class_lists import load_class_list
+from lrrobust.data.preprocessing import Preprocessing
+from lrrobust.data.sources import open_dataset
+from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, WeightsError
 from lrrobust.models.registry import build_network
-from lrrobust.models.weights import WeightsMetadata, quantise, read_weights, save_weights, tensors_sha256
+from lrrobust.models.weights import WeightsMetadata, fit_weights, quantise, read_metadata, read_weights, save_weights, tensors_sha256
 from lrrobust.training import averaging
 from lrrobust.training.averaging import average_weights
 from lrrobust.training.export import HELD_OUT
+from lrrobust.training.images import TrainingSet
 from lrrobust.training.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("tiny_lr_net")
@@ -58,12 +62,18 @@ def test_the_mean_by_shares(tmp_path, images):
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.data, (0.25 * states[0][name].double() + 0.75 * states[1][name].double()).float())
     assert metadata.name == "B" and metadata.accuracy == ()
-    averaged = [{"name": "A", "sha256": tensors_sha256(states[0]), "share": 0.25}, {"name": "B", "sha256": tensors_sha256(states[1]), "share": 0.75}]
-    assert metadata.training == {"images": 40, "steps": 3, "averaged": averaged, "statistics_images": 40}
+    averaged = [
+        {"name": name, "sha256": tensors_sha256(state), "share": share, "recipe": read_metadata(file).recipe_identity, "followed": ""}
+        for name, state, share, file in zip("AB", states, (0.25, 0.75), files)
+    ]
+    assert metadata.training == {
+        "images": 40, "steps": 3, "averaged": averaged, "statistics_images": 40, "held_out_unseen": True,
+    }  # fmt: skip
 
 
 def test_the_mean_says_how_far_its_recipes_were_followed(tmp_path, images):
-    about = {"images": 40, "epochs": 2, "schedule_epochs": 11, "earlier_stages": [[8, 17]], "initial_weights": {"name": "A", "sha256": "ab"}}
+    initial = {"name": "A", "sha256": "ab", "recipe": "long 12", "stages": [[8, 17]]}
+    about = {"images": 40, "epochs": 2, "schedule_epochs": 11, "initial_weights": initial}
     files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2, training=about | {"wall_s": 9.0})]
     metadata = average_weights(files, [1, 3], images)[1]
     assert about.items() <= metadata.training.items() and "wall_s" not in metadata.training
@@ -79,13 +89,33 @@ def test_statistics_are_those_of_the_images(tmp_path, images):
     assert norm.momentum == 0.1
 
 
-def test_images_are_taken_in_whole_batches(tmp_path, monkeypatch):
+def test_images_are_taken_in_batches_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(averaging, "_AT_ONCE", 8)
     sizes = []
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: sizes.append(len(x)) or x)
     average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], Images(21))
     # Three norms, two batches.
-    assert sizes == [8] * 6
+    assert sizes == [11] * 3 + [10] * 3
+
+
+@pytest.mark.parametrize("count", [129, 255, 5000, 8191, 90_000])
+def test_images_from_all_over_the_set_are_taken(count, monkeypatch):
+    asked = []
+
+    class Many:
+        labels = torch.zeros(count)
+
+        def whole(self, positions, preprocessing, batch_size):
+            asked.append(positions)
+            yield torch.zeros(2, 3, 16, 16, dtype=torch.uint8), None
+
+    taken = averaging._take_statistics(nn.Sequential(nn.BatchNorm2d(3)), Many(), Preprocessing(16))
+    seen = sorted(position for positions in asked for position in positions)
+    assert len(seen) == taken == len({*seen}) and max(map(len, asked)) - min(map(len, asked)) <= 1
+    assert min(count, averaging.STATISTICS_IMAGES // 2) <= taken <= averaging.STATISTICS_IMAGES
+    # No class of two hundred is left out, nor of a batch much more than of another.
+    assert seen[0] == 0 and seen[-1] > (count - 1) * 199 / 200
+    assert all(positions[-1] > 0.9 * count for positions in asked)
 
 
 def test_images_of_a_class_side_by_side_are_spread_over_the_batches(tmp_path, monkeypatch):
@@ -140,7 +170,7 @@ def test_shares_that_do_not_fit_are_refused(tmp_path, images, count, shares, say
         average_weights(files, shares, images)
 
 
-def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
+def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd, caplog):
     classes = tuple(load_class_list("tiny-imagenet-200"))
     recipe = load_recipe("tiny_imagenet_short").model_dump(mode="json") | {"image_size": 16, "holdout": 2}
     about = {"classes": classes, "recipe": recipe, "training": {"images": 4}}
@@ -158,6 +188,14 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
     _, metadata = read_weights(path)
     assert metadata.name == "MEAN" and metadata.training["note"] == "why" and metadata.training["statistics_images"] == 4
     assert [(accuracy.dataset, accuracy.n) for accuracy in metadata.accuracy] == [(HELD_OUT, 2), ("photos", 6)]
+    source = open_dataset(data)
+    rest, held_out = TrainingSet(*load_training_images(source, classes, 16)).split(2, recipe["seed"])
+    assert metadata.accuracy[0].dataset_sha256 == held_out.sha256() and metadata.training["held_out_unseen"]
+    # Statistics are of the others alone.
+    network = build_network("tiny", 200)
+    fit_weights(network, read_weights(path)[0], str(path))
+    features = network[0](rest.images / 255)
+    torch.testing.assert_close(network[1].running_mean, features.mean((0, 2, 3)), rtol=0.02, atol=1e-3)
     assert [part["share"] for part in metadata.training["averaged"]] == [0.25, 0.75]
     assert metadata.training["environment"]["lrrobust"]
     assert run(["average", *arguments, "--share", "1"]) == 2
@@ -171,3 +209,16 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd):
     unknown = [str(write(tmp_path, name, classes=classes)) for name in "CD"]
     assert run(["average", *unknown, "--data", data]) == 2
     assert "the recipe in" in (err := capfd.readouterr().err) and "D.safetensors: expected also description" in err
+    # As many, but others.
+    told = [str(write(tmp_path, name, **about | {"training": {"images": 5, "images_sha256": "ab"}})) for name in "EF"]
+    assert run(["average", *told, "--data", data]) == 2
+    assert "found 7 others" in capfd.readouterr().err
+    nameless = [str(write(tmp_path, name, **about | {"training": {}})) for name in "GH"]
+    assert run(["average", *nameless, "--data", data]) == 2
+    assert "does not say of how many images it was trained" in capfd.readouterr().err
+    # Another split was held out of one of the trainings.
+    other = str(write(tmp_path, "I", **about | {"recipe": recipe | {"seed": 1}, "training": {"images": 5}}))
+    last = str(write(tmp_path, "J", **about | {"training": {"images": 5}}))
+    assert run(["average", other, last, "--data", data, "--out", str(tmp_path / "out"), "--name", "SEEN"]) == 0
+    assert "that SEEN went on from may have seen them" in caplog.text
+    assert read_metadata(tmp_path / "out" / "tiny-seen.safetensors").accuracy == ()

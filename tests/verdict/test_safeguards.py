@@ -140,6 +140,15 @@ def test_who_learns_faster_may_be_stopped_earlier(check, followed, text):
     assert found.passed and found.detail.endswith(text)
 
 
+def test_recipes_named_by_another_version_are_not_known_to_differ(make_claim, make_run):
+    for recipes, passed, text in ((("short 1", "short 2"), None, "as older versions did"), (("short 1", "long 2"), False, "different")):
+        runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}, recipe=recipe) for model, recipe in zip("AB", recipes)]
+        del runs[0].manifest["training"]["followed"]
+        (evidence,), _ = collect_evidence(make_claim(), runs)
+        (found,) = named(check_evidence(evidence), "same_training")
+        assert found.passed is passed and text in found.detail
+
+
 def test_a_claim_may_mean_the_trainings(make_claim, make_run):
     distances = {"pgd": dict(distances=[INF] * 200)}, {"pgd": dict(distances=[PIXEL / 2] * 200)}
     runs = [make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))]
