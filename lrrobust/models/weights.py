@@ -48,7 +48,7 @@ SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {
     "lr_resnet50": {
         "TINY_IMAGENET_V1": ShippedWeights(
             "lr_resnet50-tiny_imagenet_v1.safetensors",
-            "accea79204c4dce0addfe55ec1849cef208ce04c6ce94a71a5d1f4d7567f1a4a",
+            "b587e2fbb53b6228efffcd2fededc3d32174ca0da45f5cd085cc0361aff74504",
         ),
     },
     "resnet50": {
