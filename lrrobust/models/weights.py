@@ -54,7 +54,7 @@ SHIPPED_WEIGHTS: Mapping[str, Mapping[str, ShippedWeights]] = {
     "resnet50": {
         "TINY_IMAGENET_V1": ShippedWeights(
             "resnet50-tiny_imagenet_v1.safetensors",
-            "374df0969b0d1380949a8fb19f91a95e7a9f11700c7994246d61983c2d863b17",
+            "e27c62772ee4456ba2dcbd2b4aaf7fdaca85d88cf8876068c6c8d40ba7435ab3",
         ),
     },
 }
