@@ -395,6 +395,16 @@ def test_how_far_recipes_were_followed(training, followed):
     assert METADATA.model_copy(update={"training": training}).followed == followed
 
 
+def test_the_shipped_pair_is_by_one_recipe_and_as_accurate():
+    pair = [read_metadata(TRAINED_FOLDER / SHIPPED_WEIGHTS[name]["TINY_IMAGENET_V1"].file) for name in ("lr_resnet50", "resnet50")]
+    ours, theirs = pair
+    assert ours.recipe_identity == theirs.recipe_identity != ""
+    assert all(len(metadata.stages) == 2 for metadata in pair)
+    top1 = [{accuracy.dataset_sha256: accuracy.top1 for accuracy in metadata.accuracy if accuracy.n == 5000} for metadata in pair]
+    assert top1[0].keys() == top1[1].keys() != set()
+    assert all(abs(top1[0][key] - top1[1][key]) <= 0.01 for key in top1[0])
+
+
 @pytest.mark.parametrize(("name", "weights"), SHIPPED)
 def test_shipped_weights(name, weights):
     shipped = SHIPPED_WEIGHTS[name][weights]
