@@ -27,6 +27,7 @@ if [ -n "$COSTLY" ]; then
         out=$([ "$set" = photos ] && echo photos || echo val_a)
         lrrobust eval $PAIR --dataset "$set" --attack cw --n "$FEW" --out "$RUNS/$out" "$@"
         lrrobust eval $PAIR --dataset "$set" --suite strong --n "$FEW" --out "$RUNS/$out" "$@"
+        lrrobust eval $PAIR --dataset "$set" --suite strong_l2 --n "$FEW" --out "$RUNS/$out" "$@"
     done
     # What the attack written for LR-Nets breaks that pgd does not, on the LR-Net alone: no part of the comparison.
     lrrobust eval --model lr_resnet50 --dataset "$VAL_A" --attack pgd --attack pgd_adaptive --n "$FEW" --out "$RUNS/adaptive" "$@"
