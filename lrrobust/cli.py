@@ -555,7 +555,9 @@ def train(
 @app.command()
 def average(
     weights: Annotated[list[Path], typer.Argument(help="Files that `lrrobust train` wrote, of one network.")],
-    data: Annotated[str, typer.Option(help="The images of the training, for statistics of batch normalisation, and held-out accuracy.")],
+    data: Annotated[
+        str, typer.Option(help="The images of the training, for statistics of batch normalisation, and held-out accuracy.")
+    ],
     share: Annotated[
         Optional[list[float]], typer.Option("--share", help="Of each file in the mean, in order.", show_default="alike")
     ] = None,

@@ -524,18 +524,21 @@ def average_trained(
     """
     _check_weights_name(weights_name)
     shares = shares or [1.0] * len(files)
-    last = check_alike(files, shares)
-    preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
-    evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
-    recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
-    images = _open_training_images(data, last.classes, recipe, 0, on_scan)
+    last = check_alike(files, shares)[-1]
     count, digest = last.training.get("images"), last.training.get("images_sha256")
     if count is None:
-        raise WeightsError(f"{files[-1]} does not say of how many images it was trained: give a file that `lrrobust train` wrote last")
-    if len(images.labels) != count + recipe.holdout or digest not in (None, images.sha256()):
+        raise WeightsError(
+            f"{files[-1]} does not say of how many images it was trained: give a file that `lrrobust train` wrote last"
+        )
+    recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
+    preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
+    evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
+    images = _open_training_images(data, last.classes, recipe, 0, on_scan)
+    expected, found = count + recipe.holdout, len(images.labels)
+    if found != expected or digest not in (None, images.sha256()):
         raise DataError(
-            f"--data: expected the {count + recipe.holdout} images that {files[-1]} was trained on, those held out among them, "
-            f"found {len(images.labels)}{' others' * (len(images.labels) == count + recipe.holdout)}: give the same as to `lrrobust train`"
+            f"--data: expected the {expected} images that {files[-1]} was trained on, those held out among them, "
+            f"found {found}{' others' * (found == expected)}: give the same as to `lrrobust train`"
         )
     images, held_out = images.split(recipe.holdout, recipe.seed)
     network, metadata = average_weights(files, shares, images)

@@ -13,7 +13,6 @@ import torch
 
 from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
-
 _log = logging.getLogger(__name__)
 
 #: Rounds in which everything is timed, whatever it costs: what is timed once says nothing of its noise.

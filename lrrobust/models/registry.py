@@ -360,9 +360,8 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         )
     state, _ = read_weights(Path(weights))
     fit_weights(made.module, state, weights)
-    return Classifier(
-        made.module, made.classes, made.input_size, made.resize_size, made.interpolation, weights=Path(weights).name, files=files
-    )
+    # By which recipe the model's own weights were trained says nothing of these.
+    return replace(made, weights=Path(weights).name, recipe="", followed="")
 
 
 def _files_of_layers(made: object, folder: Path) -> tuple[Path, ...]:

@@ -174,12 +174,6 @@ class WeightsMetadata(BaseModel):
         )
 
 
-def describe_initial_weights(name: str, sha256: str, metadata: WeightsMetadata | None) -> dict[str, Any]:
-    """What the metadata of a training that went on from weights says of these, given theirs."""
-    about = {"name": name, "sha256": sha256}
-    return about if metadata is None else about | {"recipe": metadata.recipe_identity, "stages": metadata.stages}
-
-
 def quantise(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """int8 with one scale per output channel (first axis) for large matrices; the rest unchanged."""
     stored: dict[str, torch.Tensor] = {}

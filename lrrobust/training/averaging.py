@@ -24,8 +24,8 @@ _IN_COMMON = ("model", "stem", "input_size", "resize_size", "interpolation", "cl
 _OF_THE_LAST = ("images", "images_sha256", "steps", "epochs", "schedule_epochs", "seed", "initial_weights")
 
 
-def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetadata:
-    """What the last file says of itself.
+def check_alike(files: Sequence[Path], shares: Sequence[float]) -> list[WeightsMetadata]:
+    """What each file says of itself.
 
     Raises:
         ConfigError: fewer than two files, or shares that do not fit.
@@ -43,7 +43,7 @@ def check_alike(files: Sequence[Path], shares: Sequence[float]) -> WeightsMetada
             if ours != first:
                 said = ("other classes", "its own") if field == "classes" else (f"{field} {ours}", str(first))
                 raise WeightsError(f"{path} has {said[0]}, {files[0]} has {said[1]}: average weights of one network")
-    return known[-1]
+    return known
 
 
 def average_weights(
@@ -66,14 +66,14 @@ def average_weights(
     Raises:
         ConfigError, WeightsError: see `check_alike`.
     """
-    last = check_alike(files, shares)
+    known = check_alike(files, shares)
+    last = known[-1]
     states = [read_weights(path)[0] for path in files]
     parts = [share / sum(shares) for share in shares]
     network = build_network(last.model, len(last.classes), last.stem)
     fit_weights(network, {key: _mean([state[key] for state in states], parts) for key in states[0]}, "the mean of the weights")
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     count = _take_statistics(network, images, preprocessing)
-    known = [read_metadata(path) for path in files]
     averaged = [
         {
             "name": metadata.name,

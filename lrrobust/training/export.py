@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,9 +15,7 @@ from torch import nn
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.determinism import deterministic_float32
-from lrrobust.models.weights import (
-    Accuracy, WeightsMetadata, dequantise, describe_initial_weights, fit_weights, quantise, save_weights
-)  # fmt: skip
+from lrrobust.models.weights import Accuracy, WeightsMetadata, dequantise, fit_weights, quantise, save_weights
 from lrrobust.provenance import describe_environment
 from lrrobust.training.accuracy import accuracy_on_images, accuracy_on_set
 from lrrobust.training.images import TrainingImages
@@ -58,9 +57,7 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
             # Fewer were done where the training was stopped before its recipe's end.
             "schedule_epochs": recipe.epochs,
             "seed": recipe.seed,
-            "initial_weights": None
-            if training.initial_weights is None
-            else describe_initial_weights(**training.initial_weights, metadata=training.initial_metadata),
+            "initial_weights": _describe_initial_weights(training),
             "held_out_unseen": training.is_held_out_unseen,
             "note": note,
             "wall_s": round(training.wall_s, 1),
@@ -92,31 +89,32 @@ def export_network(
     stored = quantise(network.state_dict())
     rounded = copy.deepcopy(network)
     fit_weights(rounded, dequantise(stored), "the rounded state")
+
+    def measure(dataset: str, sha256: str, n: int, score: Callable[[nn.Module], tuple[float, float]]) -> Accuracy:
+        (exact, _), (top1, top5) = score(network), score(rounded)
+        return Accuracy(dataset=dataset, dataset_sha256=sha256, n=n, top1=top1, top5=top5, top1_float32=exact)
+
     accuracies = []
-    if len(held_out.labels) and not metadata.training["held_out_unseen"]:
-        _log.warning("no accuracy on held-out images is stored: the weights that %s went on from may have seen them", metadata.name)
-    elif len(held_out.labels):
-        accuracies.append(_held_out_accuracy(network, rounded, metadata, held_out))
-    for images in evaluation_sets:
-        exact, _ = accuracy_on_set(network, images)
-        top1, top5 = accuracy_on_set(rounded, images)
-        accuracies.append(
-            Accuracy(
-                dataset=images.name, dataset_sha256=images.sha256, n=len(images), top1=top1, top5=top5, top1_float32=exact
+    if (n := len(held_out.labels)) and metadata.training["held_out_unseen"]:
+        preprocessing = Preprocessing(metadata.input_size, metadata.resize_size, metadata.interpolation)
+        with deterministic_float32():
+            accuracies.append(
+                measure(HELD_OUT, held_out.sha256(), n, lambda x: accuracy_on_images(x, held_out, preprocessing, "float32"))
             )
+    elif n:
+        _log.warning(
+            "no accuracy on held-out images is stored: the weights that %s went on from may have seen them", metadata.name
         )
+    for images in evaluation_sets:
+        accuracies.append(measure(images.name, images.sha256, len(images), partial(accuracy_on_set, images=images)))
     path = folder / f"{metadata.model}-{metadata.name.lower()}.safetensors"
     save_weights(path, stored, metadata.model_copy(update={"accuracy": tuple(accuracies)}))
     return path
 
 
-def _held_out_accuracy(
-    network: nn.Module, rounded: nn.Module, metadata: WeightsMetadata, held_out: TrainingImages
-) -> Accuracy:
-    preprocessing = Preprocessing(metadata.input_size, metadata.resize_size, metadata.interpolation)
-    with deterministic_float32():
-        exact, _ = accuracy_on_images(network, held_out, preprocessing, "float32")
-        top1, top5 = accuracy_on_images(rounded, held_out, preprocessing, "float32")
-    return Accuracy(
-        dataset=HELD_OUT, dataset_sha256=held_out.sha256(), n=len(held_out.labels), top1=top1, top5=top5, top1_float32=exact
-    )
+def _describe_initial_weights(training: Training) -> dict[str, Any] | None:
+    """What `WeightsMetadata` reads again: of weights that say nothing of themselves, neither recipe nor stages."""
+    said = training.initial_metadata
+    if said is None:
+        return training.initial_weights
+    return {**training.initial_weights, "recipe": said.recipe_identity, "stages": said.stages}

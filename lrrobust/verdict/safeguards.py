@@ -110,9 +110,7 @@ def _same_training(evidence: Evidence) -> Safeguard:
         passed, detail = None, "The claim compares two models as they are, however they were trained: the recipes do not count."
     elif None in known:
         passed, detail = None, "Not all weights say by which recipe they were trained: whether by the same is not known."
-    elif len({recipe.partition(" ")[0] for recipe in known}) == 1 < len(known) and any(
-        "followed" not in run.manifest["training"] for side in sides for run in side.runs
-    ):
+    elif len(known) > 1 and _are_named_alike(known) and not all(_is_length_known(run) for side in sides for run in side.runs):
         passed, detail = None, "Some runs name their recipe as older versions did: whether they mean the same is not known."
     elif len(known) > 1:
         ours, theirs = (", ".join(sorted(found)) for found in recipes)
@@ -126,9 +124,20 @@ def _same_training(evidence: Evidence) -> Safeguard:
     return Safeguard(name="same_training", passed=passed, detail=detail, withholds=_BOTH)
 
 
+def _are_named_alike(recipes: set[str]) -> bool:
+    return len({recipe.partition(" ")[0] for recipe in recipes}) == 1
+
+
+def _is_length_known(run: Run) -> bool:
+    # Older versions took it for a part of the recipe's identity.
+    return "followed" in run.manifest["training"]
+
+
 def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
     """Whoever learns faster may be stopped earlier, so that both are as accurate: `clean_accuracy` sees to that."""
-    ours, theirs = (" or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs})) for side in sides)
+    ours, theirs = (
+        " or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs})) for side in sides
+    )
     return "" if ours == theirs else f"; how far they followed it: {sides[0].model} {ours}; {sides[1].model} {theirs}"
 
 
