@@ -190,7 +190,8 @@ def evaluate(
     Calling the same command again goes on where the last one stopped.
     """
     from lrrobust.console import be_quiet, print_results
-    from lrrobust.run import EvaluationRequest, choose_sharing
+    from lrrobust.processes import choose_sharing
+    from lrrobust.run import EvaluationRequest
 
     sharing = choose_sharing(share, os.environ)
     is_first = sharing is None or sharing.rank == 0
@@ -489,7 +490,8 @@ def verify(
 ) -> None:
     """Read exported images back and judge them again: exit code 1 when one no longer fools the model it was made for."""
     from lrrobust.console import print_verification
-    from lrrobust.run import choose_device, load_named
+    from lrrobust.processes import choose_device
+    from lrrobust.run import load_named
     from lrrobust.verify import verify_export
 
     with _models_on_stderr():
@@ -531,7 +533,8 @@ def train(
     """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
     from lrrobust.console import TrainingProgress, print_weights, scanning
     from lrrobust.learning_curves import plot_learning_curves
-    from lrrobust.run import TrainingRequest, choose_device, prepare_training
+    from lrrobust.processes import choose_device
+    from lrrobust.train import TrainingRequest, prepare_training
     from lrrobust.training.ranks import joined_ranks
 
     folder = out if out is not None else Path("reports/training") / model
@@ -570,7 +573,7 @@ def average(
 ) -> None:
     """Average weights of trainings that went on from one another: often better than each of them."""
     from lrrobust.console import print_weights, scanning
-    from lrrobust.run import average_trained
+    from lrrobust.train import average_trained
 
     with scanning("decoding images") as on_scan:
         path = average_trained(weights, share or (), data, name, out, evaluate_on or (), note, on_scan)
@@ -622,7 +625,7 @@ def bench(
 
     from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench
     from lrrobust.console import bench_progress, print_bench
-    from lrrobust.run import choose_device
+    from lrrobust.processes import choose_device
 
     chosen = {name: find_bench(name) for name in what or BENCHES}
     if threads is not None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from lrrobust.check.baseline import Baseline
     from lrrobust.crosscheck import Comparison
     from lrrobust.data.evaluation_set import EvaluationSet
-    from lrrobust.evaluation.engine import Task
+    from lrrobust.evaluation.tasks import Task
     from lrrobust.export import Exported
     from lrrobust.results import Run
     from lrrobust.run import Evaluation

@@ -1,11 +1,10 @@
-"""From names to objects to results: what `lrrobust eval` and `lrrobust train` do."""
+"""From names to objects to results: what `lrrobust eval` does."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,36 +21,30 @@ from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
-from lrrobust.config_file import brief, check_keys
-from lrrobust.data.class_lists import IMAGENET_1K, load_class_list, match_classes
+from lrrobust.config_file import brief
+from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
+from lrrobust.data.parallel_map import OnProgress
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
-from lrrobust.data.training_images import load_training_images
 from lrrobust.diagnostics.records import load_diagnostics, write_diagnostics
 from lrrobust.diagnostics.stage import OnCheck, diagnose
-from lrrobust.errors import ConfigError, DataError, StoreError, UnknownNameError, WeightsError
+from lrrobust.errors import ConfigError, StoreError
+from lrrobust.evaluation.chunk_attack import Surrogate
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import ROWS_VERSION, Surrogate, Task, evaluate, plan_tasks
+from lrrobust.evaluation.engine import ROWS_VERSION, evaluate
 from lrrobust.evaluation.task_queue import Sharing
+from lrrobust.evaluation.tasks import Task, plan_tasks
 from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
-from lrrobust.models.registry import NETWORKS
 from lrrobust.models.replay import replayed
 from lrrobust.models.weights import state_sha256
+from lrrobust.processes import choose_device
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
-from lrrobust.training.averaging import average_weights, check_alike
-from lrrobust.training.export import export_network
-from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
-from lrrobust.training.ranks import Ranks
-from lrrobust.training.recipe import Recipe, load_recipe
-from lrrobust.training.trainer import Training
 
 _log = logging.getLogger(__name__)
-
-OnScan = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -213,7 +206,7 @@ class Evaluation:
 
 
 def prepare_evaluations(
-    request: EvaluationRequest, command: Sequence[str], on_scan: OnScan | None = None
+    request: EvaluationRequest, command: Sequence[str], on_scan: OnProgress | None = None
 ) -> list[Evaluation]:
     """Resolves every name and checks every input of a request, before anything long starts.
 
@@ -399,169 +392,3 @@ def _model_code(name: str, classifier: Classifier) -> bytes:
     path = Path(name.rsplit(":", 1)[0])
     others = [file for file in classifier.files if file != path.resolve()]
     return b"".join([structure, *(file.read_bytes() for file in (path, *others))])
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is some, else the CPU.
-
-    Without a number, "cuda" is the first device, or the one of this process's turn where torchrun started several.
-    """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", _number(os.environ, "LOCAL_RANK", 0) % torch.cuda.device_count())
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        if name.split(":")[0] not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:150]
-        others = "cpu or auto" if name.startswith("cuda") else "cpu, cuda or auto"
-        raise ConfigError(f"--device {name!r} cannot be used here ({reason}): try {others}") from None
-    return device
-
-
-def choose_sharing(is_asked: bool, environ: Mapping[str, str]) -> Sharing | None:
-    """How this process shares its runs with others: as torchrun has numbered them, or because it is asked to; else not.
-
-    `LRROBUST_LEASE_S` in the environment replaces the seconds after which a silent process is taken for dead.
-
-    Raises:
-        ConfigError: the environment holds no numbers where it should.
-    """
-    world_size = _number(environ, "WORLD_SIZE", 1)
-    if world_size == 1 and not is_asked:
-        return None
-    lease_s = _number(environ, "LRROBUST_LEASE_S", round(Sharing.lease_s))
-    return Sharing(_number(environ, "RANK", 0), max(1, world_size), max(1, lease_s))
-
-
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    value = environ.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise ConfigError(f"the environment variable {name} must be a number, found {brief(value)}: unset it, or correct it")
-    return int(value)
-
-
-# --- training ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What is to be trained: a network of ours, a recipe, and where the images are.
-
-    Args:
-        workers: processes that decode images while the network trains, where the recipe streams them; 0 for none.
-        precision: replaces that of the recipe.
-        stop_after: epochs of the recipe's schedule after which the training ends; None is all.
-    """
-
-    model: str
-    recipe: str
-    data: str
-    out: Path
-    evaluate_on: tuple[str, ...] = ()
-    weights_name: str = "CUSTOM"
-    device: str = "auto"
-    initial_weights: Path | None = None
-    workers: int = 0
-    precision: str | None = None
-    stop_after: int | None = None
-
-
-def prepare_training(
-    request: TrainingRequest,
-    on_scan: OnScan | None = None,
-    ranks: Ranks = Ranks(),
-    device: torch.device | None = None,
-) -> tuple[Training, list[EvaluationSet]]:
-    """Loads recipe and images; raises LrRobustError with one line where something does not fit.
-
-    Args:
-        ranks, device: of this process, as `joined_ranks` gives them; None is the device of the request.
-    """
-    recipe: Recipe = load_recipe(request.recipe, request.precision)
-    last_size = recipe.size_of_epoch(recipe.last_epoch(request.stop_after) - 1)
-    if ranks.is_first and last_size != recipe.image_size:
-        _log.warning(
-            "training by recipe %s ends at %d pixels, and its networks are for %d: batch statistics depend on the size, so "
-            "that they may be far better there than here; a last phase of %d pixels mends that",
-            recipe.name, last_size, recipe.image_size, recipe.image_size,
-        )
-    if request.model not in NETWORKS:
-        raise UnknownNameError("network", request.model, NETWORKS)
-    classes = load_class_list(recipe.classes)
-    _check_weights_name(request.weights_name)
-    # Measured at the end by the first process alone.
-    sets = request.evaluate_on if ranks.is_first else ()
-    evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
-    images = _open_training_images(request.data, classes, recipe, request.workers, on_scan)
-    where = choose_device(request.device) if device is None else device
-    training = Training(
-        request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
-    )
-    return training, evaluation_sets
-
-
-def average_trained(
-    files: Sequence[Path],
-    shares: Sequence[float],
-    data: str,
-    weights_name: str,
-    out: Path,
-    evaluate_on: Sequence[str] = (),
-    note: str = "",
-    on_scan: OnScan | None = None,
-) -> Path:
-    """Averages weights, see `average_weights`, measures what came of it, and writes it; the file's path.
-
-    Args:
-        data: the images of the last training, since what it held out is not to be looked at but to be measured on.
-
-    Raises:
-        LrRobustError: one line says what does not fit.
-    """
-    _check_weights_name(weights_name)
-    shares = shares or [1.0] * len(files)
-    last = check_alike(files, shares)[-1]
-    count, digest = last.training.get("images"), last.training.get("images_sha256")
-    if count is None:
-        raise WeightsError(
-            f"{files[-1]} does not say of how many images it was trained: give a file that `lrrobust train` wrote last"
-        )
-    recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
-    preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
-    evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
-    images = _open_training_images(data, last.classes, recipe, 0, on_scan)
-    expected, found = count + recipe.holdout, len(images.labels)
-    if found != expected or digest not in (None, images.sha256()):
-        raise DataError(
-            f"--data: expected the {expected} images that {files[-1]} was trained on, those held out among them, "
-            f"found {found}{' others' * (found == expected)}: give the same as to `lrrobust train`"
-        )
-    images, held_out = images.split(recipe.holdout, recipe.seed)
-    network, metadata = average_weights(files, shares, images)
-    training = metadata.training | {"note": note, "environment": describe_environment(torch.device("cpu"))}
-    metadata = metadata.model_copy(update={"name": weights_name, "training": training})
-    return export_network(network, metadata, out, held_out, evaluation_sets)
-
-
-def _check_weights_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-        raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
-
-
-def _open_training_images(
-    data: str, classes: Sequence[str], recipe: Recipe, workers: int, on_scan: OnScan | None
-) -> TrainingImages:
-    source = open_dataset(data)
-    if recipe.loading == "memory":
-        return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))
-    if workers and not source.is_fork_safe:
-        raise DataError(
-            f"{source.name}: several processes cannot read a zip or a compressed tar at once: "
-            "unpack it into class folders, or give --workers 0"
-        )
-    positions, labels = match_classes(source.wnids, classes)
-    return StreamedImages(source, tuple(positions), torch.tensor(labels, dtype=torch.int64), workers)

@@ -28,8 +28,9 @@ from torch import nn
 from lrrobust.attacks.suite import load_suite
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.evaluation.engine import evaluate
 from lrrobust.evaluation.judge import call_model
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.frozen import frozen
 from lrrobust.models import Classifier
 from lrrobust.results import SCHEMA_VERSION, RunStore

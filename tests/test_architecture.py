@@ -18,14 +18,16 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
     "console": {"report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"report.formatting", "report.notices", "results", "stats", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
-        "data", "attacks", "evaluation", "diagnostics", "models", "results", "training", "provenance", "threat", "config_file",
+        "data", "attacks", "evaluation", "diagnostics", "models", "results", "processes", "provenance", "config_file",
         "errors",
     },
+    "train": {"data", "training", "models", "processes", "provenance", "config_file", "errors"},
+    "processes": {"evaluation.task_queue", "config_file", "errors"},
     "verify": {"run", "evaluation", "export", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "errors"},
     # Neither models nor data: what is evaluated is given to it.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.errors import ConfigError, DataError
-from lrrobust.run import EvaluationRequest, choose_device, fingerprint_of, prepare_evaluations
+from lrrobust.run import EvaluationRequest, fingerprint_of, prepare_evaluations
 
 MODEL = """
 import torch
@@ -168,10 +168,6 @@ def test_what_does_not_fit_is_refused_before_anything_runs(request_for, tmp_path
         prepare_evaluations(request_for(*factories, **options), ["test"])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
-
-
-def test_auto_device_is_one_that_works():
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_identity_has_these_parts_and_no_others(request_for):

@@ -17,7 +17,8 @@ from lrrobust.attacks.specs import PgdSpec
 from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved, wait_for
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.evaluation.engine import evaluate
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore
 
 HARNESS, BARE = "lrrobust", "bare loop"

@@ -17,8 +17,8 @@ import pyarrow as pa
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.bench.report_build import measure_report
 from lrrobust.evaluation.chunks import DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.engine import Task, plan_tasks
 from lrrobust.evaluation.task_queue import Sharing, TaskQueue
+from lrrobust.evaluation.tasks import Task, plan_tasks
 from lrrobust.results import SCHEMA, SCHEMA_VERSION, RunStore, load_run, rows_to_table
 
 

@@ -14,9 +14,11 @@ import torch
 
 from lrrobust.attacks.suite import load_suite
 from lrrobust.bench.interleaved import OnTurn, say_nothing
+from lrrobust.evaluation.chunk_attack import Surrogate
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
-from lrrobust.evaluation.engine import Surrogate, evaluate, plan_tasks
+from lrrobust.evaluation.engine import evaluate
 from lrrobust.evaluation.task_queue import Sharing
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.registry import NETWORKS
 from lrrobust.process_settings import settle_process

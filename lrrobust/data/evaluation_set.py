@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from lrrobust.data.class_lists import match_classes
 from lrrobust.data.image_source import CorruptImageError, ImageSource
-from lrrobust.data.parallel_map import map_in_order
+from lrrobust.data.parallel_map import OnProgress, map_in_order
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.subset import choose_indices
 from lrrobust.errors import DataError
@@ -112,7 +112,7 @@ def build_evaluation_set(
     balanced: bool = False,
     indices: Sequence[int] | None = None,
     skip_corrupt: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> EvaluationSet:
     """Choose images of the classes of a model, and read and decode each once to check it.
 

@@ -9,13 +9,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: Told how many are done, of how many.
+OnProgress = Callable[[int, int], None]
+
 _BLOCK = 64
 _MAX_THREADS = 8
 
 
-def map_in_order(
-    function: Callable[[int], T], count: int, on_progress: Callable[[int, int], None] | None = None
-) -> list[T]:
+def map_in_order(function: Callable[[int], T], count: int, on_progress: OnProgress | None = None) -> list[T]:
     """`[function(i) for i in range(count)]` on several threads.
 
     The first error in order is raised, whichever thread fails first, and ends the work.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from lrrobust.data.class_lists import match_classes
 from lrrobust.data.image_source import ImageSource
-from lrrobust.data.parallel_map import map_in_order
+from lrrobust.data.parallel_map import OnProgress, map_in_order
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.errors import DataError
 
@@ -18,7 +18,7 @@ def load_training_images(
     source: ImageSource,
     classes: Sequence[str],
     size: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode every image of a class in `classes`, in the order of the source.
 

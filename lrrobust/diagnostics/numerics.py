@@ -13,8 +13,8 @@ from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.errors import BackendWarning
-from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE
 from lrrobust.evaluation.judge import Judge
+from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE
 from lrrobust.frozen import frozen
 
 #: Forward passes of the same images, as AutoAttack's check makes.

@@ -19,8 +19,8 @@ from lrrobust.diagnostics.stronger_attacks import check_convergence, check_large
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.diagnostics.weaker_attacks import check_black_box, check_random_noise, check_single_step
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient
+from lrrobust.evaluation.chunk_images import Images
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, chunk_seed
-from lrrobust.evaluation.engine import Images
 from lrrobust.evaluation.judge import Judge
 from lrrobust.evaluation.memory import FittingBatch
 from lrrobust.frozen import frozen

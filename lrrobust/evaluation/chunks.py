@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-
 #: Images whose results are stored together. Those of a chunk that still stand keep the batch full.
 DEFAULT_CHUNK_SIZE = 128
 

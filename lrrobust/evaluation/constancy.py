@@ -8,7 +8,6 @@ from torch import nn
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.judge import call_model
 
-
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -6,13 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lrrobust.evaluation.chunks import Chunk
+from lrrobust.evaluation.tasks import Task
 from lrrobust.results import PartId, RunStore
-
-if TYPE_CHECKING:
-    from lrrobust.evaluation.engine import Task
 
 #: Seconds between two looks at what the others do, at first and at most, while there is nothing to do. Growing by a tenth
 #: they are about a tenth of the wait so far: nobody sleeps much longer than the others work.

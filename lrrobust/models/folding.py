@@ -12,7 +12,6 @@ from lrrobust.models.lrnet import GeometryPrior, LocalRelationLayer
 from lrrobust.models.recomputation import recompute_in_backward
 from lrrobust.models.residual import ResidualNetwork
 
-
 #: One image of 224 x 224, 16 of 64 x 64: maps of 64 channels take up to 17 MB.
 _PIXELS_AT_ONCE = 2**16
 

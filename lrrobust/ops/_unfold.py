@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 class Cut(NamedTuple):
     """How finely maps and batches are cut.
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lrrobust.data.class_lists import load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet
 from lrrobust.errors import ConfigError, DataError, StoreError
+from lrrobust.interrupts import interrupts_held_back
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
 from lrrobust.training.accuracy import accuracy_on_images
@@ -29,7 +30,6 @@ from lrrobust.training.batches import STARTS, augmented_batches, seeded
 from lrrobust.training.checkpoint import read_checkpoint, write_checkpoint
 from lrrobust.training.export import export_weights
 from lrrobust.training.images import TrainingImages, TrainingSet
-from lrrobust.interrupts import interrupts_held_back
 from lrrobust.training.optimizers import build_optimizer, learning_rate
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe

@@ -1,7 +1,6 @@
 import io
 import lzma
 import os
-import os
 import tarfile
 import time
 import zipfile

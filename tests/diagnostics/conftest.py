@@ -10,7 +10,8 @@ from torch import nn
 
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.diagnostics.stage import diagnose
-from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.evaluation.engine import evaluate
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
 
 SIZE, CLASSES, PIXELS = 8, 5, 3 * 8 * 8

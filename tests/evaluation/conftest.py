@@ -3,48 +3,96 @@
 import pytest
 import torch
 
-from lrrobust.evaluation.engine import evaluate, plan_tasks
+from lrrobust.attacks.build import Attack, Effort
+from lrrobust.evaluation import chunk_attack
+from lrrobust.evaluation.engine import evaluate
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
 
 FINGERPRINT = "0123456789abcdef"
 
 
-class InMemory:
+class ImagesInMemory:
     def __init__(self, images, labels):
         self.images, self.labels = images, labels.tolist()
         self.indices = [10 * i for i in range(len(images))]
         self.keys = [f"class/{i}.png" for i in range(len(images))]
         self.wnids = [f"n{label:08d}" for label in self.labels]
+        self.loaded = []
 
     def __len__(self):
         return len(self.images)
 
     def load(self, positions):
         places = list(positions)
+        self.loaded += places
         return self.images[places].clone(), torch.tensor([self.labels[place] for place in places])
 
 
 @pytest.fixture
-def evaluated(tmp_path):
-    """Evaluates a model on images in chunks of 5 and batches of 3, and reads the run."""
+def in_memory():
+    """Makes an evaluation set of images (N, 3, H, W) and labels (N,)."""
+    return ImagesInMemory
 
-    def evaluated(model, images, labels, specs, *, num_classes=2, name="run", on_task=None, **options):
-        tasks = plan_tasks(specs, len(images), 5)
+
+@pytest.fixture
+def problem(linear_problem):
+    return linear_problem(12, 3)
+
+
+@pytest.fixture
+def run():
+    """Evaluates a model on images in memory, or goes on with that; the rows."""
+
+    def run(model, num_classes, images, specs, folder, chunk_size=5, batch_size=3, **options):
+        tasks = plan_tasks(specs, len(images), chunk_size)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": FINGERPRINT,
             "model": {"name": "target", "weights": None},
             "dataset": {"name": "sample", "sha256": "cd" * 32, "n": len(images)},
             "attacks": [spec.model_dump(mode="json") for spec in specs],
-            "plan": {"chunk_size": 5, "parts": [list(task.part) for task in tasks]},
+            "plan": {"chunk_size": chunk_size, "parts": [list(task.part) for task in tasks]},
+            "provenance": {},
         }
         if options.get("real_pixels"):
             manifest["real_pixels"] = options["real_pixels"]
-        with RunStore.create_or_resume(tmp_path / name, manifest) as store:
+        with RunStore.create_or_resume(folder, manifest) as store:
             evaluate(
-                model, num_classes, InMemory(images, labels), tasks, store, fingerprint=FINGERPRINT,
-                device=torch.device("cpu"), part_metadata={}, batch_size=3, on_task=on_task, **options,
+                model, num_classes, images, tasks, store, fingerprint=FINGERPRINT, device=torch.device("cpu"),
+                part_metadata={"device": "cpu"}, batch_size=batch_size, **options,
             )
+            return store.read_rows()
+
+    return run
+
+
+@pytest.fixture
+def evaluated(tmp_path, run):
+    """As `run`, of images (N, 3, H, W) and labels (N,), into a folder of that name; the run as it is loaded."""
+
+    def evaluated(model, images, labels, specs, *, num_classes=2, name="run", **options):
+        run(model, num_classes, ImagesInMemory(images, labels), specs, tmp_path / name, **options)
         return load_run(tmp_path / name)
 
     return evaluated
+
+
+@pytest.fixture
+def attack_is(monkeypatch):
+    """Replaces every attack by a function of (model, images, labels), asked at each budget for images that stand."""
+
+    def replace(function):
+        class Replacement(Attack):
+            def __call__(self, model, images, labels, *, batch_size, claim, draw, levels):
+                passes = torch.zeros(len(self.ladder), len(images), dtype=torch.int64)
+                rows = list(range(len(images)))
+                for eps in self.ladder:
+                    if rows:
+                        is_broken = claim(rows, function(model, images[rows], labels[rows]), [eps] * len(rows), [True] * len(rows))
+                        rows = [row for row, broken in zip(rows, is_broken, strict=True) if not broken]
+                return Effort(passes, passes, 0)
+
+        monkeypatch.setattr(chunk_attack, "Attack", Replacement)
+
+    return replace

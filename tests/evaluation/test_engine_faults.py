@@ -9,8 +9,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.engine import evaluate, plan_tasks
-from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
+from lrrobust.results import load_run
 
 LADDER = (1e-4, 4e-4, 1.5e-3)
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
@@ -18,35 +17,15 @@ PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=5)
 ROUNDED = ["clean_margin", "adversarial_margin", "linf_distance", "l2_distance", "l1_distance"]
 
 
-class ImagesInMemory:
-    def __init__(self, images, labels):
-        self.images, self.labels_tensor = images, labels
-        self.labels = labels.tolist()
-        self.indices = list(range(len(labels)))
-        self.keys = [f"class/{i}.png" for i in self.indices]
-        self.wnids = [f"n{label:08d}" for label in self.labels]
+@pytest.fixture
+def evaluate_in(run):
+    """Evaluates a model on images in memory under two attacks, as far as it comes; the run as it is loaded."""
 
-    def __len__(self):
-        return len(self.labels)
+    def evaluate_in(folder, model, images, specs=(FGSM, PGD), chunk_size=8):
+        run(model, 3, images, specs, folder, chunk_size=chunk_size, batch_size=8)
+        return load_run(folder)
 
-    def load(self, positions):
-        positions = list(positions)
-        return self.images[positions].clone(), self.labels_tensor[positions].clone()
-
-
-def run(model, images, folder, specs=(FGSM, PGD), chunk_size=8, batch_size=8):
-    tasks = plan_tasks(specs, len(images), chunk_size)
-    manifest = {
-        "schema_version": SCHEMA_VERSION, "fingerprint": "0123456789abcdef",
-        "attacks": [spec.model_dump(mode="json") for spec in specs],
-        "plan": {"parts": [list(task.part) for task in tasks]},
-    }
-    with RunStore.create_or_resume(folder, manifest) as store:
-        evaluate(
-            model, 3, images, tasks, store, fingerprint=manifest["fingerprint"], device=torch.device("cpu"), part_metadata={},
-            batch_size=batch_size,
-        )
-    return load_run(folder)
+    return evaluate_in
 
 
 def timeless(found):
@@ -54,13 +33,8 @@ def timeless(found):
 
 
 @pytest.fixture
-def problem(linear_problem):
-    return linear_problem(12, 3)
-
-
-@pytest.fixture
-def images(problem):
-    return ImagesInMemory(problem.images, problem.labels)
+def images(problem, in_memory):
+    return in_memory(problem.images, problem.labels)
 
 
 class _FullInBackward(torch.autograd.Function):
@@ -91,11 +65,11 @@ class SmallMemory(nn.Module):
 
 
 @pytest.mark.parametrize(("forward", "backward", "used"), [(8, 8, 8), (4, 4, 4), (8, 5, 4), (3, 3, 2), (99, 1, 1), (1, 99, 1)])
-def test_out_of_memory_is_done_again_in_halves(problem, images, tmp_path, caplog, forward, backward, used):
-    whole = timeless(run(problem.model, images, tmp_path / "whole"))
+def test_out_of_memory_is_done_again_in_halves(problem, images, tmp_path, caplog, forward, backward, used, evaluate_in):
+    whole = timeless(evaluate_in(tmp_path / "whole", problem.model, images))
     model = SmallMemory(problem.model, forward, backward).eval()
     with caplog.at_level(logging.WARNING):
-        found = run(model, images, tmp_path / "small")
+        found = evaluate_in(tmp_path / "small", model, images)
     said = [message for message in caplog.messages if "out of memory" in message]
     assert len(said) == (used < 8)
     assert found.is_complete
@@ -134,10 +108,10 @@ class Drifting(nn.Module):
 
 @pytest.mark.parametrize(("how", "message"), [("weights", "'model.1.weight'"), ("count", "'count'"), ("unseen", "logits of the same images")])
 @pytest.mark.parametrize("period", [9, 40])
-def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(problem, images, tmp_path, how, message, period):
-    whole = run(problem.model, images, tmp_path / "whole")
+def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(problem, images, tmp_path, how, message, period, evaluate_in):
+    whole = evaluate_in(tmp_path / "whole", problem.model, images)
     with pytest.raises(ModelError, match=f"the model changes while it is evaluated: .*{message}") as caught:
-        run(Drifting(problem.model, how, period).eval(), images, tmp_path / "run")
+        evaluate_in(tmp_path / "run", Drifting(problem.model, how, period).eval(), images)
     assert "\n" not in str(caught.value)
     found = load_run(tmp_path / "run")
     assert not found.is_complete
@@ -146,7 +120,7 @@ def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(problem, im
     assert timeless(found).equals(same.astype(found.rows.drop(columns="wall_s").dtypes))
 
 
-def test_a_randomised_model_is_marked_only(problem, images, tmp_path):
+def test_a_randomised_model_is_marked_only(problem, images, tmp_path, evaluate_in):
     class Randomised(nn.Module):
         def __init__(self):
             super().__init__()
@@ -157,30 +131,26 @@ def test_a_randomised_model_is_marked_only(problem, images, tmp_path):
             self.count += 1
             return self.model(images) + 0.01 * torch.randn(len(images), 3)
 
-    found = run(Randomised().eval(), images, tmp_path)
+    found = evaluate_in(tmp_path, Randomised().eval(), images)
     assert found.is_complete and all("randomised" in part for part in found.part_metadata.values())
 
 
-class CountedImages(ImagesInMemory):
-    """Knows how many of the images that it has handed out are still in memory."""
+def test_two_chunks_of_images_are_in_memory_at_most(problem, tmp_path, evaluate_in, in_memory):
+    class CountedImages(in_memory):
+        """Knows how many of the images that it has handed out are still in memory."""
 
-    def __init__(self, images, labels):
-        super().__init__(images, labels)
-        self.alive, self.most = 0, 0
+        alive = most = 0
 
-    def load(self, positions):
-        pixels, labels = super().load(positions)
-        count = len(pixels)
-        self.alive += count
-        self.most = max(self.most, self.alive)
-        weakref.finalize(pixels.untyped_storage(), self._gone, count)
-        return pixels, labels
+        def load(self, positions):
+            pixels, labels = super().load(positions)
+            self.alive += len(pixels)
+            self.most = max(self.most, self.alive)
+            weakref.finalize(pixels.untyped_storage(), self.forget, len(pixels))
+            return pixels, labels
 
-    def _gone(self, count):
-        self.alive -= count
+        def forget(self, count):
+            self.alive -= count
 
-
-def test_two_chunks_of_images_are_in_memory_at_most(problem, tmp_path):
     images = CountedImages(problem.images.repeat(20, 1, 1, 1), problem.labels.repeat(20))
-    assert run(problem.model, images, tmp_path, specs=[FGSM], chunk_size=4).is_complete
+    assert evaluate_in(tmp_path, problem.model, images, specs=[FGSM], chunk_size=4).is_complete
     assert len(images) == 240 and 4 < images.most <= 8

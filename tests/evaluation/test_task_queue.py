@@ -3,8 +3,8 @@ import itertools
 import pytest
 
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
-from lrrobust.evaluation.engine import plan_tasks
 from lrrobust.evaluation.task_queue import Sharing, TaskQueue
+from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import PartId
 from lrrobust.results.leases import Leases
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.engine import Surrogate
+from lrrobust.evaluation.chunk_attack import Surrogate
 
 LADDER = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from lrrobust.models.residual import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, Normalization, PointwiseConvolution, ResidualNetwork
+from lrrobust.models.residual import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Bottleneck,
+    Normalization,
+    PointwiseConvolution,
+    ResidualNetwork,
+)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lrrobust.errors import BackendError, BackendWarning
 import lrrobust.ops
+from lrrobust.errors import BackendError, BackendWarning
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import choose_backend, choose_channels_per_group, why_not
 

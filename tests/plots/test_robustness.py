@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lrrobust.plots import robustness
-from lrrobust.plots import render_robustness_curves
+from lrrobust.plots import render_robustness_curves, robustness
 from lrrobust.stats import wilson_interval
 
 LADDER = [k / 255 for k in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]

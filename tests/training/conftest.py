@@ -9,8 +9,8 @@ from torch import nn
 from lrrobust.models import registry
 from lrrobust.models.lrnet import LocalRelationLayer
 from lrrobust.models.residual import PointwiseConvolution
-from lrrobust.training.recipe import Phase, Recipe
 from lrrobust.training.images import TrainingSet
+from lrrobust.training.recipe import Phase, Recipe
 
 CLASS_COUNT = 8
 

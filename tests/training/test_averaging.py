@@ -11,7 +11,15 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.data.training_images import load_training_images
 from lrrobust.errors import ConfigError, WeightsError
 from lrrobust.models.registry import build_network
-from lrrobust.models.weights import WeightsMetadata, fit_weights, quantise, read_metadata, read_weights, save_weights, tensors_sha256
+from lrrobust.models.weights import (
+    WeightsMetadata,
+    fit_weights,
+    quantise,
+    read_metadata,
+    read_weights,
+    save_weights,
+    tensors_sha256,
+)
 from lrrobust.training import averaging
 from lrrobust.training.averaging import average_weights
 from lrrobust.training.export import HELD_OUT

@@ -15,7 +15,7 @@ from lrrobust.data.class_lists import load_class_list
 from lrrobust.errors import DataError
 from lrrobust.models import load_classifier, registry
 from lrrobust.models.weights import read_metadata
-from lrrobust.run import TrainingRequest, prepare_training
+from lrrobust.train import TrainingRequest, prepare_training
 from lrrobust.training.images import StreamedImages, TrainingSet
 from lrrobust.training.recipe import RECIPES_FOLDER, load_recipe
 
@@ -26,7 +26,7 @@ RECIPES = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
 def smaller(tmp_path, tiny_lr_net, monkeypatch):
     """smaller(recipe name) -> a file of it with one short epoch of small images and batches."""
 
-    monkeypatch.setattr("lrrobust.run.NETWORKS", registry.NETWORKS)
+    monkeypatch.setattr("lrrobust.train.NETWORKS", registry.NETWORKS)
 
     def write(name):
         content = yaml.safe_load((RECIPES_FOLDER / f"{name}.yaml").read_text())
