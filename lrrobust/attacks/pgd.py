@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lrrobust.attacks.ball import l1_direction, project, sparse_unit, unit
+from lrrobust.attacks.ball import l1_direction, l2_length, project, sparse_unit, unit
 from lrrobust.attacks.losses import log_odds
 from lrrobust.attacks.targets import Target, choose_targets, with_the_choice
 from lrrobust.threat import Norm
@@ -231,7 +231,7 @@ def _start(image: torch.Tensor, norm: Norm, eps: float, generator: torch.Generat
         noise = (2 * torch.rand(image.shape, generator=generator) - 1) * eps
     elif norm == "l2":
         direction = torch.randn(image.shape, generator=generator)
-        noise = direction * (torch.rand((), generator=generator) * eps / direction.norm())
+        noise = direction * (torch.rand((), generator=generator) * eps / l2_length(direction, (0, 1, 2))).to(direction)
     else:
         noise = l1_direction(image.shape, generator) * (torch.rand((), generator=generator) * eps)
     return (image + noise.to(image)).clamp(0, 1)

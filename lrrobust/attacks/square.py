@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from lrrobust.attacks.ball import l2_length, project
 from lrrobust.attacks.climb import Start, State, Step, climb, is_misclassified
 from lrrobust.attacks.losses import margin
 from lrrobust.attacks.pgd import Claim, Draw
@@ -211,7 +212,8 @@ class _L2Squares(_Squares):
         delta[:, top : top + side * down, left : left + side * across] = pattern.reshape(
             self._channels, side * down, side * across
         )
-        return (image + eps * (delta / delta.norm()).to(image)).clamp(0, 1)
+        moved = image + eps * _normalised(delta, (0, 1, 2)).to(image)
+        return project(image[None], moved[None], image.new_full((1, 1, 1, 1), eps), "l2")[0]
 
     def _next(
         self, images: torch.Tensor, best: torch.Tensor, eps: torch.Tensor, sizes: torch.Tensor, uniform: torch.Tensor
@@ -222,12 +224,12 @@ class _L2Squares(_Squares):
         sizes = (sizes.clamp_min(3) // 2 * 2 + 1).clamp_max(largest - (largest + 1) % 2)
         target, source = self._square(uniform[:, :2], sizes), self._square(uniform[:, 2:4], sizes)
         # Each colour gets back what both squares held of it, and an equal share of what the box had cut off.
-        unused = (eps.square() - _length(delta, (1, 2, 3)).square()).clamp_min(0)
-        share = (_length(delta * (target | source), (2, 3)).square() + unused / self._channels).sqrt()
+        unused = (eps.double().square() - l2_length(delta).square()).clamp_min(0)
+        share = (l2_length(delta * (target | source), (2, 3)).square() + unused / self._channels).sqrt().to(delta)
         shape = self._shapes(uniform[:, :2], sizes, uniform[:, 4] < 0.5).to(delta) * _signs(uniform[:, 5:, None, None]).to(delta)
         shape = shape + _normalised(delta * target, (2, 3))
         moved = torch.where(target, share * _normalised(shape * target, (2, 3)), delta.masked_fill(source, 0))
-        return (images + eps * _normalised(moved, (1, 2, 3))).clamp(0, 1)
+        return project(images, images + eps * _normalised(moved, (1, 2, 3)), eps, "l2")
 
     def _shapes(self, uniform: torch.Tensor, sizes: torch.Tensor, is_turned: torch.Tensor) -> torch.Tensor:
         """Peak and trough in squares of uniform (n, 2), turned where it is said; (n, 1, H, W)."""
@@ -252,13 +254,9 @@ def _signs(uniform: torch.Tensor) -> torch.Tensor:
     return torch.where(uniform < 0.5, -1.0, 1.0)
 
 
-def _length(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
-    return torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-
-
 def _normalised(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     """Of length 1 over `dim`; zeros stay."""
-    return values / _length(values, dim).clamp_min(torch.finfo(values.dtype).tiny)
+    return (values / l2_length(values, dim).clamp_min(torch.finfo(values.dtype).tiny)).to(values)
 
 
 @cache

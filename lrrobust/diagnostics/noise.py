@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lrrobust.attacks.ball import l1_direction
+from lrrobust.attacks.ball import l1_direction, l2_length
 from lrrobust.threat import Norm
 
 
@@ -24,7 +24,7 @@ def draw_noise(norm: Norm, eps: float, shape: torch.Size, generator: torch.Gener
         return (2 * torch.rand(shape, generator=generator) - 1) * eps
     if norm == "l2":
         direction = torch.randn(shape, generator=generator)
-        return direction * (eps / direction.norm())
+        return direction * (eps / l2_length(direction, (0, 1, 2))).to(direction)
     return l1_direction(shape, generator) * eps
 
 

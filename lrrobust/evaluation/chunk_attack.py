@@ -114,7 +114,8 @@ def _run_attack(
     def claim(claimed: Sequence[int], proposed: torch.Tensor, eps: Sequence[float], is_last: Sequence[bool]) -> list[bool]:
         at = torch.tensor(claimed, device=device)
         threat = ThreatModel(spec.norm, torch.tensor(eps, dtype=torch.float64, device=device))
-        verdict = run.judge.judge(images[at], labels[at], proposed, threat, [keys[row] for row in claimed])
+        # The chunk's own images: the attack's may have been changed in place by what it attacks.
+        verdict = run.judge.judge(batch.images[rows[at]], labels[at], proposed, threat, [keys[row] for row in claimed])
         levels = torch.tensor([attack.ladder.index(each) for each in eps], device=device)
         outcomes.enter_last(levels, rows[at], verdict, torch.tensor(is_last, device=device))
         is_broken = outcomes.enter(rows[at], proposed, verdict, threat)

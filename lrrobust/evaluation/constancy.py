@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import call_model
+from lrrobust.evaluation.judge import call_model, largest
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,7 +17,7 @@ class Constancy:
     Args:
         model: in evaluation mode, on its device.
         images: (N, 3, H, W) in [0, 1] on the same device; the fewer, the cheaper a check.
-        tolerance: two forwards of a model that has not changed differ by no more.
+        tolerance: two forwards of a model that has not changed differ by no more than this share of the largest logit.
     """
 
     def __init__(self, model: nn.Module, images: torch.Tensor, tolerance: float) -> None:
@@ -25,6 +25,7 @@ class Constancy:
         self._images = images.clone()
         self._tolerance = tolerance
         self._logits = self._predict()
+        self._scale = largest(self._logits)
         # After a forward: some models fill caches in their first.
         self._state = {name: _bits(value).clone() for name, value in _state(model).items()}
 
@@ -40,7 +41,7 @@ class Constancy:
                 )
         difference = (self._predict() - self._logits).abs().max().item()
         # Written so that NaN counts as a change.
-        if not difference <= self._tolerance:
+        if not difference <= self._tolerance * self._scale:
             raise ModelError(
                 f"the model changes while it is evaluated: its logits of the same images differ by {difference:.2g} from "
                 "those at the beginning; results of several models cannot be mixed, so the last was not stored; let "
@@ -49,7 +50,7 @@ class Constancy:
 
     @torch.no_grad()
     def _predict(self) -> torch.Tensor:
-        return call_model(self._model, self._images)
+        return call_model(self._model, self._images.clone())
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -205,7 +205,7 @@ def _check_same_model(
     stored = dict(zip(rows["index"].to_pylist(), rows["clean_margin"].to_pylist(), strict=True))
     pairs = [(stored[i], now) for i, now in zip(batch.indices, clean.margin.tolist(), strict=True)]
     scale = max(abs(before) for before, _ in pairs)
-    if any(abs(before - now) > RESUME_TOLERANCE * max(scale, 1e-3) for before, now in pairs):
+    if any(abs(before - now) > RESUME_TOLERANCE * scale for before, now in pairs):
         raise ModelError(
             f"{store.folder} holds results of another model: the same images had other logits then "
             "(its code, or a library, has changed); choose another --out, or delete that folder"

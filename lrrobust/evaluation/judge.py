@@ -85,7 +85,8 @@ class Judge:
         return Prediction(logits.argmax(1), true.double() - other.double())
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        logits = call_model(self.model, images)
+        # A copy: a model that works on the images in place would move what distances are taken from.
+        logits = call_model(self.model, images.clone())
         check_logits(logits, len(images), self.num_classes)
         return logits
 
@@ -115,14 +116,16 @@ class Judge:
 
 
 def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The model's answer; its own failures become a ModelError of one line.
+    """The model's answer, a tensor of its own; its own failures become a ModelError of one line.
 
     Raises:
         ModelError: the model fails on these images. Running out of memory is not its failure and stays
             what it is.
     """
     try:
-        return model(images)
+        logits = model(images)
+        # Some models (of other runtimes) answer into the same memory every time, and would change what they said before.
+        return logits.clone() if isinstance(logits, torch.Tensor) else logits
     # With its exit code a model that calls sys.exit would speak for the whole evaluation.
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
@@ -149,6 +152,11 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
         raise ModelError(f"the model returns {type(logits).__name__}: {expected}; let forward return them alone")
     if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
         raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
+
+
+def largest(logits: torch.Tensor) -> float:
+    """The size of the largest logit: what differences of logits are compared with, since any scale of them is as good."""
+    return max(float(logits.abs().max()), torch.finfo(logits.dtype).tiny)
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -1,11 +1,11 @@
-"""The ball of l1, where box and ball must be met at once; the others are tested with the attacks that use them."""
+"""Projections: what they give is inside as the judge measures it, on images of every size, and no more is given away."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 
-from lrrobust.attacks.ball import dual_length, l1_direction, project, sparse_unit
+from lrrobust.attacks.ball import dual_length, l1_direction, project, sparse_unit, surface_start, unit
 from lrrobust.threat import NORMS, ThreatModel, distance, is_in_box
 
 
@@ -55,6 +55,28 @@ def test_no_budget_is_overdrawn_by_rounding(dtype):
         assert ThreatModel("l1", eps).is_in_ball(images, projected).all()
         assert eps == 0 or (distance(images, projected, "l1") > 0.95 * eps - 1e-2).all()
     assert torch.equal(project(images, images, torch.zeros(2, 1, 1, 1, dtype=dtype), "l1"), images)
+
+
+@pytest.mark.parametrize("side", [64, 224, 299])
+@pytest.mark.parametrize("eps", [0.0, 0.05, 2.0, 20.0, 70.0])
+def test_what_is_put_on_the_surface_in_l2_is_inside_on_large_images(side, eps):
+    generator = torch.Generator().manual_seed(0)
+    images = 0.3 + 0.4 * torch.rand(3, 3, side, side, generator=generator)
+    direction = unit(torch.randn(images.shape, generator=generator), "l2")
+    budget = torch.full((3, 1, 1, 1), eps)
+    # Twice the radius: then sums of image and perturbation are rounded from the middle between two numbers, all one way.
+    for factor in (2.0, 3.1):
+        projected = project(images, images + factor * max(eps, 0.1) * direction, budget, "l2")
+        assert ThreatModel("l2", eps).is_in_ball(images, projected).all() and is_in_box(projected).all()
+        is_whole = ((images + eps * direction).clamp(0, 1) == images + eps * direction).flatten(1).all()
+        assert not is_whole or (distance(images, projected, "l2") > eps - 1e-5).all()
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_starts_on_the_surface_are_inside_after_projection(side):
+    image = torch.full((3, side, side), 0.5)
+    start = surface_start(image, "l2", 2.0, torch.Generator().manual_seed(0))
+    assert distance(image[None], start[None], "l2").item() == pytest.approx(2.0, abs=1e-5)
 
 
 def test_sparse_steps_change_the_steepest_values_that_can_move():

@@ -148,6 +148,15 @@ def test_a_l2_query_moves_the_budget_between_two_squares(attack_with):
 
 
 @NORMS
+def test_queries_are_inside_on_large_images(norm, attack_with):
+    images, labels = 0.3 + 0.4 * torch.rand(2, 3, 224, 224), torch.zeros(2, dtype=torch.int64)
+    model = Watched(Flat())
+    attack_with(square(norm, 1.0 if norm == "l2" else 0.05, queries=12), model, images, labels)
+    threat = ThreatModel(norm, 1.0 if norm == "l2" else 0.05)
+    assert all(threat.is_in_ball(images, shown).all() for shown in model.shown[1:])
+
+
+@NORMS
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (1, 4, 4)])
 def test_small_images(norm, shape, attack_with):
     images, labels = torch.full((3, *shape), 0.5), torch.zeros(3, dtype=torch.int64)

@@ -149,3 +149,45 @@ def test_no_batch_is_larger_than_allowed(clean):
     whole, parts = Judge(model, 2), Judge(model, 2, batch_size=3)
     assert torch.equal(whole.predict(*clean, KEYS).margin, parts.predict(*clean, KEYS).margin)
     assert sizes == [4, 3, 1]
+
+
+class OneMemory(nn.Module):
+    """Answers into the same memory every time, as wrappers of other runtimes do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.memory = model, {}
+
+    def forward(self, images):
+        logits = self.model(images)
+        return self.memory.setdefault(len(images), torch.empty_like(logits)).copy_(logits)
+
+
+class DarkensTheBright(nn.Module):
+    """Works in place on images above some brightness alone."""
+
+    def __init__(self, model, limit):
+        super().__init__()
+        self.model, self.limit = model, limit
+
+    def forward(self, images):
+        images[images.flatten(1).mean(1) > self.limit] *= 0.5
+        return self.model(images)
+
+
+def test_answers_into_one_memory_are_kept_apart(linear_problem):
+    problem = linear_problem(9, 3)
+    keys = [str(place) for place in range(9)]
+    plain = Judge(problem.model, 3, batch_size=3).predict(problem.images, problem.labels, keys)
+    found = Judge(OneMemory(problem.model).eval(), 3, batch_size=3).predict(problem.images, problem.labels, keys)
+    assert torch.equal(found.label, plain.label) and torch.equal(found.margin, plain.margin)
+
+
+def test_distances_are_from_the_images_as_they_came(linear_problem):
+    problem = linear_problem(6, 3)
+    limit = problem.images.flatten(1).mean(1).median()
+    judge, keys = Judge(DarkensTheBright(problem.model, limit).eval(), 3), [str(place) for place in range(6)]
+    images, proposed = problem.images.clone(), problem.images + 0.25
+    found = judge.judge(images, problem.labels, proposed, ThreatModel("linf", 0.25), keys)
+    assert torch.equal(images, problem.images) and torch.equal(proposed, problem.images + 0.25)
+    assert found.linf_distance.tolist() == pytest.approx([0.25] * 6, abs=1e-6)

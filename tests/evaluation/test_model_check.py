@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.errors import ModelError
 from lrrobust.evaluation.model_check import check_model
 from lrrobust.frozen import frozen
 
@@ -56,3 +57,102 @@ def test_an_exported_program_has_no_mode():
         model.eval()
     with frozen(model):
         assert torch.equal(model(IMAGES), model(IMAGES))
+
+
+class PlaceAmongOthers(nn.Module):
+    """What it makes of an image depends on the other images, or on its place, by `mix` of (logits, images)."""
+
+    def __init__(self, linear, mix):
+        super().__init__()
+        self.linear, self.mix = linear, mix
+
+    def forward(self, images):
+        return self.mix(self.linear(images), images)
+
+
+def seeded_noise(logits, images):
+    return logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda logits, images: logits - logits.mean(0),
+        lambda logits, images: logits[:1].expand(len(logits), -1),
+        lambda logits, images: logits + logits[:1],
+        seeded_noise,
+        lambda logits, images: logits - 10 * logits.mean(0) + 0.01 * torch.randn(logits.shape),
+    ],
+    ids=["mean", "first for all", "first on top", "seeded noise", "mean and noise"],
+)
+def test_logits_that_depend_on_the_batch_are_refused_at_any_scale(linear_problem, mix, scale):
+    model = PlaceAmongOthers(linear_problem(1, classes=3).model, lambda *given: scale * mix(*given))
+    with pytest.raises(ModelError, match="depend on the other images of the batch, or on its place"):
+        check_model(model, 3, IMAGES)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1.0, 1e-7])
+def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
+    assert "randomised" in check(lambda logits: scale * (logits + torch.randn(logits.shape)))
+    assert "the model is randomised" in caplog.text
+    assert check(lambda logits: scale * logits) == {}
+
+
+def test_a_model_that_draws_one_of_two_ways_is_randomised_not_refused(linear_problem):
+    linear = linear_problem(1, classes=3, slope=0.1).model
+
+    class OneOfTwo(nn.Module):
+        ways = iter([0, 0, 1, 0, 1, 0, 1])
+
+        def forward(self, images):
+            return linear(images).roll(next(self.ways), 1)
+
+    assert "randomised" in check_model(OneOfTwo(), 3, IMAGES)
+
+
+class Unused(nn.Module):
+    """Logits with a graph that does not reach the images."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, images):
+        return self.linear(images.detach().clone().requires_grad_())
+
+
+class LeavesGradientOff(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, images):
+        torch.set_grad_enabled(False)
+        return self.linear(images)
+
+
+@pytest.mark.parametrize("kind", [Unused, LeavesGradientOff])
+def test_logits_without_a_gradient_to_the_images_are_refused_in_one_line(linear_problem, kind):
+    model = kind(linear_problem(1, classes=3).model)
+    with torch.enable_grad():
+        with pytest.raises(ModelError, match="carry no gradient to the images") as caught:
+            check_model(model, 3, IMAGES)
+        assert "\n" not in str(caught.value)
+        # Judged by images made on another it needs none.
+        assert check_model(model, 3, IMAGES, needs_gradient=False) == {}
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no kernel for\nbackward")
+
+
+def test_a_backward_pass_that_fails_is_one_line(check):
+    with pytest.raises(ModelError, match="gradient of the model's logits cannot be computed .no kernel for backward"):
+        check(Failing.apply)
