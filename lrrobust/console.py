@@ -393,6 +393,8 @@ def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[P
 def print_export(export: Exported) -> None:
     """How many images were written, and where."""
     _notice(f"wrote {len(export.rows)} adversarial images of {export.about['model']['name']} to {export.folder}")
+    if not export.about["is_complete"]:
+        _notice("warning: the run is not finished, and these are its images so far: finish it, and export it again")
     _notice(f"`lrrobust verify {export.folder} --model ...` reads them back and judges them again")
 
 
@@ -404,6 +406,8 @@ def print_verification(found: Sequence[Verification], is_same_model: bool) -> No
         counts = (each.n, each.in_ball, each.clean_correct, each.adversarial, each.as_recorded)
         table.add_row(each.attack, *map(str, counts))
     _tables.print(table)
+    if not found:
+        _notice("warning: there was no image to judge: the attacks found none that outlasts the rounding, or the run was not finished")
     if not is_same_model:
         _notice("this is not the model that the images were verified with: they need not be adversarial for it")
 

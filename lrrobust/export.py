@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from lrrobust.errors import StoreError
+from lrrobust.norm import NORMS
 from lrrobust.results import Run, load_adversarial, manifest_value, write_file
 
 INDEX_NAME = "index.parquet"
@@ -54,7 +55,8 @@ class Exported:
     """An export as its index describes it.
 
     Attributes:
-        about: the manifest's `model`, `surrogate` (None in a white-box run), `dataset` and `fingerprint`.
+        about: the manifest's `model`, `surrogate` (None in a white-box run), `dataset` and `fingerprint`; `is_complete`,
+            whether the run was; and `rows_sha256`, a digest of the rows.
         rows: of `INDEX_SCHEMA`, in the order of attacks and images.
     """
 
@@ -87,6 +89,7 @@ def export_adversarial(run: Run, folder: Path) -> Exported:
             rows.append({"file": file, "clean_file": clean_file, "attack": attack, **fields, **hashes})
     about = {"model": manifest_value(run, "model"), "surrogate": run.manifest.get("surrogate")}
     about |= {"dataset": manifest_value(run, "dataset"), "fingerprint": run.manifest["fingerprint"]}
+    about |= {"is_complete": run.is_complete, "rows_sha256": _rows_sha256(rows)}
     buffer = pa.BufferOutputStream()
     metadata = {_ABOUT: json.dumps(about).encode()}
     pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata(metadata)), buffer)
@@ -98,7 +101,7 @@ def open_export(folder: Path) -> Exported:
     """Reads the index of an export.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: there is none, or it is damaged, or says other things than when it was written.
     """
     path = Path(folder) / INDEX_NAME
     try:
@@ -106,12 +109,21 @@ def open_export(folder: Path) -> Exported:
         about = json.loads((table.schema.metadata or {})[_ABOUT])
         if not table.schema.remove_metadata().equals(INDEX_SCHEMA):
             raise ValueError("it has other columns")
+        rows = table.to_pylist()
+        if about["rows_sha256"] != _rows_sha256(rows):
+            raise ValueError("its rows are not those that were written")
+        # Anybody can compute a digest: what follows trusts nothing that it finds.
+        if not isinstance(about["model"]["name"], str) or not isinstance(about["is_complete"], bool):
+            raise ValueError("it names no model")
+        for row in rows:
+            if row["norm"] not in NORMS or not row["eps"] >= 0 or "\0" in row["file"] + row["clean_file"]:
+                raise ValueError(f"no image can be as it says of {row['file']!r}")
     except FileNotFoundError:
         raise StoreError(f"expected exported images in {folder}, found no {INDEX_NAME}: run `lrrobust export` first") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise StoreError(f"{path} is not the index of an export ({reason}): export the run again") from None
-    return Exported(Path(folder), about, tuple(table.to_pylist()))
+    return Exported(Path(folder), about, tuple(rows))
 
 
 def read_pairs(export: Exported) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
@@ -127,6 +139,11 @@ def read_pairs(export: Exported) -> Iterator[tuple[dict[str, Any], np.ndarray, n
             sizes = f"{adversarial.shape[:2]}, not {clean.shape[:2]} as its clean image"
             raise StoreError(f"{export.folder / row['file']} is of size {sizes}")
         yield row, clean, adversarial
+
+
+def _rows_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    of_schema = [[row[name] for name in INDEX_SCHEMA.names] for row in rows]
+    return hashlib.sha256(json.dumps(of_schema).encode()).hexdigest()
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> str:

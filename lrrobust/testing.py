@@ -86,10 +86,14 @@ def assert_robust(
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ModelError(f"expected logits (N, classes) of the model, got {found}")
+    if not ((labels >= 0) & (labels < logits.shape[1])).all():
+        raise ValueError(f"expected labels of 0 to {logits.shape[1] - 1}, got {int(labels.min())} to {int(labels.max())}")
     # Seeds of chunks derive from it.
     fingerprint = hashlib.sha256(f"assert_robust {seed}".encode()).hexdigest()
     manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
-    with TemporaryDirectory(prefix="lrrobust-") as folder, RunStore.create_or_resume(Path(folder), manifest) as store:
+    # Inside torch.inference_mode() nothing could be attacked.
+    unlocked = torch.inference_mode(False)
+    with unlocked, TemporaryDirectory(prefix="lrrobust-") as folder, RunStore.create_or_resume(Path(folder), manifest) as store:
         evaluate(
             module, logits.shape[1], _TensorImages(images, labels), plan_tasks(specs, len(images), chunk_size), store,
             fingerprint=fingerprint, device=device, part_metadata={},

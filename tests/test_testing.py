@@ -93,3 +93,16 @@ def test_what_does_not_fit_is_said(problem, change, error, message):
     model, images, labels = (arguments.pop(name) for name in ("model", "images", "labels"))
     with pytest.raises(error, match=message):
         assert_robust(model, images, labels, **arguments)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_labels_of_no_class_are_refused(problem, shift):
+    with pytest.raises(ValueError, match="expected labels of 0 to 3, got"):
+        assert_robust(problem.model, problem.images, problem.labels + shift, eps=0.1, at_least=0)
+
+
+def test_inside_inference_mode_it_attacks_as_outside(problem):
+    arguments = {"eps": float(problem.nearest("linf").median()), "at_least": 0}
+    outside = assert_robust(problem.model, problem.images, problem.labels, **arguments)
+    with torch.inference_mode():
+        assert assert_robust(problem.model, problem.images.clone(), problem.labels.clone(), **arguments) == outside

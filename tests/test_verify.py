@@ -1,5 +1,6 @@
 """Transfer, 8 bits, export and reading back through the command line, on models where every outcome is known."""
 
+import json
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lrrobust import cli
+from lrrobust.export import _rows_sha256
 from lrrobust.results import find_runs, load_run
 
 #: The stranger's gradient has no part of the target's: what is made on it changes no logit of the target.
@@ -188,13 +190,17 @@ def test_read_back_they_fool_the_model_and_no_stranger(run, exported):
     assert code == 0 and out.count(f"│ {n} ") >= 4
 
 
-def rewrite(folder, **first_row):
-    """Replaces values of the index' first row."""
+def rewrite(folder, is_resealed=True, about=(), **first_row):
+    """Replaces values of the index' first row, and of what it says of all of them."""
     table = pq.read_table(folder / "index.parquet")
     for name, value in first_row.items():
         place = table.schema.get_field_index(name)
         column = pa.array([value, *table[name].to_pylist()[1:]])
         table = table.set_column(place, table.schema.field(place), column)
+    known = json.loads(table.schema.metadata[b"lrrobust"]) | dict(about)
+    if is_resealed:
+        known["rows_sha256"] = _rows_sha256(table.to_pylist())
+    table = table.replace_schema_metadata({b"lrrobust": json.dumps(known).encode()})
     pq.write_table(table, folder / "index.parquet")
 
 
@@ -225,6 +231,33 @@ def test_damage_is_said_in_one_line(run, exported, damage):
         "missing": "cannot be read", "outside": "lies outside", "model": "has 8 x 8 pixels, the model takes 16 x 16",
     }
     assert code == 2 and said[damage] in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": 1.0, "is_resealed": False}, {"eps": -1.0}, {"eps": float("nan")}, {"norm": "l3"}, {"file": "a\0.png"},
+        {"about": {"model": []}}, {"about": {"is_complete": 1}},
+    ],
+    ids=str,
+)
+def test_an_index_that_was_edited_is_refused_in_one_line(run, exported, change):
+    _, folder = exported
+    rewrite(folder, **change)
+    code, _, err = run("verify", folder, *models("target"))
+    assert code == 2 and "is not the index of an export" in err and len(err.strip().splitlines()) == 1
+
+
+def test_images_so_far_are_said_to_be_that_and_none_is_no_proof(run, exported):
+    found, folder = exported
+    for part in found.folder.glob("parts/*.parquet"):
+        part.unlink()
+    for images in found.folder.glob("adversarial/*"):
+        images.unlink()
+    code, _, err = run("export", found.folder, "--out", folder.parent / "none")
+    assert code == 0 and "the run is not finished, and these are its images so far" in err
+    code, _, err = run("verify", folder.parent / "none", *models("target"))
+    assert code == 0 and "there was no image to judge" in err
 
 
 def test_runs_without_images_are_refused(run, tmp_path):

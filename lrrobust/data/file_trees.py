@@ -1,13 +1,14 @@
 """Read-only access to the files of a folder, a zip or a tar, all through one interface.
 
-Archives come from anywhere, so nothing is ever extracted to disk: names are only compared, links and
-special files are passed over, and the size of what is read is bounded.
+Archives come from anywhere, so nothing is ever extracted to disk: names are only compared, links are followed
+within the archive alone, special files are passed over, and the size of what is read is bounded.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import logging
 import lzma
 import math
 import os
@@ -23,10 +24,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from lrrobust.data.image_source import CorruptImageError
 from lrrobust.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+#: Where a file of an archive lies, in its own way.
+Place = TypeVar("Place")
 
 #: Ten times the largest image of ImageNet; stops a small archive from unpacking into all memory.
 MAX_MEMBER_BYTES = 200_000_000
@@ -37,6 +43,9 @@ SPOOL_MEMORY_BYTES = 1_000_000_000
 #: <root>/<split>/<class>/images/<file> is the deepest layout there is, with one folder to spare. The
 #: bound ends the walk where a link leads back to a folder above it.
 _MAX_FOLDER_DEPTH = 5
+
+#: Of a link in a zip, whose content is the path it points to.
+_LONGEST_PATH = 4096
 
 #: Compressed tars unpack to no more than this and so many times their size: images hardly compress.
 MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 1_000_000_000, 100
@@ -125,6 +134,8 @@ class FileTree(ABC):
         self.unread: Counter[tuple[str, str]] = Counter()
         self._suffixes = tuple(suffixes)
         self._names: set[str] = set()
+        #: Names of links, as the archive has them, with the cleaned names of what they point to.
+        self._links: dict[str, str] = {}
 
     @property
     def names(self) -> list[str]:
@@ -159,6 +170,25 @@ class FileTree(ABC):
             raise DataError(f"{self.path}: the file name {name!r} is not UTF-8; rename it") from error
         self._names.add(name)
         return name
+
+    def _note_link(self, raw_name: str, target: str) -> None:
+        self._links[raw_name] = posixpath.normpath(target)
+
+    def _follow_links(self, places: dict[str, Place]) -> None:
+        """Gives links that lead to files of this archive the places of these; the others are passed over, aloud.
+
+        Data sets are packed with links in them, and hold the same images in an archive as in the folder.
+        """
+        waiting = self._links
+        while found := {raw: target for raw, target in waiting.items() if target in places}:
+            for raw, target in found.items():
+                if (name := self._admit(raw)) is not None:
+                    places[name] = places[target]
+            waiting = {raw: target for raw, target in waiting.items() if raw not in found}
+        self.ignored_count += len(waiting)
+        lost = [raw for raw in waiting if raw.lower().endswith(self._suffixes)]
+        if lost:
+            _log.warning("%s: passed over %d links to what is not in it, such as %r", self.path, len(lost), lost[0])
 
     def _check_size(self, name: str, size_bytes: int) -> None:
         if size_bytes > MAX_MEMBER_BYTES:
@@ -209,10 +239,19 @@ class ZipTree(FileTree):
             if info.filename.endswith("/"):
                 continue
             kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG):  # 0: the zip was written where files have no such bits
+            if kind == stat.S_IFLNK and info.file_size < _LONGEST_PATH:
+                self._note_link(info.filename, posixpath.join(posixpath.dirname(info.filename), self._target_of(info)))
+            elif kind not in (0, stat.S_IFREG):  # 0: the zip was written where files have no such bits
                 self.ignored_count += 1
             elif (name := self._admit(info.filename)) is not None:
                 self._members[name] = info
+        self._follow_links(self._members)
+
+    def _target_of(self, link: zipfile.ZipInfo) -> str:
+        try:
+            return self._zip.read(link).decode()
+        except (OSError, *_DAMAGE, UnicodeDecodeError, RuntimeError) as error:
+            raise _damaged_archive(self.path, error) from error
 
     def read(self, name: str) -> bytes:
         info = self._members[name]
@@ -239,6 +278,7 @@ class TarTree(FileTree):
             with tarfile.open(path, "r:", tarinfo=_BoundedTarInfo) as tar:
                 for member, name in _regular_members(tar, self):
                     self._spans[name] = Span(member.offset_data, member.size)
+            self._follow_links(self._spans)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except _TAR_DAMAGE as error:
@@ -276,6 +316,7 @@ class CompressedTarTree(FileTree):
                         self._oversized[name] = member.size
                     else:
                         self._spans[name] = spool.append(tar.extractfile(member).read())
+                self._follow_links(self._spans)
                 while stream.read(1 << 20):  # to the end, where the checksum of the compression lies
                     pass
         except _TAR_DAMAGE as error:
@@ -330,6 +371,10 @@ def _regular_members(
         if member.offset_data + member.size > most_bytes:
             raise DataError(f"{tree.path} unpacks to more than {most_bytes} bytes: unpack it yourself if you trust it")
         if member.isdir():
+            continue
+        if member.islnk() or member.issym():
+            above = "" if member.islnk() else posixpath.dirname(member.name)
+            tree._note_link(member.name, posixpath.join(above, member.linkname))
             continue
         if not member.isreg() or member.issparse():
             tree.ignored_count += 1

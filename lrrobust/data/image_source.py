@@ -6,7 +6,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lrrobust.errors import DataError
 
@@ -103,6 +103,8 @@ def decode_image(encoded: bytes, where: str) -> Image.Image:
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT_RATIO} times the other")
+        # Which the file of a model may have asked Pillow for, and which would make grey of what is missing.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise CorruptImageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +17,12 @@ from lrrobust.errors import DataError
 #: What `label_files` has to see of a tree.
 LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt")
 
-#: Folders of these names hold a split and never a class, so that the unlabelled `test/images` of
-#: Tiny-ImageNet does not become a class "test".
+#: Folders of these names hold a split and no class, unless class folders lie beside them (CIFAR-100 has a class "train"): so
+#: the unlabelled `test/images` of Tiny-ImageNet does not become a class "test".
 _SPLIT_FOLDERS = ("train", "val", "validation", "test")
+
+#: The folder of a class' images, likewise.
+_IMAGES = "images"
 
 _ANNOTATIONS = "val_annotations.txt"
 _WNID = re.compile(r"n\d{8}")
@@ -69,20 +72,22 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
     ignored_count = tree.ignored_count
     has_unlabelled = False
+    beside = _Neighbours(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     for name in names:
         if not name.lower().endswith(IMAGE_SUFFIXES):
             ignored_count += posixpath.basename(name) != _ANNOTATIONS
             continue
         folder, file = posixpath.split(name)
-        if posixpath.basename(folder) == "images":
+        is_class = beside.are_classes(folder)
+        if posixpath.basename(folder) == _IMAGES and not is_class:
             folder = posixpath.dirname(folder)
             if folder in annotations and file in annotations[folder]:
                 groups[folder].append((annotations[folder][file], name))
                 continue
         above, wnid = posixpath.split(folder)
-        if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid):
+        if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
             groups[folder].append((None, name))
-        elif wnid and wnid not in _SPLIT_FOLDERS:
+        elif wnid and (is_class or wnid not in _SPLIT_FOLDERS):
             groups[above].append((wnid, name))
         else:
             has_unlabelled = True
@@ -98,6 +103,26 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         ignored_count,
         _unread_below(tree, chosen),
     )
+
+
+class _Neighbours:
+    """What the folders that hold images tell of each other, by the names of all images of a tree."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        is_flat: dict[str, bool] = defaultdict(bool)
+        for folder, file in map(posixpath.split, names):
+            is_flat[folder] |= FLAT_NAME.fullmatch(file) is not None
+        ordinary = [folder for folder in is_flat if posixpath.basename(folder) not in ("", *_SPLIT_FOLDERS, _IMAGES)]
+        self._ordinary = Counter(posixpath.dirname(folder) for folder in ordinary)
+        self._flat = Counter(posixpath.dirname(folder) for folder in ordinary if is_flat[folder])
+
+    def are_classes(self, folder: str) -> bool:
+        """Whether folders that can be nothing but classes lie beside one named as a split, or as a folder of images."""
+        return folder != "" and self._ordinary[posixpath.dirname(folder)] > 0
+
+    def are_sorted(self, folder: str) -> bool:
+        """Whether ILSVRC2012 validation images were put into several folders side by side: by class, under other names."""
+        return self._flat[posixpath.dirname(folder)] > 1
 
 
 def _unread_below(tree: FileTree, above: str) -> Counter[str]:

@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lrrobust.errors import WeightsError
+from lrrobust.errors import ModelError, WeightsError
 from lrrobust.models.residual import DEFAULT_STEM, Stem
 
 _SCALE_SUFFIX = ".int8_scale"
@@ -211,15 +212,27 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes, independent of the order of the keys."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
+        tensor = tensors[key].detach()
+        tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).cpu().contiguous().resolve_conj().resolve_neg()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Digest of all parameters and buffers, also of buffers that are not saved with the module."""
-    return tensors_sha256({**dict(module.named_parameters()), **dict(module.named_buffers())})
+    """Digest of all parameters and buffers, also of buffers that are not saved with the module.
+
+    Raises:
+        ModelError: some of them have no values yet.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in tensors.items():
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ModelError(
+                f"the model's {name!r} has no values yet: pass an image through lazy layers, and load weights onto the CPU, "
+                "before the model is returned"
+            )
+    return tensors_sha256(tensors)
 
 
 def file_sha256(path: Path) -> str:
@@ -297,9 +310,8 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"(torch.load with weights_only=True): {_one_line(error)}; save the network's state_dict()"
         ) from None
     if not _is_state(content) and isinstance(content, dict):
-        # Beside the optimiser's state and such; whatever its key, there must be no second one to choose from.
-        states = [key for key in ("state_dict", "model") if _is_state(content.get(key))]
-        states = states or [key for key, value in content.items() if _is_state(value)]
+        # Beside the optimiser's state and such; whatever its key, there must be no second one to choose from, as of averages.
+        states = [key for key, value in content.items() if _is_state(value)]
         if len(states) > 1:
             raise WeightsError(f"{path} holds several state dicts ({', '.join(map(str, states))}): save the one that is meant alone")
         if states:

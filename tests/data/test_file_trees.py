@@ -57,6 +57,43 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
     assert (tree.names, tree.ignored_count, tree.read("a/1.jpg")) == (["a/1.jpg"], 1, b"good")
 
 
+def _link(name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
+def test_links_within_a_tar_are_followed(tmp_path, suffix, caplog):
+    with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
+        # Before and after what they point to, through each other, and by what is relative to what.
+        archive.addfile(_link("./a/early.jpg", "1.jpg", tarfile.SYMTYPE))
+        regular = tarfile.TarInfo("./a/1.jpg")
+        regular.size = 4
+        archive.addfile(regular, io.BytesIO(b"good"))
+        archive.addfile(_link("./a/hard.jpg", "./a/1.jpg", tarfile.LNKTYPE))
+        archive.addfile(_link("./b/soft.jpg", "../a/hard.jpg", tarfile.SYMTYPE))
+        archive.addfile(_link("./b/lost.jpg", "../../a/1.jpg", tarfile.SYMTYPE))
+        archive.addfile(_link("./b/loop.jpg", "loop.jpg", tarfile.SYMTYPE))
+        archive.addfile(_link("./b/note.md", "../a/1.jpg", tarfile.SYMTYPE))
+    tree = _open(tmp_path / f"x{suffix}")
+    assert tree.names == ["a/1.jpg", "a/early.jpg", "a/hard.jpg", "b/soft.jpg"]
+    assert {tree.read(name) for name in tree.names} == {b"good"}
+    assert tree.ignored_count == 3
+    assert "passed over 2 links to what is not in it, such as './b/lost.jpg'" in caplog.text
+
+
+def test_links_within_a_zip_are_followed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        link = zipfile.ZipInfo("b/link.jpg")
+        link.create_system = 3
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "../a/1.jpg")
+        archive.writestr("a/1.jpg", b"good")
+    tree = _open(tmp_path / "x.zip")
+    assert (tree.names, tree.read("b/link.jpg")) == (["a/1.jpg", "b/link.jpg"], b"good")
+
+
 def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack_zip):
     path = pack_zip(tmp_path / "x.zip", {"#.jpg": b"nameless", "a/1.jpg": b"good"})
     # zipfile writes no such name; it cuts one at its first zero byte when it reads.

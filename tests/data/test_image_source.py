@@ -72,6 +72,14 @@ def test_truncated_image_is_corrupt(encode, format, share):
         decode_image(whole[: int(len(whole) * share)], "pets: image 'cat/1'")
 
 
+def test_truncated_image_is_corrupt_whatever_pillow_was_told(encode, monkeypatch):
+    # Many training scripts say so, and a user's model file may import one.
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    whole = encode(1, size=(64, 64))
+    with pytest.raises(CorruptImageError, match="cut short"):
+        decode_image(whole[: len(whole) // 4], "it")
+
+
 def test_damaged_png_is_corrupt(encode):
     whole = bytearray(encode(1, size=(64, 64), format="PNG"))
     whole[len(whole) // 2] ^= 0xFF

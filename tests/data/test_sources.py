@@ -94,6 +94,20 @@ def test_imagenet_root_chooses_val(tmp_path, pack_folder, pets):
     assert open_dataset(f"{root}#train").keys == ("cat/9.jpg", "dog/8.jpg")
 
 
+@pytest.mark.parametrize("name", ["train", "test", "val", "validation", "images"])
+@pytest.mark.parametrize("above", ["", "any/"])
+def test_a_class_may_be_called_as_a_split_is(tmp_path, container, pack, encode, name, above):
+    files = {f"{above}{wnid}/{wnid}.jpg": encode(0) for wnid in ("apple", "bus", name)}
+    source = open_dataset(pack(tmp_path / container, files))
+    assert sorted(source.wnids) == sorted(["apple", "bus", name]) and source.ignored_count == 0
+
+
+def test_images_of_imagenet_sorted_into_classes_of_other_names(tmp_path, container, pack, encode):
+    files = {f"{number % 2}/ILSVRC2012_val_{number:08d}.JPEG": encode(number) for number in range(1, 5)}
+    source = open_dataset(pack(tmp_path / container, files))
+    assert sorted(source.wnids) == ["0", "0", "1", "1"]
+
+
 def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack_folder, pets):
     root = pack_folder(tmp_path / "r", {f"{part}/{key}": image for part in ("x", "y") for key, image in pets.items()})
     with pytest.raises(DataError, match=r"in one place, found them in 'x', 'y'; .*'r#train'"):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrrobust.data.class_lists import TINY_IMAGENET_200
-from lrrobust.errors import WeightsError
+from lrrobust.errors import ModelError, WeightsError
 from lrrobust.models import load_classifier
 from lrrobust.models.registry import NETWORKS
 from lrrobust.models.weights import (
@@ -24,6 +24,7 @@ from lrrobust.models.weights import (
     read_metadata,
     read_weights,
     save_weights,
+    state_sha256,
     tensors_sha256,
 )
 
@@ -258,6 +259,10 @@ def test_a_state_beside_other_things_whatever_its_name(tmp_path, state):
     torch.save({"net": dict(state), "ema": dict(state)}, path)
     with pytest.raises(WeightsError, match=r"holds several state dicts \(net, ema\): save the one that is meant alone"):
         read_weights(path)
+    # Nor where one has a usual name: an average beside it may be what is meant.
+    torch.save({"model": dict(state), "model_ema": dict(state)}, path)
+    with pytest.raises(WeightsError, match=r"holds several state dicts \(model, model_ema\)"):
+        read_weights(path)
     torch.save({"acc": 0.9, "epoch": 3}, path)
     with pytest.raises(WeightsError, match=r"holds no state dict: .*, found acc, epoch; save"):
         read_weights(path)
@@ -433,3 +438,20 @@ def test_shipped_weights(name, weights):
 def test_no_file_of_weights_is_shipped_unlisted():
     found = {path.name for path in TRAINED_FOLDER.glob("*")} if TRAINED_FOLDER.is_dir() else set()
     assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {SHIPPED_WEIGHTS[name][weights].file for name, weights in SHIPPED}
+
+
+@pytest.mark.parametrize("module", [torch.nn.LazyLinear(3), torch.nn.Linear(2, 3, device="meta")], ids=["lazy", "meta"])
+def test_a_network_without_values_is_refused_in_one_line(module):
+    with pytest.raises(ModelError, match="'weight' has no values yet: .*before the model is returned") as caught:
+        state_sha256(module)
+    assert "\n" not in str(caught.value)
+
+
+def test_buffers_of_every_layout_have_a_digest():
+    module = torch.nn.Module()
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    module.register_buffer("conjugate", torch.tensor([1 + 2j]).conj())
+    before = state_sha256(module)
+    assert state_sha256(module) == before
+    module.sparse = (2 * torch.eye(3)).to_sparse()
+    assert state_sha256(module) != before
