@@ -30,7 +30,7 @@ from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_runs
-from lrrobust.report.notices import warnings_of
+from lrrobust.report.notices import warnings_with_rejections
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import render_table
 from lrrobust.results import load_run, write_file
@@ -316,7 +316,7 @@ class TrainingProgress:
 def _print_table(runs: Sequence[Run], summary: pd.DataFrame) -> None:
     _tables.print(render_table(summary))
     for run in runs:
-        for warning in warnings_of(run):
+        for warning in warnings_with_rejections(run):
             _notice(f"warning: {run.folder.name}: {warning}")
 
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},
     # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "determinism", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "out_of_memory", "threat", "norm", "results", "stats", "report.formatting", "tables", "errors", "determinism", "frozen"},
     "bench": {
         "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "out_of_memory", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",

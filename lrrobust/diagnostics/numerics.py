@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
@@ -48,16 +50,12 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
     keys = [""] * len(labels)
     single = subject.judge.predict(images, labels, keys)
     try:
-        exact_model = copy.deepcopy(subject.judge.model).to("cpu", torch.float64)
-        with frozen(exact_model), warnings.catch_warnings():
-            # A fused backend of float32 gives way to another one, as it should here.
-            warnings.simplefilter("ignore", BackendWarning)
-            judge = Judge(exact_model, subject.judge.num_classes, subject.judge.batch_size)
+        with exact_model(subject.judge.model) as model:
+            judge = Judge(model, subject.judge.num_classes, subject.judge.batch_size)
             exact = judge.predict(images.cpu().double(), labels.cpu(), keys)
     except Exception as error:
         # Whatever a network of other people does when it is cast is no failure of an attack.
-        reason = " ".join(str(error).split())[:150]
-        detail = f"The model cannot be computed in float64 ({type(error).__name__}: {reason}), so whether rounding decides is not known."
+        detail = f"{explain_no_float64(error)}, so whether rounding decides is not known."
         yield Diagnostic(name="float64", passed=None, detail=detail)
         return
     differing = int((single.label.cpu() != exact.label).sum())
@@ -73,6 +71,22 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
         passed = None
         detail += ". No attack came to the boundary, so whether rounding decides there is not known"
     yield Diagnostic(name="float64", passed=passed, detail=f"{detail}.")
+
+
+@contextmanager
+def exact_model(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy on the CPU in float64; raises whatever strikes a network that cannot be cast."""
+    model = copy.deepcopy(model).to("cpu", torch.float64)
+    with frozen(model), warnings.catch_warnings():
+        # A fused backend of float32 gives way to another one, as it should here.
+        warnings.simplefilter("ignore", BackendWarning)
+        yield model
+
+
+def explain_no_float64(error: Exception) -> str:
+    """The beginning of a sentence."""
+    reason = " ".join(str(error).split())[:150]
+    return f"The model cannot be computed in float64 ({type(error).__name__}: {reason})"
 
 
 def boundary_images(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from lrrobust.report.drawing import Collect, Drawing, draw
 from lrrobust.report.figures import draw_runs
 from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_attack, name_runs
-from lrrobust.report.notices import mixed_metadata, warnings_of
+from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import format_command, reproduction
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, how_to_read, summary_table
@@ -292,7 +292,7 @@ def _data_uri(svg: bytes) -> str:
 
 def _notices(run: Run) -> list[str]:
     """What a reader must know before the numbers."""
-    notices = [f"warning: {warning}" for warning in warnings_of(run)]
+    notices = [f"warning: {warning}" for warning in warnings_with_rejections(run)]
     notices += [f"computed with mixed {key}: {', '.join(values)}" for key, values in sorted(mixed_metadata(run).items())]
     if not run.is_complete:
         planned = len(run.manifest.get("plan", {}).get("parts", []))

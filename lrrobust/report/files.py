@@ -13,7 +13,7 @@ from lrrobust.errors import StoreError
 from lrrobust.report.drawing import Drawing
 from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_runs
-from lrrobust.report.notices import mixed_metadata, warnings_of
+from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import reproduction
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import how_to_read, summary_table
@@ -114,7 +114,7 @@ def _describe(run: Run, name: str) -> str:
         text += ", " + ", ".join(f"{name} {version}" for name, version in versions.items())
     if provenance.get("commit"):
         text += f", commit `{provenance['commit']}`"
-    for warning in warnings_of(run):
+    for warning in warnings_with_rejections(run):
         text += f"; **WARNING: {warning}**"
     for key, values in sorted(mixed_metadata(run).items()):
         text += f"; **computed with mixed {key}:** {', '.join(values)}"

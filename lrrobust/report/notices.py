@@ -18,6 +18,15 @@ def warnings_of(run: Run) -> list[str]:
     return [text for key, text in _WARNINGS.items() if key in noticed]
 
 
+def warnings_with_rejections(run: Run) -> list[str]:
+    """The same, and which attacks proposed nothing that counts, of which a verdict bears a few."""
+    rows = run.rows[(run.rows["outcome"] == "rejected").to_numpy(bool)]
+    return warnings_of(run) + [
+        f"for {count} images {attack} proposed nothing inside ball and box: they count as robust, and may not be"
+        for attack, count in rows.groupby("attack", observed=True, sort=False)["index"].nunique().items()
+    ]
+
+
 def mixed_metadata(run: Run) -> dict[str, list[str]]:
     """The metadata in which the parts of a run differ, such as devices, with their values."""
     keys = {key for metadata in run.part_metadata.values() for key in metadata} - _WARNINGS.keys()

@@ -71,7 +71,7 @@ def test_the_installed_folder_is_used_when_there_is_one(tmp_path, monkeypatch):
 
 def test_order_is_kept_and_repeated_attacks_come_once():
     names = [spec.name for spec in load_suite(["pgd_l2", "standard", "pgd"])]
-    assert names == ["pgd_l2", "fgsm", "pgd", "cw"]
+    assert names == ["pgd_l2", "fgsm", "pgd", "cw", "fmn", "fmn_l2"]
 
 
 def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):

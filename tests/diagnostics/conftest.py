@@ -182,13 +182,15 @@ def confident_linear():
 
 @pytest.fixture
 def sound_cnn():
-    """Untrained, with BatchNorm."""
+    """Untrained, with BatchNorm; its logits are as large as training makes them."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.Tanh(),
             nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES),
         )  # fmt: skip
+        with torch.no_grad():
+            model[-1].weight *= 100
     return model.eval()
 
 

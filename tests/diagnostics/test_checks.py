@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, FmnSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
 from lrrobust.diagnostics.late_breaks import check_late_breaks
@@ -21,7 +23,7 @@ ON_SURVIVORS = LONG_SQUARE.model_copy(update={"survivors_only": True})
 WEAK = PgdSpec(name="weak", kind="pgd", norm="linf", eps=LADDER, steps=2, step_size_ratio=0.2, random_start=False)
 
 NAMES = {
-    "zero_gradient", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks", "convergence", "large_eps",
+    "zero_gradient", "finite_differences", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks", "convergence", "large_eps",
     "determinism", "float64",
 }  # fmt: skip
 
@@ -370,3 +372,50 @@ def test_a_model_that_cannot_be_cast_is_no_failure(diagnosed, sound_linear):
     found = diagnosed(sound_linear, FGSM)
     assert found["float64", None].passed is None
     assert "float32 only" in found["float64", None].detail
+
+
+def test_small_logits_make_attacks_on_the_cross_entropy_look_strong(diagnosed):
+    found = diagnosed(Scaled(build_wide(), 1 / 300), PGD)
+    result = found["convergence", "pgd"] if ("convergence", "pgd") in found else found["convergence", None]
+    assert result.passed is False and "as the cross-entropy of small logits does" in result.detail
+    # The same network with the logits that training would leave.
+    assert "convergence" not in failed(diagnosed(Scaled(build_wide(), 1.0), PGD))
+
+
+class Scaled(nn.Module):
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, images):
+        return self.scale * self.model(images)
+
+
+def build_wide():
+    """Linear, with five classes of which two pairs are near each other: the mean of the others lies elsewhere than the nearest."""
+    generator = torch.Generator().manual_seed(2)
+    layer = nn.Linear(192, 5)
+    with torch.no_grad():
+        weight = torch.randn(5, 192, generator=generator)
+        weight[1] = weight[0] + 0.3 * torch.randn(192, generator=generator)
+        weight[3] = weight[2] + 0.3 * torch.randn(192, generator=generator)
+        layer.weight.copy_(4 * weight)
+        layer.bias.copy_(-0.5 * layer.weight.sum(1))
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+class Bright(nn.Module):
+    """Of two classes, and three that no image is of, by the mean: an image of the class of grey that is dark cannot be made bright enough at 1/2."""
+
+    def forward(self, images):
+        mean = images.flatten(1).mean(1) - 0.75
+        return 10 * torch.stack([-mean, mean, *[torch.full_like(mean, -1)] * 3], 1)
+
+
+@pytest.mark.parametrize("has_bright", [True, False])
+def test_images_of_the_class_of_grey_may_withstand_where_all_can_be_grey(diagnosed, images, has_bright):
+    bright = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < (0.5 if has_bright else 0)
+    images.mul_(0.2).add_(0.8 * bright.view(-1, 1, 1, 1))
+    found = diagnosed(Bright().eval(), PGD)
+    assert found["large_eps", "pgd"].passed is (True if has_bright else None)
+    assert "that are of the class of grey and may be robust" in found["large_eps", "pgd"].detail

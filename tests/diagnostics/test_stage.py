@@ -30,7 +30,7 @@ class Small(nn.Module):
     def __init__(self, levels=None):
         super().__init__()
         self.register_buffer("templates", torch.rand(3, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)) - 0.5)
-        self.weight = nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.full((), 20.0))
         self.levels = levels
 
     def forward(self, images):
@@ -190,7 +190,7 @@ def test_a_budget_of_nothing_leaves_nothing_to_find(evaluated, sound_linear):
     data, finished = evaluated(sound_linear, (spec,))
     found = diagnose(sound_linear, 5, data, (spec,), finished, torch.device("cpu"))
     # Where nothing was attacked no image is at the boundary.
-    assert {result.name: result.passed for result in found.results} == {"determinism": True, "float64": None}
+    assert {result.name: result.passed for result in found.results} == {"finite_differences": True, "determinism": True, "float64": None}
 
 
 def test_an_incomplete_run_is_refused(evaluated, sound_linear):
@@ -219,7 +219,7 @@ def test_what_does_not_fit_into_memory_is_done_in_halves(evaluated, sound_linear
     at_once = diagnose(sound_linear, 5, data, specs, finished, torch.device("cpu"))
     found = diagnose(SmallMemory(sound_linear, 5), 5, data, specs, finished, torch.device("cpu"), batch_size=16)
     verdicts = [[(each.name, each.attack, each.passed) for each in of.results] for of in (at_once, found)]
-    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 7
+    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 8
     assert sum("out of memory on cpu with 16 images at once" in message for message in caplog.messages) == 1
     with pytest.raises(ModelError, match="out of memory on cpu with a single image"):
         diagnose(SmallMemory(sound_linear, 0), 5, data, specs, finished, torch.device("cpu"))

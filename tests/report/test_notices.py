@@ -1,10 +1,24 @@
-from lrrobust.report.notices import mixed_metadata, warnings_of
+from dataclasses import replace
+
+from lrrobust.report.notices import mixed_metadata, warnings_of, warnings_with_rejections
 
 
 def test_says_what_the_engine_noticed(make_run):
     run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
     assert warnings_of(run) == ["the model's logits are random: robustness is overstated"]
     assert warnings_of(make_run()) == []
+
+
+def test_says_which_attacks_proposed_nothing_that_counts(make_run):
+    run = make_run()
+    assert warnings_with_rejections(run) == []
+    rows = run.rows.copy()
+    rows["outcome"] = rows["outcome"].astype(str)
+    rows.loc[(rows["attack"] == "pgd") & (rows["outcome"] == "robust"), "outcome"] = "rejected"
+    count = rows[rows["outcome"] == "rejected"]["index"].nunique()
+    said = [f"for {count} images pgd proposed nothing inside ball and box: they count as robust, and may not be"]
+    assert count > 1 and warnings_with_rejections(replace(run, rows=rows)) == said
+    assert warnings_of(replace(run, rows=rows)) == []
 
 
 def test_says_in_what_parts_differ(make_run):

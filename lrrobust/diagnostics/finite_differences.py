@@ -1,0 +1,111 @@
+"""Is the gradient that attacks follow the slope of the model?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lrrobust.attacks.losses import log_odds
+from lrrobust.diagnostics.decision import is_tolerable
+from lrrobust.diagnostics.numerics import exact_model, explain_no_float64
+from lrrobust.diagnostics.outcomes import is_white_box
+from lrrobust.diagnostics.records import Diagnostic
+from lrrobust.diagnostics.subject import Subject
+from lrrobust.out_of_memory import is_out_of_memory
+
+#: What is masked is masked for all images, or nearly: few are enough, and float64 on the CPU is slow.
+IMAGES, DIRECTIONS = 8, 2
+
+#: Changes of every value by so much, in pixel units: float64 resolves the difference of the losses to six digits, and
+#: hardly a rectifier changes sides. At the second a loss without a slope, as of rounded images, gives itself away.
+LENGTHS = (1e-6, 2.5e-7)
+
+#: Of the slope: what gradient and differences may disagree by. On sound networks it is 1e-4 and less.
+TOLERANCE = 0.1
+
+#: Images with a slope that it takes to say anything.
+FEWEST = 4
+
+
+@torch.no_grad()
+def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
+    """Whether the loss changes along random directions by what its gradient says; in float64, on the CPU.
+
+    A gradient may be large and lead somewhere, and yet be a part of the whole, as where a branch or some pixels of a model
+    are detached: attacks that follow it find less than there is. Losses without a slope near an image, such as of rounded
+    images, are left to other checks: a replaced gradient (BPDA) is the way to attack those.
+
+    Source: finite differences as a check, Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018,
+    section 3.1, where gradients that differ from those of the function are called shattered.
+    """
+    if not any(is_white_box(outcomes.spec) for outcomes in subject.outcomes):
+        return
+    points, directions = _draw(subject)
+    labels = subject.labels[:IMAGES].cpu()
+    size = subject.judge.batch_size
+
+    def losses(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        parts = zip(images.split(size), labels.split(size), strict=True)
+        return torch.cat([log_odds(network(some), their_labels) for some, their_labels in parts])
+
+    try:
+        with exact_model(subject.judge.model) as network:
+            promised = _promised(lambda images: losses(network, images), points, directions)
+            found = [_slopes(lambda images: losses(network, images), points, directions, length) for length in LENGTHS]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Whatever a network of other people does when it is cast is no failure of an attack.
+        detail = f"{explain_no_float64(error)}, so whether gradients are the model's is not known."
+        yield Diagnostic(name="finite_differences", passed=None, detail=detail)
+        return
+    slope, again = found
+    has_slope = (slope - again).norm(dim=0) <= TOLERANCE * slope.norm(dim=0)
+    has_slope &= slope.isfinite().all(0) & (slope != 0).any(0)
+    compared = int(has_slope.sum())
+    # Written so that NaN differs.
+    agrees = (promised - slope).norm(dim=0) <= TOLERANCE * slope.norm(dim=0)
+    differing = int((has_slope & ~agrees).sum())
+    passed = is_tolerable(differing, compared) if compared >= FEWEST else None
+    detail = (
+        f"Along {DIRECTIONS} random directions the loss of {differing} of {compared} images changes otherwise than its gradient says, "
+        f"by more than {100 * TOLERANCE:.0f} %"
+    )
+    if passed is False:
+        detail += ": attacks follow a gradient that is not the model's, or a part of it, and what they leave standing shows little"
+    elif passed is None:
+        detail += f"; of {len(labels)} images the others have no slope to compare with, so whether gradients lead anywhere is left to other checks"
+    yield Diagnostic(name="finite_differences", passed=passed, detail=f"{detail}.")
+
+
+def _draw(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points (N, 3, H, W) near the images and inside the box, off the grid of 8 bits; signs (DIRECTIONS, N, 3, H, W); float64."""
+    points, directions = [], []
+    for image, key in zip(subject.images[:IMAGES].cpu().double(), subject.keys, strict=False):
+        generator = subject.generator("finite differences", key, 0.0)
+        noise = torch.rand(image.shape, generator=generator, dtype=torch.float64)
+        points.append(0.01 + 0.975 * image + 0.005 * noise)
+        signs = torch.randint(2, (DIRECTIONS, *image.shape), generator=generator)
+        directions.append(2.0 * signs - 1)
+    return torch.stack(points), torch.stack(directions, 1).double()
+
+
+def _promised(
+    losses: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor, directions: torch.Tensor
+) -> torch.Tensor:
+    """Slopes along the directions by the gradient, (DIRECTIONS, N)."""
+    with torch.enable_grad():
+        leaf = points.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(losses(leaf).sum(), leaf)
+    return (directions * gradient).flatten(2).sum(2)
+
+
+def _slopes(
+    losses: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor, directions: torch.Tensor, length: float
+) -> torch.Tensor:
+    """The same by central differences."""
+    return torch.stack(
+        [(losses(points + length * each) - losses(points - length * each)) / (2 * length) for each in directions]
+    )

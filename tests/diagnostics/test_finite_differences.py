@@ -1,0 +1,105 @@
+"""Gradients that are a part of the model's, or none of it, and models without a slope to compare with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lrrobust.attacks.specs import PgdSpec, SquareSpec
+from lrrobust.diagnostics.finite_differences import check_finite_differences
+from lrrobust.diagnostics.subject import Subject
+from lrrobust.evaluation.judge import Judge
+from lrrobust.frozen import frozen
+
+PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(4 / 255,), steps=5)
+SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=(4 / 255,), queries=5)
+SIDE = 24
+
+
+class Network(nn.Module):
+    """Small and smooth almost everywhere, behind something done to its images."""
+
+    def __init__(self, change=lambda images: images):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(6, 8, 3), nn.GELU(), nn.Flatten(),
+                nn.Linear(128, 5),
+            )
+        self.change = change
+
+    def forward(self, images):
+        return self.layers(self.change(images))
+
+
+def part(share):
+    """Keeps the gradient of this share of the values, always the same."""
+
+    def change(images):
+        keep = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images) < share
+        return torch.where(keep, images, images.detach())
+
+    return change
+
+
+def rounded(images):
+    return (images * 31).round() / 31
+
+
+def rounded_with_a_gradient(images):
+    """As BPDA attacks such models."""
+    return images + (rounded(images) - images).detach()
+
+
+class DetachedBranch(Network):
+    def forward(self, images):
+        return self.layers(images) + 3 * self.layers(images.flip(3)).detach()
+
+
+class NoFloat64(Network):
+    def forward(self, images):
+        return super().forward(images.float())
+
+
+class Noisy(Network):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + torch.randn_like(logits)
+
+
+@pytest.fixture
+def found():
+    def run(model, spec=PGD):
+        model.eval()
+        images = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+        images[:2] = images[:2].round()  # at the ends of the box
+        with frozen(model):
+            labels = model(images).argmax(1)
+            subject = Subject(Judge(model, 5, 5), images, labels, [str(i) for i in range(12)], (SimpleNamespace(spec=spec),), None, "f" * 16)
+            return list(check_finite_differences(subject))
+
+    return run
+
+
+@pytest.mark.parametrize("change", [lambda images: images, lambda images: (images - 0.4) / 0.2, lambda images: 1e-4 * images], ids=["as it is", "normalised", "small"])
+def test_the_models_own_gradient_passes(found, change):
+    (result,) = found(Network(change))
+    assert result.passed is True and "of 0 of 8 images changes otherwise" in result.detail
+
+
+@pytest.mark.parametrize("model", [Network(part(0.25)), Network(part(0.6)), DetachedBranch()], ids=["quarter", "most", "branch"])
+def test_a_part_of_the_gradient_fails(found, model):
+    (result,) = found(model)
+    assert result.passed is False and "a gradient that is not the model's, or a part of it" in result.detail
+
+
+@pytest.mark.parametrize("model", [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(), Noisy()], ids=["rounded", "bpda", "float32", "noisy"])
+def test_what_has_no_slope_is_not_known(found, model):
+    (result,) = found(model)
+    assert result.passed is None, result.detail
+
+
+def test_attacks_without_gradients_need_none(found):
+    assert found(Network(part(0.25)), SQUARE) == []
