@@ -88,7 +88,7 @@ def test_script_annotates_and_writes_files(step, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("::notice title=Robustness::no fall beyond chance")
     assert (tmp_path / "summary.md").read_text().startswith("### Robustness: passed")
-    assert ElementTree.parse(tmp_path / "r.xml").getroot().get("tests") == "25"
+    assert ElementTree.parse(tmp_path / "r.xml").getroot().get("tests") == "39"
     assert json.loads((tmp_path / "r.json").read_text())["verdict"] == "passed"
 
 

@@ -113,7 +113,7 @@ def test_the_projects_own_gate(run, tmp_path):
     assert max(len(c.gained) for c in result.comparisons) <= 3
     assert time.monotonic() - started < 180
     accuracies = [m.robust_accuracy for m in read_baseline(GATE / "baseline.json").models[0].measurements]
-    assert len(accuracies) == 25 and max(accuracies) > 0.9 and min(accuracies) < 0.1
+    assert len(accuracies) == 39 and max(accuracies) > 0.9 and min(accuracies) < 0.1
 
 
 def test_an_honest_rerun_passes_every_time(run, workplace):
