@@ -146,7 +146,7 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     code, out, err = run("report", tmp_path / "runs", "--out", tmp_path / "summary", cwd=workplace)
     assert code == 0, err
     table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv")
-    assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "worst_case"}
+    assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "fmn", "fmn_l2", "worst_case"}
     assert ((table.robust_accuracy >= 0) & (table.robust_accuracy <= table.clean_accuracy)).all()
     suffixes = {path.suffix for path in (tmp_path / "summary").iterdir()}
     assert suffixes == {".html", ".csv", ".md", ".tex", ".png", ".svg", ".pdf", ".json"}
