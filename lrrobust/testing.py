@@ -78,6 +78,8 @@ def assert_robust(
     module = model.module if isinstance(model, Classifier) else model
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}")
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
     _check(images, labels, at_least)
     specs = load_suite([attack], eps=[eps])
     device = next((p.device for p in [*module.parameters(), *module.buffers()]), images.device)

@@ -101,6 +101,13 @@ def test_labels_of_no_class_are_refused(problem, shift):
         assert_robust(problem.model, problem.images, problem.labels + shift, eps=0.1, at_least=0)
 
 
+def test_a_model_built_in_inference_mode_is_refused(problem):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with pytest.raises(ValueError, match="was built inside torch.inference_mode"):
+        assert_robust(model, problem.images, problem.labels, eps=0.1, at_least=0)
+
+
 def test_inside_inference_mode_it_attacks_as_outside(problem):
     arguments = {"eps": float(problem.nearest("linf").median()), "at_least": 0}
     outside = assert_robust(problem.model, problem.images, problem.labels, **arguments)

@@ -80,8 +80,10 @@ def _project_l2(images: torch.Tensor, delta: torch.Tensor, eps: torch.Tensor) ->
     inner = budget * (1 - torch.finfo(torch.float32).eps)
     delta = delta * (inner / length.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
     projected = (images + delta).to(images)
-    is_outside = l2_length(projected.double() - images) > budget
-    return torch.where(is_outside, _rounded_inwards(projected, images, delta.abs()), projected)
+    is_outside = (l2_length(projected.double() - images) > budget).flatten()
+    if is_outside.any():
+        projected[is_outside] = _rounded_inwards(projected[is_outside], images[is_outside], delta[is_outside].abs())
+    return projected
 
 
 def _rounded_inwards(projected: torch.Tensor, images: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

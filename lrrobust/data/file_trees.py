@@ -44,6 +44,9 @@ SPOOL_MEMORY_BYTES = 1_000_000_000
 #: bound ends the walk where a link leads back to a folder above it.
 _MAX_FOLDER_DEPTH = 5
 
+#: From a link to another, and so on, to a file.
+_MOST_LINKS = 10
+
 #: Of a link in a zip, whose content is the path it points to.
 _LONGEST_PATH = 4096
 
@@ -134,8 +137,8 @@ class FileTree(ABC):
         self.unread: Counter[tuple[str, str]] = Counter()
         self._suffixes = tuple(suffixes)
         self._names: set[str] = set()
-        #: Names of links, as the archive has them, with the cleaned names of what they point to.
-        self._links: dict[str, str] = {}
+        #: By the cleaned name of a link, that which the archive has, and the cleaned name of what it points to.
+        self._links: dict[str, tuple[str, str | None]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -171,24 +174,34 @@ class FileTree(ABC):
         self._names.add(name)
         return name
 
-    def _note_link(self, raw_name: str, target: str) -> None:
-        self._links[raw_name] = posixpath.normpath(target)
+    def _note_link(self, raw_name: str, target: str | None) -> None:
+        """Of a link and what it points to, from the root of the archive; None: nobody knows."""
+        self._links[posixpath.normpath(raw_name)] = raw_name, target and posixpath.normpath(target)
 
     def _follow_links(self, places: dict[str, Place]) -> None:
         """Gives links that lead to files of this archive the places of these; the others are passed over, aloud.
 
         Data sets are packed with links in them, and hold the same images in an archive as in the folder.
         """
-        waiting = self._links
-        while found := {raw: target for raw, target in waiting.items() if target in places}:
-            for raw, target in found.items():
-                if (name := self._admit(raw)) is not None:
-                    places[name] = places[target]
-            waiting = {raw: target for raw, target in waiting.items() if raw not in found}
-        self.ignored_count += len(waiting)
-        lost = [raw for raw in waiting if raw.lower().endswith(self._suffixes)]
-        if lost:
-            _log.warning("%s: passed over %d links to what is not in it, such as %r", self.path, len(lost), lost[0])
+        lost = []
+        for link, (raw_name, target) in self._links.items():
+            way = [link]
+            while target in self._links and target not in places and target not in way[:_MOST_LINKS]:
+                way.append(target)
+                target = self._links[target][1] if len(way) <= _MOST_LINKS else None
+            # tar writes what it was told to pack twice as a link to itself.
+            if target in places and link not in places and self._admit(raw_name) is not None:
+                places[link] = places[target]
+            elif target not in places:
+                lost.append(raw_name)
+        self.ignored_count += len(lost)
+        # Of a folder, or an image.
+        said = [name for name in lost if name.lower().endswith(self._suffixes) or "." not in posixpath.basename(name)]
+        if said:
+            _log.warning(
+                "%s: passed over %d links, such as %r: they lead to folders, to what is no image, or out of it; pack the files themselves",
+                self.path, len(said), said[0],
+            )
 
     def _check_size(self, name: str, size_bytes: int) -> None:
         if size_bytes > MAX_MEMBER_BYTES:
@@ -240,18 +253,18 @@ class ZipTree(FileTree):
                 continue
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind == stat.S_IFLNK and info.file_size < _LONGEST_PATH:
-                self._note_link(info.filename, posixpath.join(posixpath.dirname(info.filename), self._target_of(info)))
+                self._note_link(info.filename, self._target_of(info))
             elif kind not in (0, stat.S_IFREG):  # 0: the zip was written where files have no such bits
                 self.ignored_count += 1
             elif (name := self._admit(info.filename)) is not None:
                 self._members[name] = info
         self._follow_links(self._members)
 
-    def _target_of(self, link: zipfile.ZipInfo) -> str:
+    def _target_of(self, link: zipfile.ZipInfo) -> str | None:
         try:
-            return self._zip.read(link).decode()
-        except (OSError, *_DAMAGE, UnicodeDecodeError, RuntimeError) as error:
-            raise _damaged_archive(self.path, error) from error
+            return posixpath.join(posixpath.dirname(link.filename), self._zip.read(link).decode())
+        except (OSError, *_DAMAGE, UnicodeDecodeError, RuntimeError, NotImplementedError):
+            return None
 
     def read(self, name: str) -> bytes:
         info = self._members[name]

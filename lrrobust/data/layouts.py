@@ -79,11 +79,13 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
             continue
         folder, file = posixpath.split(name)
         is_class = beside.are_classes(folder)
-        if posixpath.basename(folder) == _IMAGES and not is_class:
-            folder = posixpath.dirname(folder)
-            if folder in annotations and file in annotations[folder]:
-                groups[folder].append((annotations[folder][file], name))
+        if posixpath.basename(folder) == _IMAGES:
+            above = posixpath.dirname(folder)
+            if above in annotations and file in annotations[above]:
+                groups[above].append((annotations[above][file], name))
                 continue
+            if not is_class:
+                folder = above
         above, wnid = posixpath.split(folder)
         if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
             groups[folder].append((None, name))

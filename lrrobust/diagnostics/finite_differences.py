@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -44,17 +45,14 @@ def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
     points, directions = _draw(subject, count)
     labels = subject.labels[:count].cpu()
     size = subject.judge.batch_size
-
-    def losses(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        parts = zip(images.split(size), labels.split(size), strict=True)
-        return torch.cat([log_odds(network(some), their_labels) for some, their_labels in parts])
-
     try:
         with exact_model(subject.judge.model) as network:
-            promised = _promised(lambda images: losses(network, images), points, directions)
-            found = [_slopes(lambda images: losses(network, images), points, directions, length) for length in LENGTHS]
+            losses = _Losses(network, labels, size)
+            promised = losses.promised(points, directions)
+            found = [losses.slopes(points, directions, length) for length in LENGTHS]
     except Exception as error:
-        if is_out_of_memory(error):
+        # Fewer images at a time may fit.
+        if is_out_of_memory(error) and size > 1:
             raise
         # Whatever a network of other people does when it is cast is no failure of an attack.
         detail = f"{explain_no_float64(error)}, so whether gradients are the model's is not known."
@@ -74,7 +72,7 @@ def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
     if passed is False:
         detail += ": attacks follow a gradient that is not the model's, or a part of it, and what they leave standing shows little"
     elif passed is None:
-        detail += f"; of {len(labels)} images the others have no slope to compare with, so whether gradients lead anywhere is left to other checks"
+        detail += f"; of {len(labels)} images no more have a slope to compare with, and {FEWEST} are needed: it is left to other checks"
     yield Diagnostic(name="finite_differences", passed=passed, detail=f"{detail}.")
 
 
@@ -89,18 +87,34 @@ def _draw(subject: Subject, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(points), torch.stack(directions).double()
 
 
-def _promised(
-    losses: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor, directions: torch.Tensor
-) -> torch.Tensor:
-    """Slopes along the directions by the gradient, (N,)."""
-    with torch.enable_grad():
-        leaf = points.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(losses(leaf).sum(), leaf)
-    return (directions * gradient).flatten(1).sum(1)
+@dataclass(frozen=True)
+class _Losses:
+    """The loss of images (N, 3, H, W) under a network in float64, `size` images at a time."""
 
+    network: nn.Module
+    labels: torch.Tensor
+    size: int
 
-def _slopes(
-    losses: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor, directions: torch.Tensor, length: float
-) -> torch.Tensor:
-    """The same by central differences."""
-    return (losses(points + length * directions) - losses(points - length * directions)) / (2 * length)
+    def promised(self, points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """Slopes along the directions by the gradient, (N,)."""
+        gradients = []
+        for some, labels in zip(points.split(self.size), self.labels.split(self.size), strict=True):
+            with torch.enable_grad():
+                leaf = some.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self._of(leaf, labels).sum(), leaf)
+            gradients.append(gradient)
+        return (directions * torch.cat(gradients)).flatten(1).sum(1)
+
+    def slopes(self, points: torch.Tensor, directions: torch.Tensor, length: float) -> torch.Tensor:
+        """The same by central differences."""
+        return (self._at(points + length * directions) - self._at(points - length * directions)) / (2 * length)
+
+    def _at(self, points: torch.Tensor) -> torch.Tensor:
+        parts = zip(points.split(self.size), self.labels.split(self.size), strict=True)
+        return torch.cat([self._of(some, labels) for some, labels in parts])
+
+    def _of(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.network(images)
+        if logits.dtype != torch.float64:
+            raise TypeError(f"it answers in {logits.dtype} all the same, which hides differences so small".replace("torch.", ""))
+        return log_odds(logits, labels)

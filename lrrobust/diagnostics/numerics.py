@@ -15,7 +15,7 @@ from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.errors import BackendWarning
-from lrrobust.evaluation.judge import Judge, call_model, largest
+from lrrobust.evaluation.judge import Judge, call_model, gap, largest
 from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE
 from lrrobust.frozen import frozen
 
@@ -32,7 +32,7 @@ def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
     """Whether the logits of the same images in the same batch are the same, up to rounding of a parallel sum."""
     images = subject.images[: subject.judge.batch_size]
     first = call_model(subject.judge.model, images)
-    difference = max(float((call_model(subject.judge.model, images) - first).abs().max()) for _ in range(FORWARDS - 1))
+    difference = max(gap(call_model(subject.judge.model, images), first) for _ in range(FORWARDS - 1))
     passed = difference <= RANDOMISED_TOLERANCE * largest(first)
     detail = f"In {FORWARDS} forward passes the logits of {len(images)} images differ by at most {difference:.2g}"
     detail += "" if passed else ": the model is randomised, and attacks that do not average over that overstate its robustness"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import call_model, largest
+from lrrobust.evaluation.judge import call_model, gap, largest
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +39,7 @@ class Constancy:
                     "results of several models cannot be mixed, so the last was not stored; write nothing to "
                     "parameters and buffers inside forward"
                 )
-        difference = (self._predict() - self._logits).abs().max().item()
+        difference = gap(self._predict(), self._logits)
         # Written so that NaN counts as a change.
         if not difference <= self._tolerance * self._scale:
             raise ModelError(

@@ -154,9 +154,21 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
         raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
 
 
+#: Logits of an image that decide its class and how surely; others may be -1e9, as of classes that are masked.
+_LEADING = 3
+
+
 def largest(logits: torch.Tensor) -> float:
-    """The size of the largest logit: what differences of logits are compared with, since any scale of them is as good."""
-    return max(float(logits.abs().max()), torch.finfo(logits.dtype).tiny)
+    """The size of the largest leading logit: what differences of logits are compared with, since any scale of them is as good."""
+    leading = logits.topk(min(_LEADING, logits.shape[1]), dim=1).values
+    return max(float(leading.abs().max()), torch.finfo(logits.dtype).tiny)
+
+
+def gap(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference of two answers to the same images, among the leading logits of either."""
+    count = min(_LEADING, logits.shape[1])
+    places = torch.cat([each.topk(count, dim=1).indices for each in (logits, others)], 1)
+    return float((logits - others).gather(1, places).abs().max())
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import call_model, check_logits, largest
+from lrrobust.evaluation.judge import call_model, check_logits, gap, largest
 from lrrobust.out_of_memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ def check_model(
         found["probabilities"] = "instead of logits: attacks are weakened"
     scale = largest(before)
     repeated = [_predict(model, few.clone(), num_classes) for _ in range(_FORWARDS - 1)]
-    difference = max(_gap(again, before) for again in repeated)
+    difference = max(gap(again, before) for again in repeated)
     # With a gradient wanted some layers compute another way, to the same up to rounding.
-    with_gradient = _gap(attacked, before)
+    with_gradient = gap(attacked, before)
     if difference > RANDOMISED_TOLERANCE * scale or with_gradient > BATCH_TOLERANCE * scale:
         difference = max(difference, with_gradient)
         _log.warning(
@@ -77,8 +77,8 @@ def check_model(
         found["randomised"] = "yes: robustness is overstated"
     half = -(-len(few) // 2)
     apart = max(
-        _gap(_predict(model, few[:half].clone(), num_classes), before[:half]),
-        _gap(_predict(model, few.flip(0), num_classes), before.flip(0)),
+        gap(_predict(model, few[:half].clone(), num_classes), before[:half]),
+        gap(_predict(model, few.flip(0), num_classes), before.flip(0)),
     )
     if apart > max(BATCH_TOLERANCE * scale, _BEYOND_RANDOM * difference):
         raise ModelError(
@@ -110,7 +110,7 @@ def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: i
                 # Enabled anew: some models leave it off.
                 with torch.enable_grad():
                     (gradient,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
-            except RuntimeError as error:
+            except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 reason = " ".join(str(error).split())[:200]
@@ -121,10 +121,6 @@ def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: i
             "gradient attacks cannot judge it"
         )
     return logits.detach()
-
-
-def _gap(logits: torch.Tensor, others: torch.Tensor) -> float:
-    return float((logits - others).abs().max())
 
 
 def _are_probabilities(logits: torch.Tensor) -> bool:

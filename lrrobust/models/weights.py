@@ -312,6 +312,10 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not _is_state(content) and isinstance(content, dict):
         # Beside the optimiser's state and such; whatever its key, there must be no second one to choose from, as of averages.
         states = [key for key, value in content.items() if _is_state(value)]
+        usual = next((key for key in ("state_dict", "model") if key in states), None)
+        if usual is not None:
+            # What has names of its own, such as means and deviations, is no other state of the network.
+            states = [key for key in states if key == usual or _bare(content[key]) & _bare(content[usual])]
         if len(states) > 1:
             raise WeightsError(f"{path} holds several state dicts ({', '.join(map(str, states))}): save the one that is meant alone")
         if states:
@@ -321,6 +325,10 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()")
     # DistributedDataParallel prefixes every key.
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def _bare(state: Mapping[str, torch.Tensor]) -> set[str]:
+    return {key.removeprefix("module.") for key in state}
 
 
 def _is_state(content: object) -> bool:

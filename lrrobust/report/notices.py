@@ -20,10 +20,13 @@ def warnings_of(run: Run) -> list[str]:
 
 def warnings_with_rejections(run: Run) -> list[str]:
     """The same, and which attacks proposed nothing that counts, of which a verdict bears a few."""
-    rows = run.rows[(run.rows["outcome"] == "rejected").to_numpy(bool)]
+    rows = run.rows.assign(is_rejected=run.rows["outcome"] == "rejected")
+    of_images = rows.groupby(["attack", "index"], observed=True, sort=False)[["is_rejected", "is_broken"]].any()
+    left = of_images["is_rejected"] & ~of_images["is_broken"]
     return warnings_of(run) + [
-        f"for {count} images {attack} proposed nothing inside ball and box: they count as robust, and may not be"
-        for attack, count in rows.groupby("attack", observed=True, sort=False)["index"].nunique().items()
+        f"for {count} images {attack} last proposed something outside of ball or box: they count as robust, and may not be"
+        for attack, count in left.groupby("attack", observed=True, sort=False).sum().items()
+        if count
     ]
 
 

@@ -102,6 +102,12 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path, container, pack, encode, 
     assert sorted(source.wnids) == sorted(["apple", "bus", name]) and source.ignored_count == 0
 
 
+def test_annotated_images_stay_annotated_beside_other_folders(tmp_path, container, pack, pets, encode):
+    files = _tiny(pets) | {"tiny-imagenet-200/val/preview/a.png": encode(3, format="PNG")}
+    source = open_dataset(pack(tmp_path / container, files))
+    assert sorted(source.wnids) == ["cat", "cat", "cat", "dog", "dog", "preview"]
+
+
 def test_images_of_imagenet_sorted_into_classes_of_other_names(tmp_path, container, pack, encode):
     files = {f"{number % 2}/ILSVRC2012_val_{number:08d}.JPEG": encode(number) for number in range(1, 5)}
     source = open_dataset(pack(tmp_path / container, files))

@@ -63,6 +63,11 @@ class NoFloat64(Network):
         return super().forward(images.float())
 
 
+class AnswersInFloat32(Network):
+    def forward(self, images):
+        return super().forward(images).float()
+
+
 class Noisy(Network):
     def forward(self, images):
         logits = super().forward(images)
@@ -95,7 +100,10 @@ def test_a_part_of_the_gradient_fails(found, model):
     assert result.passed is False and "a gradient that is not the model's, or a part of it" in result.detail
 
 
-@pytest.mark.parametrize("model", [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(), Noisy()], ids=["rounded", "bpda", "float32", "noisy"])
+@pytest.mark.parametrize(
+    "model", [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(), AnswersInFloat32(), Noisy()],
+    ids=["rounded", "bpda", "float32", "float32 at last", "noisy"],
+)
 def test_what_has_no_slope_is_not_known(found, model):
     (result,) = found(model)
     assert result.passed is None, result.detail

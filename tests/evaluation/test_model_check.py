@@ -92,6 +92,22 @@ def test_logits_that_depend_on_the_batch_are_refused_at_any_scale(linear_problem
         check_model(model, 3, IMAGES)
 
 
+def test_masked_classes_hide_no_randomness():
+    classes = 40
+
+    class Masked(nn.Module):
+        def __init__(self, noise):
+            super().__init__()
+            self.noise = noise
+
+        def forward(self, images):
+            logits = images.flatten(1)[:, :classes] + self.noise * torch.randn(len(images), classes)
+            return logits.index_fill(1, torch.arange(10, classes), -1e9)
+
+    assert "randomised" in check_model(Masked(1.0), classes, IMAGES)
+    assert check_model(Masked(0.0), classes, IMAGES) == {}
+
+
 @pytest.mark.parametrize("scale", [1e3, 1.0, 1e-7])
 def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
     assert "randomised" in check(lambda logits: scale * (logits + torch.randn(logits.shape)))
@@ -150,7 +166,7 @@ class Failing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        raise RuntimeError("no kernel for\nbackward")
+        raise ValueError("no kernel for\nbackward")
 
 
 def test_a_backward_pass_that_fails_is_one_line(check):

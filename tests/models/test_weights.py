@@ -263,6 +263,8 @@ def test_a_state_beside_other_things_whatever_its_name(tmp_path, state):
     torch.save({"model": dict(state), "model_ema": dict(state)}, path)
     with pytest.raises(WeightsError, match=r"holds several state dicts \(model, model_ema\)"):
         read_weights(path)
+    torch.save({"model": dict(state), "normalize": {"mean": torch.zeros(3), "std": torch.ones(3)}}, path)
+    torch.testing.assert_close(read_weights(path)[0], dict(state), rtol=0, atol=0)
     torch.save({"acc": 0.9, "epoch": 3}, path)
     with pytest.raises(WeightsError, match=r"holds no state dict: .*, found acc, epoch; save"):
         read_weights(path)

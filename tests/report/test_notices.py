@@ -16,7 +16,7 @@ def test_says_which_attacks_proposed_nothing_that_counts(make_run):
     rows["outcome"] = rows["outcome"].astype(str)
     rows.loc[(rows["attack"] == "pgd") & (rows["outcome"] == "robust"), "outcome"] = "rejected"
     count = rows[rows["outcome"] == "rejected"]["index"].nunique()
-    said = [f"for {count} images pgd proposed nothing inside ball and box: they count as robust, and may not be"]
+    said = [f"for {count} images pgd last proposed something outside of ball or box: they count as robust, and may not be"]
     assert count > 1 and warnings_with_rejections(replace(run, rows=rows)) == said
     assert warnings_of(replace(run, rows=rows)) == []
 
