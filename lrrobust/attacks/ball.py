@@ -80,9 +80,10 @@ def _project_l2(images: torch.Tensor, delta: torch.Tensor, eps: torch.Tensor) ->
     inner = budget * (1 - torch.finfo(torch.float32).eps)
     delta = delta * (inner / length.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
     projected = (images + delta).to(images)
-    is_outside = (l2_length(projected.double() - images) > budget).flatten()
-    if is_outside.any():
-        projected[is_outside] = _rounded_inwards(projected[is_outside], images[is_outside], delta[is_outside].abs())
+    is_outside = l2_length(projected.double() - images) > budget
+    # Rarely so, and on a GPU asking takes longer than rounding.
+    if is_outside.is_cuda or is_outside.any():
+        projected = torch.where(is_outside, _rounded_inwards(projected, images, delta.abs()), projected)
     return projected
 
 

@@ -44,7 +44,7 @@ SPOOL_MEMORY_BYTES = 1_000_000_000
 #: bound ends the walk where a link leads back to a folder above it.
 _MAX_FOLDER_DEPTH = 5
 
-#: From a link to another, and so on, to a file.
+#: That one after the other may lead to a file: some lead in a circle.
 _MOST_LINKS = 10
 
 #: Of a link in a zip, whose content is the path it points to.
@@ -185,10 +185,10 @@ class FileTree(ABC):
         """
         lost = []
         for link, (raw_name, target) in self._links.items():
-            way = [link]
-            while target in self._links and target not in places and target not in way[:_MOST_LINKS]:
-                way.append(target)
-                target = self._links[target][1] if len(way) <= _MOST_LINKS else None
+            for _ in range(_MOST_LINKS):
+                if target in places or target not in self._links:
+                    break
+                target = self._links[target][1]
             # tar writes what it was told to pack twice as a link to itself.
             if target in places and link not in places and self._admit(raw_name) is not None:
                 places[link] = places[target]
@@ -263,7 +263,7 @@ class ZipTree(FileTree):
     def _target_of(self, link: zipfile.ZipInfo) -> str | None:
         try:
             return posixpath.join(posixpath.dirname(link.filename), self._zip.read(link).decode())
-        except (OSError, *_DAMAGE, UnicodeDecodeError, RuntimeError, NotImplementedError):
+        except (OSError, *_DAMAGE, UnicodeDecodeError, RuntimeError):
             return None
 
     def read(self, name: str) -> bytes:

@@ -20,8 +20,10 @@ def warnings_of(run: Run) -> list[str]:
 
 def warnings_with_rejections(run: Run) -> list[str]:
     """The same, and which attacks proposed nothing that counts, of which a verdict bears a few."""
-    rows = run.rows.assign(is_rejected=run.rows["outcome"] == "rejected")
-    of_images = rows.groupby(["attack", "index"], observed=True, sort=False)[["is_rejected", "is_broken"]].any()
+    is_rejected = run.rows["outcome"] == "rejected"
+    if not is_rejected.any():
+        return warnings_of(run)
+    of_images = run.rows.assign(is_rejected=is_rejected).groupby(["attack", "index"], observed=True, sort=False)[["is_rejected", "is_broken"]].any()
     left = of_images["is_rejected"] & ~of_images["is_broken"]
     return warnings_of(run) + [
         f"for {count} images {attack} last proposed something outside of ball or box: they count as robust, and may not be"

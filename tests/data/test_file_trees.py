@@ -63,6 +63,13 @@ def _link(name, target, kind):
     return member
 
 
+def _zip_link(name):
+    link = zipfile.ZipInfo(name)
+    link.create_system = 3
+    link.external_attr = 0o120777 << 16
+    return link
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
 def test_links_within_a_tar_are_followed(tmp_path, suffix, caplog):
     with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
@@ -108,15 +115,9 @@ def test_long_chains_of_links_end(tmp_path, caplog):
 
 def test_links_within_a_zip_are_followed(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        link = zipfile.ZipInfo("b/link.jpg")
-        link.create_system = 3
-        link.external_attr = 0o120777 << 16
-        archive.writestr(link, "../a/1.jpg")
+        archive.writestr(_zip_link("b/link.jpg"), "../a/1.jpg")
         archive.writestr("a/1.jpg", b"good")
-        odd = zipfile.ZipInfo("b/odd.jpg")
-        odd.create_system = 3
-        odd.external_attr = 0o120777 << 16
-        archive.writestr(odd, b"../caf\xe9")
+        archive.writestr(_zip_link("b/odd.jpg"), b"../caf\xe9")
     tree = _open(tmp_path / "x.zip")
     assert tree.ignored_count == 1
     assert (tree.names, tree.read("b/link.jpg")) == (["a/1.jpg", "b/link.jpg"], b"good")
@@ -132,10 +133,7 @@ def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack_zip):
 
 def test_links_in_a_zip_are_passed_over(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        link = zipfile.ZipInfo("a/link.jpg")
-        link.create_system = 3
-        link.external_attr = 0o120777 << 16
-        archive.writestr(link, "/etc/passwd")
+        archive.writestr(_zip_link("a/link.jpg"), "/etc/passwd")
         archive.writestr("a/1.jpg", b"good")
     tree = _open(tmp_path / "x.zip")
     assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
