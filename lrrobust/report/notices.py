@@ -23,7 +23,8 @@ def warnings_with_rejections(run: Run) -> list[str]:
     is_rejected = run.rows["outcome"] == "rejected"
     if not is_rejected.any():
         return warnings_of(run)
-    of_images = run.rows.assign(is_rejected=is_rejected).groupby(["attack", "index"], observed=True, sort=False)[["is_rejected", "is_broken"]].any()
+    by_image = run.rows.assign(is_rejected=is_rejected).groupby(["attack", "index"], observed=True, sort=False)
+    of_images = by_image[["is_rejected", "is_broken"]].any()
     left = of_images["is_rejected"] & ~of_images["is_broken"]
     return warnings_of(run) + [
         f"for {count} images {attack} last proposed something outside of ball or box: they count as robust, and may not be"
