@@ -41,10 +41,10 @@ if [ -n "${WITH_AUTOATTACK:-}" ]; then
         --runs "$RUNS/val_a" --out "$OUT/crosscheck"
 fi
 
-# Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence).
+# Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence), but would be most of their page's size.
 lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
 if [ -n "$COSTLY" ]; then lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive" --no-gallery; fi
-lrrobust report "$RUNS/photos" --out "$OUT/photos"
+lrrobust report "$RUNS/photos" --out "$OUT/photos" --no-gallery
 
 # What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone, and of
 # adaptive/ the table.
