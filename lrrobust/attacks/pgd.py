@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lrrobust.attacks.ball import l1_direction, l2_length, project, sparse_unit, unit
-from lrrobust.attacks.losses import log_odds
+from lrrobust.attacks.losses import lead_of, log_odds, margin
 from lrrobust.attacks.targets import Target, choose_targets, with_the_choice
 from lrrobust.threat import Norm
+
+#: What is climbed: "ce" the cross-entropy, "margin" the lead of the nearest other class.
+PgdLoss = Literal["ce", "margin"]
 
 #: Told of proposals: their rows among the attacked images, the proposals (M, C, H, W), the budget of each,
 #: and whether each is the last of its start. Says which images are broken within these budgets, and for good.
@@ -51,6 +55,7 @@ def pgd(
     batch_size: int,
     claim: Claim,
     draw: Draw,
+    loss: PgdLoss = "ce",
     target: Target = "none",
     targets: int = 1,
     sparsity: float = 0.01,
@@ -66,11 +71,12 @@ def pgd(
     leaves the batch and is attacked at no larger budget; its place goes to the next image that waits,
     which may stand at another budget.
 
-    The loss is log sum_{k != y} exp(z_k) - z_y. Its gradient is that of the cross-entropy divided by
+    The loss "ce" is log sum_{k != y} exp(z_k) - z_y. Its gradient is that of the cross-entropy divided by
     1 - p_y, which sign and length take no notice of; but it does not vanish where the label's
-    probability p_y rounds to 1, as the cross-entropy does on confident models.
+    probability p_y rounds to 1, as the cross-entropy does on confident models. Where logits are small, all other classes
+    share in it, and it leads away from their mean; "margin", max_{k != y} z_k - z_y, leads to the nearest whatever their scale.
 
-    With a target the loss is log p_t / (1 - p_t) instead, which rises as the target's probability does. The
+    With a target t "ce" is log p_t / (1 - p_t) instead, which rises as the target's probability does, and "margin" z_t - z_y. The
     target is where the search goes, not what it is asked for: an image is broken by any class but its own.
 
     Random starts are those of torchattacks: uniform in the linf ball; in l2 of a uniform direction and a uniform share
@@ -88,6 +94,7 @@ def pgd(
         batch_size: images passed through the model at once.
         claim: judges; may be asked about any number of images up to `batch_size` at once, each once.
         draw: for random starts, and random targets.
+        loss: "ce" or "margin", see above.
         target: "none", or which class to go to, see `lrrobust.attacks.targets`.
         targets: how many "top_k" makes `restarts` starts for each; without effect on others.
         sparsity: share of the values that a step in l1 changes; without effect in other norms.
@@ -106,7 +113,8 @@ def pgd(
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, section 2.1; l1: Tramer
     and Boneh, Adversarial Training and Robustness for Multiple Perturbations, 2019, section 2.2; targets: Kurakin et
-    al., Adversarial Machine Learning at Scale, 2017, section 3.
+    al., Adversarial Machine Learning at Scale, 2017, section 3; margin: Carlini and Wagner, Towards Evaluating the
+    Robustness of Neural Networks, 2017, section V.A, objective f6, climbed by PGD in Madry et al., table 2.
     """
     passes = torch.zeros(len(ladder), len(images), dtype=torch.int64)
     first = next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
@@ -194,7 +202,7 @@ def pgd(
         length = images.new_tensor([step_size_ratio * budget / steps for budget in budgets])[:, None, None, None]
         iterates = torch.stack([climb.iterate for climb in active])
         aims = None if classes is None else torch.tensor([climb.target for climb in active], device=images.device)
-        logits, gradient = _evaluate(model, iterates, labels[rows], aims, precision)
+        logits, gradient = _evaluate(model, iterates, labels[rows], aims, loss, precision)
         direction = sparse_unit(gradient, iterates, sparsity) if norm == "l1" else unit(gradient, norm)
         stepped = project(images[rows], iterates + length * direction, eps, norm)
         is_candidate = (logits.argmax(1) != labels[rows]) & logits.isfinite().all(1)
@@ -269,12 +277,15 @@ def _judge(
 
 
 def _evaluate(
-    model: nn.Module, iterates: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor | None, precision: str
+    model: nn.Module, iterates: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor | None, loss: PgdLoss, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward and backward: logits (n, K) and the gradient of the loss by the iterates."""
     iterates = iterates.detach().requires_grad_()
     with torch.autocast(iterates.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(iterates)
-    losses = log_odds(logits, labels) if aims is None else -log_odds(logits, aims)
+    if loss == "ce":
+        losses = log_odds(logits, labels) if aims is None else -log_odds(logits, aims)
+    else:
+        losses = margin(logits, labels) if aims is None else lead_of(logits, aims, labels)
     (gradient,) = torch.autograd.grad(losses.sum(), iterates)
     return logits.detach(), gradient

@@ -82,7 +82,7 @@ class FgsmSpec(_Spec):
 
 
 class PgdSpec(_Spec):
-    """Projected gradient descent along the gradient of the cross-entropy.
+    """Projected gradient descent along the gradient of the cross-entropy, or of the margin.
 
     With a target the search goes towards that class, where the loss of other attacks may be flat; what counts does not
     change: an image is broken when it is taken for any class but its own.
@@ -93,6 +93,8 @@ class PgdSpec(_Spec):
         random_start: start at a random point of the ball instead of at the image.
         restarts: independent runs; only useful with a random start or target.
         precision: "bf16" runs the model under autocast to bfloat16, forward and backward.
+        loss: "ce", the cross-entropy, or "margin", the lead of the nearest other class, which the scale of the logits
+            does not matter to.
         target: "none", "random", "least_likely", "top_k", or the number of a class; see `lrrobust.attacks.targets`.
         targets: how many classes "top_k" tries, each with `restarts` starts, K - 1 at most; without effect on others.
         sparsity: share of the values that a step in l1 changes; without effect in other norms.
@@ -111,6 +113,7 @@ class PgdSpec(_Spec):
     random_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
     precision: Precision = "float32"
+    loss: Literal["ce", "margin"] = "ce"
     target: Literal["none", "random", "least_likely", "top_k"] | Annotated[int, Field(ge=0)] = "none"
     targets: Annotated[int, Field(ge=1)] = 9
     sparsity: Annotated[float, Field(gt=0, le=1)] = 0.01

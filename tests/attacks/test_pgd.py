@@ -104,6 +104,26 @@ def test_confident_models_are_attacked_as_well_as_others(norm, trained, attack_w
     assert ((~confident).float().mean(1) <= (~plain).float().mean(1) + 0.02).all()
 
 
+class Scaled(nn.Module):
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, images):
+        return self.scale * self.model(images)
+
+
+@NORMS
+def test_on_the_margin_the_scale_of_logits_does_not_matter(norm, trained, attack_with):
+    model, images, labels = trained[0], trained[1][:120], trained[2][:120]
+    plain = (~attack_with(pgd(norm), model, images, labels).is_broken).float().mean(1)
+    small = Scaled(model, 1e-3)
+    by_margin = (~attack_with(pgd(norm, loss="margin"), small, images, labels).is_broken).float().mean(1)
+    by_cross_entropy = (~attack_with(pgd(norm), small, images, labels).is_broken).float().mean(1)
+    assert (by_margin <= plain + 0.03).all()
+    assert by_cross_entropy.sum() > by_margin.sum() + 0.03
+
+
 class Flat(nn.Module):
     """Wrong on an image if its mean is above a threshold; the gradient is zero, so starts stay what they are."""
 
@@ -346,10 +366,11 @@ class Fixed(nn.Module):
         return images.flatten(1)[:, :4] * 1e-3 + torch.tensor([4.0, 3.0, 2.0, 1.0])
 
 
+@pytest.mark.parametrize("loss", ["ce", "margin"])
 @TARGETS
-def test_a_target_is_where_the_search_goes(target, attack_with):
+def test_a_target_is_where_the_search_goes(target, loss, attack_with):
     images, labels = torch.full((6, 3, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
-    settings = {"targets": 2, "steps": 3, "random_start": False, "target": target}
+    settings = {"targets": 2, "steps": 3, "random_start": False, "target": target, "loss": loss}
     attacked = attack_with(pgd("linf", 0.1, 0.2, **settings), Fixed(), images, labels)
     starts = 2 if target == "top_k" else 1
     # What was proposed last went up for the target, and down for all others.

@@ -133,6 +133,7 @@ RESOLVED = {
         "random_start": True,
         "restarts": 1,
         "precision": "float32",
+        "loss": "ce",
         "target": "none",
         "targets": 9,
         "sparsity": 0.01,
