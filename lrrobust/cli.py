@@ -1,7 +1,7 @@
 """The command line: parse, call, say what came of it, choose the exit code.
 
 Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the
-message explains, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
+message explains, 70 a defect, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP, 141 nobody reads standard output.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 
@@ -11,11 +11,12 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 _UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 
 
+#: Commands that find again what they had finished.
+_RESUMABLE = ("eval", "train")
+
+#: Exit codes of what ends a command from outside, as shells number them, and of a defect (EX_SOFTWARE of sysexits.h).
+_BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
+_DEFECT = 70
+
+
 class _Interrupted(Exception):
     """Ctrl-C or a signal that ends, under a name that typer does not handle in its own way; says what it leaves."""
 
@@ -50,7 +59,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as cause:
-            raise _Interrupted(cause, "what was finished is kept, the same command goes on from there") from None
+            leaves = "what was finished is kept, the same command goes on from there"
+            raise _Interrupted(cause, leaves if ctx.invoked_subcommand in _RESUMABLE else None) from None
         except SystemExit as done:
             # No command ends so. With its exit code somebody else's code would speak for what was not done.
             raise LrRobustError(
@@ -356,8 +366,9 @@ def check(
     result = None
     with _fresh_folder(out) as folder:
         if run:
-            if model or weights or dataset:
-                raise ConfigError("--run compares a run that is there: leave out --model, --weights and --dataset")
+            if model or weights or dataset or out or device != "auto":
+                others = "--model, --weights, --dataset, --device and --out"
+                raise ConfigError(f"--run compares a run that is there, and evaluates nothing: leave out {others}")
             runs = [load_run(path) for path in run]
         else:
             from lrrobust.run import EvaluationRequest
@@ -735,7 +746,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         # Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends.
         sys.stdout = open(os.devnull, "w")
-        return 1
+        return _BROKEN_PIPE
     except OSError as error:
         # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
         where = f" {error.filename}" if error.filename is not None else ""
@@ -751,7 +762,9 @@ def run(arguments: list[str]) -> int:
         from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
         if not is_out_of_memory(error):
-            raise
+            traceback.print_exc()
+            print("error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept", file=sys.stderr)
+            return _DEFECT
         print(
             f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "
             "give a smaller --batch-size where the command has one, fewer or smaller images, or another device",
@@ -772,12 +785,31 @@ def _explain_usage(error: _UsageError) -> str:
     return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
 
 
+class _Unheard:
+    """Standard error that may stop being read, or fill its disk: what is said there decides nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main() -> None:
     """Entry point of the console script."""
     raise_on_signals()
     settle_process()
     # A closed standard output or error is none at all to Python, and nobody listens: results are in files.
     sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stderr = _Unheard(sys.stderr or open(os.devnull, "w"))
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     sys.exit(run(sys.argv[1:]))

@@ -394,7 +394,7 @@ def print_export(export: Exported) -> None:
     """How many images were written, and where."""
     _notice(f"wrote {len(export.rows)} adversarial images of {export.about['model']['name']} to {export.folder}")
     if not export.about["is_complete"]:
-        _notice("warning: the run is not finished, and these are its images so far: finish it, and export it again")
+        _notice("warning: the run is not finished, or lost some of its images: run its command again, and export it again")
     _notice(f"`lrrobust verify {export.folder} --model ...` reads them back and judges them again")
 
 

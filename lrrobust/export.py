@@ -56,7 +56,7 @@ class Exported:
 
     Attributes:
         about: the manifest's `model`, `surrogate` (None in a white-box run), `dataset` and `fingerprint`; `is_complete`,
-            whether the run was; and `rows_sha256`, a digest of the rows.
+            whether the run was, and none of its images lost; and `rows_sha256`, a digest of the rows.
         rows: of `INDEX_SCHEMA`, in the order of attacks and images.
     """
 
@@ -79,7 +79,9 @@ def export_adversarial(run: Run, folder: Path) -> Exported:
         raise StoreError(f"{run.folder} kept no adversarial images: evaluate again with --save-adversarial")
     folder, rows = Path(folder), []
     clean_hashes: dict[int, str] = {}
+    part_count = 0
     for attack, images in load_adversarial(run):
+        part_count += 1
         for image in images:
             file, clean_file = f"adversarial/{attack}/{image.index:06d}.png", f"clean/{image.index:06d}.png"
             if image.index not in clean_hashes:
@@ -89,7 +91,8 @@ def export_adversarial(run: Run, folder: Path) -> Exported:
             rows.append({"file": file, "clean_file": clean_file, "attack": attack, **fields, **hashes})
     about = {"model": manifest_value(run, "model"), "surrogate": run.manifest.get("surrogate")}
     about |= {"dataset": manifest_value(run, "dataset"), "fingerprint": run.manifest["fingerprint"]}
-    about |= {"is_complete": run.is_complete, "rows_sha256": _rows_sha256(rows)}
+    is_complete = run.is_complete and part_count == len(run.part_metadata)
+    about |= {"is_complete": is_complete, "rows_sha256": _rows_sha256(rows)}
     buffer = pa.BufferOutputStream()
     metadata = {_ABOUT: json.dumps(about).encode()}
     pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata(metadata)), buffer)

@@ -44,6 +44,9 @@ from lrrobust.processes import choose_device
 from lrrobust.provenance import describe_environment
 from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
 
+#: In a batch or chunk: more than any memory holds, and torch counts no further.
+_MOST_IMAGES = 2**31 - 1
+
 _log = logging.getLogger(__name__)
 
 
@@ -220,8 +223,8 @@ def prepare_evaluations(
     if not request.models:
         raise ConfigError("no model to evaluate: name one at least")
     for option, value in (("--chunk-size", request.chunk_size), ("--batch-size", request.batch_size)):
-        if value < 1:
-            raise ConfigError(f"{option} must be at least 1, got {value}")
+        if not 1 <= value <= _MOST_IMAGES:
+            raise ConfigError(f"{option} must be from 1 to {_MOST_IMAGES}, got {value}")
     models = _named_models("--model", request.models, "--weights", request.weights)
     surrogates = _named_models("--surrogate", request.surrogates, "--surrogate-weights", request.surrogate_weights)
     specs = load_suite(

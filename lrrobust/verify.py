@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lrrobust.data.class_lists import composed
 from lrrobust.determinism import deterministic_float32
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
@@ -41,6 +42,10 @@ class Verification:
     as_recorded: int
 
 
+#: Entries of a model's record by which it was asked for.
+_NAMES = {"name": None, "weights": None}
+
+
 def verify_export(
     folder: Path, model: NamedClassifier, device: torch.device, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> tuple[list[Verification], bool]:
@@ -61,11 +66,12 @@ def verify_export(
     """
     export = open_export(folder)
     classifier = model.classifier
-    label_of = {wnid: label for label, wnid in enumerate(classifier.classes)}
-    unknown = sorted({row["wnid"] for row in export.rows} - label_of.keys())
+    label_of = {composed(wnid): label for label, wnid in enumerate(classifier.classes)}
+    unknown = sorted({composed(row["wnid"]) for row in export.rows} - label_of.keys())
     if unknown:
         raise ModelError(f"{model.name} does not know the class {unknown[0]!r} of the images in {folder}")
-    is_same = {**model.record, "weights": None} == {**export.about["model"], "weights": None}
+    # What names it is no part of it: files are renamed.
+    is_same = {**model.record, **_NAMES} == {**export.about["model"], **_NAMES}
     # As in the evaluation, to the last bit: minimal perturbations end at the very boundary.
     module = model.folded.module.to(device)
     judge = Judge(module, len(classifier.classes), batch_size)
@@ -99,7 +105,7 @@ def _judge(
         torch.from_numpy(np.stack([pair[place] for pair in pairs])).to(device).permute(0, 3, 1, 2).contiguous().float() / 255
         for place in (1, 2)
     )
-    labels = torch.tensor([label_of[row["wnid"]] for row in rows], device=device)
+    labels = torch.tensor([label_of[composed(row["wnid"])] for row in rows], device=device)
     keys = [row["file"] for row in rows]
     threat = ThreatModel(rows[0]["norm"], torch.tensor([row["eps"] for row in rows], dtype=torch.float64, device=device))
     is_correct = judge.predict(clean, labels, keys).label == labels

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     },
     "train": {"data", "training", "models", "processes", "provenance", "config_file", "errors"},
     "processes": {"evaluation.task_queue", "config_file", "errors"},
-    "verify": {"run", "evaluation", "export", "threat", "determinism", "frozen", "errors"},
+    "verify": {"run", "evaluation", "export", "data.class_lists", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "norm", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},

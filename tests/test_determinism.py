@@ -86,3 +86,51 @@ def test_random_numbers_of_a_seed_and_of_before():
     assert torch.equal(torch.rand(2), expected)
     with seeded(CPU, 5):
         assert torch.equal(torch.rand(2), inside)
+
+
+_PROCESSORS = """
+import torch
+from lrrobust.determinism import arithmetic_kept, deterministic_float32
+
+def state():
+    mkldnn = torch.backends.mkldnn
+    kinds = [mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision] if hasattr(mkldnn, "matmul") else []
+    try:
+        old = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        old = None
+    return old, kinds, torch.is_autocast_enabled("cpu"), torch.get_default_device()
+
+def is_bf16():
+    mkldnn = torch.backends.mkldnn
+    if hasattr(mkldnn, "matmul"):
+        return "bf16" in (mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision)
+    return torch.get_float32_matmul_precision() == "medium"
+
+asked = {
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16).__enter__(),
+    "device": lambda: torch.set_default_device("meta"),
+}
+if hasattr(torch.backends.mkldnn, "matmul"):
+    asked["matmul"] = lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    asked["conv"] = lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16")
+before = state()
+for name, ask in asked.items():
+    with arithmetic_kept():
+        ask()
+        found = state()
+        assert found != before, name
+        with deterministic_float32():
+            product = torch.ones(2, 2, device="cpu") @ torch.ones(2, 2, device="cpu")
+            assert product.dtype == torch.float32 and not is_bf16(), name
+        assert state() == found, name
+    assert state() == before, (name, state(), before)
+"""
+
+
+def test_products_on_processors_and_autocast_around_are_float32_as_well():
+    # In a process of its own, as above.
+    done = subprocess.run([sys.executable, "-W", "error", "-c", _PROCESSORS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -152,8 +152,8 @@ def test_manifest_says_what_was_asked(request_for):
 @pytest.mark.parametrize(
     ("factories", "options", "error", "message"),
     [
-        (("build",), {"chunk_size": 0}, ConfigError, "--chunk-size must be at least 1, got 0"),
-        (("build",), {"batch_size": 0}, ConfigError, "--batch-size must be at least 1, got 0"),
+        (("build",), {"chunk_size": 0}, ConfigError, "--chunk-size must be from 1 to 2147483647, got 0"),
+        (("build",), {"batch_size": 0}, ConfigError, "--batch-size must be from 1 to 2147483647, got 0"),
         (("build",), {"precision": "fp16"}, ConfigError, "pgd: precision: expected 'float32' or 'bf16', found 'fp16'"),
         (("build",), {"weights": ("a", "b")}, ConfigError, "got 2 for 1 models"),
         (("build",), {"device": "warp"}, ConfigError, "--device 'warp' cannot be used here .only cpu and cuda are supported"),

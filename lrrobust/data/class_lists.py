@@ -6,6 +6,7 @@ happen to be present: a data set with one class missing would otherwise shift ev
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import resources
@@ -49,7 +50,7 @@ def match_classes(
     """Positions of the images whose class has a label, and those labels.
 
     Args:
-        wnids: class of each image.
+        wnids: class of each image; accents may be written in one character or two, as file systems differ there.
         classes: all classes of the model in label order.
         known_classes: if given, only images of these classes are kept as well.
 
@@ -59,15 +60,20 @@ def match_classes(
     Raises:
         DataError: `classes` holds a class twice, which would make its label ambiguous.
     """
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    label_of = {composed(wnid): label for label, wnid in enumerate(classes)}
     if len(label_of) != len(classes):
-        twice = next(wnid for label, wnid in enumerate(classes) if label_of[wnid] != label)
+        twice = next(wnid for label, wnid in enumerate(classes) if label_of[composed(wnid)] != label)
         raise DataError(f"the class list names {twice!r} more than once; give every class one label")
     if known_classes is not None:
-        known = set(known_classes)
+        known = set(map(composed, known_classes))
         label_of = {wnid: label for wnid, label in label_of.items() if wnid in known}
-    positions = [position for position, wnid in enumerate(wnids) if wnid in label_of]
-    return positions, [label_of[wnids[position]] for position in positions]
+    labels = [label_of.get(composed(wnid)) for wnid in wnids]
+    return [position for position, label in enumerate(labels) if label is not None], [label for label in labels if label is not None]
+
+
+def composed(wnid: str) -> str:
+    """The name of a class with accents in one character with their letter, as most but not all programs write them."""
+    return unicodedata.normalize("NFC", wnid)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrrobust.data.class_lists import match_classes
+from lrrobust.data.class_lists import composed, match_classes
 from lrrobust.data.image_source import CorruptImageError, ImageSource
 from lrrobust.data.parallel_map import OnProgress, map_in_order
 from lrrobust.data.preprocessing import Preprocessing
@@ -86,8 +86,8 @@ class EvaluationSet:
 
     def seen_by(self, classes: Sequence[str], preprocessing: Preprocessing) -> EvaluationSet:
         """The same images for another model that knows their classes; nothing is read or checked again."""
-        label_of = {wnid: label for label, wnid in enumerate(classes)}
-        return replace(self, labels=tuple(label_of[wnid] for wnid in self.wnids), _preprocessing=preprocessing)
+        label_of = {composed(wnid): label for label, wnid in enumerate(classes)}
+        return replace(self, labels=tuple(label_of[composed(wnid)] for wnid in self.wnids), _preprocessing=preprocessing)
 
     def record(self) -> dict[str, Any]:
         """What a result has to say about its images, JSON-ready."""
@@ -181,8 +181,8 @@ def build_evaluation_set(
 
 def _unmatched(found: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What either has and the other lacks."""
-    here, there = set(found), set(wanted)
-    return tuple(sorted(here - there)), tuple(name for name in wanted if name not in here)
+    here, there = set(map(composed, found)), set(map(composed, wanted))
+    return tuple(sorted(here - there)), tuple(name for name in wanted if composed(name) not in here)
 
 
 def _no_known_class(source: ImageSource, classes: Sequence[str]) -> str:

@@ -218,10 +218,21 @@ class FolderTree(FileTree):
     def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
         super().__init__(path, suffixes)
         try:
-            for name in _walk(path, "", _MAX_FOLDER_DEPTH):
-                self._admit(name)
+            lost = []
+            for name, is_file in _walk(path, "", _MAX_FOLDER_DEPTH):
+                if is_file:
+                    self._admit(name)
+                else:
+                    self.ignored_count += 1
+                    lost.append(name)
         except OSError as error:
             raise DataError(f"cannot list folder {path}: {error.strerror}: {error.filename!r}") from error
+        said = sorted(name for name in lost if name.lower().endswith(self._suffixes))
+        if said:
+            _log.warning(
+                "%s: passed over %d images that are no files, such as %r: links that lead nowhere, or pipes; mend or remove them",
+                path, len(said), said[0],
+            )
 
     def read(self, name: str) -> bytes:
         try:
@@ -367,14 +378,15 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
     raise DataError(f"{path} is neither a folder nor an archive; archives end in {', '.join(ARCHIVE_SUFFIXES)}")
 
 
-def _walk(root: Path, below: str, depth: int) -> Iterator[str]:
+def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:
+    """What lies in a folder but for folders, and whether it is a file: links may lead nowhere, pipes may never end."""
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.is_dir():
                 if depth > 0 and not entry.name.startswith("."):
                     yield from _walk(root, f"{below}{entry.name}/", depth - 1)
-            elif entry.is_file():
-                yield f"{below}{entry.name}"
+            else:
+                yield f"{below}{entry.name}", entry.is_file()
 
 
 def _regular_members(

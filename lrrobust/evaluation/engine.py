@@ -125,8 +125,9 @@ def evaluate(
             at_hand.check_constancy()
             if examples := make_examples(batch, outcomes, task):
                 store.write_examples(*task.part, examples)
-            if real_pixels == "saved" and (images_kept := make_adversarial_images(batch, outcomes, task)):
-                store.write_adversarial(*task.part, images_kept)
+            if real_pixels == "saved":
+                # Where there are none as well: a file that is not there is one that was lost.
+                store.write_adversarial(*task.part, make_adversarial_images(batch, outcomes, task))
             used = {"batch_size": str(run.judge.batch_size)}
             store.write_part(*task.part, rows_to_table(rows), {**part_metadata, **at_hand.metadata, **used, **met})
             if on_task is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,15 +127,28 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         logits = model(images)
         # Some models (of other runtimes) answer into the same memory every time, and would change what they said before.
         return logits.clone() if isinstance(logits, torch.Tensor) else logits
+    except KeyboardInterrupt:
+        raise
     # With its exit code a model that calls sys.exit would speak for the whole evaluation.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or _place_of(error)
         raise ModelError(
             f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: "
-            f"{reason}{_explain_dtype(model, images)}"
+            f"{reason}{_explain_import(error)}{_explain_dtype(model, images)}"
         ) from error
+
+
+def _place_of(error: BaseException) -> str:
+    """Where an error that says nothing was raised."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{last.line or 'a line'} ({last.filename}, line {last.lineno})"
+
+
+def _explain_import(error: BaseException) -> str:
+    is_missing = isinstance(error, ImportError) or "ModuleNotFoundError" in str(error)
+    return " (import what lies beside the model's file at its top, not in forward)" if is_missing else ""
 
 
 def _explain_dtype(model: nn.Module, images: torch.Tensor) -> str:

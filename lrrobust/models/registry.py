@@ -9,17 +9,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrrobust.determinism import arithmetic_kept
 from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
 from lrrobust.models.classifier import Classifier
@@ -313,15 +317,17 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     loaded_before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
-        factory = getattr(module, factory_name, None)
-        if not callable(factory):
-            raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
-        made = factory()
+        # One model's file must not change what the others of the command compute.
+        with arithmetic_kept():
+            spec.loader.exec_module(module)
+            factory = getattr(module, factory_name, None)
+            if not callable(factory):
+                raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
+            made = factory()
         files = _files_of_layers(made, path.parent)
-    except LrRobustError:
+    except (LrRobustError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         where = _line_in(error, path)
         raise ModelError(
             f"{path_text}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -336,6 +342,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         for helper in set(sys.modules) - loaded_before:
             if (getattr(sys.modules[helper], "__file__", None) or "").startswith(folder + os.sep):
                 del sys.modules[helper]
+        _beside_models.add(folder)
     if isinstance(made, nn.Module) and classes is not None:
         size = getattr(made, "input_size", None) if input_size is None else input_size
         if size is None:
@@ -362,6 +369,35 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     fit_weights(made.module, state, weights)
     # By which recipe the model's own weights were trained says nothing of these.
     return replace(made, weights=Path(weights).name, recipe="", followed="")
+
+
+class _BesideModels(importlib.abc.MetaPathFinder):
+    """Finds, where nobody else does, what lies beside the files of models: for imports while one is called.
+
+    Not what lies beside two of them, since who imports is not known here. Nor mere folders: what others do without where it
+    is not installed, such as wandb, leaves folders of its name.
+    """
+
+    def __init__(self) -> None:
+        self._folders: list[str] = []
+
+    def add(self, folder: str) -> None:
+        if folder not in self._folders:
+            self._folders.append(folder)
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None:
+            return None
+        found = [importlib.machinery.PathFinder.find_spec(fullname, [folder]) for folder in self._folders]
+        modules = [spec for spec in found if spec is not None and spec.origin is not None]
+        return modules[0] if len(modules) == 1 else None
+
+
+_beside_models = _BesideModels()
 
 
 def _files_of_layers(made: object, folder: Path) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +12,11 @@ from lrrobust.results.schema import NORMS
 
 #: Names of attacks are part of file names.
 ATTACK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+
+#: Keys that decide the rows: what the fingerprint of an evaluation covers, as far as they are there.
+IDENTITY_KEYS = (
+    "schema_version", "rows_version", "model", "surrogate", "dataset", "attacks", "plan", "seed", "precision", "real_pixels",
+)
 
 _AttackName = Annotated[str, Field(pattern=f"^{ATTACK_NAME}$", max_length=200)]
 _Place = Annotated[int, Field(ge=0, lt=10**12)]
@@ -66,6 +72,11 @@ class _Manifest(_Some):
     command: list[str] | None = None
     created_at: str | None = None
     sessions: list[dict[str, Any]] = []
+
+
+def identity_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an evaluation's manifest that its fingerprint covers."""
+    return {key: manifest[key] for key in IDENTITY_KEYS if key in manifest}
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:

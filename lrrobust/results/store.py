@@ -18,7 +18,7 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -35,7 +35,7 @@ from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, examples_to_table
 from lrrobust.results.files import explaining, read_file, write_file
 from lrrobust.results.folder_lock import FolderLock
 from lrrobust.results.leases import LEASES, Leases, clear_leases
-from lrrobust.results.manifest import ATTACK_NAME, parse_manifest
+from lrrobust.results.manifest import ATTACK_NAME, identity_of, parse_manifest
 from lrrobust.results.schema import SCHEMA, SCHEMA_VERSION, check_values
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _PARTS, _EXAMPLES, _ADVERSARIAL = "parts", "examples", "adversarial"
-_PART_NAME = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})\.parquet")
+_PART_STEM = re.compile(r"(?P<attack>.+)-(?P<start>\d{6,})-(?P<stop>\d{6,})")
 _ATTACK_NAME = re.compile(ATTACK_NAME)
 
 # Parquet checksums its pages at most, never its headers and footer. The seal covers every byte: it
@@ -210,18 +210,33 @@ class RunStore:
         the log, so that it is computed again.
         """
         part = PartId(attack, start, stop)
-        path = self._path(part)
         try:
             _read_rows(self.folder, self.manifest, part)
         except FileNotFoundError:
             return False
         except _DamagedPart as damage:
-            aside = path.with_name(path.name + ".damaged")
-            with explaining("write", aside):
-                os.replace(path, aside)
-            _log.warning("%s %s; moved to %s, it will be computed again", path, damage, aside.name)
+            self._move_aside(self._path(part), damage)
+            return False
+        return self.manifest.get("real_pixels") != "saved" or self._has_adversarial(part)
+
+    def _has_adversarial(self, part: PartId) -> bool:
+        """Whether the adversarial images of a part are there, which only computing it again can bring back."""
+        path = _part_path(self.folder, part, _ADVERSARIAL)
+        try:
+            _read_part(path, _identity(self.manifest, part, _ADVERSARIAL), ADVERSARIAL_SCHEMA)
+        except FileNotFoundError:
+            _log.warning("%s is missing: its part will be computed again", path)
+            return False
+        except _DamagedPart as damage:
+            self._move_aside(path, damage)
             return False
         return True
+
+    def _move_aside(self, path: Path, damage: _DamagedPart) -> None:
+        aside = path.with_name(path.name + ".damaged")
+        with explaining("write", aside):
+            os.replace(path, aside)
+        _log.warning("%s %s; moved to %s, it will be computed again", path, damage, aside.name)
 
     def present_parts(self) -> set[str]:
         """Stems of the files in the folder of parts; `has_part` looks whether one is a whole part."""
@@ -311,7 +326,9 @@ def load_examples(run: Run) -> dict[str, list[Example]]:
         StoreError: a file is there and cannot be read.
     """
     examples: dict[str, list[Example]] = {}
-    for attack, found in _load_images(run, _EXAMPLES, EXAMPLE_SCHEMA, table_to_examples):
+    # Images are written before the rows that they belong to, and are nothing without those.
+    parts = [part for part in sorted(_listed_parts(run.folder, _EXAMPLES)) if part.stem in run.part_metadata]
+    for attack, found in _load_images(run, parts, _EXAMPLES, EXAMPLE_SCHEMA, table_to_examples):
         examples.setdefault(attack, []).extend(found)
     return {attack: sorted(found, key=lambda example: example.index) for attack, found in examples.items()}
 
@@ -319,28 +336,28 @@ def load_examples(run: Run) -> dict[str, list[Example]]:
 def load_adversarial(run: Run) -> Iterator[tuple[str, list[AdversarialImage]]]:
     """The 8-bit adversarial images that the run kept: attack and images, chunk by chunk; nothing where it kept none.
 
-    Damaged files are left out with a warning in the log.
+    One pair for each part of the run, but for those whose file is missing or damaged: these are left out with a
+    warning in the log.
 
     Raises:
         StoreError: a file is there and cannot be read.
     """
-    return _load_images(run, _ADVERSARIAL, ADVERSARIAL_SCHEMA, table_to_adversarial)
+    if run.manifest.get("real_pixels") != "saved":
+        return iter(())
+    parts = sorted(part for part in map(_part_of, run.part_metadata) if part is not None)
+    return _load_images(run, parts, _ADVERSARIAL, ADVERSARIAL_SCHEMA, table_to_adversarial)
 
 
 def _load_images(
-    run: Run, kind: str, schema: pa.Schema, convert: Callable[[pa.Table], list[T]]
+    run: Run, parts: Iterable[PartId], kind: str, schema: pa.Schema, convert: Callable[[pa.Table], list[T]]
 ) -> Iterator[tuple[str, list[T]]]:
-    for part in sorted(_listed_parts(run.folder, kind)):
-        # Images are written before the rows that they belong to, and are nothing without those.
-        if part.stem not in run.part_metadata:
-            continue
+    for part in parts:
         path = _part_path(run.folder, part, kind)
         try:
             images = convert(_read_part(path, _identity(run.manifest, part, kind), schema)[0])
-        except FileNotFoundError:
-            continue
-        except (_DamagedPart, ValueError) as damage:
-            reason = damage if isinstance(damage, _DamagedPart) else _foreign(damage)
+        except (FileNotFoundError, _DamagedPart, ValueError) as damage:
+            reason = "is missing" if isinstance(damage, FileNotFoundError) else damage
+            reason = _foreign(reason) if type(reason) is ValueError else reason
             _log.warning("%s %s; its images are left out", path, reason)
             continue
         yield part.attack, images
@@ -401,6 +418,12 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has results of schema {manifest['schema_version']}, this lrrobust reads {SCHEMA_VERSION}: "
             "use the version of lrrobust that wrote it, or choose another folder"
         )
+    # Others than evaluations choose their fingerprints themselves.
+    if "rows_version" in manifest and manifest["fingerprint"] != fingerprint_of(identity_of(manifest)):
+        raise StoreError(
+            f"{path} was edited: what it says does not have the fingerprint that it names; restore it from a copy, or evaluate anew "
+            "in another folder"
+        )
     return manifest
 
 
@@ -427,8 +450,14 @@ def _part_path(folder: Path, part: PartId, kind: str = _PARTS) -> Path:
 
 
 def _listed_parts(folder: Path, kind: str = _PARTS) -> list[PartId]:
-    names = [_PART_NAME.fullmatch(path.name) for path in (folder / kind).glob("*.parquet")]
-    return [PartId(name["attack"], int(name["start"]), int(name["stop"])) for name in names if name]
+    parts = (_part_of(path.stem) for path in (folder / kind).glob("*.parquet"))
+    return [part for part in parts if part is not None]
+
+
+def _part_of(stem: str) -> PartId | None:
+    """The part of a file's name without its ending."""
+    name = _PART_STEM.fullmatch(stem)
+    return name and PartId(name["attack"], int(name["start"]), int(name["stop"]))
 
 
 def _identity(manifest: Mapping[str, Any], part: PartId, kind: str = _PARTS) -> dict[str, str]:
