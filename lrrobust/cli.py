@@ -54,6 +54,10 @@ class _Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
+class _NobodyReads(Exception):
+    """Standard output is a pipe whose reader has gone; a BrokenPipeError itself typer turns into exit code 1."""
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
@@ -61,6 +65,8 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as cause:
             leaves = "what was finished is kept, the same command goes on from there"
             raise _Interrupted(cause, leaves if ctx.invoked_subcommand in _RESUMABLE else None) from None
+        except BrokenPipeError:
+            raise _NobodyReads from None
         except SystemExit as done:
             # No command ends so. With its exit code somebody else's code would speak for what was not done.
             raise LrRobustError(
@@ -743,7 +749,7 @@ def run(arguments: list[str]) -> int:
         interruption = _Interrupted(cause)
         print(interruption, file=sys.stderr)
         return interruption.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, _NobodyReads):
         # Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends.
         sys.stdout = open(os.devnull, "w")
         return _BROKEN_PIPE

@@ -325,7 +325,7 @@ def test_output_that_nobody_can_take_loses_nothing(workplace, tmp_path):
     cases = [
         ('"$@" > /dev/full', 2, "error: the system refused"),
         ('"$@" >&-', 0, "results: "),
-        ('"$@" | true; exit ${PIPESTATUS[0]}', 1, "going on with "),
+        ('"$@" | true; exit ${PIPESTATUS[0]}', 141, "going on with "),
     ]
     for shell, code, said in cases:
         command = ["bash", "-c", shell, "-", sys.executable, "-m", "lrrobust", *arguments]
@@ -333,6 +333,25 @@ def test_output_that_nobody_can_take_loses_nothing(workplace, tmp_path):
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
         (folder,) = find_runs(tmp_path / "runs")
         assert load_run(folder).is_complete
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("shell", ['"$@" 2> /dev/full', '"$@" 2> >(true)'])
+def test_progress_that_nobody_can_take_decides_nothing(workplace, tmp_path, shell):
+    arguments = [str(argument) for argument in (*EVAL, "--attack", "fgsm", "--out", tmp_path / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-c", shell, "-", sys.executable, "-m", "lrrobust", *arguments]
+    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "fgsm" in done.stdout and load_run(find_runs(tmp_path / "runs")[0]).is_complete
+
+
+def test_a_defect_shows_where_and_is_no_failed_check(run, workplace, monkeypatch):
+    def fail(*_):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("lrrobust.console.print_models", fail)
+    code, _, err = run("models", cwd=workplace)
+    assert code == 70 and "Traceback" in err and "ValueError: a defect" in err and "please report it" in err
 
 
 def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.errors import ConfigError, DataError
+from lrrobust.results.manifest import identity_of
 from lrrobust.run import EvaluationRequest, fingerprint_of, prepare_evaluations
 
 MODEL = """
@@ -99,6 +100,8 @@ def test_fingerprint_follows_the_surrogate(request_for, tmp_path):
     # However a model is attacked in its own stead, that is no transfer.
     assert fingerprint(dataclasses.replace(request, surrogates=request.models)) == fingerprint(request)
     assert len(prints | {fingerprint(request)}) == 3
+    (other,) = prepare_evaluations(dataclasses.replace(request, surrogates=surrogates[:1], quantize=True), ["test"])
+    assert other.manifest["fingerprint"] == fingerprint_of(identity_of(other.manifest))
 
 
 def test_each_model_is_judged_on_each_surrogate(request_for, tmp_path):
@@ -177,6 +180,7 @@ def test_identity_has_these_parts_and_no_others(request_for):
     assert set(evaluation.manifest) - about_the_session == {
         "schema_version", "rows_version", "model", "dataset", "attacks", "plan", "seed", "precision",
     }
+    assert evaluation.manifest["fingerprint"] == fingerprint_of(identity_of(evaluation.manifest))
     assert set(evaluation.manifest["plan"]) == {"chunk_size", "batch_size", "parts"}
     assert set(evaluation.manifest["model"]) == {
         "name", "weights", "state_sha256", "code_sha256", "classes_sha256", "num_classes", "input_size", "resize_size",

@@ -190,6 +190,15 @@ def test_read_back_they_fool_the_model_and_no_stranger(run, exported):
     assert code == 0 and out.count(f"│ {n} ") >= 4
 
 
+def test_the_model_is_the_same_under_another_name(run, workplace, exported):
+    _, folder = exported
+    (folder.parent / "renamed.py").write_text((workplace[0] / "model.py").read_text())
+    index = pd.read_parquet(folder / "index.parquet")
+    rewrite(folder, file=index.clean_file[0], sha256=index.clean_sha256[0])
+    code, _, err = run("verify", folder, "--model", folder.parent / "renamed.py:target")
+    assert code == 1 and "not the model" not in err
+
+
 def rewrite(folder, is_resealed=True, about=(), **first_row):
     """Replaces values of the index' first row, and of what it says of all of them."""
     table = pq.read_table(folder / "index.parquet")
@@ -258,6 +267,25 @@ def test_images_so_far_are_said_to_be_that_and_none_is_no_proof(run, exported):
     assert code == 0 and "the run is not finished, or lost some of its images" in err
     code, _, err = run("verify", folder.parent / "none", *models("target"))
     assert code == 0 and "there was no image to judge" in err
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_images_that_were_lost_are_said_to_be_and_the_same_command_brings_them_back(run, tmp_path, caplog, is_damaged):
+    evaluate(run, tmp_path / "runs", *models("target"), "--save-adversarial", "--chunk-size", "5")
+    (found,) = map(load_run, find_runs(tmp_path / "runs"))
+    first, *_ = sorted(found.folder.glob("adversarial/*.parquet"))
+    content = first.read_bytes()
+    if is_damaged:
+        first.write_bytes(content[:-5])
+    else:
+        first.unlink()
+    code, _, err = run("export", found.folder, "--out", tmp_path / "images")
+    assert code == 0 and "its images are left out" in caplog.text and "lost some of its images" in err
+    evaluate(run, tmp_path / "runs", *models("target"), "--save-adversarial", "--chunk-size", "5")
+    assert first.read_bytes() == content
+    caplog.clear()
+    code, _, err = run("export", found.folder, "--out", tmp_path / "images")
+    assert code == 0 and not caplog.text and "lost some" not in err
 
 
 def test_runs_without_images_are_refused(run, tmp_path):

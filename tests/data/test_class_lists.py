@@ -86,3 +86,10 @@ def test_naming_a_data_set_does_not_load_torch():
     code = "import sys, lrrobust.data.sources, lrrobust.data.subset; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_accents_in_one_character_or_two_are_the_same():
+    assert match_classes(["be\u0301e", "b\xe9e", "bee"], ["b\xe9e", "bee"]) == ([0, 1, 2], [0, 0, 1])
+    assert match_classes(["b\xe9e"], ["ant", "be\u0301e"], ["be\u0301e"]) == ([0], [1])
+    with pytest.raises(DataError, match="more than once"):
+        match_classes([], ["be\u0301e", "b\xe9e"])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lrrobust.data import file_trees
-from lrrobust.data.file_trees import CorruptImageError, Spool, open_tree
+from lrrobust.data.file_trees import CorruptImageError, FolderTree, Spool, open_tree
 from lrrobust.errors import DataError
 
 SUFFIXES = (".jpg", ".txt")
@@ -318,3 +318,15 @@ def test_maps_of_sparse_files_that_are_none_are_damage(tmp_path, suffix, kind):
         archive.write(header)
     with pytest.raises(DataError, match="is damaged, cut short or no tar archive"):
         _open(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_links_to_nowhere_and_pipes_in_a_folder_are_passed_over_aloud(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(b"1")
+    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "a" / "3.jpg")
+    (tmp_path / "a" / "notes.txt").symlink_to(tmp_path / "gone.txt")
+    tree = FolderTree(tmp_path, (".jpg",))
+    assert tree.names == ["a/1.jpg"] and tree.ignored_count == 3
+    assert "passed over 2 images that are no files, such as 'a/2.jpg'" in caplog.text

@@ -377,6 +377,54 @@ def test_two_models_with_helpers_of_one_name_do_not_mix(tmp_path):
     assert sizes == [8, 16, 8]
 
 
+LATE = """
+import torch
+from torch import nn
+from lrrobust.models import Classifier
+
+class Late(nn.Module):
+    def forward(self, images):
+        from late_helper import scale
+        return scale * images.flatten(1)[:, :2]
+
+def build():
+    return Classifier(Late(), ("ant", "bee"), input_size=8)
+"""
+
+
+def test_a_model_may_import_what_lies_beside_it_while_it_is_called(tmp_path):
+    for name, scale in (("one", 2), ("two", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text(LATE)
+        (tmp_path / name / "late_helper.py").write_text(f"scale = {scale}")
+    # What others look for and do without is not found in a folder of that name.
+    (tmp_path / "one" / "wandb").mkdir()
+    images, path_before = torch.ones(1, 3, 8, 8), list(sys.path)
+    one = load(f"{tmp_path}/one/model.py:build").module
+    assert one(images).tolist() == [[2, 2]] and sys.path == path_before
+    with pytest.raises(ImportError):
+        import wandb  # noqa: F401
+    del sys.modules["late_helper"]
+    # Of two helpers of one name nobody knows which is meant.
+    load(f"{tmp_path}/two/model.py:build")
+    with pytest.raises(ModuleNotFoundError, match="late_helper"):
+        one(images)
+
+
+@pytest.mark.parametrize(
+    "line", ["torch.set_default_device('meta')", "torch.set_float32_matmul_precision('medium')",
+             "torch.autocast('cpu', dtype=torch.bfloat16).__enter__()"]
+)  # fmt: skip
+def test_what_a_user_file_asks_of_torch_ends_with_it(user_file, line):
+    def asked():
+        return torch.get_default_device(), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+
+    user_file.write_text(user_file.read_text() + "\nimport torch\n" + line)
+    before = asked()
+    load(f"{user_file}:build")
+    assert asked() == before
+
+
 def test_a_class_list_that_differs_is_refused(user_file):
     assert load(f"{user_file}:build", classes=("cat", "dog")).classes == ("cat", "dog")
     with pytest.raises(ModelError, match="--classes differs from the class list"):

@@ -13,7 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from lrrobust.errors import StoreError
-from lrrobust.results import SCHEMA_VERSION, Example, RunStore, find_runs, load_examples, load_run, rows_to_table, write_file
+from lrrobust.results import (
+    SCHEMA_VERSION,
+    Example,
+    RunStore,
+    find_runs,
+    fingerprint_of,
+    load_examples,
+    load_run,
+    rows_to_table,
+    write_file,
+)
+from lrrobust.results.manifest import identity_of
 
 PARTS = [["pgd", 0, 3], ["pgd", 3, 6], ["fgsm", 0, 3], ["fgsm", 3, 6]]
 MANIFEST = {
@@ -466,3 +477,29 @@ class TestExamples:
     def test_sizes_must_agree(self, store):
         with pytest.raises(ValueError, match="image 0 is"):
             store.write_examples("pgd", 0, 1, [Example(0, self.CLEAN, self.PERTURBATION[:1])])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest["plan"]["parts"].append(manifest["plan"]["parts"][0]),
+        lambda manifest: manifest["plan"]["parts"].pop(),
+        lambda manifest: manifest["model"].update(name="lr_resnet50"),
+        lambda manifest: manifest.update(seed=1),
+        lambda manifest: manifest.update(real_pixels="saved"),
+    ],
+)
+def test_a_manifest_of_an_evaluation_that_was_edited_is_refused(tmp_path, edit):
+    manifest = MANIFEST | {"rows_version": 1}
+    manifest["fingerprint"] = fingerprint_of(identity_of(manifest))
+    with RunStore.create_or_resume(tmp_path, manifest) as store:
+        store.write_part(*PARTS[0], chunk(*PARTS[0]), DEVICE)
+    assert len(load_run(tmp_path).rows) == 6
+    found = json.loads((tmp_path / "manifest.json").read_text())
+    # What does not decide the rows may be added to, and is, by every session.
+    (tmp_path / "manifest.json").write_text(json.dumps(found | {"class_names": ["a"]}))
+    load_run(tmp_path)
+    edit(found)
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(StoreError, match="was edited: what it says does not have the fingerprint"):
+        load_run(tmp_path)
