@@ -53,6 +53,11 @@ def test_triton_is_the_one_that_torch_works_with():
     assert asked[0].specifier == pin.specifier
 
 
+def test_the_wheel_is_tried_by_ci_and_has_the_attacks():
+    assert '"attacks_configs" = "lrrobust/attacks_configs"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "pip wheel" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def test_version_is_one():
     from lrrobust import __version__
 

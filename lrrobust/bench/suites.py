@@ -224,7 +224,7 @@ def find_bench(name: str) -> Callable[[BenchRequest], BenchResult]:
 
 def format_cell(column: str, value: object) -> str:
     """A number of a summary as people read it: times in ms or s, memory in MB, shares in percent."""
-    if not isinstance(value, float):
+    if not isinstance(value, float | int) or (isinstance(value, int) and not column.endswith("_bytes")):
         return str(value)
     if math.isnan(value):
         return "-"

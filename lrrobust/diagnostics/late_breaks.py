@@ -56,10 +56,13 @@ def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
             "they break images says nothing of convergence."
         )
         return None, detail
-    is_new = outcomes.is_broken & outcomes.is_attacked
+    # At the smallest budget that breaks an image: on a GPU larger ones are attacked beside it, and their passes tell of nothing.
+    is_broken_before = np.zeros_like(outcomes.is_broken)
+    is_broken_before[1:] = np.logical_or.accumulate(outcomes.is_broken)[:-1]
+    is_new = outcomes.is_broken & outcomes.is_attacked & ~is_broken_before
     if np.isnan(outcomes.backward_passes[is_new]).any():
         return None, f"The steps of {spec.name} were not counted, so when it broke an image is not known."
-    # 0 passes: broken at a smaller budget. The step that was made before the break, from 0.
+    # The step that was made before the break, from 0; none where the start was adversarial by itself.
     step = (outcomes.backward_passes - 1) % steps
     is_late = is_new & (outcomes.backward_passes > 0) & (step > LATE * steps)
     n = is_new.shape[1]

@@ -173,13 +173,13 @@ def _places(tasks: Sequence[Task], sharing: Sharing | None) -> dict[Chunk, int]:
 
 
 def _needed(tasks: Sequence[Task]) -> dict[str, list[Task]]:
-    """By name: the tasks before it on the same chunk, for those that leave alone what earlier attacks broke."""
+    """By name: the tasks before it on the same chunk and in the same norm, for those that leave alone what earlier attacks broke."""
     before: dict[Chunk, list[Task]] = {}
     needed = {}
     for task in tasks:
         on_chunk = before.setdefault(task.chunk, [])
         if task.spec.survivors_only:
-            needed[_name(task)] = list(on_chunk)
+            needed[_name(task)] = [earlier for earlier in on_chunk if earlier.spec.norm == task.spec.norm]
         on_chunk.append(task)
     return needed
 

@@ -43,7 +43,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         StoreError: there is no room, or no such folder can be made; the file of before is kept.
     """
-    temporary = path.with_name(f".checkpoint.{os.getpid()}.tmp")
+    # One name: what a killed process left is overwritten.
+    temporary = path.with_name(".checkpoint.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)

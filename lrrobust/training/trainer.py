@@ -336,13 +336,13 @@ class Training:
             torch._foreach_copy_(*self._counters)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
+        trained_s = self.wall_s - (self.rows[-1]["wall_s"] if self.rows else 0.0)
         started = time.monotonic()
         top1 = math.nan
         if len(self.held_out.labels):
             recipe = self.recipe
             top1, _ = accuracy_on_images(self.average, self.held_out, recipe.preprocessing, recipe.precision, self.ranks)
         self.wall_s += time.monotonic() - started
-        previous = self.rows[-1]["wall_s"] if self.rows else 0.0
         row = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -350,7 +350,7 @@ class Training:
             "learning_rate": learning_rate(self.recipe, self.step - 1, self.schedule_steps),
             "train_loss": self._loss_sum.item() / self._loss_count,
             "holdout_top1": top1,
-            "images_per_s": self._loss_count * self.recipe.batch_size / max(1e-9, self.wall_s - previous),
+            "images_per_s": self._loss_count * self.recipe.batch_size / max(1e-9, trained_s),
             "wall_s": self.wall_s,
         }
         with interrupts_held_back():

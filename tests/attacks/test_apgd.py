@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -185,6 +187,80 @@ def test_a_warm_start_stretches_the_best_point_before(norm, attack_with):
         attack_with(apgd(norm, "ce", 0.1, 0.2, steps=1, warm_start=warm_start), Shown(), image, label)
         first, second = (each - image for each in (seen[2], seen[4]))
         assert torch.allclose(second, 2 * first, atol=1e-6) == warm_start
+
+
+def auto_pgd(model, image, label, start, norm, eps, steps, rho=0.75):
+    """Algorithm 1 of the paper for one image, step by step; the points that the model is shown, and how often it turned back."""
+
+    def project(point):
+        delta = point - image
+        if norm == "linf":
+            delta = delta.clamp(-eps, eps)
+        elif delta.norm() > eps:
+            delta = delta * (eps / delta.norm())
+        return (image + delta).clamp(0, 1)
+
+    def loss_and_gradient(point):
+        point = point.clone().requires_grad_()
+        logits = model(point[None])[0]
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        loss = others.logsumexp(0) - logits[label]
+        (gradient,) = torch.autograd.grad(loss, point)
+        return loss.item(), gradient.sign() if norm == "linf" else gradient / gradient.norm()
+
+    shares = [0.0, 0.22]
+    while shares[-1] < 1:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    marks = [int(share * steps) for share in shares[1:]]
+    shown, turns, last_checkpoint = [], 0, 0
+    point = previous = start
+    step_size = 2 * eps
+    best, best_loss, best_direction, best_loss_before, was_halved = start, float("-inf"), None, float("-inf"), True
+    reference = float("inf")
+    rises = 0
+    for k in range(steps):
+        shown.append(point)
+        loss, direction = loss_and_gradient(point)
+        rises += loss > reference
+        if loss > best_loss:
+            best, best_loss, best_direction = point, loss, direction
+        reference = loss
+        if k in marks:
+            if rises < rho * (k - last_checkpoint) or (not was_halved and best_loss == best_loss_before):
+                step_size, was_halved, turns = step_size / 2, True, turns + 1
+                point, direction, reference = best, best_direction, best_loss
+            else:
+                was_halved = False
+            best_loss_before, last_checkpoint, rises = best_loss, k, 0
+        ahead = project(point + step_size * direction)
+        moved = ahead if k == 0 else project(point + 0.75 * (ahead - point) + 0.25 * (point - previous))
+        previous, point = point, moved
+    return shown, turns
+
+
+@NORMS
+def test_steps_are_those_of_the_paper(norm, trained, attack_with):
+    model, images, labels = deepcopy(trained[0]).double(), trained[1][:12].double(), trained[2][:12]
+    eps, steps = (0.004, 100) if norm == "linf" else (0.05, 100)
+    seen = []
+
+    class Shown(nn.Module):
+        def forward(self, images):
+            if images.requires_grad:
+                seen.append(images.detach().clone())
+            return model(images)
+
+    compared = turned = 0
+    for image, label in zip(images, labels, strict=True):
+        seen.clear()
+        attacked = attack_with(apgd(norm, "ce", eps, steps=steps), Shown(), image[None], label[None])
+        if attacked.is_broken.any():
+            continue
+        points = [each[0] for each in seen]
+        expected, turns = auto_pgd(model, image, int(label), points[0], norm, eps, steps)
+        torch.testing.assert_close(torch.stack(points), torch.stack(expected), rtol=0, atol=1e-7)
+        compared, turned = compared + 1, turned + turns
+    assert compared >= 5 and turned > 3 * compared
 
 
 @NORMS

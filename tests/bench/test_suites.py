@@ -170,7 +170,7 @@ def test_attack_loop_needs_no_more_than_names(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "column, value, text",
     [
-        ("median_s", 0.0123, "12.3 ms"), ("cpu_s", 23.45, "23.4 s"), ("images_per_s", 12.345, "12.35"), ("peak_bytes", 2.5e6, "2.5 MB"),
+        ("median_s", 0.0123, "12.3 ms"), ("cpu_s", 23.45, "23.4 s"), ("images_per_s", 12.345, "12.35"), ("peak_bytes", 2.5e6, "2.5 MB"), ("io_bytes", 2500000, "2.5 MB"), ("gradients", 12, "12"),
         ("spread", 0.125, "12.5 %"), ("robust_accuracy_0.1", 0.5, "50.0 %"), ("ratio", float("nan"), "-"), ("name", "cpu", "cpu"),
     ],
 )

@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lrrobust.attacks.specs import ApgdSpec, CwSpec, FgsmSpec, FmnSpec, MiFgsmSpec, PgdAdaptiveSpec, PgdSpec, SquareSpec
 from lrrobust.diagnostics.late_breaks import check_late_breaks
-from lrrobust.diagnostics.outcomes import read_outcomes
+from lrrobust.diagnostics.outcomes import Outcomes, read_outcomes
 
 LADDER = tuple(step / 255 for step in (2, 4, 8, 16))
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
@@ -138,6 +139,17 @@ def test_attacks_that_have_converged_break_few_images_late(evaluated, sound_line
     found = {one.attack: one for one in check_late_breaks(SimpleNamespace(outcomes=outcomes))}
     assert found.keys() == {spec.name for spec in specs}
     assert {name: one.detail for name, one in found.items() if one.passed is not True} == {}
+
+
+def test_passes_at_budgets_above_the_one_that_breaks_are_not_late_breaks():
+    # As on a GPU, which attacks larger budgets beside smaller ones: all images break at the first step of the smallest.
+    n, shape = 100, (2, 100)
+    outcomes = Outcomes(
+        PGD.model_copy(update={"eps": LADDER[:2]}), LADDER[:2], np.ones(shape, bool), np.ones(shape, bool), np.full(n, LADDER[0]),
+        np.ones(n), np.full(shape, np.nan), np.array([[2.0] * n, [PGD.steps] * n]),
+    )  # fmt: skip
+    (found,) = check_late_breaks(SimpleNamespace(outcomes=[outcomes]))
+    assert found.passed and "none of 100 images" in found.detail
 
 
 @pytest.mark.parametrize("spec", [FGSM, CW, SQUARE], ids=["one step", "minimal norm", "black box"])

@@ -144,6 +144,26 @@ def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, 
         run(Shifted(problem.model).eval(), 3, images, [FGSM], tmp_path / "run")
 
 
+def test_one_image_with_other_logits_is_another_model(problem, tmp_path, run, in_memory):
+    images = in_memory(problem.images, problem.labels)
+    run(problem.model, 3, images, [FGSM], tmp_path / "run")
+    first = problem.images[0]
+
+    class OtherOnOne(nn.Module):
+        """The same parameters; leads on the first image alone are larger."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = problem.model
+
+        def forward(self, images):
+            is_first = (images - first.to(images)).abs().flatten(1).amax(1) < 1e-6
+            return self.model(images) * torch.where(is_first, 1.5, 1.0)[:, None]
+
+    with pytest.raises(ModelError, match="holds results of another model"):
+        run(OtherOnOne().eval(), 3, images, [FGSM], tmp_path / "run")
+
+
 class BatchNormOfTheBatch(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -219,6 +219,14 @@ def test_guesses_the_next_chunk(store):
     assert next(turn).chunk == (2, 4) and second.chunk_after((2, 4)) == (4, 6)
 
 
+def test_attacks_in_another_norm_are_not_waited_for(store):
+    specs = [SPECS[0], SPECS[1].model_copy(update={"survivors_only": True, "norm": "l2"})]
+    first, second = (iter(queue(store, Sharing(0, 1), 2, specs=specs)) for _ in range(2))
+    assert next(first).part == ("fgsm", 0, 2)
+    task = next(second)
+    assert task.part == ("pgd", 0, 2) and list(queue(store, None, 2, specs=specs).earlier(task)) == []
+
+
 def test_what_builds_upon_earlier_attacks_waits_for_them(store):
     specs = [SPECS[0], SPECS[1].model_copy(update={"survivors_only": True})]
     first, second = (iter(each) for each in (queue(store, Sharing(0, 1), 4, specs=specs), queue(store, Sharing(0, 1), 4, specs=specs)))

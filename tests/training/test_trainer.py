@@ -125,6 +125,28 @@ def test_what_is_reported(start):
     assert [{key: float(value) for key, value in row.items()} for row in written] == epochs
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_the_cross_entropy_with_smoothed_labels(start, smoothing, monkeypatch):
+    training = start(label_smoothing=smoothing, mixing=None)
+    seen = []
+    original = torch.nn.functional.cross_entropy
+
+    def cross_entropy(logits, targets, **options):
+        loss = original(logits, targets, **options)
+        if logits.requires_grad:
+            classes = logits.shape[1]
+            smoothed = torch.nn.functional.one_hot(targets, classes) if targets.ndim == 1 else targets
+            smoothed = (1 - smoothing) * smoothed + smoothing / classes
+            seen.append((loss.item(), -(smoothed * logits.detach().log_softmax(1)).sum(1).mean().item()))
+        return loss
+
+    monkeypatch.setattr(trainer.F, "cross_entropy", cross_entropy)
+    training.run()
+    assert len(seen) == STEPS
+    for found, expected in seen:
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_held_out_accuracy_is_that_of_the_average(uninterrupted, colours):
     held = uninterrupted.held_out
     with torch.inference_mode():

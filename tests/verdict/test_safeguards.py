@@ -66,6 +66,19 @@ def test_models_treated_differently_withhold_both_verdicts(check, options, name,
     assert text in named(safeguards, name)[0].detail
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("input_size", 32), ("resize_size", 70), ("interpolation", "bicubic"), ("num_classes", 11), ("classes_sha256", "01" * 32)],
+)
+def test_what_decides_which_images_a_model_sees_must_be_the_same(check, key, value):
+    def change(runs):
+        runs[0].manifest["model"][key] = value
+
+    safeguards = check(change=change)
+    assert failed(safeguards) == [("same_configuration", None, BOTH)]
+    assert f"differ in {key}" in named(safeguards, "same_configuration")[0].detail
+
+
 def test_attacks_must_have_the_same_settings(check, make_claim):
     def weaken(runs):
         runs[0].manifest["attacks"][0]["steps"] = 2
