@@ -613,10 +613,10 @@ def bench(
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop and harness take.")] = 32,
     model: Annotated[
         Optional[list[str]],
-        typer.Option("--model", "-m", help="Whom they attack; repeatable.", show_default="resnet50"),
+        typer.Option("--model", "-m", help="Models to attack; repeatable.", show_default="resnet50"),
     ] = None,
-    attack: Annotated[str, typer.Option("--attack", "-a", help="With which attack of the PGD family.")] = "pgd",
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="With which images.")] = "photos",
+    attack: Annotated[str, typer.Option("--attack", "-a", help="Attack to time, of the PGD family.")] = "pgd",
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Images to attack.")] = "photos",
     image_size: Annotated[
         Optional[list[int]],
         typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,10 @@ MAX_FILE_BYTES = 64 * 1024
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without what a configuration has no use for: repeated keys, anchors, aliases, merges.
+    """YAML without what a configuration has no use for: repeated keys, anchors, aliases, merges, numbers to other bases.
 
     PyYAML lets the last of several equal keys win, silently; aliases can blow a few lines up to
-    gigabytes.
+    gigabytes; and 010 is 8 to it, 1:30 is 90.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -39,6 +40,17 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        is_whole = node.tag == "tag:yaml.org,2002:int"
+        if ":" in node.value or (is_whole and not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value)):
+            reason = f"{node.value}, which is no plain decimal number: write its digits alone, or quote it"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_number)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_number)
 
 
 def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:

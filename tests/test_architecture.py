@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,3 +234,9 @@ def test_help_imports_nothing_heavy(arguments):
     imported = set(done.stdout.rpartition("imported:")[2].split())
     assert "typer" in imported and "lrrobust" in imported
     assert not imported & {"torch", "torchvision", "numba", "matplotlib", "pandas", "pyarrow", "numpy", "scipy", "PIL"}
+
+
+def test_the_readme_shows_every_part_of_the_package():
+    tree = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").split("## Where things are")[1]
+    parts = [f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and path.name[0] != "_"]
+    assert [part for part in parts if not re.search(rf"(?<![\w.]){re.escape(part)}", tree)] == []

@@ -23,7 +23,7 @@ OnTurn = Callable[[str], None]
 
 
 def say_nothing(_: str) -> None:
-    """For whoever does not want to be told."""
+    """Default callback: does nothing."""
 
 
 def time_interleaved(
@@ -45,7 +45,7 @@ def time_interleaved(
     ones. Where everything takes longer than it did then, the rounds end when the budget is spent. Nothing is timed less
     than `LEAST_ROUNDS` times, whatever the budget.
 
-    Whoever runs out of memory is told of and takes part no longer; without the baseline there are no further rows.
+    What runs out of memory is reported and sits out all further rounds; without the baseline there are no further rows.
 
     Args:
         baseline: the way that the others are compared with: it is part of every round.

@@ -191,5 +191,5 @@ def check_evaluation_mode(model: nn.Module) -> None:
         if getattr(module, "training", False):
             raise ModelError(
                 f"the model's part {name or 'itself'!r} is in training mode during evaluation: "
-                "do not call .train() inside forward"
+                "do not call .train() inside forward, and let .eval() reach it (a method `train` of its own may not)"
             )

@@ -142,5 +142,5 @@ def lr_resnet50(num_classes: int = 1000, stem: Stem = DEFAULT_STEM) -> ResidualN
 
 
 def lr_resnet101(num_classes: int = 1000, stem: Stem = DEFAULT_STEM) -> ResidualNetwork:
-    """LR-Net-101: 40.7 M parameters at 1000 classes."""
+    """LR-Net-101: 40.8 M parameters at 1000 classes."""
     return _build((3, 4, 23, 3), num_classes, stem)
