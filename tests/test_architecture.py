@@ -41,8 +41,8 @@ MAY_IMPORT = {
     },
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
-    # Of the attacks how a step goes and stays in the ball: training judges nothing.
-    "training": {"models", "out_of_memory", "data", "attacks.ball", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    # Of the attacks how a step goes and stays in the ball: training judges nothing. Of the results who may write to a folder.
+    "training": {"models", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},

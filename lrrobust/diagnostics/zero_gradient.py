@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 
 from lrrobust.attacks.ball import dual_length
+from lrrobust.attacks.losses import log_odds
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.outcomes import is_white_box
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.threat import Norm
 
-Loss = Literal["margin", "cross_entropy"]
+Loss = Literal["log_odds", "cross_entropy"]
 
 #: A gradient counts as (near) zero when, across the largest ball, it promises less than this share of the rise of
 #: the loss that a misclassification takes. Sound networks are at 0.1 to 100; float32 resolves 1e-7.
@@ -28,7 +29,7 @@ TOLERATED_ZEROS = 0.01
 def promised_rise(subject: Subject, points: torch.Tensor, loss: Loss, norm: Norm, eps: float) -> torch.Tensor:
     """Rise of the loss that its gradient at points promises within eps, as a share of the rise that it takes; float64 (N,).
 
-    The margin log sum_{k != y} exp(z_k) - z_y must rise by as much as the image's class leads; the cross-entropy
+    The log odds log sum_{k != y} exp(z_k) - z_y must rise by as much as the image's class leads; the cross-entropy
     to log 2, where no other class can lead before. The scale of the logits thus plays no part, but for the rounding
     that it causes: on confident models the float32 cross-entropy has no gradient left.
 
@@ -43,8 +44,8 @@ def promised_rise(subject: Subject, points: torch.Tensor, loss: Loss, norm: Norm
             images = images.detach().requires_grad_()
             logits = subject.judge.model(images)
             own = logits.gather(1, labels[:, None]).squeeze(1)
-            if loss == "margin":
-                value = logits.double().scatter(1, labels[:, None], -math.inf).logsumexp(1) - own.double()
+            if loss == "log_odds":
+                value = log_odds(logits, labels)
                 lead = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
             else:
                 value, lead = logits.logsumexp(1) - own, torch.full_like(own, math.log(2))
@@ -81,7 +82,7 @@ def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
         if not is_white_box(spec) or eps == 0:
             continue
         start = spec.norm, eps, getattr(spec, "random_start", False)
-        zeros = count("margin", *start)
+        zeros = count("log_odds", *start)
         passed = is_tolerable(zeros, len(subject), TOLERATED_ZEROS)
         detail = f"Where {spec.name} starts, the gradient it follows is zero, or too small to matter, for {zeros} of {len(subject)} images"
         if passed is False:

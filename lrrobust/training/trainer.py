@@ -7,7 +7,7 @@ import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from lrrobust.errors import ConfigError, DataError, StoreError
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
+from lrrobust.results.files import explaining
+from lrrobust.results.folder_lock import FolderLock
 from lrrobust.training.accuracy import accuracy_on_images
 from lrrobust.training.adversarial import draw_starts, perturb
 from lrrobust.training.batch_norm import share_batch_statistics
@@ -201,15 +203,27 @@ class Training:
     def run(
         self, on_step: Callable[[Progress], None] | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        """Trains to the end of the recipe, or of `stop_after` epochs. Whatever interrupts it, the state so far is on disk."""
+        """Trains to the end of the recipe, or of `stop_after` epochs. Whatever interrupts it, the state so far is on disk.
+
+        Raises:
+            StoreError: another training is writing its folder, or the folder cannot be written.
+        """
         # Processes must stop after the same step, or one waits for the other's gradients: they agree on it.
         held_back = interrupts_held_back() if self.ranks.count > 1 else nullcontext([])
         try:
-            with held_back as received:
+            with held_back as received, self._alone():
                 self._run(on_step, on_epoch, received)
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Keeps other trainings out of the folder: they would write the same checkpoint and log in turns."""
+        if not self.ranks.is_first:
+            return nullcontext()
+        with explaining("write", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return closing(FolderLock(self.folder, is_shared=False))
 
     def _run(
         self,

@@ -492,9 +492,23 @@ def test_damaged_checkpoint(start, uninterrupted, damage):
         start("uninterrupted")
 
 
+def test_two_trainings_do_not_write_one_folder(start, uninterrupted):
+    first, second = start(), start()
+
+    def begin_another(_):
+        content = first.checkpoint_path.read_bytes() if first.checkpoint_path.exists() else None
+        with pytest.raises(StoreError, match="another lrrobust process .pid \\d+. is writing .*; wait for it"):
+            second.run()
+        assert second.step == 0 and (first.checkpoint_path.read_bytes() if content is not None else None) == content
+
+    first.run(begin_another)
+    assert_same(first, uninterrupted)
+    second.run()  # once it is free
+
+
 def test_folder_that_cannot_be_written(start, tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(StoreError, match="cannot write .*log.csv: .*make room and run the same command again"):
+    with pytest.raises(StoreError, match="could not write .*run/below .Not a directory.; what was computed before is kept"):
         start("run/below").run()
     with pytest.raises(StoreError, match="cannot write .*checkpoint.pt: .*the last checkpoint is kept"):
         start("run/below").save_checkpoint()
@@ -517,7 +531,7 @@ def test_failure_to_write_keeps_the_last_checkpoint(uninterrupted, monkeypatch, 
     with pytest.raises(StoreError, match="the last checkpoint is kept"):
         uninterrupted.save_checkpoint()
     assert uninterrupted.checkpoint_path.read_bytes() == content
-    assert {path.name for path in uninterrupted.folder.iterdir()} == {"checkpoint.pt", "log.csv"}
+    assert {path.name for path in uninterrupted.folder.iterdir()} == {"checkpoint.pt", "log.csv", ".lock"}
 
 
 # --- stopped before the end of the schedule ----------------------------------------------------------
