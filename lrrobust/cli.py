@@ -806,6 +806,10 @@ class _Unheard:
         with suppress(OSError):
             self._stream.flush()
 
+    def close(self) -> None:
+        """Not by a model's file, whose output comes here."""
+        self.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 

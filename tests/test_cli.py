@@ -345,6 +345,18 @@ def test_progress_that_nobody_can_take_decides_nothing(workplace, tmp_path, shel
     assert done.returncode == 0 and "fgsm" in done.stdout and load_run(find_runs(tmp_path / "runs")[0]).is_complete
 
 
+def test_a_model_that_closes_its_output_closes_nobody_elses(workplace, tmp_path):
+    closing = "\nimport sys\n\ndef closing():\n    sys.stdout.close()\n    sys.stderr.close()\n    return build()\n"
+    (tmp_path / "closing.py").write_text((workplace / "model.py").read_text() + closing)
+    command = ["-m", "lrrobust", "eval", "--model", tmp_path / "closing.py:closing", "--dataset", "images", "--attack", "fgsm"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "--out", tmp_path / "runs"], cwd=workplace, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "fgsm" in done.stdout and "results: " in done.stderr
+
+
 def test_a_defect_shows_where_and_is_no_failed_check(run, workplace, monkeypatch):
     def fail(*_):
         raise ValueError("a defect")
