@@ -21,7 +21,7 @@ CHEAP="--attack fgsm --attack pgd --attack pgd_l2 --attack fmn --attack fmn_l2"
 
 # Attacks on the models themselves, then images made on one and judged on the other.
 lrrobust eval $PAIR --dataset "$VAL_A" $CHEAP --n "$N" --out "$RUNS/val_a" "$@"
-lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/val_a" "$@"
+lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/transfer" "$@"
 lrrobust eval $PAIR --dataset photos $CHEAP --n "$PHOTOS" --out "$RUNS/photos" "$@"
 if [ -n "$COSTLY" ]; then
     for set in "$VAL_A" photos; do
@@ -43,6 +43,8 @@ fi
 
 # Tiny-ImageNet's images are not ours to publish; the photos are (MIT licence), but would be most of their page's size.
 lrrobust report "$RUNS/val_a" --out "$OUT/val_a" --no-gallery
+# In a folder of its own: the few images that it needs are no verdict.
+lrrobust report "$RUNS/transfer" --out "$RUNS/transfer/report" --no-gallery && cp "$RUNS/transfer/report/transfer.md" "$OUT/val_a"
 if [ -n "$COSTLY" ]; then lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive" --no-gallery; fi
 lrrobust report "$RUNS/photos" --out "$OUT/photos" --no-gallery
 
