@@ -24,7 +24,7 @@ from lrrobust.results import Run, manifest_value
 from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_p_value
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes
-from lrrobust.verdict.records import Safeguard, is_unbounded
+from lrrobust.verdict.records import Claim, Safeguard, is_unbounded
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
 
@@ -56,6 +56,7 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
         _clean_accuracy(evidence),
         _telling_eps(evidence),
         *_stronger_attacks(evidence),
+        *_attacks_on_one_alone(evidence),
         *_of_model(evidence, evidence.treatment, is_claimed=is_more),
         *_of_model(evidence, evidence.control, is_claimed=not is_more),
     )
@@ -213,10 +214,7 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
     images' own verdict says.
     """
     claim = evidence.claim
-    # Whose robustness a verdict rests on: 0 is the treatment, 1 the control.
-    favoured: dict[Literal["supported", "refuted"], int] = {"supported": 0, "refuted": 1}
-    if claim.direction == "less_robust":
-        favoured = {"supported": 1, "refuted": 0}
+    favoured = _favoured(claim)
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
     for attack in evidence.decisive:
         for source in (evidence, *evidence.on_fewer):
@@ -271,6 +269,52 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
             yield Safeguard(
                 name="stronger_attacks", passed=False if undermined else None if uncertain else True, detail=detail,
                 withholds=undermined or uncertain or _BOTH, attack=besides[0] if len(besides) == 1 else None,
+            )
+
+
+def _favoured(claim: Claim) -> dict[Literal["supported", "refuted"], int]:
+    """Whose robustness a verdict rests on: 0 is the treatment, 1 the control."""
+    return {"supported": 0, "refuted": 1} if claim.direction == "more_robust" else {"supported": 1, "refuted": 0}
+
+
+def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
+    """Attacks that a claim leaves out and that one model alone has met: what they would break of the other is not known.
+
+    A verdict that rests on the robustness of that model cannot stand where, with what they break of it, less of its lead
+    would be left than matters. Where a claim leaves none out, `same_configuration` asks for the same attacks on both.
+    """
+    claim = evidence.claim
+    if claim.attacks is None:
+        return
+    sides = ((evidence.treatment, evidence.treatment_places), (evidence.control, evidence.control_places))
+    met = [{(each.name, each.norm) for each in side.attacks} for side, _ in sides]
+    for attack in evidence.decisive:
+        ladder = np.array(evidence.ladder(attack))[:, None]
+        robust = [side[attack.is_finished] > ladder for side in (attack.treatment, attack.control)]
+        for verdict, number in _favoured(claim).items():
+            alone = {(name, norm) for name, norm in met[number] - met[1 - number] if norm == attack.norm}
+            if not alone or not len(ladder):
+                continue
+            side, places = sides[number]
+            reached = np.fmin.reduce([each.breaking_eps[places] for each in side.attacks if (each.name, each.norm) in alone])
+            # Images that none of them has met stay what they are.
+            taken = (robust[number] & (np.nan_to_num(reached[attack.is_finished], nan=np.inf) <= ladder)).mean(axis=1)
+            lead = robust[number].mean(axis=1) - robust[1 - number].mean(axis=1)
+            is_undermined = (lead >= claim.smallest_difference) & (lead - taken < claim.smallest_difference)
+            place = int(np.argmax(np.where(is_undermined, lead, -1.0))) if is_undermined.any() else int(taken.argmax())
+            names = ", ".join(sorted(name for name, _ in alone))
+            detail = (
+                f"{side.model} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy at eps "
+                f"{format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
+            )
+            if is_undermined.any():
+                detail += f", where it leads by {100 * lead[place]:.3g}: a verdict of {verdict} would rest on leaving them out, so "
+                detail += "make them on both models."
+            else:
+                detail += ": too little to matter to what it leads by."
+            yield Safeguard(
+                name="stronger_attacks", passed=not is_undermined.any(), detail=detail, withholds=(verdict,),
+                attack=names if len(alone) == 1 else None,
             )
 
 

@@ -236,6 +236,21 @@ class TestStrongerAttacks:
         assert "On 200 of these images strong was made too" in found.detail
         assert f"broke {strong[0]} more images of A and {strong[1]} more of B" in found.detail
 
+    @pytest.mark.parametrize("direction", ["more_robust", "less_robust"])
+    @pytest.mark.parametrize(("count", "passed"), [(0, True), (30, True), (97, False), (200, False)])
+    def test_attacks_that_one_model_alone_has_met(self, make_claim, make_run, count, passed, direction):
+        """A leads by 100 of 200 images, of which 4 matter; `strong`, made on A alone, breaks `count` of those that stand."""
+        runs = [
+            make_run("A", {"pgd": dict(distances=[INF] * 200)}), make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", {"strong": dict(distances=[PIXEL] * count + [INF] * (200 - count))}),
+        ]  # fmt: skip
+        (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",), direction=direction), runs)
+        (found,) = named(check_evidence(evidence), "stronger_attacks")
+        verdict = "supported" if direction == "more_robust" else "refuted"
+        assert found.passed is passed and found.withholds == (verdict,)
+        assert f"A alone has met strong, which would take {count / 2:.3g} points" in found.detail
+        assert judge(evidence).verdict == (verdict if passed else "inconclusive")
+
     def test_attacks_made_on_some_of_the_images(self, make_claim, make_run):
         all_images, some = self.found(make_claim, make_run, (6, 0), few=100)
         (found,) = named(check_evidence(all_images), "stronger_attacks")
