@@ -39,9 +39,9 @@ def arithmetic_kept() -> Iterator[None]:
             _put([*every, *new])
         for device_type, is_enabled in autocasts.items():
             torch.set_autocast_enabled(device_type, is_enabled)
-        # Only where it differs: torch looks a named default up at every call.
+        # A named default, of the CPU too, is looked up at every call, and torch's compiler stumbles over it.
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @contextmanager

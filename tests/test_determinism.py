@@ -127,6 +127,7 @@ for name, ask in asked.items():
             assert product.dtype == torch.float32 and not is_bf16(), name
         assert state() == found, name
     assert state() == before, (name, state(), before)
+    assert not torch.overrides._get_current_function_mode_stack(), name
 """
 
 
