@@ -205,7 +205,8 @@ def evaluate(
 
     Calling the same command again goes on where the last one stopped.
     """
-    from lrrobust.console import be_quiet, print_results
+    from lrrobust.console.results import print_results
+    from lrrobust.console.streams import be_quiet
     from lrrobust.processes import choose_sharing
     from lrrobust.run import EvaluationRequest
 
@@ -255,7 +256,8 @@ def _models_on_stderr() -> Iterator[None]:
 
 @_models_on_stderr()
 def _prepare(request: EvaluationRequest) -> list[Evaluation]:
-    from lrrobust.console import report_subset, scanning
+    from lrrobust.console.progress import scanning
+    from lrrobust.console.results import report_subset
     from lrrobust.run import prepare_evaluations
 
     with scanning("reading images") as on_scan:
@@ -266,7 +268,7 @@ def _prepare(request: EvaluationRequest) -> list[Evaluation]:
 
 @_models_on_stderr()
 def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> None:
-    from lrrobust.console import EvaluationProgress
+    from lrrobust.console.progress import EvaluationProgress
 
     for evaluation in evaluations:
         with EvaluationProgress(evaluation) as progress:
@@ -275,7 +277,7 @@ def _run_all(evaluations: list[Evaluation], sharing: Sharing | None = None) -> N
 
 @_models_on_stderr()
 def _diagnose_all(evaluations: list[Evaluation]) -> None:
-    from lrrobust.console import diagnosing
+    from lrrobust.console.progress import diagnosing
 
     for evaluation in evaluations:
         # Images made on another model say nothing of attacks on this one.
@@ -349,7 +351,7 @@ def check(
     from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
     from lrrobust.check.compare import another_comparison, compare, find_differences, require_sensitivity
     from lrrobust.check.formats import choose_outputs, printable, write_outputs
-    from lrrobust.console import print_baseline
+    from lrrobust.console.products import print_baseline
     from lrrobust.errors import BaselineError, ConfigError, StoreError
     from lrrobust.results import load_run
 
@@ -429,7 +431,7 @@ def report(
     ] = True,
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
-    from lrrobust.console import print_report, print_verdicts, warn_of_other_rules
+    from lrrobust.console.results import print_report, print_verdicts, warn_of_other_rules
     from lrrobust.errors import StoreError
     from lrrobust.page import write_page
     from lrrobust.page.claim_figures import sketch_claims
@@ -489,7 +491,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the 8-bit adversarial images of a run as PNG files, with an index (Parquet)."""
-    from lrrobust.console import print_export
+    from lrrobust.console.products import print_export
     from lrrobust.export import export_adversarial
     from lrrobust.results import load_run
 
@@ -506,7 +508,7 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Read exported images back and judge them again: exit code 1 when one no longer fools the model it was made for."""
-    from lrrobust.console import print_verification
+    from lrrobust.console.products import print_verification
     from lrrobust.processes import choose_device
     from lrrobust.run import load_named
     from lrrobust.verify import verify_export
@@ -548,7 +550,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
-    from lrrobust.console import TrainingProgress, print_weights, scanning
+    from lrrobust.console.products import print_weights
+    from lrrobust.console.progress import TrainingProgress, scanning
     from lrrobust.learning_curves import plot_learning_curves
     from lrrobust.processes import choose_device
     from lrrobust.train import TrainingRequest, prepare_training
@@ -589,7 +592,8 @@ def average(
     out: Annotated[Path, typer.Option(help="Folder of the file.")] = Path("reports/training"),
 ) -> None:
     """Average weights of trainings that went on from one another: often better than each of them."""
-    from lrrobust.console import print_weights, scanning
+    from lrrobust.console.products import print_weights
+    from lrrobust.console.progress import scanning
     from lrrobust.train import average_trained
 
     with scanning("decoding images") as on_scan:
@@ -641,7 +645,8 @@ def bench(
     import torch
 
     from lrrobust.bench.suites import BENCHES, BenchRequest, find_bench
-    from lrrobust.console import bench_progress, print_bench
+    from lrrobust.console.products import print_bench
+    from lrrobust.console.progress import bench_progress
     from lrrobust.processes import choose_device
 
     chosen = {name: find_bench(name) for name in what or BENCHES}
@@ -693,7 +698,8 @@ def crosscheck(
     Ours is an ordinary run. What the others return is judged as ours is; what they claim is shown too. AutoAttack's
     standard evaluation is compared with the worst case of all attacks given of its norm.
     """
-    from lrrobust.console import crosscheck_progress, print_crosscheck
+    from lrrobust.console.products import print_crosscheck
+    from lrrobust.console.progress import crosscheck_progress
     from lrrobust.crosscheck import choose_budgets, choose_peers, crosscheck_evaluation
     from lrrobust.run import EvaluationRequest
 
@@ -717,7 +723,7 @@ def crosscheck(
 @app.command()
 def models() -> None:
     """List the networks and the trained weights that come with the package."""
-    from lrrobust.console import print_models
+    from lrrobust.console.listings import print_models
 
     print_models()
 
@@ -725,7 +731,7 @@ def models() -> None:
 @app.command()
 def attacks() -> None:
     """List the attacks and suites that come with the package."""
-    from lrrobust.console import print_attacks
+    from lrrobust.console.listings import print_attacks
 
     print_attacks()
 

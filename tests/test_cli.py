@@ -361,7 +361,7 @@ def test_a_defect_shows_where_and_is_no_failed_check(run, workplace, monkeypatch
     def fail(*_):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("lrrobust.console.print_models", fail)
+    monkeypatch.setattr("lrrobust.console.listings.print_models", fail)
     code, _, err = run("models", cwd=workplace)
     assert code == 70 and "Traceback" in err and "ValueError: a defect" in err and "please report it" in err
 

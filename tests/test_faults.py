@@ -120,7 +120,7 @@ def processes(tmp_path_factory):
     """Processes that start at once, forked from one that has everything imported."""
     folder = tmp_path_factory.mktemp("warm")
     (folder / "lrrobust_warm.py").write_text(
-        "import lrrobust.console, lrrobust.run\nfrom lrrobust.attacks.build import _torchattacks\n_torchattacks()\n"
+        "import lrrobust.console.results, lrrobust.run\nfrom lrrobust.attacks.build import _torchattacks\n_torchattacks()\n"
     )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lrrobust_warm"])

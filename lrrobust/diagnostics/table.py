@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from lrrobust.diagnostics.records import load_diagnostics, other_rules
@@ -15,6 +16,8 @@ HOW_TO_READ = (
 )
 
 RESULTS = {True: "passed", False: "FAILED", None: "not known"}
+
+_HEADINGS = ("run", "check", "attack", "result", "what was found")
 
 
 def diagnostics_table(runs: Mapping[str, Run]) -> Table:
@@ -35,4 +38,19 @@ def diagnostics_table(runs: Mapping[str, Run]) -> Table:
         said = other_rules(run)
         if said is not None:
             rows.append([Cell(text, text) for text in (name, "all", "-", RESULTS[None], f"{said[0].upper()}{said[1:]}.")])
-    return Table([Column(heading, is_text=True) for heading in ("run", "check", "attack", "result", "what was found")], rows)
+    return Table([Column(heading, is_text=True) for heading in _HEADINGS], rows)
+
+
+def count_results(table: Table) -> str:
+    """What the checks of `diagnostics_table` come to, in one line.
+
+    >>> row = [Cell(text, text) for text in ("first", "noise", "pgd", "passed", "...")]
+    >>> count_results(Table([Column(heading) for heading in _HEADINGS], [row, row]))
+    'all 2 checks passed'
+    """
+    found = Counter(row[_HEADINGS.index("result")].text for row in table.rows)
+    if len(found) == 1 and RESULTS[True] in found:
+        return f"all {found.total()} checks passed"
+    counts = ", ".join(f"{found[result]} {result}" for result in RESULTS.values() if found[result])
+    doubt = ": robust accuracies may be too high" if found[RESULTS[False]] else ""
+    return f"checks: {counts}{doubt}"

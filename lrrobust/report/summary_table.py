@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -58,7 +59,13 @@ _FOR_FILES = ("passes", "balanced clean %", "balanced 95 % CI")
 
 _IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
 
-_TEXT_HEADINGS = {*_IDENTITY_HEADINGS, "images made on", "attack", "norm"}
+#: Names of any length, which are folded on a terminal that is too narrow.
+_NAME_HEADINGS = {*_IDENTITY_HEADINGS, "images made on"}
+
+_TEXT_HEADINGS = {*_NAME_HEADINGS, "attack", "norm"}
+
+#: The narrowest that names are folded to.
+_FOLDED_WIDTH = 10
 
 #: Heading -> the column that a table is sorted by; other columns sort by what they show.
 _SORT_COLUMNS = {
@@ -104,7 +111,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
 
 def render_table(summary: pd.DataFrame) -> TerminalTable:
-    """The summary for a terminal; unfinished runs are named below it."""
+    """The summary for a terminal, names folded where it is narrow, numbers never; unfinished runs are named below it."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as TerminalTable
@@ -113,6 +120,8 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     # What all rows share goes above the table, which is wide enough without.
     shared = [name for name in _IDENTITY_HEADINGS[:-1] if len({row[name] for row in rows}) == 1]
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
+    if len(summary) and summary["surrogate"].notna().all():
+        title = ", ".join(filter(None, ("images made on other models", title)))
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
     captions = [f"* incomplete, only the images finished so far: {', '.join(unfinished)}"] if unfinished else []
     captions += [HOW_TO_READ_CUMULATIVE] if summary["is_cumulative"].any() else []
@@ -120,19 +129,35 @@ def render_table(summary: pd.DataFrame) -> TerminalTable:
     table = TerminalTable(
         box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None
     )
-    # Folder names are long; only runs that nothing else tells apart need them.
+    # Folder names are long; only runs that nothing else tells apart need theirs, and its end where that suffices.
     identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
     needs_run = len({row["run"] for row in rows}) > len(identities)
+    short = _shorten({row["run"] for row in rows})
     # What would make it wider than a terminal, files and the page have.
     hidden = {*shared, *_FOR_FILES, *_unused(rows), *(() if needs_run else ("run",))}
     shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
-    for heading in shown:
-        # Headings on two lines: the table fits a terminal of 80 columns, with no number cut.
-        lines = "\n".join(part for part in heading.rpartition(" ")[::2] if part)
-        table.add_column(lines, justify="left" if heading in _TEXT_HEADINGS else "right", no_wrap=heading != "run")
-    for row in rows:
-        table.add_row(*(escape(row[heading]) for heading in shown))
+    columns = {heading: [short[row["run"]] if heading == "run" else row[heading] for row in rows] for heading in shown}
+    for heading, texts in columns.items():
+        # Headings on two lines: most tables fit a terminal of 80 columns.
+        lines = [part for part in heading.rpartition(" ")[::2] if part]
+        is_name = heading in _NAME_HEADINGS
+        widest = max(map(len, [*lines, *texts]))
+        table.add_column(
+            "\n".join(lines),
+            justify="left" if heading in _TEXT_HEADINGS else "right",
+            no_wrap=not is_name,
+            overflow="fold",
+            min_width=min(widest, _FOLDED_WIDTH) if is_name else widest,
+        )
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, texts))
     return table
+
+
+def _shorten(runs: Iterable[str]) -> dict[str, str]:
+    """Runs -> the fingerprints that end the names `eval` gives their folders, where these tell all apart."""
+    ends = {run: found[1] for run in runs if (found := re.search(r"-([0-9a-f]{10})$", run))}
+    return ends if len(set(ends.values())) == len(set(runs)) else {run: run for run in runs}
 
 
 def format_row(row: Mapping[str, Any]) -> dict[str, str]:

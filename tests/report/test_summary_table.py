@@ -101,6 +101,12 @@ class TestTable:
         assert "lr_resnet50" in text and "worst_case" in text and "/255" in text
         assert "…" not in text and max(map(len, text.splitlines())) <= 80
 
+    def test_tells_apart_runs_of_the_same_model_by_their_fingerprints(self, make_run):
+        ends = ("0123456789", "abcdef0123")
+        text = rendered(summarise([make_run(f"tiny-sample-n5-{end}") for end in ends]), width=80)
+        assert all(end in text for end in ends) and "n5-" not in text
+        assert "named-by-hand" in rendered(summarise([make_run(f"tiny-sample-n5-{ends[0]}"), make_run("named-by-hand")]))
+
     def test_marks_attacks_that_met_only_what_others_left(self, make_run):
         summary = summarise([make_run()])
         assert how_to_read(summary)[1:] == [] and "†" not in rendered(summary)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lrrobust import console, half_precision
-from lrrobust.console import EvaluationProgress
+from lrrobust import half_precision
+from lrrobust.console import progress as shown_progress
+from lrrobust.console import streams
+from lrrobust.console.progress import EvaluationProgress, TrainingProgress
 from lrrobust.training.trainer import Progress
 
 
@@ -16,8 +18,8 @@ from lrrobust.training.trainer import Progress
 def clock(monkeypatch):
     """A clock that moves when told to, and what is shown on standard error, which is no terminal."""
     clock = SimpleNamespace(now=0.0, shown=io.StringIO())
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(console, "_notices", Console(file=clock.shown, width=200))
+    monkeypatch.setattr(shown_progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(streams, "notices", Console(file=clock.shown, width=200))
     return clock
 
 
@@ -127,41 +129,27 @@ def test_stored_parts_say_that_a_run_goes_on(clock):
     assert (first, last) == ("going on with runs/tiny", "tiny: 1/2 parts, 60 s, at most 41 s left")
 
 
-def test_what_is_left_out_is_named(capsys):
-    images = SimpleNamespace(
-        name="cifar", left_out_count=8, left_out_classes=(("a", "b", "c", "d", "e"), ("plane",)), corrupt_keys=()
-    )
-
-    class Images(list):
-        __getattr__ = lambda self, name: getattr(images, name)  # noqa: E731
-
-    console.report_subset(Images(range(32)))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "cifar: 32 images" in said
-    assert "left out: 8 images of classes the model does not know ('a', 'b', 'c' and 2 more); no image has its 'plane'" in said
-
-
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (125, "2 min"), (5990, "100 min"), (9000, "2.5 h")])
 def test_durations_are_as_exact_as_estimates(seconds, text):
-    assert console._round_duration(seconds) == text
+    assert shown_progress._round_duration(seconds) == text
 
 
 def training(precision="float32", steps=1):
     recipe = SimpleNamespace(precision=precision)
     device = torch.device("cpu")
-    return console.TrainingProgress(SimpleNamespace(recipe=recipe, device=device, step=0, steps=steps, model_name="resnet50"))
+    return TrainingProgress(SimpleNamespace(recipe=recipe, device=device, step=0, steps=steps, model_name="resnet50"))
 
 
 def evaluation(precision):
     specs = SimpleNamespace(name="pgd"), SimpleNamespace(name="pgd_bf16", precision=precision)
     tasks = [SimpleNamespace(spec=spec, cost=1) for spec in specs]
     manifest = {"model": {"name": "resnet50"}}
-    return console.EvaluationProgress(SimpleNamespace(manifest=manifest, tasks=tasks, device=torch.device("cpu")))
+    return EvaluationProgress(SimpleNamespace(manifest=manifest, tasks=tasks, device=torch.device("cpu")))
 
 
 def test_long_trainings_say_where_they_are(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0, 80.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: next(clock))
     with training(steps=100) as progress:
         for step in range(1, 5):
             progress.on_step(Progress(epoch=1, epochs=2, step=step, steps=100, loss=3.5, images_per_s=60.0))
@@ -183,17 +171,9 @@ def test_bf16_that_is_emulated_is_said_with_its_cure(build, precision, slowdown,
 NAME = "m.py:b: [red]x[/red]"
 
 
-def test_notices_and_tables_show_names_as_they_are(capsys):
-    # To rich, `:b:` is an emoji and [red] a colour.
-    console._notice(NAME)
-    console._tables.print(NAME, markup=False)
-    shown = capsys.readouterr()
-    assert (shown.err, shown.out) == (f"{NAME}\n", f"{NAME}\n")
-
-
 def test_bars_show_names_as_they_are(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(console, "_notices", Console(file=shown, width=200, force_terminal=True, color_system=None))
-    with console.scanning(NAME) as on_read:
+    monkeypatch.setattr(streams, "notices", Console(file=shown, width=200, force_terminal=True, color_system=None))
+    with shown_progress.scanning(NAME) as on_read:
         on_read(1, 2)
     assert NAME in shown.getvalue()

@@ -1,0 +1,131 @@
+"""What runs hold, as tables, verdicts and warnings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lrrobust.console import streams
+from lrrobust.console.streams import notice, print_table
+from lrrobust.diagnostics.records import other_rules
+from lrrobust.diagnostics.table import count_results, diagnostics_table
+from lrrobust.report.naming import name_runs
+from lrrobust.report.notices import warnings_with_rejections
+from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import render_table
+from lrrobust.results import Run, load_run
+from lrrobust.stats import wilson_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lrrobust.data.evaluation_set import EvaluationSet
+    from lrrobust.verdict.records import Verdicts
+
+
+def report_subset(images: EvaluationSet) -> None:
+    """Says what is evaluated, and aloud what is left out."""
+    notice(f"{images.name}: {len(images)} images")
+    if images.left_out_count:
+        unknown, without = (_name_some(names) for names in images.left_out_classes)
+        also = f"; no image has its {without}" if without else ""
+        notice(f"left out: {images.left_out_count} images of classes the model does not know ({unknown}){also}")
+    if images.corrupt_keys:
+        shown = ", ".join(images.corrupt_keys[:5]) + (", ..." if len(images.corrupt_keys) > 5 else "")
+        notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
+
+
+#: Classes that a notice names.
+_NAMED = 3
+
+
+def _name_some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
+
+
+def _print_table(runs: Sequence[Run], summary: pd.DataFrame) -> None:
+    is_transfer = summary["surrogate"].notna()
+    for part in (summary[~is_transfer], summary[is_transfer]):
+        if len(part):
+            print_table(render_table(part))
+    for run in runs:
+        for warning in warnings_with_rejections(run):
+            notice(f"warning: {run.folder.name}: {warning}")
+
+
+def print_results(folders: Sequence[Path]) -> None:
+    """The tables of the runs just made, and where they are."""
+    runs = [load_run(folder) for folder in folders]
+    summary = summarise(runs)
+    _print_table(runs, summary)
+    _print_diagnostics(runs)
+    for name, run in name_runs(runs).items():
+        if doubt := _doubt_accuracy(run, summary[summary["run"] == name]):
+            notice(f"warning: {name}: {doubt}")
+    for folder in folders:
+        notice(f"results: {folder}")
+
+
+def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
+    """A clean accuracy that is no better than guessing mostly means that labels or preprocessing are not the network's."""
+    clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
+    correct, classes = round(clean_accuracy * n), run.manifest["model"]["num_classes"]
+    if wilson_interval(correct, int(n))[0] > 1 / classes:
+        return None
+    return (
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
+        "in the order of the logits, are the weights trained, does the network normalise as it did in training, and is "
+        f"{run.manifest['model']['input_size']} the side of images that it takes (--input-size)?"
+    )
+
+
+def warn_of_other_rules(runs: Sequence[Run]) -> None:
+    """A line for each run whose diagnostics count for nothing."""
+    for run in runs:
+        if (said := other_rules(run)) is not None:
+            logging.warning("%s: %s", run.folder, said)
+
+
+def _print_diagnostics(runs: Sequence[Run]) -> None:
+    for name, run in name_runs(runs).items():
+        found = diagnostics_table({name: run})
+        if not found.rows:
+            continue
+        table = Table(title=f"did the attacks work? {escape(name)}", box=box.SIMPLE, title_justify="left")
+        # The run is in the title.
+        for column in found.columns[1:]:
+            table.add_column(column.heading)
+        for row in found.rows:
+            table.add_row(*(escape(cell.text) for cell in row[1:]))
+        print_table(table)
+        streams.tables.print(f"{count_results(found)}\n", markup=False, highlight=False)
+
+
+def print_verdicts(verdicts: Verdicts) -> None:
+    """Each verdict with its reasons, and the claims that could not be judged."""
+    for result in verdicts.results:
+        pairing = result.pairing
+        streams.tables.print(f"{result.verdict.upper()}: {result.claim.statement}", markup=False, style="bold")
+        streams.tables.print(
+            f"({result.claim.name}, {pairing.dataset}, {pairing.n} images, {result.claim.treatment} against "
+            f"{result.claim.control})", markup=False, highlight=False,
+        )
+        for reason in result.reasons:
+            streams.tables.print(f"* {reason}", markup=False, highlight=False, soft_wrap=not streams.tables.is_terminal)
+        streams.tables.print()
+    for unjudged in verdicts.not_judged:
+        notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")
+
+
+def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path]) -> None:
+    """The table of all runs, which is their summary, and the files written."""
+    _print_table(runs, summary)
+    for path in written:
+        notice(f"wrote {path}")

@@ -1,0 +1,44 @@
+"""Where the command line shows things: results on standard output, what accompanies them on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+#: Without a terminal nothing is wrapped or cut: files and logs scroll, and programs read lines.
+_UNBOUNDED_WIDTH = 100_000
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process; whoever calls a command decides what becomes of it.
+        raise
+
+
+# Without emoji: `file.py:b:` names a model.
+tables = _Console(width=None if sys.stdout.isatty() else _UNBOUNDED_WIDTH, emoji=False)
+notices = _Console(stderr=True, emoji=False)
+
+
+def be_quiet() -> None:
+    """From now on nothing is shown: another process shows it for all."""
+    tables.quiet = notices.quiet = True
+
+
+def notice(text: str) -> None:
+    """One line on standard error, as it is."""
+    notices.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output; on a terminal too narrow for it texts are folded, and no number is cut."""
+    for column in table.columns:
+        column.overflow = "fold"
+    least = Measurement.get(tables, tables.options.update(width=_UNBOUNDED_WIDTH), table).minimum
+    if tables.width < least:
+        # rich would take whole columns away.
+        table.width = least
+    tables.print(table, crop=False)

@@ -1,0 +1,26 @@
+import doctest
+
+import pytest
+
+from lrrobust.diagnostics import table
+from lrrobust.diagnostics.table import count_results
+from lrrobust.tables import Cell, Column, Table
+
+
+def test_doctests():
+    result = doctest.testmod(table)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "results, line",
+    [
+        (["passed", "not known"], "checks: 1 passed, 1 not known"),
+        (["FAILED"], "checks: 1 FAILED: robust accuracies may be too high"),
+        (["not known"], "checks: 1 not known"),
+    ],
+)
+def test_what_the_checks_come_to(results, line):
+    headings = ("run", "check", "attack", "result", "what was found")
+    rows = [[Cell(text, text) for text in ("first", "noise", "pgd", result, "So.")] for result in results]
+    assert count_results(Table([Column(heading) for heading in headings], rows)) == line
