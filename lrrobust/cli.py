@@ -7,6 +7,7 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -68,11 +69,18 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             raise _NobodyReads from None
         except SystemExit as done:
+            if _is_broken_pipe(done):
+                raise _NobodyReads from None
             # No command ends so. With its exit code somebody else's code would speak for what was not done.
             raise LrRobustError(
                 f"something called sys.exit({done.code!r}) before the command was done{_place_of(done)}: take that call out and "
                 "run the same command again; what was finished is kept"
             ) from None
+
+
+def _is_broken_pipe(done: SystemExit) -> bool:
+    """rich, which writes typer's help, ends the process where nobody reads it."""
+    return isinstance(done.__context__, BrokenPipeError)
 
 
 def _place_of(error: BaseException) -> str:
@@ -165,7 +173,8 @@ def evaluate(
         Optional[int], typer.Option(min=1, help="Side of the images in pixels, instead of what the weights state.")
     ] = None,
     eps: Annotated[
-        Optional[str], typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; all attacks must share a norm.")
+        Optional[list[str]],
+        typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; repeatable; all attacks must share a norm."),
     ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Steps instead of the attack's, in all that take steps.")] = None,
     restarts: Annotated[
@@ -228,7 +237,7 @@ def evaluate(
         balanced=balanced,
         indices=indices,
         skip_corrupt=skip_corrupt,
-        eps=None if eps is None else tuple(part.strip() for part in eps.split(",")),
+        eps=_split(eps),
         steps=steps,
         restarts=restarts,
         precision=precision,
@@ -247,6 +256,11 @@ def evaluate(
         print_results([evaluation.folder for evaluation in evaluations])
 
 
+def _split(given: list[str] | None) -> tuple[str, ...] | None:
+    """The values of an option that takes several, behind commas and repeated; None without any."""
+    return tuple(part.strip() for each in given for part in each.split(",")) if given else None
+
+
 @contextmanager
 def _models_on_stderr() -> Iterator[None]:
     """Standard output is for results, which programs may read: what a user's model prints goes to standard error."""
@@ -257,12 +271,14 @@ def _models_on_stderr() -> Iterator[None]:
 @_models_on_stderr()
 def _prepare(request: EvaluationRequest) -> list[Evaluation]:
     from lrrobust.console.progress import scanning
-    from lrrobust.console.results import report_subset
+    from lrrobust.console.results import report_subset, warn_of_redrawn
     from lrrobust.run import prepare_evaluations
 
     with scanning("reading images") as on_scan:
         evaluations = prepare_evaluations(request, sys.argv, on_scan)
     report_subset(evaluations[0].images)
+    for evaluation in evaluations:
+        warn_of_redrawn(evaluation.find_redrawn())
     return evaluations
 
 
@@ -408,8 +424,10 @@ def check(
             return
         if result is None:
             result = compare(before, runs, str(baseline))
-    write_outputs(result, outputs, os.environ, typer.echo)
-    if result.verdict == "another_comparison":
+    is_refused = result.verdict == "another_comparison"
+    # A refusal is an error, which people read once, on standard error.
+    write_outputs(result, [each for each in outputs if not (is_refused and each == ("text", None))], os.environ, typer.echo)
+    if is_refused:
         raise BaselineError(printable(result.reason))
     raise typer.Exit(1 if result.verdict == "regressed" else 0)
 
@@ -432,12 +450,13 @@ def report(
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
     from lrrobust.console.results import print_report, print_verdicts, warn_of_other_rules
-    from lrrobust.errors import StoreError
+    from lrrobust.errors import ConfigError, StoreError
     from lrrobust.page import write_page
     from lrrobust.page.claim_figures import sketch_claims
     from lrrobust.report.drawing import Drawers
     from lrrobust.report.figures import sketch_runs
     from lrrobust.report.files import write_report
+    from lrrobust.report.leftovers import remove_leftovers
     from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
@@ -476,11 +495,14 @@ def report(
         write_verdicts(verdicts, out / "claim.json")
         of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
         written = [
+            out / "claim.json",
             *write_page(loaded, out, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery),
             *write_report(loaded, out, of_runs(), summary, sys.argv),
             *write_transfer(loaded, out),
         ]
-    print_report(loaded, summary, [out / "claim.json", *written])
+    print_report(loaded, summary, written, remove_leftovers(out, written))
+    if claim and (silent := {each.name for each in claims} - {result.claim.name for result in verdicts.results}):
+        raise ConfigError(f"no verdict on {', '.join(sorted(silent))}, for the reasons above; the report is written without")
 
 
 @app.command()
@@ -546,7 +568,12 @@ def train(
     ] = 8,
     stop_after: Annotated[
         Optional[int],
-        typer.Option(help="Epochs of the recipe's schedule to stop after, with the weights of then.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Epochs of the recipe's schedule to stop after, with the weights of then; going on replaces these, but for "
+            "another --name.",
+            show_default="all",
+        ),
     ] = None,
 ) -> None:
     """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
@@ -582,7 +609,10 @@ def average(
         str, typer.Option(help="The images of the training, for statistics of batch normalisation, and held-out accuracy.")
     ],
     share: Annotated[
-        Optional[list[float]], typer.Option("--share", help="Of each file in the mean, in order.", show_default="alike")
+        Optional[list[float]],
+        typer.Option(
+            "--share", help="Weight of each file in the mean, in order: above 0, divided by their sum.", show_default="alike"
+        ),
     ] = None,
     evaluate_on: Annotated[
         Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
@@ -684,9 +714,11 @@ def crosscheck(
     weights: Annotated[Optional[list[str]], typer.Option(help="As for eval; once for each --model.")] = None,
     classes: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
     input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
-    eps: Annotated[Optional[str], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")] = None,
+    eps: Annotated[
+        Optional[list[str]], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")
+    ] = None,
     peer_eps: Annotated[
-        Optional[str], typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all")
+        Optional[list[str]], typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images passed through the model at once.")] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -707,12 +739,12 @@ def crosscheck(
     request = EvaluationRequest(
         models=tuple(model), attacks=tuple([*(attack or []), *(suite or [])]) or ("pgd",), weights=tuple(weights or ()),
         dataset=dataset, classes=classes, input_size=input_size, n=n, seed=seed,
-        eps=None if eps is None else tuple(part.strip() for part in eps.split(",")),
+        eps=_split(eps),
         batch_size=batch_size, device=device, out=runs,
     )
     evaluations = _prepare(request)
     specs = [task.spec for task in evaluations[0].tasks]
-    budgets = None if peer_eps is None else choose_budgets([part.strip() for part in peer_eps.split(",")], specs)
+    budgets = None if not peer_eps else choose_budgets(_split(peer_eps), specs)
     _run_all(evaluations)
     for evaluation in evaluations:
         with _models_on_stderr(), crosscheck_progress() as on_attack:
@@ -736,6 +768,12 @@ def attacks() -> None:
     print_attacks()
 
 
+for _command in app.registered_commands:
+    # typer would break lines where docstrings do, besides where the terminal ends.
+    _paragraphs = inspect.cleandoc(_command.callback.__doc__).split("\n\n")
+    _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
+
+
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
@@ -756,9 +794,7 @@ def run(arguments: list[str]) -> int:
         print(interruption, file=sys.stderr)
         return interruption.exit_code
     except (BrokenPipeError, _NobodyReads):
-        # Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends.
-        sys.stdout = open(os.devnull, "w")
-        return _BROKEN_PIPE
+        return _end_unread()
     except OSError as error:
         # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
         where = f" {error.filename}" if error.filename is not None else ""
@@ -768,7 +804,10 @@ def run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except SystemExit as done:  # how shells ask for completions
+    except SystemExit as done:
+        if _is_broken_pipe(done):
+            return _end_unread()
+        # How shells ask for completions.
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
         from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
@@ -784,6 +823,12 @@ def run(arguments: list[str]) -> int:
         )
         return 2
     return code or 0
+
+
+def _end_unread() -> int:
+    """Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends."""
+    sys.stdout = open(os.devnull, "w")
+    return _BROKEN_PIPE
 
 
 def _explain_usage(error: _UsageError) -> str:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lrrobust.errors import ConfigError
+from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.mistakes import brief, explain_mistakes
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,6 +52,30 @@ class _PlainLoader(yaml.SafeLoader):
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_number)
 _PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_number)
+
+
+def locate(kind: str, name_or_path: str | Path, folder: Path) -> Path:
+    """The file of a shipped configuration by its name, or the user's own.
+
+    Args:
+        kind: what messages call such a configuration.
+        folder: of the shipped ones.
+
+    Raises:
+        UnknownNameError: neither a shipped name nor a file, and not written like the path of one.
+    """
+    shipped = {path.stem: path for path in folder.glob("*.yaml")}
+    text = str(name_or_path)
+    path = shipped.get(text, Path(name_or_path))
+    # What was meant as a path and is not there, `read_mapping` says.
+    if not path.is_file() and not (isinstance(name_or_path, Path) or is_path(text)):
+        raise UnknownNameError(kind, text, shipped, "a YAML file")
+    return path
+
+
+def is_path(text: str) -> bool:
+    """Whether something on the command line means a file of the user's rather than a shipped name."""
+    return text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text
 
 
 def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:
@@ -104,17 +129,4 @@ def check_keys(data: dict[str, Any], model: type[Model], source: str) -> Model:
         # such as dates, goes in as text.
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        problems = error.errors()
-        first = problems[0]
-        if first["type"] == "missing":
-            # All at once: who writes a file would otherwise meet them one by one.
-            missing = [".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"]
-            raise ConfigError(f"{source}: expected also {', '.join(missing)}, found only {', '.join(data) or 'nothing'}") from None
-        key = ".".join(map(str, first["loc"])) or "(top level)"
-        raise ConfigError(f"{source}: {key}: {first['msg']}, found {brief(first['input'])}") from None
-
-
-def brief(value: Any) -> str:
-    """A value as a message shows it: at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise ConfigError(f"{source}: {explain_mistakes(error, data, model)}") from None

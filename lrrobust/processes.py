@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lrrobust.config_file import brief
+from lrrobust.mistakes import brief
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.task_queue import Sharing
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -21,7 +22,6 @@ from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, Precision
 from lrrobust.attacks.suite import load_suite
-from lrrobust.config_file import brief
 from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
 from lrrobust.data.parallel_map import OnProgress
@@ -36,13 +36,14 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import ROWS_VERSION, evaluate
 from lrrobust.evaluation.task_queue import Sharing
 from lrrobust.evaluation.tasks import Task, plan_tasks
+from lrrobust.mistakes import brief, describe_mistake
 from lrrobust.models import Classifier, load_classifier, name_classes
 from lrrobust.models.folding import fold_constants
 from lrrobust.models.replay import replayed
 from lrrobust.models.weights import state_sha256
 from lrrobust.processes import choose_device
 from lrrobust.provenance import describe_environment
-from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, load_run
+from lrrobust.results import SCHEMA_VERSION, RunStore, fingerprint_of, identity_of, load_manifest, load_run
 
 #: In a batch or chunk: more than any memory holds, and torch counts no further.
 _MOST_IMAGES = 2**31 - 1
@@ -120,7 +121,7 @@ class EvaluationRequest:
         except ValidationError as error:
             mistake = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in mistake["loc"])
-            raise ConfigError(f"request: {where}: {mistake['msg']}, found {brief(mistake['input'])}") from None
+            raise ConfigError(f"request: {where}: {describe_mistake(mistake)}, found {brief(mistake['input'])}") from None
         return dataclasses.replace(request, **changes)
 
 
@@ -181,6 +182,23 @@ class Evaluation:
         label_of = {wnid: label for label, wnid in enumerate(self.surrogate.classes)}
         labels = [label_of[wnid] for wnid in self.images.wnids]
         return Surrogate(self._on_device(self.surrogate), len(self.surrogate.classes), labels)
+
+    def find_redrawn(self) -> list[Path]:
+        """Runs beside the folder of this one, if it is new, that differ in the parameters of a user's model alone.
+
+        A factory that draws parameters without a seed makes another model each time, which goes on with no run.
+        """
+        if self.folder.exists() or ".py:" not in self.manifest["model"]["name"]:
+            return []
+        fingerprint = self.manifest["fingerprint"][:10]
+        beside = self.folder.parent.glob(f"{glob.escape(self.folder.name.removesuffix(fingerprint))}*")
+        found = []
+        for folder in sorted(beside):
+            # What is no run, or damaged, is nobody's business here.
+            with suppress(StoreError):
+                if _fingerprint_of_code(load_manifest(folder)) == _fingerprint_of_code(self.manifest):
+                    found.append(folder)
+        return found
 
     def diagnose(self, on_check: OnCheck | None = None) -> None:
         """Looks into whether the attacks worked, unless that was done before; call it after `run`.
@@ -380,6 +398,13 @@ def _plan(
     folder = request.out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
     attacked = None if surrogate is None else surrogate.folded
     return Evaluation(model.folded, images, tasks, manifest, folder, device, attacked)
+
+
+def _fingerprint_of_code(manifest: Mapping[str, Any]) -> str:
+    """As the fingerprint of an evaluation, without the parameters of its model."""
+    identity = identity_of(manifest)
+    model = {key: value for key, value in identity["model"].items() if key != "state_sha256"}
+    return fingerprint_of({**identity, "model": model})
 
 
 def _model_code(name: str, classifier: Classifier) -> bytes:

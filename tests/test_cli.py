@@ -137,6 +137,35 @@ def test_eval_prints_the_table_and_keeps_the_rows(run, workplace, tmp_path):
     assert shown == pytest.approx(100 * (1 - at_largest.is_broken.mean()), abs=0.05)
 
 
+def test_budgets_are_repeated_or_stand_behind_commas(run, workplace, tmp_path):
+    budgets = ("--eps", "1/255", "--eps", "2/255, 4/255")
+    code, _, err = run(*EVAL, "--attack", "fgsm", *budgets, "--n", 6, "--out", tmp_path, "--no-diagnostics", cwd=workplace)
+    assert code == 0, err
+    assert set(load_run(find_runs(tmp_path)[0]).rows.eps) == {1 / 255, 2 / 255, 4 / 255}
+
+
+def test_a_factory_that_draws_anew_each_time_is_told_so(run, workplace, tmp_path):
+    code = (workplace / "model.py").read_text().replace(".manual_seed(0)", "; generator.seed()")
+    (tmp_path / "drawn.py").write_text(code)
+    arguments = ("eval", "--model", tmp_path / "drawn.py:build", "--dataset", "images", "--attack", "fgsm", "--n", 6)
+    errors = [run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace)[2] for _ in range(2)]
+    assert "a new run begins" not in errors[0] and "if the factory draws them, seed it" in errors[1]
+    assert len(find_runs(tmp_path / "runs")) == 2
+    # Another attack is another run for a reason of its own.
+    assert run(*EVAL, "--attack", "fgsm", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[0] == 0
+    err = run(*EVAL, "--attack", "pgd", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[2]
+    assert "a new run begins" not in err
+
+
+@pytest.mark.parametrize("command", [[], ["check"]])
+def test_help_that_nobody_reads_to_its_end_is_no_failure(command, workplace):
+    shell = [sys.executable, "-m", "lrrobust", *command, "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    with subprocess.Popen(shell, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+
+
 def test_several_models_see_the_same_images_and_report_draws_them(run, workplace, tmp_path):
     code, _, err = run(*EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace)
     assert code == 0, err
@@ -154,7 +183,8 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     assert "not judged" not in err
     assert json.loads((tmp_path / "summary" / "claim.json").read_text()).items() >= {"results": [], "not_judged": []}.items()
     code, _, err = run("report", tmp_path / "runs", "--claim", "lrnet_more_robust", "--out", tmp_path / "asked", cwd=workplace)
-    assert code == 0 and "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50" in err
+    assert code == 2 and "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50 is among those given, which are of" in err
+    assert "error: no verdict on lrnet_more_robust" in err and (tmp_path / "asked" / "report.html").exists()
 
 
 CLAIM = """
@@ -376,7 +406,7 @@ def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):
         "--out", tmp_path / "runs", cwd=tmp_path,
     )
     assert code == 0, err
-    assert "skipped: 1 images that cannot be decoded: bee/0.png" in err
+    assert "skipped, as they cannot be decoded: 1 image, bee/0.png" in err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -13,7 +13,6 @@ mistake is a `ConfigError` that names the file and the key.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -25,8 +24,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lrrobust.attacks.specs import AttackSpec, Description, Precision
-from lrrobust.config_file import brief, read_mapping
+from lrrobust.config_file import is_path, read_mapping
 from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.mistakes import brief, explain_mistakes
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _shipped() -> dict[str, Path]:
 def _locate(name: str | Path, relative_to: Path) -> Path:
     """The file that a shipped name or a path stands for."""
     text = str(name)
-    if isinstance(name, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
+    if isinstance(name, Path) or is_path(text):
         try:
             return (relative_to / name).resolve()
         except (OSError, RuntimeError, ValueError):  # loops of links; zero bytes
@@ -161,8 +161,8 @@ def _locate(name: str | Path, relative_to: Path) -> Path:
     if text not in _shipped():
         beside = next((name for name in (f"{text}.yaml", f"{text}.yml", text) if os.path.isfile(relative_to / name)), None)
         if beside is not None:
-            raise ConfigError(f"unknown attack {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
-        raise UnknownNameError("attack", text, _shipped(), "a YAML file")
+            raise ConfigError(f"unknown attack or suite {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
+        raise UnknownNameError("attack or suite", text, _shipped(), "a YAML file")
     return _shipped()[text]
 
 
@@ -231,26 +231,7 @@ def _validate(data: dict[str, Any], adapter: TypeAdapter[Any], source: str) -> A
     try:
         return adapter.validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_mistake(error, data)}") from None
-
-
-def _first_mistake(error: ValidationError, data: dict[str, Any]) -> str:
-    """Key path, what was expected and what was found, in one line."""
-    mistakes = error.errors(include_url=False)
-    # A key that is unknown explains one that is missing.
-    mistake = next((each for each in mistakes if each["type"] == "extra_forbidden"), mistakes[0])
-    # The union of attacks puts the kind in front of the path.
-    path = [str(part) for part in mistake["loc"][data["kind"] in _SPEC_CLASSES :]]
-    key = ".".join(path)
-    if mistake["type"] == "extra_forbidden":
-        model = _SPEC_CLASSES.get(data["kind"], _Suite)
-        known = sorted(set(model.model_fields) - {"name"})
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
-    if mistake["type"] == "missing":
-        return f"{key}: expected this key, found none"
-    message = mistake["msg"].replace("Input should be", "expected").replace("String should", "expected to")
-    if not path:  # from a rule about several keys, which names them itself
-        return message
-    return f"{key}: {message}, found {brief(mistake['input'])}"
+        kind = data["kind"]
+        # The union of attacks puts the kind in front of every path.
+        within = (kind,) if kind in _SPEC_CLASSES else ()
+        raise ConfigError(f"{source}: {explain_mistakes(error, data, _SPEC_CLASSES.get(kind, _Suite), within)}") from None

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic_core import PydanticCustomError
 
 from lrrobust.errors import BaselineError, ConfigError, StoreError
+from lrrobust.mistakes import describe_mistake
 from lrrobust.results import Run, fingerprint_of, write_file
 
 #: Raised whenever a field is added, dropped or changes its meaning.
@@ -264,7 +265,7 @@ def read_baseline(path: Path) -> Baseline:
         # Another version explains everything else that does not fit.
         mistake = next((each for each in mistakes if each["loc"][:1] == ("schema_version",)), mistakes[0])
         where = ".".join(str(part) for part in mistake["loc"])
-        message = " ".join(mistake["msg"].split())
+        message = describe_mistake(mistake)
     raise BaselineError(
         f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
         "or rewrite it with --update --run FOLDER"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lrrobust.console.streams import notice, print_table
-from lrrobust.report.formatting import format_eps
+from lrrobust.report.formatting import format_count, format_eps
 from lrrobust.results import write_file
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def print_export(export: Exported) -> None:
     """How many images were written, and where."""
-    notice(f"wrote {len(export.rows)} adversarial images of {export.about['model']['name']} to {export.folder}")
+    notice(f"wrote {format_count(len(export.rows), 'adversarial image')} of {export.about['model']['name']} to {export.folder}")
     if not export.about["is_complete"]:
         notice("warning: the run is not finished, or lost some of its images: run its command again, and export it again")
     notice(f"`lrrobust verify {export.folder} --model ...` reads them back and judges them again")
@@ -58,7 +58,7 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
         accuracies = [measurement.robust_accuracy for measurement in of_model.measurements]
         notice(
             f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
-            f"{100 * max(accuracies):.1f} % on {of_model.measurements[0].n} images"
+            f"{100 * max(accuracies):.1f} % on {format_count(of_model.measurements[0].n, 'image')}"
         )
     noticed = smallest_noticed_fall(now)
     if noticed is None:
@@ -131,5 +131,7 @@ def print_weights(path: Path) -> None:
 
     metadata = read_weights(path)[1]
     for accuracy in metadata.accuracy:
-        notice(f"{accuracy.dataset}: top-1 {100 * accuracy.top1:.2f} %, top-5 {100 * accuracy.top5:.2f} % of {accuracy.n}")
+        # Of five classes or fewer, every answer is among the first five.
+        top5 = f", top-5 {100 * accuracy.top5:.2f} %" if len(metadata.classes) > 5 else ""
+        notice(f"{accuracy.dataset}: top-1 {100 * accuracy.top1:.2f} %{top5} of {format_count(accuracy.n, 'image')}")
     notice(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): use it with --weights {path}")

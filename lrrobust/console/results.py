@@ -15,6 +15,7 @@ from lrrobust.console import streams
 from lrrobust.console.streams import notice, print_table
 from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import count_results, diagnostics_table
+from lrrobust.report.formatting import format_count
 from lrrobust.report.naming import name_runs
 from lrrobust.report.notices import warnings_with_rejections
 from lrrobust.report.summary import summarise
@@ -31,14 +32,23 @@ if TYPE_CHECKING:
 
 def report_subset(images: EvaluationSet) -> None:
     """Says what is evaluated, and aloud what is left out."""
-    notice(f"{images.name}: {len(images)} images")
+    notice(f"{images.name}: {format_count(len(images), 'image')}")
     if images.left_out_count:
         unknown, without = (_name_some(names) for names in images.left_out_classes)
         also = f"; no image has its {without}" if without else ""
-        notice(f"left out: {images.left_out_count} images of classes the model does not know ({unknown}){also}")
+        notice(f"left out: {format_count(images.left_out_count, 'image')} of classes the model does not know ({unknown}){also}")
     if images.corrupt_keys:
         shown = ", ".join(images.corrupt_keys[:5]) + (", ..." if len(images.corrupt_keys) > 5 else "")
-        notice(f"skipped: {len(images.corrupt_keys)} images that cannot be decoded: {shown}")
+        notice(f"skipped, as they cannot be decoded: {format_count(len(images.corrupt_keys), 'image')}, {shown}")
+
+
+def warn_of_redrawn(earlier: Sequence[Path]) -> None:
+    """A line where an evaluation goes on with none of several runs of what seems to be the same model."""
+    if earlier:
+        notice(
+            f"warning: a new run begins, since the parameters of the model are not those of {earlier[-1]}: if the factory draws "
+            "them, seed it, and the same command goes on with its run"
+        )
 
 
 #: Classes that a notice names.
@@ -114,7 +124,7 @@ def print_verdicts(verdicts: Verdicts) -> None:
         pairing = result.pairing
         streams.tables.print(f"{result.verdict.upper()}: {result.claim.statement}", markup=False, style="bold")
         streams.tables.print(
-            f"({result.claim.name}, {pairing.dataset}, {pairing.n} images, {result.claim.treatment} against "
+            f"({result.claim.name}, {pairing.dataset}, {format_count(pairing.n, 'image')}, {result.claim.treatment} against "
             f"{result.claim.control})", markup=False, highlight=False,
         )
         for reason in result.reasons:
@@ -124,8 +134,10 @@ def print_verdicts(verdicts: Verdicts) -> None:
         notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")
 
 
-def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path]) -> None:
-    """The table of all runs, which is their summary, and the files written."""
+def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path], removed: Sequence[Path] = ()) -> None:
+    """The table of all runs, which is their summary, and the files written, and removed."""
     _print_table(runs, summary)
     for path in written:
         notice(f"wrote {path}")
+    for path in removed:
+        notice(f"removed {path}, which an earlier report wrote of what is no longer in this one")

@@ -64,7 +64,8 @@ def read_indices(path: str | Path) -> list[int]:
             raise OSError("not a regular file")
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"index file {path}: expected text with one integer a line: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"index file {path}: expected text with one integer a line, found {reason[:1].lower()}{reason[1:]}") from error
     line_of: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()

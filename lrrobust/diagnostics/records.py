@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrrobust.errors import StoreError
+from lrrobust.mistakes import describe_mistake
 from lrrobust.norm import Norm
 from lrrobust.results import Run, write_file
 
@@ -73,7 +74,7 @@ def load_diagnostics(run: Run) -> Diagnostics | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        reason = error.errors(include_url=False)[0]["msg"]
+        reason = describe_mistake(error.errors(include_url=False)[0])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it and run the same command again")

@@ -37,6 +37,15 @@ def format_interval(low: float, high: float) -> str:
     return f"{format_percent(low)}-{format_percent(high)}"
 
 
+def format_count(count: int, noun: str) -> str:
+    """How many there are of something.
+
+    >>> format_count(1, "image"), format_count(500, "image")
+    ('1 image', '500 images')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(wall_s: float) -> str:
     """Seconds, minutes or hours."""
     if wall_s < 100:

@@ -3,6 +3,7 @@
 from lrrobust.results.adversarial import AdversarialImage
 from lrrobust.results.examples import Example, example_count
 from lrrobust.results.files import write_file
+from lrrobust.results.manifest import identity_of
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table, texts
 from lrrobust.results.store import (
     PartId,
@@ -12,6 +13,7 @@ from lrrobust.results.store import (
     fingerprint_of,
     load_adversarial,
     load_examples,
+    load_manifest,
     load_run,
     manifest_value,
 )
@@ -30,8 +32,10 @@ __all__ = [
     "example_count",
     "find_runs",
     "fingerprint_of",
+    "identity_of",
     "load_adversarial",
     "load_examples",
+    "load_manifest",
     "load_run",
     "manifest_value",
     "rows_to_table",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lrrobust.mistakes import describe_mistake
 from lrrobust.results.schema import NORMS
 
 #: Names of attacks are part of file names.
@@ -98,5 +99,5 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
     except ValidationError as error:
         mistake = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part)[:40] for part in mistake["loc"])
-        raise ValueError(" ".join(f"{where}: {mistake['msg']}".removeprefix(": ").split())[:250]) from None
+        raise ValueError(f"{where}: {describe_mistake(mistake)}".removeprefix(": ")[:250]) from None
     return manifest

@@ -280,7 +280,7 @@ def load_run(folder: Path) -> Run:
         StoreError: there is no run, its manifest is damaged, or it cannot be read.
     """
     folder = Path(folder)
-    manifest = _load_manifest(folder)
+    manifest = load_manifest(folder)
     planned = [PartId(*part) for part in manifest.get("plan", {}).get("parts", [])]
     order = {spec["name"]: place for place, spec in enumerate(manifest.get("attacks", []))}
     parts = sorted(
@@ -402,7 +402,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"manifest needs a hexadecimal fingerprint, got {manifest.get('fingerprint')!r}")
 
 
-def _load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """What a run says of itself; StoreError where there is none, or it is damaged."""
     path = folder / _MANIFEST
     try:
         with explaining("read", path):
@@ -429,7 +430,7 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
 
 def _joined(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest in `folder`, with the session that `manifest` describes added."""
-    old = _load_manifest(folder)
+    old = load_manifest(folder)
     if old["fingerprint"] != manifest["fingerprint"]:
         keys = sorted((set(old) | set(manifest)) - _SESSION_KEYS)
         differing = [key for key in keys if old.get(key) != manifest.get(key)]

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lrrobust.config_file import check_keys, read_mapping
+from lrrobust.config_file import check_keys, locate, read_mapping
 from lrrobust.data.preprocessing import Preprocessing
-from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.errors import ConfigError
 from lrrobust.models.residual import DEFAULT_STEM, Stem
 from lrrobust.training.adversarial import AdversarialSpec
 from lrrobust.training.mixing import MixingSpec
@@ -117,10 +117,7 @@ def load_recipe(name_or_path: str | Path, precision: str | None = None) -> Recip
         UnknownNameError: neither a shipped recipe nor a file.
         ConfigError: names the file (or the option), the key, and what was expected there.
     """
-    shipped = {path.stem: path for path in RECIPES_FOLDER.glob("*.yaml")}
-    path = shipped.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise UnknownNameError("recipe", str(name_or_path), shipped, "a YAML file")
+    path = locate("recipe", name_or_path, RECIPES_FOLDER)
     recipe = check_keys(read_mapping(path, str(path), example="batch_size: 128"), Recipe, str(path))
     if precision is None:
         return recipe

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lrrobust.config_file import check_keys, read_mapping
-from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.config_file import check_keys, locate, read_mapping
+from lrrobust.errors import ConfigError
 from lrrobust.verdict.records import Claim
 
 CLAIMS_FOLDER = Path(__file__).parent / "claims"
@@ -39,10 +39,7 @@ def load_claim(name_or_path: str | Path) -> Claim:
         UnknownNameError: neither a shipped claim nor a file.
         ConfigError: names the file, the key, and what was expected there.
     """
-    shipped = {path.stem: path for path in CLAIMS_FOLDER.glob("*.yaml")}
-    path = shipped.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise UnknownNameError("claim", str(name_or_path), shipped)
+    path = locate("claim", name_or_path, CLAIMS_FOLDER)
     data = read_mapping(path, str(path), example="treatment: lr_resnet50")
     if "name" in data:
         raise ConfigError(f"{path}: name: unexpected key, a claim is named after its file")

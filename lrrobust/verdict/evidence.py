@@ -224,7 +224,9 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     control = [run for run in runs if model_of(run) == claim.control]
     missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
     if missing:
-        return [], [NotJudged(claim=claim.name, reason=f"No run of {' or '.join(missing)} is among those given.")]
+        present = ", ".join(sorted({model_of(run) for run in runs})) or "no model by itself"
+        reason = f"No run of {' or '.join(missing)} is among those given, which are of {present}."
+        return [], [NotJudged(claim=claim.name, reason=reason)]
     datasets = {dataset_of(run) for run in treatment} & {dataset_of(run) for run in control}
     if claim.dataset is not None:
         datasets &= {claim.dataset}

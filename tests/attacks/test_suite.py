@@ -115,19 +115,19 @@ def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
         (PGD + "name: other", "name: unexpected key"),
         (PGD + "step_size: 1", "step_size: unknown key, did you mean step_size_ratio"),
         (PGD + "pgd: 1", "pgd: unknown key, expected one of description, eps"),
-        (PGD + "step_size_ratio: 0", "step_size_ratio: expected greater than 0, found 0"),
-        (PGD + "random_start: 1", "random_start: expected a valid boolean, found 1"),
+        (PGD + "step_size_ratio: 0", "step_size_ratio: expected more than 0, found 0"),
+        (PGD + "random_start: 1", "random_start: expected true or false, found 1"),
         (PGD + "restarts: 2024-01-01", "expected text, numbers, true, false and lists"),
-        (PGD + "restarts: .nan", "restarts: expected .*integer"),
-        ("kind: pgd\nnorm: linf\neps: [1/255]", "steps: expected this key, found none"),
-        ("kind: fgsm\neps: 1/255", "eps: expected a valid array, found '1/255'"),
+        (PGD + "restarts: .nan", "restarts: expected a whole number, found nan"),
+        ("kind: pgd\nnorm: linf\neps: [1/255]", "expected also steps, found only kind, norm, eps"),
+        ("kind: fgsm\neps: 1/255", "eps: expected a list, found '1/255'"),
         ("kind: fgsm\neps: [1/255, x]", "eps.1: expected a number or a fraction such as \"8/255\", found 'x'"),
         ("kind: fgsm\neps: [.nan]", "eps.0: expected a finite number, found nan"),
         ("kind: fgsm\neps: [8]", "eps: expected budgets of at most 1.* largest is 8"),
-        ("kind: suite\nattacks: []", "attacks: .*at least 1 item"),
-        ("kind: suite\nattacks: pgd", "attacks: expected a valid array, found 'pgd'"),
+        ("kind: suite\nattacks: []", "attacks: expected at least 1 of them"),
+        ("kind: suite\nattacks: pgd", "attacks: expected a list, found 'pgd'"),
         ("kind: suite\nattacks: [pgd]\nsuite: 1", "suite: unknown key"),
-        ("kind: suite\nattacks: [pgdd]", "attacks: unknown attack 'pgdd': did you mean pgd"),
+        ("kind: suite\nattacks: [pgdd]", "attacks: unknown attack or suite 'pgdd': did you mean pgd"),
         ("kind: suite\nattacks: [no.yaml]", "no.yaml: expected a YAML file, found no such file"),
         ('kind: suite\nattacks: ["a\\0.yaml"]', "expected the path of a YAML file"),
         ("kind: suite\nattacks: [bad.yaml]", "attacks: a suite cannot include itself .bad.yaml -> bad.yaml"),
@@ -178,7 +178,7 @@ def test_a_suite_nested_many_times_is_read_once(folder, monkeypatch):
 
 
 def test_names_must_be_known_and_differ(folder):
-    with pytest.raises(UnknownNameError, match="unknown attack 'standart': did you mean standard"):
+    with pytest.raises(UnknownNameError, match="unknown attack or suite 'standart': did you mean standard"):
         load_suite(["standart"])
     with pytest.raises(ConfigError, match="no attack given; shipped: .*cw, .*fgsm"):
         load_suite([])
@@ -210,7 +210,7 @@ def test_overrides_replace_and_are_checked():
         load_suite(["fgsm", "cw"], restarts=3)
     with pytest.raises(ConfigError, match="fgsm: attacks of kind 'fgsm' have no 'steps' to replace"):
         override(fgsm, steps=3)
-    with pytest.raises(ConfigError, match="pgd: steps: expected greater than or equal to 1, found 0"):
+    with pytest.raises(ConfigError, match="pgd: steps: expected at least 1, found 0"):
         override(pgd, steps=0)
     with pytest.raises(ConfigError, match="pgd: eps.0: expected a number or a fraction .* found '4/'"):
         override(pgd, eps=["4/"])

@@ -162,7 +162,7 @@ def test_another_model_is_refused_unless_it_is_what_is_tested(run, own):
     code, out, err = run("check", "b.json", cwd=own)
     assert code == 2
     assert "weights and code of model.py:build changed" in one_error(err) and "--weights-may-change" in one_error(err)
-    assert out.splitlines()[-1].startswith("NOT COMPARED")
+    assert not out
     # Kept in the baseline, the rule needs no option any more.
     (kept,) = find_runs(own / "runs")
     assert run("check", "b.json", "--update", "--run", kept, "--weights-may-change", "--floor", 2, cwd=own)[0] == 0

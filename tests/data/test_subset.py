@@ -93,5 +93,5 @@ def test_what_never_ends_is_no_index_file():
 
 
 def test_missing_index_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"index file .*none.txt.*No such file"):
+    with pytest.raises(DataError, match=r"index file .*none.txt: expected text with one integer a line, found no such file"):
         read_indices(tmp_path / "none.txt")
