@@ -1,7 +1,5 @@
-"""The command line: parse, call, say what came of it, choose the exit code.
+"""The command line: parse, call, say what came of it. How a command ends is in `lrrobust.exits`.
 
-Exit codes: 0 done, 1 `check` found a regression or `verify` an image that fools no more, 2 wrong input or a failure the
-message explains, 70 a defect, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP, 141 nobody reads standard output.
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """
 
@@ -10,22 +8,19 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TextIO
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from typer.core import TyperGroup
 
 from lrrobust import __version__
-from lrrobust.errors import LrRobustError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.interrupts import Stopped, raise_on_signals
+from lrrobust.exits import Commands, Interrupted, Unheard, run_command
+from lrrobust.interrupts import raise_on_signals
 from lrrobust.process_settings import settle_process
 
 if TYPE_CHECKING:
@@ -33,67 +28,9 @@ if TYPE_CHECKING:
     from lrrobust.run import Evaluation, EvaluationRequest
 
 
-#: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
-_UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
-
-
-#: Commands that find again what they had finished.
-_RESUMABLE = ("eval", "train")
-
-#: Exit codes of what ends a command from outside, as shells number them, and of a defect (EX_SOFTWARE of sysexits.h).
-_BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
-_DEFECT = 70
-
-
-class _Interrupted(Exception):
-    """Ctrl-C or a signal that ends, under a name that typer does not handle in its own way; says what it leaves."""
-
-    def __init__(self, cause: BaseException, leaves: str | None = None) -> None:
-        signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
-        how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
-        super().__init__(how if leaves is None else f"{how}: {leaves}")
-        self.exit_code = 128 + signum
-
-
-class _NobodyReads(Exception):
-    """Standard output is a pipe whose reader has gone; a BrokenPipeError itself typer turns into exit code 1."""
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as cause:
-            leaves = "what was finished is kept, the same command goes on from there"
-            raise _Interrupted(cause, leaves if ctx.invoked_subcommand in _RESUMABLE else None) from None
-        except BrokenPipeError:
-            raise _NobodyReads from None
-        except SystemExit as done:
-            if _is_broken_pipe(done):
-                raise _NobodyReads from None
-            # No command ends so. With its exit code somebody else's code would speak for what was not done.
-            raise LrRobustError(
-                f"something called sys.exit({done.code!r}) before the command was done{_place_of(done)}: take that call out and "
-                "run the same command again; what was finished is kept"
-            ) from None
-
-
-def _is_broken_pipe(done: SystemExit) -> bool:
-    """rich, which writes typer's help, ends the process where nobody reads it."""
-    return isinstance(done.__context__, BrokenPipeError)
-
-
-def _place_of(error: BaseException) -> str:
-    """Where an error was raised; nothing where Python does not say."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return "" if at is None else f" ({at.tb_frame.f_code.co_filename}, line {at.tb_lineno})"
-
-
 app = typer.Typer(
     name="lrrobust",
-    cls=_Commands,
+    cls=Commands,
     help="How robust an image classifier really is to adversarial attacks, and whether a robustness claim holds.",
     no_args_is_help=True,
     add_completion=False,
@@ -313,7 +250,7 @@ def _fresh_folder(out: Path | None) -> Iterator[Path]:
         try:
             yield Path(folder)
         except KeyboardInterrupt as cause:
-            raise _Interrupted(cause, "nothing was compared or kept; with --out FOLDER a check can be resumed") from None
+            raise Interrupted(cause, "nothing was compared or kept; with --out FOLDER a check can be resumed") from None
 
 
 @app.command()
@@ -691,10 +628,10 @@ def bench(
             try:
                 result = measure(request)
             except KeyboardInterrupt as cause:
-                raise _Interrupted(cause, f"nothing of {name} was measured yet") from None
+                raise Interrupted(cause, f"nothing of {name} was measured yet") from None
         print_bench(name, result, request, out)
         if result.interruption is not None:
-            raise _Interrupted(result.interruption, f"{name} was not finished")
+            raise Interrupted(result.interruption, f"{name} was not finished")
 
 
 @app.command()
@@ -775,94 +712,8 @@ for _command in app.registered_commands:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; failures become one line on standard error."""
-    try:
-        # An exit code where the command chose one; what else commands return is None.
-        code = app(arguments, prog_name="lrrobust", standalone_mode=False)
-    except LrRobustError as error:
-        # In one line whatever is named: GitHub takes lines that begin with `::` for commands.
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except _UsageError as error:
-        print(_explain_usage(error), file=sys.stderr)
-        return 2
-    except _Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        return interruption.exit_code
-    except (KeyboardInterrupt, typer.Abort) as cause:  # before a command began, or after it ended; typer may rename it
-        interruption = _Interrupted(cause)
-        print(interruption, file=sys.stderr)
-        return interruption.exit_code
-    except (BrokenPipeError, _NobodyReads):
-        return _end_unread()
-    except OSError as error:
-        # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
-        where = f" {error.filename}" if error.filename is not None else ""
-        print(
-            f"error: the system refused{where} ({error.strerror or error}); what was finished is kept; mend this and run the "
-            "same command again",
-            file=sys.stderr,
-        )
-        return 2
-    except SystemExit as done:
-        if _is_broken_pipe(done):
-            return _end_unread()
-        # How shells ask for completions.
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
-    except Exception as error:
-        from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
-
-        if not is_out_of_memory(error):
-            traceback.print_exc()
-            print("error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept", file=sys.stderr)
-            return _DEFECT
-        print(
-            f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "
-            "give a smaller --batch-size where the command has one, fewer or smaller images, or another device",
-            file=sys.stderr,
-        )
-        return 2
-    return code or 0
-
-
-def _end_unread() -> int:
-    """Whoever reads, such as `head`, has enough; nothing more can be said there, not even when Python ends."""
-    sys.stdout = open(os.devnull, "w")
-    return _BROKEN_PIPE
-
-
-def _explain_usage(error: _UsageError) -> str:
-    """One line; without a command its list, which is what was missing."""
-    context = getattr(error, "ctx", None)
-    message = " ".join(error.format_message().split()).replace("Input should be", "expected")
-    if context is None:
-        return f"error: {message}"
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return error.format_message()
-    return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
-
-
-class _Unheard:
-    """Standard error that may stop being read, or fill its disk: what is said there decides nothing."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Not by a model's file, whose output comes here."""
-        self.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    """Runs one command line; see `run_command`."""
+    return run_command(app, arguments)
 
 
 def main() -> None:
@@ -871,6 +722,6 @@ def main() -> None:
     settle_process()
     # A closed standard output or error is none at all to Python, and nobody listens: results are in files.
     sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = _Unheard(sys.stderr or open(os.devnull, "w"))
+    sys.stderr = Unheard(sys.stderr or open(os.devnull, "w"))
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     sys.exit(run(sys.argv[1:]))

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
-from lrrobust.mistakes import brief
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.task_queue import Sharing
+from lrrobust.mistakes import brief
 
 
 def choose_device(name: str) -> torch.device:

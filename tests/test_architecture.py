@@ -19,7 +19,8 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "interrupts", "process_settings"},
+    "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
+    "exits": {"errors", "interrupts", "out_of_memory"},
     "console": {"report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"report.formatting", "report.notices", "results", "stats", "mistakes", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
