@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from lrrobust.attacks.pgd import Claim, Draw
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.gradient_rules import GradientRule, gradients_by
 
 
 def attack_by_rules(
-    attack: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    attack: Callable[..., Passes],
+    given: Assignment,
     *,
     rules: Sequence[GradientRule],
     restarts: int,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    claim: Claim,
-    draw: Draw,
     **settings: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Attack by one gradient rule after the other; each rule gets the budgets at which an image still stands.
 
     What the model computes is the same throughout, so that claims are judged as ever; only the directions
@@ -34,8 +28,8 @@ def attack_by_rules(
     same cost.
 
     Args:
-        attack: climbs a ladder of budgets, such as `lrrobust.attacks.pgd.pgd`, which says what the other
-            arguments mean.
+        attack: climbs a ladder of budgets, such as `lrrobust.attacks.pgd.pgd`.
+        given: the images, and who judges.
         rules: what the gradient is taken of, in this order.
         restarts: random starts by each rule.
         settings: further arguments of `attack`.
@@ -47,13 +41,14 @@ def attack_by_rules(
     Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018, section 4.1 (backward pass
     differentiable approximation); Tramer et al., On Adaptive Attacks to Adversarial Example Defenses, 2020.
     """
-    standing = levels.clone()
-    forward, backward = (torch.zeros(len(ladder), len(images), dtype=torch.int64) for _ in range(2))
+    ladder = given.ladder
+    standing = given.levels.clone()
+    forward, backward = (torch.zeros(len(ladder), len(given.images), dtype=torch.int64) for _ in range(2))
 
     def claim_and_note(
         rows: Sequence[int], proposals: torch.Tensor, eps: Sequence[float], is_last: Sequence[bool]
     ) -> Sequence[bool]:
-        is_broken = claim(rows, proposals, eps, is_last)
+        is_broken = given.claim(rows, proposals, eps, is_last)
         for row, budget, broken in zip(rows, eps, is_broken, strict=True):
             if broken:
                 standing[row] = min(int(standing[row]), ladder.index(budget))
@@ -62,20 +57,11 @@ def attack_by_rules(
     for position, rule in enumerate(rules):
 
         def draw_anew(row: int, eps: float, restart: int, first: int = position * restarts) -> torch.Generator:
-            return draw(row, eps, first + restart)
+            return given.draw(row, eps, first + restart)
 
-        with gradients_by(model, rule):
-            spent = attack(
-                model,
-                images,
-                labels,
-                restarts=restarts,
-                ladder=ladder,
-                levels=standing.clone(),
-                claim=claim_and_note,
-                draw=draw_anew,
-                **settings,
-            )
+        with gradients_by(given.model, rule):
+            left = replace(given, levels=standing.clone(), claim=claim_and_note, draw=draw_anew)
+            spent = attack(left, restarts=restarts, **settings)
         forward += spent[0]
         backward += spent[1]
     return forward, backward

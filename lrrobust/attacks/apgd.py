@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import project, surface_start, unit
 from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
 from lrrobust.attacks.losses import dlr, log_odds, targeted_dlr
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
@@ -26,9 +25,7 @@ _FIRST_STEP = 2.0
 
 
 def apgd(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
     loss: ApgdLoss,
@@ -37,12 +34,7 @@ def apgd(
     rho: float,
     restarts: int,
     warm_start: bool,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Attack images at every budget, from the smallest up, until they are broken.
 
     A start begins at a random point at distance eps, with steps of 2 eps. At the checkpoints (after 22 %
@@ -58,9 +50,7 @@ def apgd(
     the perturbation stretched to the larger ball.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; the restarts of one target are drawn after those of another.
         norm: "linf" or "l2".
         loss: see above.
         targets: at most K - 1 are taken; of no effect on the other losses.
@@ -68,8 +58,6 @@ def apgd(
         rho: see above.
         restarts: starts at a budget (and target).
         warm_start: see above.
-        ladder, levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: for random starts, the restarts of one target after those of another.
 
     Returns:
         Forward and backward passes by budget and image; int64 (len(ladder), N). A step is one of each;
@@ -80,16 +68,12 @@ def apgd(
     """
     chosen = None
     if loss == "targeted_dlr":
-        chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
-    search = _Ascent(model, images, labels, norm, loss, chosen, steps, rho, restarts, warm_start, ladder, draw)
+        chosen = choose_targets(given, "top_k", targets)
+    search = _Ascent(given, norm, loss, chosen, steps, rho, restarts, warm_start)
     backward = climb(
-        images,
-        ladder=ladder,
-        levels=levels,
+        given,
         starts=restarts * search.targets_each,
         steps=steps,
-        batch_size=batch_size,
-        claim=claim,
         search=search,
     )
     return backward if chosen is None else with_the_choice(backward), backward
@@ -115,9 +99,7 @@ class _Ascent:
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         norm: Norm,
         loss: ApgdLoss,
         targets: torch.Tensor | None,
@@ -125,22 +107,19 @@ class _Ascent:
         rho: float,
         restarts: int,
         warm_start: bool,
-        ladder: Sequence[float],
-        draw: Draw,
     ) -> None:
-        self._model, self._images, self._labels, self._targets = model, images, labels, targets
-        self._norm, self._loss, self._rho = norm, loss, rho
-        self._restarts, self._warm_start, self._ladder, self._draw = restarts, warm_start, ladder, draw
+        self._given, self._targets, self._norm, self._loss, self._rho = given, targets, norm, loss, rho
+        self._restarts, self._warm_start = restarts, warm_start
         self.targets_each = 1 if targets is None else targets.shape[1]
-        self._windows = torch.tensor(checkpoints(steps), device=images.device)
+        self._windows = torch.tensor(checkpoints(steps), device=given.images.device)
         #: Best perturbations at the budget before, in units of it, by row and number of the start.
         self._best: dict[tuple[int, int], torch.Tensor] = {}
 
     def begin(self, starts: Sequence[Start]) -> State:
-        eps = self._images.new_tensor([self._ladder[start.level] for start in starts])
+        eps = self._given.images.new_tensor([self._given.ladder[start.level] for start in starts])
         rows = torch.tensor([start.row for start in starts], device=eps.device)
         iterate = torch.stack([self._first_iterate(start) for start in starts])
-        iterate = project(self._images[rows], iterate, eps[:, None, None, None], self._norm)
+        iterate = project(self._given.images[rows], iterate, eps[:, None, None, None], self._norm)
         unknown = eps.new_full((len(starts),), -math.inf, dtype=torch.float64)
         state = {
             "iterate": iterate,
@@ -161,23 +140,23 @@ class _Ascent:
         return state
 
     def _first_iterate(self, start: Start) -> torch.Tensor:
-        image, eps = self._images[start.row], self._ladder[start.level]
+        image, eps = self._given.images[start.row], self._given.ladder[start.level]
         before = self._best.pop((start.row, start.number), None)
         if before is not None:
             return image + eps * before
-        return surface_start(image, self._norm, eps, self._draw(start.row, eps, start.number))
+        return surface_start(image, self._norm, eps, self._given.draw(start.row, eps, start.number))
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         if not self._warm_start:
             return
-        delta = (state["best"] - self._images[state["row"]]) / state["eps"]
+        delta = (state["best"] - self._given.images[state["row"]]) / state["eps"]
         for start, perturbation in zip(starts, delta, strict=True):
             if start.number % self._restarts == 0:
                 self._best[start.row, start.number] = perturbation
 
     def step(self, state: State) -> Step:
-        iterate, images, labels = state["iterate"], self._images[state["row"]], self._labels[state["row"]]
-        logits, loss, gradient = evaluate(self._model, iterate, lambda logits: self._losses(logits, labels, state))
+        iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]
+        logits, loss, gradient = evaluate(self._given.model, iterate, lambda logits: self._losses(logits, labels, state))
         loss = loss.nan_to_num(nan=-math.inf)
         self._remember(state, loss, gradient)
         is_halved = self._check(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import nn
 
 from lrrobust.attacks.adaptive import attack_by_rules
 from lrrobust.attacks.apgd import apgd
+from lrrobust.attacks.assignment import Assignment, Claim, Draw, Passes
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
 from lrrobust.attacks.deepfool import deepfool
 from lrrobust.attacks.fab import fab_t
 from lrrobust.attacks.fmn import fmn
 from lrrobust.attacks.momentum import mi_fgsm
-from lrrobust.attacks.pgd import Claim, Draw, pgd
+from lrrobust.attacks.pgd import pgd
 from lrrobust.attacks.specs import (
     ApgdSpec,
     AttackSpec,
@@ -60,7 +61,7 @@ class Attack:
     Calling it takes the model, images (N, 3, H, W) in [0, 1], float32 or float64, their labels (N,),
     int64, on the model's device, how many images may pass through the model at once, and two
     callbacks: `claim` is told of proposals and says which images they broke, `draw` gives the random
-    numbers of a start; see `lrrobust.attacks.pgd`. `levels` (N,), int64, says at how many budgets of
+    numbers of a start; see `lrrobust.attacks.assignment`. `levels` (N,), int64, says at how many budgets of
     the ladder, from the smallest, each image is attacked; at all of them when not given. Proposals keep to box and budget up to float
     rounding, see `lrrobust.threat.TOLERANCE`.
 
@@ -98,7 +99,7 @@ class Attack:
         # part in them, but their clones can.
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             victim = _Victim(model)
-            task = _Task(
+            given = Assignment(
                 victim,
                 images.detach().clone(memory_format=torch.contiguous_format),
                 labels.clone(),
@@ -108,35 +109,14 @@ class Attack:
                 claim,
                 draw,
             )
-            forward, backward = _RUNNERS[type(self._spec)](self._spec, task)
+            forward, backward = _RUNNERS[type(self._spec)](self._spec, given)
         return Effort(forward, backward, victim.nonfinite_gradients)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What every attack is given; see `lrrobust.attacks.pgd.pgd` for the meaning of each."""
-
-    model: nn.Module
-    images: torch.Tensor
-    labels: torch.Tensor
-    ladder: tuple[float, ...]
-    levels: torch.Tensor
-    batch_size: int
-    claim: Claim
-    draw: Draw
-
-    def arguments(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-#: Forward and backward passes by budget and image, int64 (L, N) on the CPU.
-_Passes = tuple[torch.Tensor, torch.Tensor]
-
-
-def _run_fgsm(spec: FgsmSpec, task: _Task) -> _Passes:
+def _run_fgsm(spec: FgsmSpec, given: Assignment) -> Passes:
     # One step of PGD across the whole ball, from the image.
     return pgd(
-        **task.arguments(),
+        given,
         norm=spec.norm,
         steps=1,
         step_size_ratio=1.0,
@@ -146,24 +126,24 @@ def _run_fgsm(spec: FgsmSpec, task: _Task) -> _Passes:
     )
 
 
-def _run_pgd_adaptive(spec: PgdAdaptiveSpec, task: _Task) -> _Passes:
+def _run_pgd_adaptive(spec: PgdAdaptiveSpec, given: Assignment) -> Passes:
     return attack_by_rules(
         pgd,
-        **task.arguments(),
+        given,
         rules=[GradientRule(gradient, spec.temperature) for gradient in spec.gradients],
         **spec.model_dump(include={"norm", "steps", "step_size_ratio", "restarts", "precision"}),
         random_start=True,
     )
 
 
-def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
-    forward, backward = (torch.zeros(1, len(task.images), dtype=torch.int64) for _ in range(2))
-    attacked = task.levels.nonzero().squeeze(1)
-    for rows in attacked.split(task.batch_size) if len(attacked) else ():
+def _run_carlini_wagner(spec: CwSpec, given: Assignment) -> Passes:
+    forward, backward = (torch.zeros(1, len(given.images), dtype=torch.int64) for _ in range(2))
+    attacked = given.levels.nonzero().squeeze(1)
+    for rows in attacked.split(given.batch_size) if len(attacked) else ():
         nearest, steps = carlini_wagner_l2(
-            task.model,
-            task.images[rows],
-            task.labels[rows],
+            given.model,
+            given.images[rows],
+            given.labels[rows],
             binary_search_steps=spec.binary_search_steps,
             steps=spec.steps,
             lr=spec.lr,
@@ -171,19 +151,19 @@ def _run_carlini_wagner(spec: CwSpec, task: _Task) -> _Passes:
             confidence=spec.confidence,
             abort_early=spec.abort_early,
         )
-        task.claim(rows.tolist(), nearest.detach(), [math.inf] * len(rows), [True] * len(rows))
+        given.claim(rows.tolist(), nearest.detach(), [math.inf] * len(rows), [True] * len(rows))
         forward[0, rows], backward[0, rows] = steps.cpu() + 1, steps.cpu()
     return forward, backward
 
 
-def _with_settings(attack: Callable[..., _Passes]) -> Callable[[Any, _Task], _Passes]:
+def _with_settings(attack: Callable[..., Passes]) -> Callable[[Any, Assignment], Passes]:
     """Runs an attack whose settings are called as in its spec."""
 
-    def run(spec: AttackSpec, task: _Task) -> _Passes:
+    def run(spec: AttackSpec, given: Assignment) -> Passes:
         settings = set(type(spec).model_fields) - _NO_SETTINGS
         # Who is only asked what survives need not look for anything nearer than what breaks the image at every eps.
-        given = {"enough": spec.eps[0] if spec.survivors_only else 0.0} if spec.minimises else {}
-        return attack(**task.arguments(), **given, **spec.model_dump(include=settings))
+        wanted = {"enough": spec.eps[0] if spec.survivors_only else 0.0} if spec.minimises else {}
+        return attack(given, **wanted, **spec.model_dump(include=settings))
 
     return run
 
@@ -191,7 +171,7 @@ def _with_settings(attack: Callable[..., _Passes]) -> Callable[[Any, _Task], _Pa
 #: What a spec says beside the settings of its attack.
 _NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
 
-_RUNNERS: dict[type[BaseModel], Callable[[Any, _Task], _Passes]] = {
+_RUNNERS: dict[type[BaseModel], Callable[[Any, Assignment], Passes]] = {
     FgsmSpec: _run_fgsm,
     PgdSpec: _with_settings(pgd),
     PgdAdaptiveSpec: _run_pgd_adaptive,

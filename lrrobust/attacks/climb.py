@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from lrrobust.attacks.assignment import Assignment, Claim
 from lrrobust.attacks.losses import margin
-from lrrobust.attacks.pgd import Claim
 
 #: What a search knows of the images of a batch: tensors whose first dimension is the image's place in it.
 State = dict[str, torch.Tensor]
@@ -59,14 +59,10 @@ class Search(Protocol):
 
 
 def climb(
-    images: torch.Tensor,
+    given: Assignment,
     *,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
     starts: int,
     steps: int,
-    batch_size: int,
-    claim: Claim,
     search: Search,
 ) -> torch.Tensor:
     """Take every image through all starts at every budget, from the smallest up, until it is broken.
@@ -76,26 +72,23 @@ def climb(
     full as long as any does.
 
     Args:
-        images: (N, C, H, W).
-        ladder: budgets, ascending; nothing is searched at a budget of 0.
-        levels: (N,) int64, how many budgets of the ladder, from the smallest, each image is attacked at.
+        given: the images, and who judges; nothing is searched at a budget of 0.
         starts: starts of an image at one budget.
         steps: steps of a start.
-        batch_size: images searched at once.
-        claim: judges; see `lrrobust.attacks.pgd`.
         search: the attack.
 
     Returns:
         Steps by budget and image, int64 (len(ladder), N), on the CPU.
     """
+    images, ladder, claim = given.images, given.ladder, given.claim
     taken = torch.zeros(len(ladder), len(images), dtype=torch.int64)
     first = next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
-    tops = levels.tolist()
+    tops = given.levels.tolist()
     waiting = deque(Start(row, first, 0) for row, top in enumerate(tops) if first < top)
     active: list[Start] = []
     state: State = {}
     while waiting or active:
-        joining = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(active)))]
+        joining = [waiting.popleft() for _ in range(min(len(waiting), given.batch_size - len(active)))]
         if joining:
             state = _join(state, _begin(search, joining, images, ladder))
             active += joining

@@ -7,33 +7,25 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import dual_length
 from lrrobust.attacks.climb import Start, State, Step, is_clearly_misclassified, rounding
 from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.attacks.targets import choose_targets, with_the_choice
 
 
 def deepfool(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Literal["linf", "l2"],
     targets: int,
     steps: int,
     overshoot: float,
     enough: float,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Look for a near adversarial image of each image.
 
     Every step linearises the differences between the logits of the likeliest other classes and that of the label, goes
@@ -43,17 +35,12 @@ def deepfool(
     Ways do not leave the box; the paper's do, and are cut off.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; its `draw` is not used, as nothing is random.
         norm: "linf" or "l2".
         targets: how many classes are looked at, those that are likeliest at the clean image; K - 1 at most.
         steps: at most so many.
         overshoot: how much farther than to the boundary a step goes, as a share of its way.
         enough: not used, the first adversarial image ends the search.
-        ladder: infinity alone.
-        levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: not used, nothing is random.
 
     Returns:
         Forward and backward passes by budget and image, int64 (1, N): one forward and `targets` backward passes a
@@ -62,21 +49,16 @@ def deepfool(
     Source: Moosavi-Dezfooli et al., DeepFool: a simple and accurate method to fool deep neural networks, 2016,
     algorithm 2 and section 3.3 (other norms).
     """
-    chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
+    chosen = choose_targets(given, "top_k", targets)
     taken, _ = find_nearest(
-        model,
-        images,
-        labels,
+        given,
         norm=norm,
         starts=1,
         # What the last step leads to is looked at as well.
         steps=steps + 1,
         line_search_steps=0,
         enough=math.inf,
-        levels=levels,
-        batch_size=batch_size,
-        claim=claim,
-        search=_NearestBoundarySteps(model, images, labels, norm, chosen, 1 + overshoot),
+        search=_NearestBoundarySteps(given, norm, chosen, 1 + overshoot),
     )
     return with_the_choice(taken), taken * chosen.shape[1]
 
@@ -86,25 +68,23 @@ class _NearestBoundarySteps:
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         norm: Literal["linf", "l2"],
         targets: torch.Tensor,
         stretch: float,
     ) -> None:
-        self._model, self._images, self._labels, self._norm = model, images, labels, norm
+        self._given, self._norm = given, norm
         self._targets, self._stretch = targets, stretch
 
     def begin(self, starts: Sequence[Start]) -> State:
-        return {"iterate": self._images[[start.row for start in starts]]}
+        return {"iterate": self._given.images[[start.row for start in starts]]}
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
-        labels, iterate = self._labels[state["row"]], state["iterate"].detach().requires_grad_()
-        logits = self._model(iterate)
+        labels, iterate = self._given.labels[state["row"]], state["iterate"].detach().requires_grad_()
+        logits = self._given.model(iterate)
         beyond = 2 * rounding(logits.detach())
         nearest = iterate.new_full((len(labels),), math.inf, dtype=torch.float64)
         rise, normal = torch.zeros_like(nearest), torch.zeros_like(iterate)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified, rounding
 from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.threat import distance
 
@@ -21,9 +20,7 @@ _LINE_SEARCH_STEPS = 3
 
 
 def fab_t(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Literal["linf", "l2"],
     targets: int,
@@ -32,12 +29,7 @@ def fab_t(
     largest_pull: float,
     backward_share: float,
     enough: float,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Look for the nearest adversarial image of each image, across its boundary to each of the likeliest other classes.
 
     Every step linearises the difference of two logits, the target's and the label's, at the iterate. It goes to the
@@ -46,9 +38,7 @@ def fab_t(
     label wins, the iterate is adversarial, and the next step starts nearer to the clean image.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; its `draw` is not used, as nothing is random.
         norm: "linf" or "l2".
         targets: starts, one for each of the likeliest other classes; K - 1 at most are taken.
         steps: steps of a start.
@@ -56,9 +46,6 @@ def fab_t(
         largest_pull: largest weight of the way from the clean image; the paper's alpha_max.
         backward_share: share of an adversarial perturbation that is kept for the next step; the paper's beta.
         enough: an image is done as soon as its adversarial image is no farther away.
-        ladder: infinity alone.
-        levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: not used, nothing is random.
 
     Returns:
         Forward and backward passes by budget and image, int64 (1, N): two forward and one backward pass a step, a
@@ -68,20 +55,15 @@ def fab_t(
     section 3, algorithm 1; targeted as in Croce and Hein, Reliable Evaluation of Adversarial Robustness with an
     Ensemble of Diverse Parameter-free Attacks, 2020, section 5.
     """
-    chosen = choose_targets(model, images, labels, levels, "top_k", targets, batch_size)
+    chosen = choose_targets(given, "top_k", targets)
     taken, looked = find_nearest(
-        model,
-        images,
-        labels,
+        given,
         norm=norm,
         starts=chosen.shape[1],
         steps=steps,
         line_search_steps=_LINE_SEARCH_STEPS,
         enough=enough,
-        levels=levels,
-        batch_size=batch_size,
-        claim=claim,
-        search=_BoundarySteps(model, images, labels, norm, chosen, overshoot, largest_pull, backward_share),
+        search=_BoundarySteps(given, norm, chosen, overshoot, largest_pull, backward_share),
     )
     return with_the_choice(2 * taken) + looked, taken
 
@@ -91,28 +73,26 @@ class _BoundarySteps:
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         norm: Literal["linf", "l2"],
         targets: torch.Tensor,
         overshoot: float,
         largest_pull: float,
         backward_share: float,
     ) -> None:
-        self._model, self._images, self._labels, self._norm, self._targets = model, images, labels, norm, targets
+        self._given, self._norm, self._targets = given, norm, targets
         self._overshoot, self._largest_pull, self._backward_share = overshoot, largest_pull, backward_share
 
     def begin(self, starts: Sequence[Start]) -> State:
         rows = [start.row for start in starts]
-        return {"iterate": self._images[rows], "target": self._targets[rows, [start.number for start in starts]]}
+        return {"iterate": self._given.images[rows], "target": self._targets[rows, [start.number for start in starts]]}
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
-        iterate, images, labels = state["iterate"], self._images[state["row"]], self._labels[state["row"]]
-        logits, lead, gradient = evaluate(self._model, iterate, lambda logits: lead_of(logits, state["target"], labels))
+        iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]
+        logits, lead, gradient = evaluate(self._given.model, iterate, lambda logits: lead_of(logits, state["target"], labels))
         # In the linear model at the iterate, where the target just leads.
         rise = 2 * rounding(logits) - lead
         rise_anew = rise + (gradient.double() * (iterate - images)).sum((1, 2, 3))
@@ -124,7 +104,7 @@ class _BoundarySteps:
         moved = (1 - pull) * (iterate + self._overshoot * ahead) + pull * (images + self._overshoot * anew)
         moved = moved.clamp(0, 1)
         with torch.no_grad():
-            is_wrong = is_clearly_misclassified(self._model(moved), labels)
+            is_wrong = is_clearly_misclassified(self._given.model(moved), labels)
         nearer = images + self._backward_share * (moved - images)
         state["iterate"] = torch.where(is_wrong[:, None, None, None], nearer, moved)
         return Step(moved, is_wrong, moved)

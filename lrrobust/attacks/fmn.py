@@ -6,20 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import dual_length, inside_box, project, unit
 from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified, rounding
 from lrrobust.attacks.losses import margin
 from lrrobust.attacks.minimal_norm import find_nearest
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.threat import Norm, box_diameter, distance
 
 
 def fmn(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
     steps: int,
@@ -28,12 +25,7 @@ def fmn(
     first_change: float,
     last_change: float,
     enough: float,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Look for the nearest adversarial image of each image with one gradient step after the other.
 
     Until the image is misclassified for the first time, the ball reaches as far as the linearised boundary at least, and
@@ -47,17 +39,12 @@ def fmn(
     one whose values are of the size of the radius in the root mean square.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; its `draw` is not used, as nothing is random.
         norm: "linf", "l2" or "l1".
         steps: gradient steps.
         first_step_size, last_step_size: see above; the paper's alpha.
         first_change, last_change: shares by which the radius changes; the paper's gamma.
         enough: an image is done as soon as its adversarial image is no farther away.
-        ladder: infinity alone.
-        levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: not used, nothing is random.
 
     Returns:
         Forward and backward passes by budget and image, int64 (1, N): one each a step.
@@ -66,19 +53,14 @@ def fmn(
     algorithm 1.
     """
     taken, _ = find_nearest(
-        model,
-        images,
-        labels,
+        given,
         norm=norm,
         starts=1,
         steps=steps,
         line_search_steps=0,
         enough=enough,
-        levels=levels,
-        batch_size=batch_size,
-        claim=claim,
         search=_ShrinkingBall(
-            model, images, labels, norm, steps, (first_step_size, last_step_size), (first_change, last_change)
+            given, norm, steps, (first_step_size, last_step_size), (first_change, last_change)
         ),
     )
     return taken, taken
@@ -89,15 +71,14 @@ class _ShrinkingBall:
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         norm: Norm,
         steps: int,
         step_sizes: tuple[float, float],
         changes: tuple[float, float],
     ) -> None:
-        self._model, self._images, self._labels, self._norm = model, images, labels, norm
+        self._given, self._norm = given, norm
+        images = given.images
         # The last step is not looked at any more: the smallest values belong to the one before.
         falling = (1 + torch.cos(math.pi * torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1))) / 2
         self._step_sizes, self._changes = (
@@ -107,7 +88,7 @@ class _ShrinkingBall:
         self._spread = math.sqrt(images[0].numel()) if norm == "linf" and len(images) else 1.0
 
     def begin(self, starts: Sequence[Start]) -> State:
-        iterate = self._images[[start.row for start in starts]]
+        iterate = self._given.images[[start.row for start in starts]]
         unknown = iterate.new_full((len(starts),), math.inf, dtype=torch.float64)
         return {"iterate": iterate, "radius": torch.zeros_like(unknown), "shortest": unknown}
 
@@ -115,8 +96,8 @@ class _ShrinkingBall:
         """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
-        iterate, images, labels = state["iterate"], self._images[state["row"]], self._labels[state["row"]]
-        logits, lead, gradient = evaluate(self._model, iterate, lambda logits: margin(logits, labels))
+        iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]
+        logits, lead, gradient = evaluate(self._given.model, iterate, lambda logits: margin(logits, labels))
         is_wrong = is_clearly_misclassified(logits, labels)
         length = distance(images, iterate, self._norm)
         shortest = torch.where(is_wrong, torch.minimum(length, state["shortest"]), state["shortest"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+from lrrobust.attacks.assignment import Assignment, Claim, Passes
 from lrrobust.attacks.climb import Search, climb, is_clearly_misclassified, rounding
 from lrrobust.attacks.losses import margin
-from lrrobust.attacks.pgd import Claim
 from lrrobust.threat import Norm, distance
 
 #: How far beyond what it found an attack proposes once more where the judge did not agree: a share of the distance.
@@ -17,20 +18,15 @@ _RETREAT = 0.01
 
 
 def find_nearest(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
     starts: int,
     steps: int,
     line_search_steps: int,
     enough: float,
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
     search: Search,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Take every image through all starts, and propose the nearest adversarial image met on the way.
 
     Nothing is claimed on the way: an image that is broken goes on, as a nearer one may be found. The nearest is
@@ -39,17 +35,19 @@ def find_nearest(
     that is a little farther away is proposed as well.
 
     Args:
+        given: the images, and who judges what is proposed at last, the clean image where nothing was found. The one budget
+            is infinity.
         norm: what is near.
-        starts, steps, levels, batch_size, search: see `lrrobust.attacks.climb.climb`; the one budget is infinity. What
-            a search calls wrong must be so clearly, see `climb.is_clearly_misclassified`.
+        starts, steps, search: see `lrrobust.attacks.climb.climb`. What a search calls wrong must be so clearly, see
+            `climb.is_clearly_misclassified`.
         line_search_steps: of the search along the line; 0 for none.
         enough: an image is done as soon as its distance is no larger; 0 for the nearest that all steps find, infinity
             for the first.
-        claim: judges what is proposed at last, the clean image where nothing was found.
 
     Returns:
         Steps of the search, and forward passes of the line search, two and one each a step, each int64 (1, N) on the CPU.
     """
+    images = given.images
     nearest = images.clone()
     shortest = torch.full((len(images),), math.inf, dtype=torch.float64, device=images.device)
 
@@ -63,19 +61,17 @@ def find_nearest(
             shortest[at[is_nearer]] = length[is_nearer]
         return (shortest[at] <= enough).tolist()
 
-    taken = climb(
-        images, ladder=(math.inf,), levels=levels, starts=starts, steps=steps, batch_size=batch_size, claim=note, search=search
-    )
+    taken = climb(replace(given, ladder=(math.inf,), claim=note), starts=starts, steps=steps, search=search)
     looked = torch.zeros_like(taken)
-    attacked = levels.nonzero().flatten()
-    for rows in attacked.split(batch_size) if len(attacked) else ():
+    attacked = given.levels.nonzero().flatten()
+    for rows in attacked.split(given.batch_size) if len(attacked) else ():
         at = rows.to(images.device)
         found = shortest[at].isfinite() & (shortest[at] > enough)
         if line_search_steps and found.any():
             drawn = at[found]
-            nearest[drawn] = _draw_nearer(model, images[drawn], nearest[drawn], labels[drawn], line_search_steps)
+            nearest[drawn] = _draw_nearer(given.model, images[drawn], nearest[drawn], given.labels[drawn], line_search_steps)
             looked[0, rows[found.cpu()]] = 2 + line_search_steps
-        _propose(claim, rows, images[at], nearest[at])
+        _propose(given.claim, rows, images[at], nearest[at])
     return taken, looked
 
 

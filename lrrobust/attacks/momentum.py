@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import project, unit
 from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
 from lrrobust.attacks.losses import log_odds
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.threat import Norm
 
 
 def mi_fgsm(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
     steps: int,
     step_size_ratio: float,
     decay: float,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Attack images at every budget, from the smallest up, until they are broken.
 
     From the image itself, `steps` steps of length step_size_ratio * eps / steps along the sign (linf) or
@@ -37,12 +29,8 @@ def mi_fgsm(
     divided away, its gradient is that of the cross-entropy.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; its `draw` is not used, as nothing is random.
         norm: "linf" or "l2".
-        ladder, levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: not used, nothing is random.
 
     Returns:
         Forward and backward passes by budget and image, int64 (len(ladder), N): one each a step.
@@ -50,14 +38,10 @@ def mi_fgsm(
     Source: Dong et al., Boosting Adversarial Attacks with Momentum, 2018, section 3.1, algorithm 1.
     """
     taken = climb(
-        images,
-        ladder=ladder,
-        levels=levels,
+        given,
         starts=1,
         steps=steps,
-        batch_size=batch_size,
-        claim=claim,
-        search=_MomentumSteps(model, images, labels, norm, step_size_ratio / steps, decay),
+        search=_MomentumSteps(given, norm, step_size_ratio / steps, decay),
     )
     return taken, taken
 
@@ -67,26 +51,24 @@ class _MomentumSteps:
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         norm: Norm,
         step_share: float,
         decay: float,
     ) -> None:
-        self._model, self._images, self._labels, self._norm = model, images, labels, norm
+        self._given, self._norm = given, norm
         self._step_share, self._decay = step_share, decay
 
     def begin(self, starts: Sequence[Start]) -> State:
-        iterate = self._images[[start.row for start in starts]]
+        iterate = self._given.images[[start.row for start in starts]]
         return {"iterate": iterate, "momentum": torch.zeros_like(iterate)}
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
-        iterate, images, labels = state["iterate"], self._images[state["row"]], self._labels[state["row"]]
-        logits, _, gradient = evaluate(self._model, iterate, lambda logits: log_odds(logits, labels))
+        iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]
+        logits, _, gradient = evaluate(self._given.model, iterate, lambda logits: log_odds(logits, labels))
         length = gradient.double().abs().sum((1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         state["momentum"] = self._decay * state["momentum"] + (gradient / length).to(gradient)
         moved = iterate + self._step_share * state["eps"] * unit(state["momentum"], self._norm)

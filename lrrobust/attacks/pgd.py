@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Claim, Passes
 from lrrobust.attacks.ball import l1_direction, l2_length, project, sparse_unit, unit
+from lrrobust.attacks.climb import is_misclassified
 from lrrobust.attacks.losses import lead_of, log_odds, margin
 from lrrobust.attacks.targets import Target, choose_targets, with_the_choice
 from lrrobust.threat import Norm
 
 #: What is climbed: "ce" the cross-entropy, "margin" the lead of the nearest other class.
 PgdLoss = Literal["ce", "margin"]
-
-#: Told of proposals: their rows among the attacked images, the proposals (M, C, H, W), the budget of each,
-#: and whether each is the last of its start. Says which images are broken within these budgets, and for good.
-Claim = Callable[[Sequence[int], torch.Tensor, Sequence[float], Sequence[bool]], Sequence[bool]]
-
-#: Random numbers for one start: row among the attacked images, budget, restart -> a generator on the CPU.
-Draw = Callable[[int, float, int], torch.Generator]
 
 
 @dataclass(eq=False)
@@ -40,28 +35,21 @@ class _Climb:
 
 
 def pgd(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
     steps: int,
     step_size_ratio: float,
     random_start: bool,
     restarts: int,
     precision: str,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
     loss: PgdLoss = "ce",
     target: Target = "none",
     targets: int = 1,
     sparsity: float = 0.01,
     warm_start: bool = False,
     ahead: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Attack images at every budget, from the smallest up, until they are broken.
 
     At budget eps an image takes `steps` steps of length step_size_ratio * eps / steps along the sign
@@ -84,16 +72,9 @@ def pgd(
     nothing but the rounding of the model.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges; it draws random starts, and random targets.
         norm: "linf", "l2" or "l1".
-        ladder: budgets in pixel units of [0, 1], ascending. Nothing is claimed at a budget of 0.
-        levels: (N,) int64, how many budgets of the ladder, from the smallest, each image is attacked at.
         precision: "bf16" runs the model under autocast to bfloat16; iterates and steps stay as `images`.
-        batch_size: images passed through the model at once.
-        claim: judges; may be asked about any number of images up to `batch_size` at once, each once.
-        draw: for random starts, and random targets.
         loss: "ce" or "margin", see above.
         target: "none", or which class to go to, see `lrrobust.attacks.targets`.
         targets: how many "top_k" makes `restarts` starts for each; without effect on others.
@@ -116,109 +97,188 @@ def pgd(
     al., Adversarial Machine Learning at Scale, 2017, section 3; margin: Carlini and Wagner, Towards Evaluating the
     Robustness of Neural Networks, 2017, section V.A, objective f6, climbed by PGD in Madry et al., table 2.
     """
-    passes = torch.zeros(len(ladder), len(images), dtype=torch.int64)
-    first = next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
-    classes = None
-    if target != "none":
-        attacked = torch.where(levels > first, levels, 0)
-        classes = choose_targets(model, images, labels, attacked, target, targets, batch_size)
-    starts = restarts * (classes.shape[1] if target == "top_k" else 1)
-    ahead = _is_ahead(ahead, images.device, warm_start)
-    #: By row, the next level to begin with, and the first at which the image is not attacked any more.
-    following, stop = [first + 1] * len(images), levels.tolist()
-    #: Perturbations at the budget before, in units of it, by row and number of the start.
-    ended: dict[tuple[int, int], torch.Tensor] = {}
+    attacked = torch.where(given.levels > _first_level(given.ladder), given.levels, 0)
+    classes = None if target == "none" else choose_targets(replace(given, levels=attacked), target, targets)
+    ascent = _Ascent(
+        given,
+        norm,
+        classes=classes,
+        target=target,
+        restarts=restarts,
+        starts=restarts * (classes.shape[1] if target == "top_k" else 1),
+        steps=steps,
+        step_size_ratio=step_size_ratio,
+        loss=loss,
+        precision=precision,
+        sparsity=sparsity,
+        random_start=random_start,
+        warm_start=warm_start,
+        ahead=_is_ahead(ahead, given.images.device, warm_start),
+    )
+    while ascent.goes_on():
+        ascent.fill()
+        if ascent.is_time_to_judge():
+            ascent.judge()
+        else:
+            ascent.step()
+    return ascent.passes if classes is None else with_the_choice(ascent.passes), ascent.passes
 
-    def begin(climb: _Climb) -> _Climb:
-        """Gives an image that has none a first iterate and, where one is wanted, a target."""
-        if climb.iterate is None:
-            image, eps = images[climb.row], ladder[climb.level]
-            generator = draw(climb.row, eps, climb.start)
-            if classes is not None:
-                climb.target = _choose_one(classes[climb.row], target, climb.start // restarts, generator)
-            before = ended.pop((climb.row, climb.start), None)
-            climb.step = 0
-            if before is not None:
-                ball = images.new_full((1, 1, 1, 1), eps)
-                climb.iterate = project(image[None], (image + eps * before)[None], ball, norm)[0]
-            else:
-                climb.iterate = _start(image, norm, eps, generator) if random_start else image
-        return climb
 
-    def goes_on(climb: _Climb) -> bool:
-        """Moves an image to its next start or budget; False when there is none."""
-        climb.iterate = None
-        climb.start += 1
-        if climb.start == starts:
-            climb.start = 0
-            climb.level = following[climb.row]
-            following[climb.row] += 1
-        return climb.level < stop[climb.row]
+def _first_level(ladder: Sequence[float]) -> int:
+    """Of the smallest budget at which anything is attacked."""
+    return next((level for level, eps in enumerate(ladder) if eps > 0), len(ladder))
 
-    def one_ahead() -> _Climb | None:
-        """The smallest budget that is not begun of an image that is attacked."""
-        rows = {climb.row for climb in active if following[climb.row] < stop[climb.row]}
-        if not rows:
-            return None
-        row = min(rows, key=lambda row: (following[row], row))
-        following[row] += 1
-        return _Climb(row, following[row] - 1)
 
-    waiting = deque(_Climb(row, first) for row in range(len(images)) if first < stop[row])
-    active: list[_Climb] = []
-    claims: list[_Claimed] = []
-    while waiting or active or claims:
-        while waiting and len(active) < batch_size:
-            active.append(begin(waiting.popleft()))
-        while ahead and len(active) < batch_size and (climb := one_ahead()) is not None:
-            active.append(begin(climb))
-        # Claims are judged together: when they fill a batch, or the batch needs who comes back from them.
-        # Few do but those whose start came to its end.
-        is_short = len(active) < batch_size and (not active or any(is_last for *_, is_last in claims))
-        if len(claims) >= batch_size or (claims and is_short):
-            judged, claims = _take(claims, batch_size)
-            unbroken, broken = _judge(judged, ladder, claim)
-            for climb in broken:
-                stop[climb.row] = min(stop[climb.row], climb.level)
-            if ahead and broken:
-                active = [climb for climb in active if climb.level < stop[climb.row]]
-                waiting = deque(climb for climb in waiting if climb.level < stop[climb.row])
-                claims = [claimed for claimed in claims if claimed[0].level < stop[claimed[0].row]]
-                unbroken = [(climb, is_last) for climb, is_last in unbroken if climb.level < stop[climb.row]]
-            for climb, is_last in unbroken:
-                if not is_last and climb.step == steps:
-                    claims.append((climb, climb.iterate, True))
-                elif not is_last:
-                    waiting.append(climb)
-                else:
-                    if warm_start and climb.start % restarts == 0:
-                        ended[climb.row, climb.start] = (climb.iterate - images[climb.row]) / ladder[climb.level]
-                    if goes_on(climb):
-                        waiting.append(climb)
-            continue
-        rows = torch.tensor([climb.row for climb in active], device=images.device)
-        budgets = [ladder[climb.level] for climb in active]
-        eps = images.new_tensor(budgets)[:, None, None, None]
-        length = images.new_tensor([step_size_ratio * budget / steps for budget in budgets])[:, None, None, None]
+class _Ascent:
+    """All images on their way up the ladder: who waits, who is in the batch, and what is to be judged.
+
+    Args:
+        classes: (N, T) int64, where each image may be driven to; None without a target.
+        starts: of an image at one budget: the restarts towards one target, then those towards the next.
+
+    Attributes:
+        passes: by budget and image, int64 (L, N).
+    """
+
+    def __init__(
+        self,
+        given: Assignment,
+        norm: Norm,
+        *,
+        classes: torch.Tensor | None,
+        target: Target,
+        restarts: int,
+        starts: int,
+        steps: int,
+        step_size_ratio: float,
+        loss: PgdLoss,
+        precision: str,
+        sparsity: float,
+        random_start: bool,
+        warm_start: bool,
+        ahead: bool,
+    ) -> None:
+        self._given, self._norm, self._classes, self._target = given, norm, classes, target
+        self._restarts, self._starts, self._steps, self._step_size_ratio = restarts, starts, steps, step_size_ratio
+        self._loss, self._precision, self._sparsity = loss, precision, sparsity
+        self._random_start, self._warm_start, self._ahead = random_start, warm_start, ahead
+        self.passes = torch.zeros(len(given.ladder), len(given.images), dtype=torch.int64)
+        first = _first_level(given.ladder)
+        #: By row, the next level to begin with, and the first at which the image is not attacked any more.
+        self._following, self._stop = [first + 1] * len(given.images), given.levels.tolist()
+        self._waiting = deque(_Climb(row, first) for row, stop in enumerate(self._stop) if first < stop)
+        self._active: list[_Climb] = []
+        self._claims: list[_Claimed] = []
+        #: Perturbations at the budget before, in units of it, by row and number of the start.
+        self._ended: dict[tuple[int, int], torch.Tensor] = {}
+
+    def goes_on(self) -> bool:
+        return bool(self._waiting or self._active or self._claims)
+
+    def fill(self) -> None:
+        """Gives free places of the batch to those who wait, and on a GPU to larger budgets of those in it."""
+        while self._waiting and not self._is_full():
+            self._active.append(self._begin(self._waiting.popleft()))
+        while self._ahead and not self._is_full() and (climb := self._one_ahead()) is not None:
+            self._active.append(self._begin(climb))
+
+    def is_time_to_judge(self) -> bool:
+        """Claims are judged together: when they fill a batch, or the batch needs who comes back from them."""
+        if len(self._claims) >= self._given.batch_size:
+            return True
+        # Few come back but those whose start came to its end.
+        is_short = not self._is_full() and (not self._active or any(is_last for *_, is_last in self._claims))
+        return bool(self._claims) and is_short
+
+    def judge(self) -> None:
+        """Has the first claims judged; who is not broken goes on, and who is leaves all larger budgets."""
+        judged, self._claims = _take(self._claims, self._given.batch_size)
+        unbroken, broken = _judge(judged, self._given.ladder, self._given.claim)
+        for climb in broken:
+            self._stop[climb.row] = min(self._stop[climb.row], climb.level)
+        if self._ahead and broken:
+            self._active = [climb for climb in self._active if self._is_wanted(climb)]
+            self._waiting = deque(climb for climb in self._waiting if self._is_wanted(climb))
+            self._claims = [claimed for claimed in self._claims if self._is_wanted(claimed[0])]
+            unbroken = [(climb, is_last) for climb, is_last in unbroken if self._is_wanted(climb)]
+        for climb, is_last in unbroken:
+            if not is_last and climb.step == self._steps:
+                self._claims.append((climb, climb.iterate, True))
+            elif not is_last or self._moves_on(climb):
+                self._waiting.append(climb)
+
+    def step(self) -> None:
+        """One gradient step of the batch; what the model misclassifies is to be judged, and the last of every start."""
+        given, active = self._given, self._active
+        rows = torch.tensor([climb.row for climb in active], device=given.images.device)
+        budgets = [given.ladder[climb.level] for climb in active]
+        eps = given.images.new_tensor(budgets)[:, None, None, None]
+        lengths = [self._step_size_ratio * budget / self._steps for budget in budgets]
+        length = given.images.new_tensor(lengths)[:, None, None, None]
         iterates = torch.stack([climb.iterate for climb in active])
-        aims = None if classes is None else torch.tensor([climb.target for climb in active], device=images.device)
-        logits, gradient = _evaluate(model, iterates, labels[rows], aims, loss, precision)
-        direction = sparse_unit(gradient, iterates, sparsity) if norm == "l1" else unit(gradient, norm)
-        stepped = project(images[rows], iterates + length * direction, eps, norm)
-        is_candidate = (logits.argmax(1) != labels[rows]) & logits.isfinite().all(1)
-        still = []
+        labels = given.labels[rows]
+        aims = None if self._classes is None else torch.tensor([climb.target for climb in active], device=rows.device)
+        logits, gradient = _evaluate(given.model, iterates, labels, aims, self._loss, self._precision)
+        is_sparse = self._norm == "l1"
+        direction = sparse_unit(gradient, iterates, self._sparsity) if is_sparse else unit(gradient, self._norm)
+        stepped = project(given.images[rows], iterates + length * direction, eps, self._norm)
+        is_candidate = is_misclassified(logits, labels)
+        self._active = []
         for climb, now, then, is_claimed in zip(active, iterates, stepped, is_candidate.tolist(), strict=True):
-            passes[climb.level, climb.row] += 1
+            self.passes[climb.level, climb.row] += 1
             climb.step += 1
             climb.iterate = then
             if is_claimed:
-                claims.append((climb, now, False))
-            elif climb.step == steps:
-                claims.append((climb, then, True))
+                self._claims.append((climb, now, False))
+            elif climb.step == self._steps:
+                self._claims.append((climb, then, True))
             else:
-                still.append(climb)
-        active = still
-    return passes if classes is None else with_the_choice(passes), passes
+                self._active.append(climb)
+
+    def _is_full(self) -> bool:
+        return len(self._active) >= self._given.batch_size
+
+    def _is_wanted(self, climb: _Climb) -> bool:
+        return climb.level < self._stop[climb.row]
+
+    def _begin(self, climb: _Climb) -> _Climb:
+        """Gives an image that has none a first iterate and, where one is wanted, a target."""
+        if climb.iterate is not None:
+            return climb
+        image, eps = self._given.images[climb.row], self._given.ladder[climb.level]
+        generator = self._given.draw(climb.row, eps, climb.start)
+        if self._classes is not None:
+            climb.target = _choose_one(self._classes[climb.row], self._target, climb.start // self._restarts, generator)
+        before = self._ended.pop((climb.row, climb.start), None)
+        climb.step = 0
+        if before is not None:
+            ball = image.new_full((1, 1, 1, 1), eps)
+            climb.iterate = project(image[None], (image + eps * before)[None], ball, self._norm)[0]
+        else:
+            climb.iterate = _start(image, self._norm, eps, generator) if self._random_start else image
+        return climb
+
+    def _moves_on(self, climb: _Climb) -> bool:
+        """Moves an image whose start came to its end to the next start or budget; False when there is none."""
+        if self._warm_start and climb.start % self._restarts == 0:
+            delta = climb.iterate - self._given.images[climb.row]
+            self._ended[climb.row, climb.start] = delta / self._given.ladder[climb.level]
+        climb.iterate = None
+        climb.start += 1
+        if climb.start == self._starts:
+            climb.start = 0
+            climb.level = self._following[climb.row]
+            self._following[climb.row] += 1
+        return self._is_wanted(climb)
+
+    def _one_ahead(self) -> _Climb | None:
+        """The smallest budget that is not begun of an image that is attacked."""
+        rows = {climb.row for climb in self._active if self._following[climb.row] < self._stop[climb.row]}
+        if not rows:
+            return None
+        row = min(rows, key=lambda row: (self._following[row], row))
+        self._following[row] += 1
+        return _Climb(row, self._following[row] - 1)
 
 
 def _is_ahead(asked: bool | None, device: torch.device, warm_start: bool) -> bool:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import l2_length, project
 from lrrobust.attacks.climb import Start, State, Step, climb, is_misclassified
 from lrrobust.attacks.losses import margin
-from lrrobust.attacks.pgd import Claim, Draw
 from lrrobust.threat import Norm
 
 #: The share of pixels in a square is halved after so many of 10000 queries.
@@ -21,21 +20,14 @@ _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 def square(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    given: Assignment,
     *,
     norm: Norm,
     queries: int,
     p_init: float,
     rescale_schedule: bool,
     restarts: int,
-    ladder: Sequence[float],
-    levels: torch.Tensor,
-    batch_size: int,
-    claim: Claim,
-    draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Passes:
     """Attack images at every budget, from the smallest up, until they are broken; no gradients are taken.
 
     A query changes one random square of the image and is kept if the margin between label and other
@@ -48,17 +40,13 @@ def square(
     on who shares its batch.
 
     Args:
-        model: images to logits (n, K), K >= 2, in evaluation mode.
-        images: (N, C, H, W) in [0, 1], float32 or float64.
-        labels: (N,) int64, the classes to leave.
+        given: the images, and who judges.
         norm: "linf" or "l2".
         queries: forward passes of a start, the start itself among them.
         p_init: see above.
         rescale_schedule: shrink squares in proportion to `queries`, as the paper does with other numbers of
             queries than its 10000, instead of after fixed numbers of them, as AutoAttack does.
         restarts: starts at a budget.
-        ladder, levels, batch_size, claim: see `lrrobust.attacks.climb`.
-        draw: for starts and queries.
 
     Returns:
         Forward and backward passes by budget and image; int64 (len(ladder), N). The latter are 0.
@@ -66,17 +54,13 @@ def square(
     Source: Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random
     search, 2020, section 3. Unlike in the authors' code, squares reach the last row and column.
     """
-    sizes = square_sizes(queries, p_init, rescale_schedule, *images.shape[-2:])
+    sizes = square_sizes(queries, p_init, rescale_schedule, *given.images.shape[-2:])
     kind = _LinfSquares if norm == "linf" else _L2Squares
-    search = kind(model, images, labels, sizes, ladder, draw)
+    search = kind(given, sizes)
     forward = climb(
-        images,
-        ladder=ladder,
-        levels=levels,
+        given,
         starts=restarts,
         steps=queries,
-        batch_size=batch_size,
-        claim=claim,
         search=search,
     )
     return forward, torch.zeros_like(forward)
@@ -102,16 +86,12 @@ class _Squares(ABC):
 
     def __init__(
         self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        given: Assignment,
         sizes: Sequence[int],
-        ladder: Sequence[float],
-        draw: Draw,
     ) -> None:
-        self._model, self._images, self._labels, self._ladder, self._draw = model, images, labels, ladder, draw
-        self._channels, self._height, self._width = images.shape[1:]
-        self._sizes = torch.tensor(sizes, device=images.device)
+        self._given = given
+        self._channels, self._height, self._width = given.images.shape[1:]
+        self._sizes = torch.tensor(sizes, device=given.images.device)
 
     @property
     @abstractmethod
@@ -121,9 +101,9 @@ class _Squares(ABC):
     def begin(self, starts: Sequence[Start]) -> State:
         first, uniform = [], []
         for start in starts:
-            eps = self._ladder[start.level]
-            generator = self._draw(start.row, eps, start.number)
-            first.append(self._first(self._images[start.row], eps, generator))
+            eps = self._given.ladder[start.level]
+            generator = self._given.draw(start.row, eps, start.number)
+            first.append(self._first(self._given.images[start.row], eps, generator))
             uniform.append(torch.rand(len(self._sizes), self._numbers, generator=generator))
         query = torch.stack(first)
         return {
@@ -137,9 +117,9 @@ class _Squares(ABC):
         """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
-        query, images, labels = state["query"], self._images[state["row"]], self._labels[state["row"]]
+        query, images, labels = state["query"], self._given.images[state["row"]], self._given.labels[state["row"]]
         with torch.no_grad():
-            logits = self._model(query)
+            logits = self._given.model(query)
         found = margin(logits, labels)
         is_better = found > state["best_margin"]
         state["best_margin"] = torch.where(is_better, found, state["best_margin"])

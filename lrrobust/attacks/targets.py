@@ -6,8 +6,8 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
 
+from lrrobust.attacks.assignment import Assignment
 from lrrobust.attacks.losses import likely_targets
 from lrrobust.errors import ConfigError
 
@@ -20,22 +20,13 @@ from lrrobust.errors import ConfigError
 Target = Literal["none", "random", "least_likely", "top_k"] | int
 
 
-def choose_targets(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    levels: torch.Tensor,
-    target: Target,
-    count: int,
-    batch_size: int,
-) -> torch.Tensor:
+def choose_targets(given: Assignment, target: Target, count: int) -> torch.Tensor:
     """For each image that is attacked the classes to drive it to; takes one forward pass of each.
 
     Args:
-        levels: (N,), zero where an image is not attacked.
+        given: the images; those whose level is zero are not attacked.
         target: not "none".
         count: of "top_k", K - 1 at most are taken.
-        batch_size: images passed through the model at once.
 
     Returns:
         int64 (N, T), nothing of use for images that are not attacked: the `count` likeliest classes, likeliest first,
@@ -44,11 +35,12 @@ def choose_targets(
     Raises:
         ConfigError: the model has no class of that number.
     """
-    rows = levels.nonzero().flatten().to(images.device)
+    model, images, labels = given.model, given.images, given.labels
+    rows = given.levels.nonzero().flatten().to(images.device)
     if not len(rows):
         return labels[:, None]
     with torch.no_grad():
-        parts = [_targets(model(images[part]), labels[part], target, count) for part in rows.split(batch_size)]
+        parts = [_targets(model(images[part]), labels[part], target, count) for part in rows.split(given.batch_size)]
     chosen = torch.cat(parts)
     return labels[:, None].repeat(1, chosen.shape[1]).index_copy(0, rows, chosen)
 

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lrrobust.attacks.assignment import Assignment
 from lrrobust.attacks.climb import Step, climb
 
 LADDER = (0.0, 0.1, 0.2, 0.4)
@@ -44,10 +45,11 @@ def run(search, count, *, levels=None, starts=1, steps=5, batch_size=3, breaks=l
         return [breaks(*each) for each in zip(rows, eps, is_last, strict=True)]
 
     levels = torch.full((count,), len(LADDER)) if levels is None else torch.tensor(levels)
-    taken = climb(
-        torch.zeros(count, 3, 1, 1), ladder=LADDER, levels=levels, starts=starts, steps=steps,
-        batch_size=batch_size, claim=claim, search=search,
+    given = Assignment(
+        model=None, images=torch.zeros(count, 3, 1, 1), labels=None, ladder=LADDER, levels=levels, batch_size=batch_size,
+        claim=claim, draw=None,
     )
+    taken = climb(given, starts=starts, steps=steps, search=search)
     return taken, claims
 
 

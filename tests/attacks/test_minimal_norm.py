@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.attacks.assignment import Assignment
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.climb import Step
 from lrrobust.attacks.minimal_norm import find_nearest
@@ -185,9 +186,9 @@ class Bright(nn.Module):
 
 def search(claim, *, enough=0.0, line_search_steps=0):
     images, labels = torch.full((2, 3, 2, 2), 0.3), torch.zeros(2, dtype=torch.int64)
+    given = Assignment(Bright(), images, labels, (math.inf,), levels=torch.tensor([1, 1]), batch_size=2, claim=claim, draw=None)
     return find_nearest(
-        Bright(), images, labels, norm="linf", starts=2, steps=4, line_search_steps=line_search_steps, enough=enough,
-        levels=torch.tensor([1, 1]), batch_size=2, claim=claim, search=Stepping(),
+        given, norm="linf", starts=2, steps=4, line_search_steps=line_search_steps, enough=enough, search=Stepping()
     )
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrrobust.attacks.assignment import Assignment
 from lrrobust.attacks.targets import choose_targets, with_the_choice
 from lrrobust.errors import ConfigError
 
@@ -25,7 +26,8 @@ class Shown(nn.Module):
 def choose(target, count=2, levels=(1, 2, 1), batch_size=2):
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 1, 1)
     model = Shown()
-    return choose_targets(model, images, LABELS, torch.tensor(levels), target, count, batch_size), model
+    given = Assignment(model, images, LABELS, (1.0,), torch.tensor(levels), batch_size, claim=None, draw=None)
+    return choose_targets(given, target, count), model
 
 
 @pytest.mark.parametrize(
