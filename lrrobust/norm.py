@@ -6,4 +6,7 @@ from typing import Literal, get_args
 
 Norm = Literal["linf", "l2", "l1"]
 
+#: Those that attacks know which were published without l1.
+LinfOrL2 = Literal["linf", "l2"]
+
 NORMS: tuple[Norm, ...] = get_args(Norm)

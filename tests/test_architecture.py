@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
     "exits": {"errors", "interrupts", "out_of_memory"},
     "console": {"report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
-    "check": {"report.formatting", "report.notices", "results", "stats", "mistakes", "errors"},
+    "check": {"norm", "report.formatting", "report.notices", "results", "stats", "mistakes", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
         "data", "attacks", "evaluation", "diagnostics", "models", "results", "processes", "provenance", "mistakes",
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing. Of the results who may write to a folder.
-    "training": {"models", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    "training": {"models", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "stats": {"errors"},
     "results": {"interrupts", "mistakes", "errors"},
     "models": {"ops", "out_of_memory", "gradient_rules", "determinism", "errors", "torchvision_import"},
-    "attacks": {"threat", "config_file", "mistakes", "eps", "errors", "frozen", "gradient_rules"},
+    "attacks": {"threat", "norm", "config_file", "mistakes", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},
     "threat": {"norm", "errors"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -15,12 +14,13 @@ from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.targets import choose_targets, with_the_choice
+from lrrobust.norm import LinfOrL2
 
 
 def deepfool(
     given: Assignment,
     *,
-    norm: Literal["linf", "l2"],
+    norm: LinfOrL2,
     targets: int,
     steps: int,
     overshoot: float,
@@ -69,7 +69,7 @@ class _NearestBoundarySteps:
     def __init__(
         self,
         given: Assignment,
-        norm: Literal["linf", "l2"],
+        norm: LinfOrL2,
         targets: torch.Tensor,
         stretch: float,
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -13,6 +12,7 @@ from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.targets import choose_targets, with_the_choice
+from lrrobust.norm import LinfOrL2
 from lrrobust.threat import distance
 
 #: Steps of the last search, along the line to the clean image; the paper's number.
@@ -22,7 +22,7 @@ _LINE_SEARCH_STEPS = 3
 def fab_t(
     given: Assignment,
     *,
-    norm: Literal["linf", "l2"],
+    norm: LinfOrL2,
     targets: int,
     steps: int,
     overshoot: float,
@@ -74,7 +74,7 @@ class _BoundarySteps:
     def __init__(
         self,
         given: Assignment,
-        norm: Literal["linf", "l2"],
+        norm: LinfOrL2,
         targets: torch.Tensor,
         overshoot: float,
         largest_pull: float,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from lrrobust.attacks.piecewise_linear import find_crossing
+from lrrobust.norm import LinfOrL2
 
 
 def way_to_hyperplane(
-    images: torch.Tensor, normals: torch.Tensor, rises: torch.Tensor, norm: Literal["linf", "l2"]
+    images: torch.Tensor, normals: torch.Tensor, rises: torch.Tensor, norm: LinfOrL2
 ) -> torch.Tensor:
     """The shortest d with <normal, d> = rise and images + d in [0, 1], for each image.
 

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from lrrobust.eps import Ladder
 from lrrobust.gradient_rules import GradientOf
+from lrrobust.norm import LinfOrL2, Norm
 
 
 def _check_name(name: str) -> str:
@@ -107,7 +108,7 @@ class PgdSpec(_Spec):
     """
 
     kind: Literal["pgd"]
-    norm: Literal["linf", "l2", "l1"]
+    norm: Norm
     steps: Annotated[int, Field(ge=1)]
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
@@ -154,7 +155,7 @@ class PgdAdaptiveSpec(_Spec):
     """
 
     kind: Literal["pgd_adaptive"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     gradients: Annotated[tuple[GradientOf, ...], Field(min_length=1), AfterValidator(_check_differ)]
     temperature: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=1)]
@@ -215,7 +216,7 @@ class ApgdSpec(_Spec):
     """
 
     kind: Literal["apgd"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     loss: Literal["ce", "dlr", "targeted_dlr"]
     targets: Annotated[int, Field(ge=1)] = 9
     steps: Annotated[int, Field(ge=1)] = 100
@@ -244,7 +245,7 @@ class SquareSpec(_Spec):
     """
 
     kind: Literal["square"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     queries: Annotated[int, Field(ge=1)] = 5000
     p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
     rescale_schedule: bool = False
@@ -267,7 +268,7 @@ class MiFgsmSpec(_Spec):
     """
 
     kind: Literal["mi_fgsm"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     steps: Annotated[int, Field(ge=1)] = 10
     step_size_ratio: Annotated[float, Field(gt=0)] = 1.0
     decay: Annotated[float, Field(ge=0)] = 1.0
@@ -297,7 +298,7 @@ class FabSpec(_Spec):
     minimises: ClassVar[bool] = True
 
     kind: Literal["fab_t"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     targets: Annotated[int, Field(ge=1)] = 9
     steps: Annotated[int, Field(ge=1)] = 100
     overshoot: Annotated[float, Field(ge=1)] = 1.05
@@ -326,7 +327,7 @@ class FmnSpec(_Spec):
     minimises: ClassVar[bool] = True
 
     kind: Literal["fmn"]
-    norm: Literal["linf", "l2", "l1"]
+    norm: Norm
     steps: Annotated[int, Field(ge=1)] = 100
     first_step_size: Annotated[float, Field(gt=0)] = 1.0
     last_step_size: Annotated[float, Field(gt=0)] = 0.01
@@ -354,7 +355,7 @@ class DeepFoolSpec(_Spec):
     minimises: ClassVar[bool] = True
 
     kind: Literal["deepfool"]
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     targets: Annotated[int, Field(ge=1)] = 9
     steps: Annotated[int, Field(ge=1)] = 50
     overshoot: Annotated[float, Field(gt=0)] = 0.02

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from lrrobust.errors import BaselineError, ConfigError, StoreError
 from lrrobust.mistakes import describe_mistake
+from lrrobust.norm import Norm
 from lrrobust.results import Run, fingerprint_of, write_file
 
 #: Raised whenever a field is added, dropped or changes its meaning.
@@ -75,7 +76,7 @@ class Measurement(Record):
     """One model under one attack at one eps."""
 
     attack: Text
-    norm: Literal["linf", "l2", "l1"]
+    norm: Norm
     eps: Annotated[float, Field(ge=0)] | None
     """Pixel units of [0, 1]; None: any distance (JSON has no infinity)."""
     n: Annotated[int, Field(ge=1)]

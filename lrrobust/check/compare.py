@@ -23,6 +23,7 @@ import numpy as np
 
 from lrrobust.check.baseline import Baseline, Measurement, ModelBaseline, Record, Rule, in_request_order, measure, protocol_of
 from lrrobust.errors import BaselineError
+from lrrobust.norm import Norm
 from lrrobust.report.formatting import format_eps
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
@@ -54,7 +55,7 @@ class Comparison(Record):
 
     model: str
     attack: str
-    norm: Literal["linf", "l2", "l1"]
+    norm: Norm
     eps: float | None
     """Pixel units of [0, 1]; None: any distance."""
     n: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +10,7 @@ from torch import nn
 from lrrobust.attacks.ball import project, unit
 from lrrobust.eps import Eps
 from lrrobust.frozen import frozen
+from lrrobust.norm import LinfOrL2
 
 
 class AdversarialSpec(BaseModel):
@@ -24,7 +23,7 @@ class AdversarialSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    norm: Literal["linf", "l2"]
+    norm: LinfOrL2
     #: Budget in pixel units of [0, 1], as in 4/255.
     eps: Eps = Field(gt=0)
     steps: int = Field(ge=1)
