@@ -398,7 +398,7 @@ def report(
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
-    from lrrobust.verdict.evidence import model_of
+    from lrrobust.verdict.evidence import is_of
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
     claims = [load_claim(name) for name in dict.fromkeys(claim or [DEFAULT_CLAIM])]
@@ -422,7 +422,7 @@ def report(
                 f"nothing to report: no run in {', '.join(map(str, roots))} holds a result that can be read; "
                 "run its `lrrobust eval` command again, which computes what is missing"
             )
-        if not claim and not any(model_of(run) in (each.treatment, each.control) for run in loaded for each in claims):
+        if not claim and not any(is_of(run, side) for run in loaded for each in claims for side in (each.treatment, each.control)):
             claims = []  # nobody asked for it
         warn_of_other_rules(loaded)
         summary = summarise(loaded)

@@ -5,7 +5,7 @@ A file holds the fields of `Claim` but the name, which is the file's own:
     statement: A is more robust than B.
     source: who says so, and where
     treatment: lr_resnet50
-    control: resnet50
+    control: resnet50                 # or MODEL@WEIGHTS, such as resnet50@TINY_IMAGENET_V1, to compare weights of a model
     direction: more_robust            # or less_robust, said of the treatment
     attacks: [pgd, cw]                # without: all that both models were evaluated with
     eps: {linf: [1/255, 2/255]}       # without: all that both have

@@ -8,6 +8,7 @@ larger.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,6 +61,7 @@ class ModelOutcomes:
     """What runs of one model say, image by image.
 
     Attributes:
+        name: as the claim calls the model.
         runs: on these images, or on more of the same data set.
         images: (N,) identities, class and key; sorted, each once.
         is_clean_correct: (N,).
@@ -68,6 +70,7 @@ class ModelOutcomes:
         attacks: those of all runs; one that several runs made counts as one, broken by any of them.
     """
 
+    name: str
     runs: tuple[Run, ...]
     images: NDArray[np.object_]
     is_clean_correct: NDArray[np.bool_]
@@ -75,10 +78,6 @@ class ModelOutcomes:
     clean_predictions: NDArray[np.int64]
     contradictions: int
     attacks: tuple[AttackOutcomes, ...]
-
-    @property
-    def model(self) -> str:
-        return model_of(self.runs[0])
 
     @cached_property
     def diagnostics(self) -> tuple[tuple[Diagnostic, ...] | None, ...]:
@@ -220,11 +219,10 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     """
     transfer = tuple(run for run in runs if surrogate_of(run) is not None)
     runs = [run for run in runs if surrogate_of(run) is None]
-    treatment = [run for run in runs if model_of(run) == claim.treatment]
-    control = [run for run in runs if model_of(run) == claim.control]
+    treatment, control = _sides(claim, runs)
     missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
     if missing:
-        present = ", ".join(sorted({model_of(run) for run in runs})) or "no model by itself"
+        present = ", ".join(sorted({_name_with_weights(run) for run in runs})) or "no model by itself"
         reason = f"No run of {' or '.join(missing)} is among those given, which are of {present}."
         return [], [NotJudged(claim=claim.name, reason=reason)]
     datasets = {dataset_of(run) for run in treatment} & {dataset_of(run) for run in control}
@@ -262,8 +260,11 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     return sorted(found, key=lambda evidence: -len(evidence.treatment_places)), refused
 
 
-def gather(runs: Sequence[Run], images: frozenset[str] | None = None) -> ModelOutcomes:
-    """The outcomes of the runs of one model, at least one run, on the images named; None: on all."""
+def gather(runs: Sequence[Run], images: frozenset[str] | None = None, name: str | None = None) -> ModelOutcomes:
+    """The outcomes of the runs of one model, at least one run, on the images named; None: on all.
+
+    `name` is what the model is called; None: as in the runs.
+    """
     rows = pd.concat([_plain_rows(run, place) for place, run in enumerate(runs)], ignore_index=True)
     if images is not None:
         rows = rows[rows["image"].isin(images)].reset_index(drop=True)
@@ -274,14 +275,14 @@ def gather(runs: Sequence[Run], images: frozenset[str] | None = None) -> ModelOu
     labels[codes], predictions[codes] = rows["label"].to_numpy(), rows["clean_prediction"].to_numpy()
     differs = rows["clean_prediction"].to_numpy() != predictions[codes]
     attacks = []
-    for (name, norm), places in rows.groupby(["attack", "norm"], sort=False).indices.items():
+    for (attack, norm), places in rows.groupby(["attack", "norm"], sort=False).indices.items():
         of_attack, image = rows.iloc[places], codes[places]
         breaking = np.full(len(names), np.nan)
         breaking[image] = np.inf
         np.minimum.at(breaking, image, of_attack["breaking_eps"].to_numpy())
         attacks.append(
             AttackOutcomes(
-                name,
+                attack,
                 norm,
                 tuple(np.unique(of_attack["eps"]).tolist()),
                 breaking,
@@ -292,7 +293,14 @@ def gather(runs: Sequence[Run], images: frozenset[str] | None = None) -> ModelOu
         )
     contradictions = len(np.unique(codes[differs]))
     return ModelOutcomes(
-        tuple(runs), np.asarray(names, dtype=object), correct, labels, predictions, contradictions, tuple(attacks)
+        model_of(runs[0]) if name is None else name,
+        tuple(runs),
+        np.asarray(names, dtype=object),
+        correct,
+        labels,
+        predictions,
+        contradictions,
+        tuple(attacks),
     )
 
 
@@ -379,6 +387,38 @@ def _on_fewer(evidence: Evidence, others: Sequence[Evidence]) -> tuple[Evidence,
     return tuple(other for other in others if images > set(other.treatment.images[other.treatment_places]))
 
 
+def is_of(run: Run, side: str) -> bool:
+    """Whether a run is of what one side of a claim names: a model, or MODEL@WEIGHTS.
+
+    WEIGHTS is their name as reports show it, or the first digits, at least 8, of `state_sha256` in the manifest, which
+    tell apart files whose weights have one name.
+    """
+    model = model_of(run)
+    if side == model or side == _name_with_weights(run):
+        return True
+    digits = side.removeprefix(f"{model}@")
+    return digits != side and bool(re.fullmatch("[0-9a-f]{8,64}", digits)) and _state_of(run).startswith(digits)
+
+
+def _name_with_weights(run: Run) -> str:
+    return f"{model_of(run)}@{manifest_value(run, 'model', 'weights')}"
+
+
+def _state_of(run: Run) -> str:
+    return str(manifest_value(run, "model").get("state_sha256"))
+
+
+def _sides(claim: Claim, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Runs of the treatment, and of the control; where both names fit a run, it is of the side that names weights."""
+    treatment, control = ([run for run in runs if is_of(run, side)] for side in (claim.treatment, claim.control))
+    is_plain = [any(model_of(run) == side for run in runs) for side in (claim.treatment, claim.control)]
+    if is_plain[0]:
+        treatment = [run for run in treatment if not any(run is other for other in control)]
+    elif is_plain[1]:
+        control = [run for run in control if not any(run is other for other in treatment)]
+    return treatment, control
+
+
 def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
     """Runs of both, grouped by the name of the weights; a single one goes with a single other."""
 
@@ -397,7 +437,7 @@ def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[R
 def _join(
     claim: Claim, images: frozenset[str] | None, treatment: list[Run], control: list[Run], transfer: tuple[Run, ...]
 ) -> Evidence:
-    ours, theirs = gather(treatment, images), gather(control, images)
+    ours, theirs = gather(treatment, images, claim.treatment), gather(control, images, claim.control)
     _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
     return Evidence(claim, ours, theirs, our_places, their_places, transfer)
 

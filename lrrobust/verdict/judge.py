@@ -308,7 +308,7 @@ def _references(side: ModelOutcomes, role: str) -> list[RunReference]:
             role=role,
             folder=run.folder.resolve().name,
             fingerprint=manifest_value(run, "fingerprint"),
-            model=side.model,
+            model=manifest_value(run, "model", "name"),
             weights=manifest_value(run, "model", "weights"),
             state_sha256=manifest_value(run, "model").get("state_sha256"),
             attacks=tuple(spec["name"] for spec in manifest_value(run, "attacks")),

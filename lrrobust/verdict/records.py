@@ -88,9 +88,9 @@ class Claim(Record):
     source: str = Field(min_length=1, max_length=400)
     """Who claims it, and where."""
     treatment: str
-    """Name of the model that the claim is about, as runs store it."""
+    """Name of the model that the claim is about, as runs store it; with @ and the name of its weights, of these alone."""
     control: str
-    """Name of the model it is compared with."""
+    """Name of the model it is compared with, likewise."""
     direction: Literal["more_robust", "less_robust"]
     """What the claim says of the treatment."""
     attacks: tuple[str, ...] | None = Field(default=None, min_length=1)

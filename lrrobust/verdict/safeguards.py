@@ -64,7 +64,7 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
 
 def _same_images(evidence: Evidence) -> Safeguard:
     n = len(evidence.treatment_places)
-    lost = {side.model: len(side.images) - n for side in (evidence.treatment, evidence.control)}
+    lost = {side.name: len(side.images) - n for side in (evidence.treatment, evidence.control)}
     # Hashes cover what the images hold: names alone would let another version of the images pass for the same.
     ours, theirs = (
         {manifest_value(run, "dataset", "sha256") for run in side.runs} for side in (evidence.treatment, evidence.control)
@@ -84,7 +84,7 @@ def _one_network(evidence: Evidence) -> Safeguard:
     """Runs of one name may be of several trainings: each may fail where the other is strong."""
     sides = (evidence.treatment, evidence.control)
     several = [
-        side.model
+        side.name
         for side in sides
         if len({tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs}) > 1
     ]
@@ -94,7 +94,7 @@ def _one_network(evidence: Evidence) -> Safeguard:
     if several:
         detail = f"The runs of {' and of '.join(several)} are of different parameters or code: report each network by itself."
     elif changed:
-        counts = ", ".join(f"{side.contradictions} of {len(side.images)} images by {side.model}" for side in changed)
+        counts = ", ".join(f"{side.contradictions} of {len(side.images)} images by {side.name}" for side in changed)
         detail = f"Runs of one model predict the same clean images differently ({counts}): models or images differ."
     return Safeguard(name="one_network", passed=not several and not changed, detail=detail, withholds=_BOTH)
 
@@ -139,7 +139,7 @@ def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
     ours, theirs = (
         " or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs})) for side in sides
     )
-    return "" if ours == theirs else f"; how far they followed it: {sides[0].model} {ours}; {sides[1].model} {theirs}"
+    return "" if ours == theirs else f"; how far they followed it: {sides[0].name} {ours}; {sides[1].name} {theirs}"
 
 
 def _same_configuration(evidence: Evidence) -> Safeguard:
@@ -304,7 +304,7 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
             place = int(np.argmax(np.where(is_undermined, lead, -1.0))) if is_undermined.any() else int(taken.argmax())
             names = ", ".join(sorted(name for name, _ in alone))
             detail = (
-                f"{side.model} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy at eps "
+                f"{side.name} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy at eps "
                 f"{format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
             )
             if is_undermined.any():
@@ -380,16 +380,16 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
     places = evidence.treatment_places if side is evidence.treatment else evidence.control_places
     yield _better_than_chance(side, places, evidence.claim.significance, withholds)
     for attack in attacks:
-        yield _monotone_curve(side.model, attack, evidence.claim.significance, withholds)
+        yield _monotone_curve(side.name, attack, evidence.claim.significance, withholds)
         yield _valid_proposals(side, attack, withholds)
     for norm in dict.fromkeys(attack.norm for attack in attacks):
         yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
     # What images of another model show on some of these images, they show of the model.
     on_fewer = [each.treatment if side is evidence.treatment else each.control for each in evidence.on_fewer]
     runs = {str(run.folder): run for each in (side, *on_fewer) for run in each.runs}
-    yield from _transfer(side.model, list(runs.values()), evidence.transfer, withholds)
+    yield from _transfer(side.name, list(runs.values()), evidence.transfer, withholds)
     for run, diagnostics in zip(side.runs, side.diagnostics):
-        yield from _attack_diagnostics(side.model, run, diagnostics, withholds)
+        yield from _attack_diagnostics(side.name, run, diagnostics, withholds)
 
 
 def _better_than_chance(
@@ -405,7 +405,7 @@ def _better_than_chance(
     chance = sum(float((labels == label).mean() * (said == label).mean()) for label in np.unique(labels))
     passed = right > 0 and chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
     detail = (
-        f"Clean, {side.model} is right on {right} of {n} images; by chance, with the same answers, it would be on "
+        f"Clean, {side.name} is right on {right} of {n} images; by chance, with the same answers, it would be on "
         f"{chance * n:.1f}"
     )
     detail += "." if passed else ": it cannot be told from guessing, which no attack breaks."
@@ -433,7 +433,7 @@ def _monotone_curve(model: str, attack: AttackOutcomes, significance: float, wit
 
 def _valid_proposals(side: ModelOutcomes, attack: AttackOutcomes, withholds: Withheld) -> Safeguard:
     detail = (
-        f"For {attack.rejected} of {len(side.images)} images of {side.model}, {attack.name} proposed nothing inside ball "
+        f"For {attack.rejected} of {len(side.images)} images of {side.name}, {attack.name} proposed nothing inside ball "
         "and box at some eps."
     )
     passed = attack.rejected <= REJECTED_SHARE * len(side.images)
@@ -449,7 +449,7 @@ def _unbounded_attack(
         name, checked = WORST_CASE if len(attacks) > 1 else attacks[0].name, _checked_at_large_eps(side, norm, attacks)
         # Not knowing is no reason to believe: an attack that fails even without a budget looks like a robust model.
         passed = bool(checked) and all(found.passed for found in checked)
-        detail = f"No {norm} row of {side.model} is without a budget"
+        detail = f"No {norm} row of {side.name} is without a budget"
         if passed:
             detail += f", but diagnostics tried one that holds plain grey: {checked[0].detail}"
         else:
@@ -462,7 +462,7 @@ def _unbounded_attack(
         broken_at = np.fmin.reduce([attack.breaking_eps for attack in attacks])
         finished, survivors = int(is_finished.sum()), int(np.isinf(broken_at[is_finished]).sum())
         passed = survivors == 0
-        detail = f"Without a budget, {survivors} of {finished} images of {side.model} withstand {name} in {norm}"
+        detail = f"Without a budget, {survivors} of {finished} images of {side.name} withstand {name} in {norm}"
         detail += ": every image is broken, as it must be." if passed else ": the attack fails on them, as none can."
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
 

@@ -88,7 +88,7 @@ class TestCollect:
 
     def test_runs_of_the_claims_models_are_paired(self, make_claim, make_run):
         found, refused = collect_evidence(make_claim(), [*self.pair(make_run), make_run("C", {"pgd": dict(distances=[0])})])
-        assert [side.model for side in (found[0].treatment, found[0].control)] == ["A", "B"]
+        assert [side.name for side in (found[0].treatment, found[0].control)] == ["A", "B"]
         assert len(found) == 1 and not refused
         assert {name: members.sum() for name, members in found[0].populations.items()} == {
             "all": 3, "both_correct": 2, "matched_accuracy": 3
@@ -103,6 +103,24 @@ class TestCollect:
         (attack,) = evidence.attacks
         assert attack.treatment == pytest.approx([PIXEL, INF]) and attack.control == pytest.approx([PIXEL, INF])
         assert not refused
+
+    @pytest.mark.parametrize("sides", [("A@V2", "A@V1"), ("A@V2", "A"), ("A", "A@V1"), ("A@cdcdcdcd", "A@efefefef01")])
+    def test_a_claim_may_be_about_weights(self, make_claim, make_run, sides):
+        distances = {"V1": [INF, PIXEL, 0], "V2": [PIXEL, INF, 0]}
+        runs = [make_run("A", {"pgd": dict(distances=of)}, weights=weights) for weights, of in distances.items()]
+        runs[0].manifest["model"]["state_sha256"] = "efefefef01" + 54 * "0"
+        runs[1].manifest["model"]["state_sha256"] = "cd" * 32
+        other = make_run("B", {"pgd": dict(distances=[INF, INF, INF])})
+        (found,), refused = collect_evidence(make_claim(treatment=sides[0], control=sides[1]), [*runs, other])
+        (attack,) = found.attacks
+        assert attack.treatment == pytest.approx([PIXEL, INF, 0]) and attack.control == pytest.approx([INF, PIXEL, 0])
+        assert (found.treatment.name, found.control.name) == sides and not refused
+
+    @pytest.mark.parametrize("side", ["A@V3", "A@", "A@cdcdcdc", "A@V", "@V1", "B@V1", "A@CDCDCDCD"])
+    def test_weights_that_no_run_has_are_named(self, make_claim, make_run, side):
+        runs = [make_run("A", {"pgd": dict(distances=[INF])}, weights=weights) for weights in ("V1", "V2")]
+        found, (refused,) = collect_evidence(make_claim(treatment=side, control="A@V1"), runs)
+        assert not found and refused.reason == f"No run of {side} is among those given, which are of A@V1, A@V2."
 
     def test_each_subset_is_judged_by_itself_the_largest_first(self, make_claim, make_run):
         small = [make_run(model, {"pgd": dict(distances=[INF])}, images=[4]) for model in "AB"]
