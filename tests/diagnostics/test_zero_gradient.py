@@ -6,12 +6,12 @@ from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FmnSpec, PgdS
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient, climbed
 from lrrobust.frozen import frozen
 
-LADDER = (2 / 255, 8 / 255)
-PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=5)
+LADDER = (8 / 255,)
+PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=3)
 MARGIN = PGD.model_copy(update={"name": "margin", "loss": "margin"})
-DLR = ApgdSpec(name="dlr", kind="apgd", norm="linf", eps=LADDER, loss="dlr", steps=5)
+DLR = ApgdSpec(name="dlr", kind="apgd", norm="linf", eps=LADDER, loss="dlr", steps=3)
 TARGETED = DLR.model_copy(update={"name": "targeted", "loss": "targeted_dlr", "targets": 8})
-FMN = FmnSpec(name="fmn", kind="fmn", norm="linf", eps=LADDER, steps=5)
+FMN = FmnSpec(name="fmn", kind="fmn", norm="linf", eps=LADDER, steps=3)
 
 
 def results(subject):
