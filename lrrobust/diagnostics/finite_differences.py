@@ -27,6 +27,9 @@ LENGTHS = (1e-6, 2.5e-7)
 #: Of the slope: what gradient and differences may disagree by. On sound networks it is 1e-4 and less.
 TOLERANCE = 0.1
 
+#: Share of images on which they may disagree by more: 3 of 4092 on small networks of rectifiers and pooling do. Two of eight fail.
+TOLERATED_DIFFERING = 0.01
+
 
 @torch.no_grad()
 def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
@@ -64,7 +67,7 @@ def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
     # Written so that NaN differs.
     agrees = (promised - slope).abs() <= TOLERANCE * slope.abs()
     differing = int((has_slope & ~agrees).sum())
-    passed = is_tolerable(differing, compared) if compared >= FEWEST else None
+    passed = is_tolerable(differing, compared, TOLERATED_DIFFERING) if compared >= FEWEST else None
     detail = (
         f"Along a random direction the loss of {differing} of {compared} images changes otherwise than its gradient says, "
         f"by more than {100 * TOLERANCE:.0f} %"

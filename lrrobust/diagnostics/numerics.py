@@ -27,14 +27,27 @@ FORWARDS = 5
 HALVINGS = 7
 
 
+#: Size of the noise in linf that takes images off the grid of 8 bits, to where attacks go.
+OFF_GRID = 2 / 255
+
+
 @torch.no_grad()
 def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
-    """Whether the logits of the same images in the same batch are the same, up to rounding of a parallel sum."""
-    images = subject.images[: subject.judge.batch_size]
-    first = call_model(subject.judge.model, images)
-    difference = max(gap(call_model(subject.judge.model, images), first) for _ in range(FORWARDS - 1))
-    passed = difference <= RANDOMISED_TOLERANCE * largest(first)
-    detail = f"In {FORWARDS} forward passes the logits of {len(images)} images differ by at most {difference:.2g}"
+    """Whether the logits of the same images in the same batch are the same, up to rounding of a parallel sum.
+
+    Of clean images, and of noisy ones: attacks leave the grid of 8 bits, off which alone a model may be random.
+    """
+    size = subject.judge.batch_size
+    differences, passed = [], True
+    for images in (subject.images[:size], subject.noisy("linf", OFF_GRID)[:size]):
+        first = call_model(subject.judge.model, images)
+        differences.append(max(gap(call_model(subject.judge.model, images), first) for _ in range(FORWARDS - 1)))
+        # Written so that NaN fails.
+        passed &= differences[-1] <= RANDOMISED_TOLERANCE * largest(first)
+    detail = (
+        f"In {FORWARDS} forward passes the logits of {len(images)} images differ by at most {differences[0]:.2g}, with noise on "
+        f"them by at most {differences[1]:.2g}"
+    )
     detail += "" if passed else ": the model is randomised, and attacks that do not average over that overstate its robustness"
     yield Diagnostic(name="determinism", passed=passed, detail=f"{detail}.")
 

@@ -14,7 +14,7 @@ from lrrobust.diagnostics.finite_differences import check_finite_differences
 from lrrobust.diagnostics.late_breaks import check_late_breaks
 from lrrobust.diagnostics.loss_rises import check_loss_rises
 from lrrobust.diagnostics.numerics import check_determinism, check_float64
-from lrrobust.diagnostics.outcomes import read_outcomes
+from lrrobust.diagnostics.outcomes import predicted_classes, read_outcomes
 from lrrobust.diagnostics.records import Diagnostic, Diagnostics
 from lrrobust.diagnostics.stronger_attacks import check_convergence, check_large_eps
 from lrrobust.diagnostics.subject import Subject
@@ -97,7 +97,7 @@ def diagnose(
     else:
         with frozen(model), deterministic_float32():
             judge = Judge(model, num_classes, batch_size)
-            subject = Subject(judge, *load(range(len(places))), outcomes, load, fingerprint)
+            subject = Subject(judge, *load(range(len(places))), outcomes, load, fingerprint, predicted_classes(run.rows))
             fitting = FittingBatch(batch_size, device)
             for done, check in enumerate(CHECKS):
                 name = check.__name__.removeprefix("check_")

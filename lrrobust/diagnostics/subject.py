@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import AttackSpec
@@ -33,6 +34,17 @@ class Strike:
     adversarial: torch.Tensor
 
 
+class _Narrowed(nn.Module):
+    """A model that knows some of its classes only: logits (N, len(classes)), in their order."""
+
+    def __init__(self, model: nn.Module, classes: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)[:, self.classes]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A run's model and attacks, and the first images of the run that are correct when clean.
@@ -43,6 +55,7 @@ class Subject:
         outcomes: of all images correct when clean; the sample's come first.
         load: images, labels and keys of some of all of these, by their places.
         fingerprint: of the run; random numbers derive from it.
+        predicted: classes that the model takes images for, ascending, see `lrrobust.diagnostics.outcomes.predicted_classes`.
     """
 
     judge: Judge
@@ -52,6 +65,7 @@ class Subject:
     outcomes: tuple[Outcomes, ...]
     load: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor, list[str]]]
     fingerprint: str
+    predicted: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,14 +88,23 @@ class Subject:
         images, labels, keys = self.load(places)
         return replace(self, images=images, labels=labels, keys=keys, outcomes=())
 
-    def strike(self, spec: AttackSpec, eps: float, places: NDArray[np.int64]) -> Strike:
+    def strike(
+        self, spec: AttackSpec, eps: float, places: NDArray[np.int64], classes: Sequence[int] | None = None
+    ) -> Strike:
         """Attacks some images of the sample at one eps; every claim is judged as in a run, the first success kept.
 
         Starts differ from those of the run, as they do from spec to spec: they depend on the spec's name.
+
+        Args:
+            classes: where given, the attack sees these logits alone: ascending, two at least, the images' own among them.
         """
         spec = spec.model_copy(update={"eps": (eps,)})
         at = torch.from_numpy(places).to(self.labels.device)
         images, labels, keys = self.images[at], self.labels[at], [self.keys[place] for place in places]
+        model, seen = self.judge.model, labels
+        if classes is not None:
+            kept = torch.tensor(classes, device=labels.device)
+            model, seen = _Narrowed(model, kept), torch.searchsorted(kept, labels)
         strike = Strike(np.zeros(len(places), dtype=bool), images.clone())
 
         def claim(rows: Sequence[int], proposed: torch.Tensor, _: Sequence[float], is_last: Sequence[bool]) -> list[bool]:
@@ -96,7 +119,7 @@ class Subject:
         def draw(row: int, eps: float, restart: int) -> torch.Generator:
             return self.generator(spec.name, keys[row], eps, restart)
 
-        Attack(spec)(self.judge.model, images, labels, batch_size=self.judge.batch_size, claim=claim, draw=draw)
+        Attack(spec)(model, images, seen, batch_size=self.judge.batch_size, claim=claim, draw=draw)
         return strike
 
     def noisy(self, norm: Norm, eps: float, draw: int = 0, *, is_corner: bool = False) -> torch.Tensor:

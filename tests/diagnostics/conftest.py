@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
+from lrrobust.diagnostics.outcomes import predicted_classes, read_outcomes
 from lrrobust.diagnostics.stage import diagnose
+from lrrobust.diagnostics.subject import Subject
 from lrrobust.evaluation.engine import evaluate
+from lrrobust.evaluation.judge import Judge
 from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
 
@@ -135,6 +138,30 @@ class Cancelling(nn.Module):
         return (self.linear(images) + 2e7) - 2e7
 
 
+class RandomOffGrid(nn.Module):
+    """Noise on images that are not of 8 bits, as attacks make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = build_linear()
+
+    def forward(self, images):
+        is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1) > 1e-6
+        return self.linear(images + 0.02 * is_off[:, None, None, None] * torch.randn_like(images))
+
+
+class WithDecoys(nn.Module):
+    """A network with logits more that stay a hair below its leading one, whatever the image: no image is taken for theirs."""
+
+    def __init__(self, network: nn.Module, decoys: int) -> None:
+        super().__init__()
+        self.network, self.decoys = network, decoys
+
+    def forward(self, images):
+        logits = self.network(images)
+        return torch.cat([logits, (logits.amax(1, keepdim=True) - 1e-3).expand(-1, self.decoys)], 1)
+
+
 class ImagesInMemory:
     def __init__(self, images, labels):
         self.images, self.true = images, labels
@@ -159,6 +186,7 @@ UNSOUND = {
     "gradient_of_quarter": lambda: Before(gradient_of_quarter),
     "distilled": Distilled,
     "randomised": Randomised,
+    "random_off_grid": RandomOffGrid,
     "cancelling": Cancelling,
 }
 
@@ -180,9 +208,8 @@ def confident_linear():
     return build_linear(TEMPERATURE)
 
 
-@pytest.fixture
-def sound_cnn():
-    """Untrained, with BatchNorm; its logits are as large as training makes them."""
+def build_cnn(scale: float) -> nn.Module:
+    """Untrained, with BatchNorm."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = nn.Sequential(
@@ -190,8 +217,26 @@ def sound_cnn():
             nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES),
         )  # fmt: skip
         with torch.no_grad():
-            model[-1].weight *= 100
+            model[-1].weight *= scale
     return model.eval()
+
+
+@pytest.fixture
+def sound_cnn():
+    """With logits as large as training makes them."""
+    return build_cnn(100)
+
+
+@pytest.fixture
+def confident_cnn():
+    """With leads that leave the other classes no weight in the gradient of a float32 softmax."""
+    return build_cnn(10_000)
+
+
+@pytest.fixture
+def with_decoys():
+    """A network, how many -> the network with so many decoys."""
+    return lambda network, decoys: WithDecoys(network, decoys).eval()
 
 
 @pytest.fixture
@@ -208,7 +253,8 @@ def evaluated(tmp_path, images):
     def run(model, specs):
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            labels = model(images).argmax(1)
+            logits = model(images)
+            labels = logits.argmax(1)
         data = ImagesInMemory(images, labels)
         tasks = plan_tasks(specs, len(data), 50)
         manifest = {
@@ -221,12 +267,32 @@ def evaluated(tmp_path, images):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         with RunStore.create_or_resume(folder, json.loads(json.dumps(manifest))) as store:
             evaluate(
-                model, CLASSES, data, tasks, store,
+                model, logits.shape[1], data, tasks, store,
                 fingerprint=manifest["fingerprint"], device=torch.device("cpu"), part_metadata={},
             )
         return data, load_run(folder)
 
     return run
+
+
+@pytest.fixture
+def subject_of(evaluated):
+    """Evaluates a model, and gives what checks are given; `spoil` may change the outcomes first."""
+
+    def build(model, *specs, spoil=lambda outcomes: outcomes):
+        data, run = evaluated(model, specs)
+        places, outcomes = read_outcomes(run.rows, specs)
+
+        def load(chosen):
+            at = [int(places[place]) for place in chosen]
+            return *data.load(at), [data.keys[place] for place in at]
+
+        with torch.no_grad(), torch.random.fork_rng():
+            judge = Judge(model, model(data.images[:1]).shape[1], 64)
+        outcomes = tuple(spoil(each) for each in outcomes)
+        return Subject(judge, *load(range(24)), outcomes, load, "0123456789abcdef", predicted_classes(run.rows))
+
+    return build
 
 
 @pytest.fixture

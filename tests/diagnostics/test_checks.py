@@ -362,6 +362,11 @@ def test_a_stochastic_layer(diagnosed, unsound):
     assert "randomised" in found["determinism", None].detail
 
 
+def test_a_model_that_is_random_only_where_attacks_go(diagnosed, unsound):
+    found = diagnosed(unsound("random_off_grid"))["determinism", None]
+    assert found.passed is False and "of 24 images differ by at most 0, with noise on them by" in found.detail
+
+
 @pytest.mark.parametrize("specs", [(FGSM, PGD), (CW,)], ids=["within a budget", "minimal norm"])
 def test_logits_lost_to_rounding(diagnosed, unsound, specs):
     found = diagnosed(unsound("cancelling"), *specs)

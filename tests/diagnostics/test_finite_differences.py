@@ -109,5 +109,26 @@ def test_what_has_no_slope_is_not_known(found, model):
     assert result.passed is None, result.detail
 
 
+class PartForSome(Network):
+    """With half of the gradient for the first of some images, which are black and white, and all of it for others."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, images):
+        is_some = images.flatten(1).mean(1) > self.share
+        return self.layers(torch.where(is_some[:, None, None, None], part(0.5)(images), images))
+
+
+@pytest.mark.parametrize(("differing", "passed"), [(1, True), (2, False)])
+def test_one_image_may_be_at_an_edge_and_two_may_not(found, differing, passed):
+    images = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    images[:2] = images[:2].round()
+    means = (0.01 + 0.975 * images[:8].flatten(1).mean(1) + 0.0025).sort(descending=True).values
+    (result,) = found(PartForSome(float(means[differing - 1 : differing + 1].mean())))
+    assert result.passed is passed and f"of {differing} of 8 images" in result.detail
+
+
 def test_attacks_without_gradients_need_none(found):
     assert found(Network(part(0.25)), SQUARE) == []

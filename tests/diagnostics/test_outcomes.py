@@ -2,10 +2,11 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lrrobust.attacks.specs import CwSpec, PgdSpec, SquareSpec
-from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, read_outcomes
+from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, predicted_classes, read_outcomes
 from lrrobust.diagnostics.own_attacks import plain_pgd
 
 PGD = PgdSpec(name="pgd", kind="pgd", norm="l2", eps=(0.05, 0.1, 0.2, 0.4), steps=8)
@@ -137,3 +138,20 @@ def test_who_says_what_was_left_standing():
         norm = NormOutcomes("l2", attacks)
         assert norm.left_standing(eps).tolist() == [bool(one) for one in left], (len(attacks), eps)
         assert norm.reaches(eps) == (attacks[-1] is not near or eps <= 0.1)
+
+
+def test_classes_that_images_are_taken_for():
+    # Of 0 to 2 clean images are, of 3 adversarial ones, of 4 a single one, as where a decoy leads by chance.
+    rows = pd.DataFrame(
+        {
+            "index": np.repeat(np.arange(40), 2),
+            "label": np.repeat(np.arange(40) % 3, 2),
+            "clean_prediction": np.repeat(np.arange(40) % 3, 2),
+            "is_clean_correct": True,
+            "is_broken": np.arange(80) % 2 == 1,
+            "adversarial_prediction": [None, 3] * 39 + [None, 4],
+        }
+    )
+    assert predicted_classes(rows) == (0, 1, 2, 3)
+    # Where images are of it, however few, it is one.
+    assert predicted_classes(rows.assign(label=[4, 4] + [0] * 78)) == (0, 1, 2, 3, 4)

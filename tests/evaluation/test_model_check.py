@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -115,11 +117,25 @@ def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
     assert check(lambda logits: scale * logits) == {}
 
 
+def test_a_model_that_is_random_off_the_grid_of_8_bits_alone_is_randomised(linear_problem):
+    linear = linear_problem(1, classes=3, slope=0.1).model
+    on_grid = (IMAGES * 255).round() / 255
+
+    class OffGrid(nn.Module):
+        def forward(self, images):
+            is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1, keepdim=True) > 1e-6
+            return linear(images + is_off[..., None, None] * 0.01 * torch.randn(images.shape))
+
+    model = OffGrid()
+    assert torch.equal(model(on_grid), model(on_grid))
+    assert "randomised" in check_model(model, 3, on_grid)
+
+
 def test_a_model_that_draws_one_of_two_ways_is_randomised_not_refused(linear_problem):
     linear = linear_problem(1, classes=3, slope=0.1).model
 
     class OneOfTwo(nn.Module):
-        ways = iter([0, 0, 1, 0, 1, 0, 1])
+        ways = itertools.cycle([0, 0, 1, 0, 1, 0, 1])
 
         def forward(self, images):
             return linear(images).roll(next(self.ways), 1)
