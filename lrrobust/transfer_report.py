@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.results import Run, write_file
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 from lrrobust.transfer import ANY_SOURCE, TransferTest, compare_with_white_box, find_masking, transfer_matrix

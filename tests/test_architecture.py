@@ -21,8 +21,8 @@ MAY_IMPORT = {
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
     "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
     "exits": {"errors", "interrupts", "out_of_memory"},
-    "console": {"report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
-    "check": {"norm", "report.formatting", "report.notices", "results", "stats", "mistakes", "errors"},
+    "console": {"formatting", "report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
+    "check": {"norm", "formatting", "report.notices", "results", "stats", "mistakes", "errors"},
     "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
     "run": {
         "data", "attacks", "evaluation", "diagnostics", "models", "results", "processes", "provenance", "mistakes",
@@ -34,8 +34,7 @@ MAY_IMPORT = {
     "export": {"results", "norm", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},
-    # Of the report only how it writes an eps.
-    "diagnostics": {"attacks", "evaluation", "out_of_memory", "threat", "norm", "results", "stats", "report.formatting", "tables", "mistakes", "errors", "determinism", "frozen"},
+    "diagnostics": {"attacks", "evaluation", "out_of_memory", "threat", "norm", "results", "stats", "formatting", "tables", "mistakes", "errors", "determinism", "frozen"},
     "bench": {
         "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "out_of_memory", "results", "tables", "errors", "interrupts", "process_settings",
         "torchvision_import",
@@ -45,14 +44,14 @@ MAY_IMPORT = {
     # Of the attacks how a step goes and stays in the ball: training judges nothing. Of the results who may write to a folder.
     "training": {"models", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
+    "page": {"lrrobust", "formatting", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
+    "report": {"formatting", "results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
     "transfer": {"results", "stats"},
-    "transfer_report": {"transfer", "report.formatting", "tables", "results"},
+    "transfer_report": {"transfer", "formatting", "tables", "results"},
     "tables": set(),
-    # Of the report only how it names and formats things.
+    # Of the report only how it names things.
     "verdict": {
-        "results", "report.naming", "report.formatting", "report.notices", "transfer", "transfer_report", "stats",
+        "results", "report.naming", "formatting", "report.notices", "transfer", "transfer_report", "stats",
         "diagnostics.records", "provenance", "config_file", "eps", "norm", "errors",
     },
     "learning_curves": {"plots", "results", "errors"},
@@ -66,6 +65,7 @@ MAY_IMPORT = {
     "threat": {"norm", "errors"},
     "provenance": {"lrrobust", "process_settings"},
     "errors": set(),
+    "formatting": set(),
     "config_file": {"mistakes", "errors"},
     "mistakes": set(),
     "eps": set(),

@@ -23,8 +23,8 @@ import numpy as np
 
 from lrrobust.check.baseline import Baseline, Measurement, ModelBaseline, Record, Rule, in_request_order, measure, protocol_of
 from lrrobust.errors import BaselineError
+from lrrobust.formatting import format_eps
 from lrrobust.norm import Norm
-from lrrobust.report.formatting import format_eps
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
 from lrrobust.stats import holm, mcnemar_p_value

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from lrrobust.check.compare import CheckResult, Comparison
 from lrrobust.errors import ConfigError, StoreError
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.results import write_file
 
 #: Images named one by one where people read; `json` and `junit` name all.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lrrobust.console.streams import notice, print_table
-from lrrobust.report.formatting import format_count, format_eps
+from lrrobust.formatting import format_count, format_eps
 from lrrobust.results import write_file
 
 if TYPE_CHECKING:

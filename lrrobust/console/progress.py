@@ -21,7 +21,7 @@ from rich.progress import (
 
 from lrrobust.console import streams
 from lrrobust.console.streams import notice
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 
 if TYPE_CHECKING:
     import torch

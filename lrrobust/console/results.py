@@ -15,7 +15,7 @@ from lrrobust.console import streams
 from lrrobust.console.streams import notice, print_table
 from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import count_results, diagnostics_table
-from lrrobust.report.formatting import format_count
+from lrrobust.formatting import format_count
 from lrrobust.report.naming import name_runs
 from lrrobust.report.notices import warnings_with_rejections
 from lrrobust.report.summary import summarise

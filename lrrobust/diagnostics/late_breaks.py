@@ -10,7 +10,7 @@ from lrrobust.diagnostics.decision import SIGNIFICANCE
 from lrrobust.diagnostics.outcomes import Outcomes, is_climber
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.stats import binomial_p_value
 
 #: Share of its steps after which a break is late.

@@ -10,7 +10,7 @@ from lrrobust.diagnostics.decision import SIGNIFICANCE
 from lrrobust.diagnostics.outcomes import aims_at_classes, is_multi_step
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.stats import binomial_p_value
 
 #: Share of images on which the loss of a sound attack may end no higher than at the clean image: such whose

@@ -14,7 +14,7 @@ from lrrobust.diagnostics.outcomes import NormOutcomes
 from lrrobust.diagnostics.own_attacks import PGD_STEPS, NewStart, new_starts
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, parts
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.threat import box_diameter
 
 #: Steps at the budget where every image can be turned into plain grey: each moves a fortieth of the way.

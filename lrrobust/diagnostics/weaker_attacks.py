@@ -17,7 +17,7 @@ from lrrobust.diagnostics.own_attacks import plain_pgd, single_step
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, parts
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.threat import ThreatModel
 
 #: Draws of noise for each image, half of either sort.

@@ -21,6 +21,7 @@ import pandas as pd
 import lrrobust
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import RESULTS, diagnostics_table
+from lrrobust.formatting import format_eps
 from lrrobust.page.claim_figures import sketch_claims
 from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
@@ -28,7 +29,6 @@ from lrrobust.page.verdict_tables import area_table, comparison_table, norm_tabl
 from lrrobust.plots import label_runs
 from lrrobust.report.drawing import Collect, Drawing, draw
 from lrrobust.report.figures import draw_runs
-from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import format_command, reproduction

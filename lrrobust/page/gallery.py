@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, features
 
-from lrrobust.report.formatting import format_distance, format_eps
+from lrrobust.formatting import format_distance, format_eps
 from lrrobust.results import Example, Run, load_examples
 
 #: Images shown at most, and pictures on a page at most, whatever the number of runs and attacks.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lrrobust.formatting import format_eps
 from lrrobust.page.gallery import class_name
-from lrrobust.report.formatting import format_eps
 from lrrobust.results import Run, texts
 from lrrobust.stats import wilson_interval
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lrrobust.report.formatting import format_distance, format_eps
+from lrrobust.formatting import format_distance, format_eps
 from lrrobust.report.naming import name_attack
 from lrrobust.tables import Cell, Column, Table
 from lrrobust.verdict.records import ClaimResult, Comparison

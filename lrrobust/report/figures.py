@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
+from lrrobust.formatting import format_eps
 from lrrobust.report.curves import minimal_norm_curves, pass_curves, telling_eps
 from lrrobust.report.drawing import Drawing, Sketch, draw
-from lrrobust.report.formatting import format_eps
 from lrrobust.report.naming import name_runs, slug
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run

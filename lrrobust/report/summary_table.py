@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lrrobust.report.formatting import (
+from lrrobust.formatting import (
     format_distance,
     format_duration,
     format_eps,

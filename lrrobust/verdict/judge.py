@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from lrrobust.formatting import format_eps
 from lrrobust.provenance import describe_code
-from lrrobust.report.formatting import format_eps
 from lrrobust.results import Run, manifest_value, write_file
 from lrrobust.stats import (
     bootstrap_mean_interval,

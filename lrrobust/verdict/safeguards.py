@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import bdtrc
 
 from lrrobust.diagnostics.records import Diagnostic
-from lrrobust.report.formatting import format_eps
+from lrrobust.formatting import format_eps
 from lrrobust.report.naming import WORST_CASE
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run, manifest_value

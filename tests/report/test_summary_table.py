@@ -5,16 +5,15 @@ import math
 import pytest
 from rich.console import Console
 
-from lrrobust.report import formatting, summary_table
+from lrrobust.report import summary_table
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, format_row, how_to_read, render_table
 
 INF = math.inf
 
 
-@pytest.mark.parametrize("module", [formatting, summary_table], ids=lambda module: module.__name__)
-def test_doctests(module):
-    result = doctest.testmod(module)
+def test_doctests():
+    result = doctest.testmod(summary_table)
     assert result.attempted > 0 and result.failed == 0
 
 
