@@ -306,7 +306,7 @@ def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch, error):
         (("eval", "--model", "model.py:build_nan", "--dataset", "images", "--attack", "fgsm"), "NaN or infinite logits"),
         (("eval", "--model", "model.py:build_wrong_shape", "--dataset", "images", "--attack", "fgsm"), r"expected logits of shape \(4, 2\)"),
         ((*EVAL, "--attack", "pdg"), "'pdg'.*pgd"),
-        ((*EVAL, "--attack", "typo"), "unknown attack 'typo': a file is given with its ending .yaml or .yml, found typo.yaml"),
+        ((*EVAL, "--attack", "typo"), "unknown attack or suite 'typo': a file is given with its ending .yaml or .yml, found typo.yaml"),
         (("eval", "--model", "lr.safetensors"), "unknown model 'lr.safetensors': weights are given with --weights"),
         ((*EVAL, "--n", 0), "'--n': expected greater than or equal to 1"),
         (("eval", "--model", "resnet50", "--weights", "V9"), "unknown weights of resnet50.*'V9'.*DEFAULT"),
