@@ -151,6 +151,12 @@ def evaluate(
 
     Calling the same command again goes on where the last one stopped.
     """
+    from lrrobust.attacks.suite import load_suite
+
+    attacks = tuple([*(attack or []), *(suite or [])]) or ("standard",)
+    # Before torch is imported, which may take seconds: a misspelt name is said at once.
+    load_suite(attacks)
+
     from lrrobust.console.results import print_results
     from lrrobust.console.streams import be_quiet
     from lrrobust.processes import choose_sharing
@@ -162,7 +168,7 @@ def evaluate(
         be_quiet()
     request = EvaluationRequest(
         models=tuple(model),
-        attacks=tuple([*(attack or []), *(suite or [])]) or ("standard",),
+        attacks=attacks,
         weights=tuple(weights or ()),
         surrogates=tuple(surrogate or ()),
         surrogate_weights=tuple(surrogate_weights or ()),
@@ -667,6 +673,11 @@ def crosscheck(
     Ours is an ordinary run. What the others return is judged as ours is; what they claim is shown too. AutoAttack's
     standard evaluation is compared with the worst case of all attacks given of its norm.
     """
+    from lrrobust.attacks.suite import load_suite
+
+    attacks = tuple([*(attack or []), *(suite or [])]) or ("pgd",)
+    load_suite(attacks)
+
     from lrrobust.console.products import print_crosscheck
     from lrrobust.console.progress import crosscheck_progress
     from lrrobust.crosscheck import choose_budgets, choose_peers, crosscheck_evaluation
@@ -674,7 +685,7 @@ def crosscheck(
 
     peers, missing = choose_peers(peer or ())
     request = EvaluationRequest(
-        models=tuple(model), attacks=tuple([*(attack or []), *(suite or [])]) or ("pgd",), weights=tuple(weights or ()),
+        models=tuple(model), attacks=attacks, weights=tuple(weights or ()),
         dataset=dataset, classes=classes, input_size=input_size, n=n, seed=seed,
         eps=_split(eps),
         batch_size=batch_size, device=device, out=runs,

@@ -19,7 +19,7 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
+    "cli": {"lrrobust", "attacks.suite", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
     "exits": {"errors", "interrupts", "out_of_memory"},
     "console": {"formatting", "report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"norm", "formatting", "report.notices", "results", "stats", "mistakes", "errors"},
