@@ -10,7 +10,7 @@ from lrrobust.threat import Norm
 #: PGD of so many steps that may cross the ball has converged on sound networks.
 PGD_STEPS = 40
 
-#: Classes that an image is driven towards, and steps towards each: few are enough, as decoys stand between all images and others.
+#: Classes that an image is driven towards, and steps towards each: few are enough, as decoys hide most images.
 TARGETS, TARGETED_STEPS = 3, 10
 
 #: Share of the values that a step in l1 changes, for networks with gradients in few of them, as adversarial training leaves.
