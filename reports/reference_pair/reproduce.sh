@@ -21,6 +21,8 @@ CHEAP="--attack fgsm --attack pgd --attack pgd_l2 --attack fmn --attack fmn_l2"
 
 # Attacks on the models themselves, then images made on one and judged on the other.
 lrrobust eval $PAIR --dataset "$VAL_A" $CHEAP --n "$N" --out "$RUNS/val_a" "$@"
+# At the budget where robust accuracies differ most, the attack that finds most there.
+lrrobust eval $PAIR --dataset "$VAL_A" --attack apgd_t_l2 --eps 0.2 --n "$N" --out "$RUNS/val_a" "$@"
 lrrobust eval $PAIR --surrogate lr_resnet50 --surrogate resnet50 --dataset "$VAL_A" --attack pgd --n "$FEW" --out "$RUNS/transfer" "$@"
 lrrobust eval $PAIR --dataset photos $CHEAP --n "$PHOTOS" --out "$RUNS/photos" "$@"
 if [ -n "$COSTLY" ]; then
@@ -28,7 +30,7 @@ if [ -n "$COSTLY" ]; then
         out=$([ "$set" = photos ] && echo photos || echo val_a)
         lrrobust eval $PAIR --dataset "$set" --attack cw --n "$FEW" --out "$RUNS/$out" "$@"
         lrrobust eval $PAIR --dataset "$set" --suite strong --n "$FEW" --out "$RUNS/$out" "$@"
-        # At the budget where robust accuracies differ most; its own ladder has larger and smaller ones.
+        # Its own ladder has larger and smaller budgets.
         lrrobust eval $PAIR --dataset "$set" --suite strong_l2 --eps 0.2 --n "$FEW" --out "$RUNS/$out" "$@"
     done
     # What the attack written for LR-Nets breaks that pgd does not, on the LR-Net alone: no part of the comparison.
