@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lrrobust import cli, console
+from lrrobust import cli
 from lrrobust.bench import suites
 from lrrobust.bench.local_relation import Stage, compare_operations
 from lrrobust.bench.suites import BENCHES, BenchRequest, format_cell
+from lrrobust.console import progress
 from lrrobust.interrupts import Stopped
 from lrrobust.models import Classifier
 
@@ -110,7 +111,7 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(tmp_path, monkeypatc
     monkeypatch.setattr(suites, "compare_operations", _Interrupted(3, KeyboardInterrupt()))
     cli.run(["bench", "operation", "--out", str(tmp_path)])
     assert [line for line in capsys.readouterr().err.splitlines() if "round" in line] == ["operation: cpu, round 1"]
-    monkeypatch.setattr(console, "_LINE_INTERVAL_S", 0)
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0)
     cli.run(["bench", "operation", "--out", str(tmp_path)])
     assert len([line for line in capsys.readouterr().err.splitlines() if "round" in line]) == 3
 

@@ -107,7 +107,7 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.parametrize(("how", "message"), [("weights", "'model.1.weight'"), ("count", "'count'"), ("unseen", "logits of the same images")])
-@pytest.mark.parametrize("period", [9, 40])
+@pytest.mark.parametrize("period", [17, 40])
 def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(problem, images, tmp_path, how, message, period, evaluate_in):
     whole = evaluate_in(tmp_path / "whole", problem.model, images)
     with pytest.raises(ModelError, match=f"the model changes while it is evaluated: .*{message}") as caught:
