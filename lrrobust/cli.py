@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -391,7 +391,10 @@ def report(
         bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
     ] = True,
 ) -> None:
-    """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs."""
+    """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs.
+
+    Files that an earlier report wrote into the same folder, and this one does not, are removed, unless they were changed.
+    """
     from lrrobust.console.results import print_report, print_verdicts, warn_of_other_rules
     from lrrobust.errors import ConfigError, StoreError
     from lrrobust.page import write_page
@@ -399,7 +402,7 @@ def report(
     from lrrobust.report.drawing import Drawers
     from lrrobust.report.figures import sketch_runs
     from lrrobust.report.files import write_report
-    from lrrobust.report.leftovers import remove_leftovers
+    from lrrobust.report.leftovers import note_unfinished, remove_leftovers
     from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
@@ -408,6 +411,9 @@ def report(
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
     claims = [load_claim(name) for name in dict.fromkeys(claim or [DEFAULT_CLAIM])]
+    for at, each in enumerate(claims):
+        if each.name in [other.name for other in claims[:at]]:
+            raise ConfigError(f"two claims are called {each.name}: rename the file of one, as reports tell them apart by it")
     roots = runs or [Path("reports/runs")]
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:
@@ -437,12 +443,17 @@ def report(
         print_verdicts(verdicts)
         write_verdicts(verdicts, out / "claim.json")
         of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
-        written = [
-            out / "claim.json",
-            *write_page(loaded, out, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery),
-            *write_report(loaded, out, of_runs(), summary, sys.argv),
-            *write_transfer(loaded, out),
-        ]
+        written = [out / "claim.json"]
+        try:
+            written += write_page(
+                loaded, out, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery
+            )
+            written += write_report(loaded, out, of_runs(), summary, sys.argv)
+            written += write_transfer(loaded, out)
+        except BaseException:
+            with suppress(StoreError):
+                note_unfinished(out, written)
+            raise
     print_report(loaded, summary, written, remove_leftovers(out, written))
     if claim and (silent := {each.name for each in claims} - {result.claim.name for result in verdicts.results}):
         raise ConfigError(f"no verdict on {', '.join(sorted(silent))}, for the reasons above; the report is written without")
@@ -718,7 +729,7 @@ def attacks() -> None:
 
 for _command in app.registered_commands:
     # typer would break lines where docstrings do, besides where the terminal ends.
-    _paragraphs = inspect.cleandoc(_command.callback.__doc__).split("\n\n")
+    _paragraphs = inspect.cleandoc(_command.callback.__doc__ or "").split("\n\n")  # none under python -OO
     _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,8 +119,8 @@ def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:
     return data
 
 
-def check_keys(data: dict[str, Any], model: type[Model], source: str) -> Model:
-    """The keys and values of a file as a model that forbids unknown keys.
+def check_keys(data: dict[str, Any], model: type[Model], source: str, given: Sequence[str] = ()) -> Model:
+    """The keys and values of a file as a model that forbids unknown keys; those `given` are no part of the file.
 
     Raises:
         ConfigError: names the file, the key, what was expected and what was found.
@@ -129,4 +130,4 @@ def check_keys(data: dict[str, Any], model: type[Model], source: str) -> Model:
         # such as dates, goes in as text.
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {explain_mistakes(error, data, model)}") from None
+        raise ConfigError(f"{source}: {explain_mistakes(error, data, model, given=given)}") from None

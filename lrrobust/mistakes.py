@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -11,27 +12,27 @@ from pydantic import BaseModel, ValidationError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-#: Kind of mistake -> what was expected; numbers in braces are the mistake's own.
+#: Kind of mistake -> what was expected; what stands in braces the mistake says.
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "keys and values",
     "finite_number": "a finite number",
     "float_type": "a number",
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
     "int_from_float": "a whole number",
     "int_type": "a whole number",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
     "missing": "this key",
     "model_type": "keys and values",
     "string_pattern_mismatch": "text that matches {pattern}",
-    "string_too_long": "text of at most {max_length} characters",
-    "string_too_short": "text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} letters",
+    "string_too_short": "a longer text",
     "string_type": "text",
-    "too_short": "at least {min_length} of them",
+    "too_short": "a longer list",
     "tuple_type": "a list",
 }
 
@@ -39,38 +40,56 @@ _EXPECTED = {
 def describe_mistake(mistake: ErrorDetails) -> str:
     """One of `ValidationError.errors()` as what was expected, without where it was made."""
     expected = _EXPECTED.get(mistake["type"])
+    limits = {key: _plain(value) for key, value in mistake.get("ctx", {}).items()}
     if expected is not None:
-        return f"expected {expected.format(**mistake.get('ctx', {}))}"
+        # What pydantic says of a kind may change with its version: then in its own words.
+        with suppress(KeyError):
+            return f"expected {expected.format(**limits)}"
     return " ".join(mistake["msg"].replace("Input should be", "expected").split())
 
 
-def explain_mistakes(error: ValidationError, data: Mapping[str, Any], model: type[BaseModel], within: Sequence[str] = ()) -> str:
+def _plain(limit: Any) -> Any:
+    """1 instead of 1.0."""
+    return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+
+
+def explain_mistakes(
+    error: ValidationError,
+    data: Mapping[str, Any],
+    model: type[BaseModel],
+    within: Sequence[str] = (),
+    given: Sequence[str] = (),
+) -> str:
     """The line that explains most of what is wrong: an unknown key before missing ones, which it may stand for.
 
     Args:
         error: of validating `data`.
-        data: what the file holds.
+        data: what the file holds, and what is `given` beside.
         model: what it should hold, for the names of its keys.
         within: what pydantic puts before the path of every key, such as the tag of a union.
+        given: keys that are no part of the file.
     """
     mistakes = error.errors(include_url=False)
     unknown = next((each for each in mistakes if each["type"] == "extra_forbidden"), None)
     if unknown is not None:
-        *where, key = _path(unknown, data, within)
-        known = sorted(set(_fields_at(model, where)) - {"name"})
+        *where, key = unknown["loc"][len(within) :]
+        known = sorted(set(_fields_at(model, where)) - set(given))
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{_dotted([*where, key])}: unknown key, {hint}"
-    missing = [_dotted(each["loc"][len(within) :]) for each in mistakes if each["type"] == "missing"]
+    missing = [each["loc"][len(within) :] for each in mistakes if each["type"] == "missing"]
     if missing:
         # All at once: who writes a file would otherwise meet them one by one.
-        return f"expected also {', '.join(missing)}, found only {', '.join(data) or 'nothing'}"
+        present = [str(key) for key in _value_at(data, missing[0][:-1]) if key not in given]
+        return f"expected also {', '.join(map(_dotted, missing))}, found only {', '.join(present) or 'nothing'}"
     # Of what a key may be, every kind of value is a mistake of its own.
     path = _path(mistakes[0], data, within)
     alternatives = dict.fromkeys(describe_mistake(each) for each in mistakes if _path(each, data, within) == path)
     if not path:  # from a rule about several keys, which names them itself
         return next(iter(alternatives))
-    return f"{_dotted(path)}: {' or '.join(alternatives)}, found {brief(mistakes[0]['input'])}"
+    first, *others = alternatives
+    expected = " or ".join([first, *(other.removeprefix("expected ") for other in others)])
+    return f"{_dotted(path)}: {expected}, found {brief(mistakes[0]['input'])}"
 
 
 def brief(value: Any) -> str:
@@ -80,7 +99,14 @@ def brief(value: Any) -> str:
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    return ".".join(map(str, path))
+    """A path as messages show it, in one line; an empty key in quotes."""
+    return " ".join(".".join(str(part) or "''" for part in path).split())
+
+
+def _value_at(data: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        data = data[part]
+    return data
 
 
 def _path(mistake: ErrorDetails, data: Any, within: Sequence[str]) -> list[str | int]:

@@ -120,7 +120,7 @@ class EvaluationRequest:
             request = TypeAdapter(cls).validate_json(json.dumps(record), strict=True)
         except ValidationError as error:
             mistake = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in mistake["loc"])
+            where = " ".join(".".join(str(part) for part in mistake["loc"]).split())
             raise ConfigError(f"request: {where}: {describe_mistake(mistake)}, found {brief(mistake['input'])}") from None
         return dataclasses.replace(request, **changes)
 
@@ -188,7 +188,8 @@ class Evaluation:
 
         A factory that draws parameters without a seed makes another model each time, which goes on with no run.
         """
-        if self.folder.exists() or ".py:" not in self.manifest["model"]["name"]:
+        is_given = bool(self.manifest["request"]["weights"])
+        if is_given or self.folder.exists() or ".py:" not in self.manifest["model"]["name"]:
             return []
         fingerprint = self.manifest["fingerprint"][:10]
         beside = self.folder.parent.glob(f"{glob.escape(self.folder.name.removesuffix(fingerprint))}*")

@@ -157,6 +157,22 @@ def test_a_factory_that_draws_anew_each_time_is_told_so(run, workplace, tmp_path
     assert "a new run begins" not in err
 
 
+def test_two_claims_of_one_name_are_refused(run, workplace, tmp_path):
+    claims = [tmp_path / folder / "mine.yaml" for folder in "ab"]
+    for claim in claims:
+        claim.parent.mkdir()
+        claim.write_text(CLAIM)
+    code, _, err = run("report", tmp_path, "--claim", claims[0], "--claim", claims[1], cwd=workplace)
+    assert_one_line(code, err, "two claims are called mine")
+
+
+def test_without_docstrings_commands_work(workplace):
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    shell = [sys.executable, "-OO", "-m", "lrrobust", "attacks"]
+    done = subprocess.run(shell, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "pgd" in done.stdout
+
+
 @pytest.mark.parametrize("command", [[], ["check"]])
 def test_help_that_nobody_reads_to_its_end_is_no_failure(command, workplace):
     shell = [sys.executable, "-m", "lrrobust", *command, "--help"]

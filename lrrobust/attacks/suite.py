@@ -234,4 +234,5 @@ def _validate(data: dict[str, Any], adapter: TypeAdapter[Any], source: str) -> A
         kind = data["kind"]
         # The union of attacks puts the kind in front of every path.
         within = (kind,) if kind in _SPEC_CLASSES else ()
-        raise ConfigError(f"{source}: {explain_mistakes(error, data, _SPEC_CLASSES.get(kind, _Suite), within)}") from None
+        told = explain_mistakes(error, data, _SPEC_CLASSES.get(kind, _Suite), within, given=["name"])
+        raise ConfigError(f"{source}: {told}") from None

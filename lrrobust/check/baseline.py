@@ -265,7 +265,7 @@ def read_baseline(path: Path) -> Baseline:
         mistakes = error.errors(include_url=False)
         # Another version explains everything else that does not fit.
         mistake = next((each for each in mistakes if each["loc"][:1] == ("schema_version",)), mistakes[0])
-        where = ".".join(str(part) for part in mistake["loc"])
+        where = " ".join(".".join(str(part) for part in mistake["loc"]).split())
         message = describe_mistake(mistake)
     raise BaselineError(
         f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "

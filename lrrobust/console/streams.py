@@ -11,6 +11,9 @@ from rich.table import Table
 #: Without a terminal nothing is wrapped or cut: files and logs scroll, and programs read lines.
 _UNBOUNDED_WIDTH = 100_000
 
+#: The narrowest that a column of texts is folded to, where it says nothing else.
+_FOLDED_WIDTH = 10
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -37,7 +40,11 @@ def print_table(table: Table) -> None:
     """A table on standard output; on a terminal too narrow for it texts are folded, and no number is cut."""
     for column in table.columns:
         column.overflow = "fold"
+        # For the measurement alone: long words are folded, too.
+        column.max_width = None if column.no_wrap else column.min_width or _FOLDED_WIDTH
     least = Measurement.get(tables, tables.options.update(width=_UNBOUNDED_WIDTH), table).minimum
+    for column in table.columns:
+        column.max_width = None
     if tables.width < least:
         # rich would take whole columns away.
         table.width = least

@@ -16,7 +16,7 @@ from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.errors import BackendWarning
 from lrrobust.evaluation.judge import Judge, call_model, gap, largest
-from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE
+from lrrobust.evaluation.model_check import OFF_GRID, RANDOMISED_TOLERANCE
 from lrrobust.frozen import frozen
 
 #: Forward passes of the same images, as AutoAttack's check makes.
@@ -25,10 +25,6 @@ FORWARDS = 5
 #: Of the way from a clean image to an adversarial one: what is left beyond the boundary is less than 1 % of it, as
 #: minimal-norm attacks leave. Much nearer, rounding would decide on sound models too.
 HALVINGS = 7
-
-
-#: Size of the noise in linf that takes images off the grid of 8 bits, to where attacks go.
-OFF_GRID = 2 / 255
 
 
 @torch.no_grad()

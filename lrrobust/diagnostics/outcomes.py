@@ -17,8 +17,8 @@ from lrrobust.threat import Norm
 #: Attacks that see logits only: no gradient of theirs can vanish, and none of them is expected to beat the others.
 BLACK_BOX_KINDS = ("square",)
 
-#: Share of the mean count of a class that makes it a class which images are taken for.
-RARE = 0.25
+#: A class is one that images are taken for from so many on, and from this share of the mean count.
+FEWEST_TAKEN, RARE = 2, 0.25
 
 
 def is_white_box(spec: AttackSpec) -> bool:
@@ -193,14 +193,17 @@ def read_outcomes(rows: pd.DataFrame, specs: Sequence[AttackSpec]) -> tuple[NDAr
 def predicted_classes(rows: pd.DataFrame) -> tuple[int, ...]:
     """Classes that the model takes images for, ascending: those of all images correct when clean, and frequent others.
 
-    The others are what it takes clean images for, and adversarial ones. Those seen less than `RARE` times as often as the mean
-    are left out: a class that only ever follows another may come out first once in a while.
+    The others are what it takes clean images for, and adversarial ones, each image once. Those seen less than `RARE` times as
+    often as the mean are left out: a class that only ever follows another may come out first once in a while.
     """
     correct = rows.loc[rows["is_clean_correct"].to_numpy(bool), "label"].to_numpy(np.int64)
     clean = rows.drop_duplicates("index")["clean_prediction"].to_numpy(np.int64)
-    adversarial = rows.loc[rows["is_broken"].to_numpy(bool), "adversarial_prediction"].dropna().to_numpy(np.int64)
+    broken = rows[rows["is_broken"].to_numpy(bool) & rows["adversarial_prediction"].notna().to_numpy(bool)]
+    adversarial = broken.drop_duplicates(["index", "adversarial_prediction"])["adversarial_prediction"].to_numpy(np.int64)
     classes, counts = np.unique(np.concatenate([clean, adversarial]), return_counts=True)
-    return tuple(np.union1d(correct, classes[counts >= RARE * counts.mean()]).tolist()) if len(classes) else ()
+    if not len(classes):
+        return ()
+    return tuple(np.union1d(correct, classes[counts >= max(FEWEST_TAKEN, RARE * counts.mean())]).tolist())
 
 
 def _grid(rows: pd.DataFrame) -> tuple[tuple[float, ...], dict[str, NDArray]]:

@@ -79,10 +79,6 @@ class Subject:
         has_budget = {outcomes.spec.norm for outcomes in self.outcomes if outcomes.has_budget}
         return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items() if norm in has_budget]
 
-    def survivors(self, norm: NormOutcomes, eps: float) -> NDArray[np.int64]:
-        """Places in the sample of the images that no attack of the norm broke within eps."""
-        return np.flatnonzero(~norm.broke(eps)[: len(self)])
-
     def on(self, places: Sequence[int]) -> Subject:
         """The same with other images, by their places among all; to be struck only, as outcomes are in another order."""
         images, labels, keys = self.load(places)

@@ -46,11 +46,11 @@ def count_results(table: Table) -> str:
 
     >>> row = [Cell(text, text) for text in ("first", "noise", "pgd", "passed", "...")]
     >>> count_results(Table([Column(heading) for heading in _HEADINGS], [row, row]))
-    'all 2 checks passed'
+    'all checks passed (2)'
     """
     found = Counter(row[_HEADINGS.index("result")].text for row in table.rows)
     if len(found) == 1 and RESULTS[True] in found:
-        return f"all {found.total()} checks passed"
+        return f"all checks passed ({found.total()})"
     counts = ", ".join(f"{found[result]} {result}" for result in RESULTS.values() if found[result])
     doubt = ": robust accuracies may be too high" if found[RESULTS[False]] else ""
     return f"checks: {counts}{doubt}"

@@ -24,7 +24,7 @@ BATCH_TOLERANCE = 1e-2
 _FORWARDS = 4
 
 #: Size of the noise in linf that takes images off the grid of 8 bits.
-_OFF_GRID = 2 / 255
+OFF_GRID = 2 / 255
 
 #: Times the randomness seen: more than that is not random.
 _BEYOND_RANDOM = 10
@@ -110,7 +110,7 @@ def _randomness(model: nn.Module, images: torch.Tensor, before: torch.Tensor, nu
 def _off_grid(images: torch.Tensor) -> torch.Tensor:
     """With noise, where attacks go: a model may be random off the grid of 8 bits alone."""
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    return (images + _OFF_GRID * (2 * noise - 1).to(images)).clamp(0, 1)
+    return (images + OFF_GRID * (2 * noise - 1).to(images)).clamp(0, 1)
 
 
 def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: int, is_needed: bool) -> torch.Tensor:

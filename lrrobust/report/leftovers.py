@@ -30,17 +30,32 @@ def remove_leftovers(out_dir: Path, written: Sequence[Path]) -> list[Path]:
     Raises:
         StoreError: a file cannot be removed, or the record cannot be written.
     """
-    digests = {path.name: _sha256(path) for path in written}
+    now = _digests(written)
     removed = []
     for name, sha256 in _read_record(out_dir).items():
         path = out_dir / name
-        if name in digests or _sha256(path) != sha256:
+        # Names that differ in case alone may be of one file.
+        if name in now or _sha256(path) != sha256 or any(path.samefile(other) for other in written if other.exists()):
             continue
         with explaining("remove", path):
             path.unlink()
         removed.append(path)
-    write_file(out_dir / RECORD_NAME, json.dumps(digests, indent=2).encode() + b"\n")
+    _write_record(out_dir, now)
     return removed
+
+
+def note_unfinished(out_dir: Path, written: Sequence[Path]) -> None:
+    """Records what a report that failed has written, beside what the one before it did, for the next to remove."""
+    _write_record(out_dir, {**_read_record(out_dir), **_digests(written)})
+
+
+def _digests(paths: Sequence[Path]) -> dict[str, str]:
+    found = {path.name: _sha256(path) for path in paths}
+    return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+
+
+def _write_record(out_dir: Path, digests: Mapping[str, str]) -> None:
+    write_file(out_dir / RECORD_NAME, json.dumps(digests, indent=2).encode() + b"\n")
 
 
 def _read_record(out_dir: Path) -> Mapping[str, str]:
@@ -51,7 +66,11 @@ def _read_record(out_dir: Path) -> Mapping[str, str]:
         return {}
     if not isinstance(record, dict):
         return {}
-    return {name: sha256 for name, sha256 in record.items() if name == Path(name).name}
+    return {name: sha256 for name, sha256 in record.items() if isinstance(sha256, str) and _is_file_name(name)}
+
+
+def _is_file_name(name: str) -> bool:
+    return name == Path(name).name and name not in ("", ".", "..", RECORD_NAME) and name.isprintable()
 
 
 def _sha256(path: Path) -> str | None:

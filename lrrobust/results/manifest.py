@@ -99,5 +99,5 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
     except ValidationError as error:
         mistake = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part)[:40] for part in mistake["loc"])
-        raise ValueError(f"{where}: {describe_mistake(mistake)}".removeprefix(": ")[:250]) from None
+        raise ValueError(" ".join(f"{where}: {describe_mistake(mistake)}".removeprefix(": ").split())[:250]) from None
     return manifest

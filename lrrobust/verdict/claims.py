@@ -43,4 +43,4 @@ def load_claim(name_or_path: str | Path) -> Claim:
     data = read_mapping(path, str(path), example="treatment: lr_resnet50")
     if "name" in data:
         raise ConfigError(f"{path}: name: unexpected key, a claim is named after its file")
-    return check_keys({**data, "name": path.stem}, Claim, str(path))
+    return check_keys({**data, "name": path.stem}, Claim, str(path), given=["name"])

@@ -220,10 +220,11 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     transfer = tuple(run for run in runs if surrogate_of(run) is not None)
     runs = [run for run in runs if surrogate_of(run) is None]
     treatment, control = _sides(claim, runs)
+    if both := [run.folder.name for run in treatment if any(run is other for other in control)]:
+        return [], [NotJudged(claim=claim.name, reason=f"Treatment and control are the same: {', '.join(both)} is a run of both.")]
     missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
     if missing:
-        present = ", ".join(sorted({_name_with_weights(run) for run in runs})) or "no model by itself"
-        reason = f"No run of {' or '.join(missing)} is among those given, which are of {present}."
+        reason = f"No run of {' or '.join(missing)} is among those given, which are of {_present(runs)}."
         return [], [NotJudged(claim=claim.name, reason=reason)]
     datasets = {dataset_of(run) for run in treatment} & {dataset_of(run) for run in control}
     if claim.dataset is not None:
@@ -238,7 +239,7 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     idle = [run for run in treatment + control if claim.dataset in (None, dataset_of(run))]
     for dataset in sorted(datasets):
         on_dataset = [[run for run in side if dataset_of(run) == dataset] for side in (treatment, control)]
-        for pair in _same_weights(*on_dataset):
+        for pair in _pair_weights(claim, *on_dataset):
             of_pair, of_claim = [], []
             for sha256, images, ours, theirs in _subsets(*pair):
                 evidence = _join(claim, images, ours, theirs, transfer)
@@ -390,37 +391,54 @@ def _on_fewer(evidence: Evidence, others: Sequence[Evidence]) -> tuple[Evidence,
 def is_of(run: Run, side: str) -> bool:
     """Whether a run is of what one side of a claim names: a model, or MODEL@WEIGHTS.
 
-    WEIGHTS is their name as reports show it, or the first digits, at least 8, of `state_sha256` in the manifest, which
+    WEIGHTS is their name as runs keep it, or the first digits, at least 8, of `state_sha256` in the manifest, which
     tell apart files whose weights have one name.
     """
     model = model_of(run)
-    if side == model or side == _name_with_weights(run):
-        return True
-    digits = side.removeprefix(f"{model}@")
-    return digits != side and bool(re.fullmatch("[0-9a-f]{8,64}", digits)) and _state_of(run).startswith(digits)
+    weights = side.removeprefix(f"{model}@")
+    if side == model or weights == side:
+        return side == model
+    has_digits = bool(re.fullmatch("[0-9a-f]{8,64}", weights)) and _state_of(run).startswith(weights)
+    return has_digits or weights == _weights_of(run)
 
 
-def _name_with_weights(run: Run) -> str:
-    return f"{model_of(run)}@{manifest_value(run, 'model', 'weights')}"
+def _weights_of(run: Run) -> str | None:
+    return manifest_value(run, "model", "weights")
 
 
 def _state_of(run: Run) -> str:
     return str(manifest_value(run, "model").get("state_sha256"))
 
 
+def _present(runs: Sequence[Run]) -> str:
+    """What sides could be called, by the hash where the name of the weights tells too little."""
+    states: dict[tuple[str, str | None], set[str]] = {}
+    for run in runs:
+        states.setdefault((model_of(run), _weights_of(run)), set()).add(_state_of(run)[:8])
+    names = [
+        f"{model}@{weights}" if weights and len(of) == 1 else f"{model}@{state}"
+        for (model, weights), of in states.items()
+        for state in sorted(of)
+    ]
+    return ", ".join(sorted(dict.fromkeys(names))) or "no model by itself"
+
+
 def _sides(claim: Claim, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Runs of the treatment, and of the control; where both names fit a run, it is of the side that names weights."""
-    treatment, control = ([run for run in runs if is_of(run, side)] for side in (claim.treatment, claim.control))
-    is_plain = [any(model_of(run) == side for run in runs) for side in (claim.treatment, claim.control)]
-    if is_plain[0]:
+    """Runs of the treatment, and of the control; where one names a model and the other weights of it, each its own."""
+    sides = []
+    for side in (claim.treatment, claim.control):
+        of_model = [run for run in runs if model_of(run) == side]  # whatever its name holds
+        sides.append((of_model or [run for run in runs if is_of(run, side)], bool(of_model)))
+    (treatment, is_any), (control, is_any_control) = sides
+    if is_any and not is_any_control:
         treatment = [run for run in treatment if not any(run is other for other in control)]
-    elif is_plain[1]:
+    if is_any_control and not is_any:
         control = [run for run in control if not any(run is other for other in treatment)]
     return treatment, control
 
 
-def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
-    """Runs of both, grouped by the name of the weights; a single one goes with a single other."""
+def _pair_weights(claim: Claim, treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
+    """Runs of both, grouped by the name of the weights; a single one, or one that the claim names, goes with every other."""
 
     def by_weights(runs: list[Run]) -> dict[Any, list[Run]]:
         groups: dict[Any, list[Run]] = {}
@@ -431,6 +449,8 @@ def _same_weights(treatment: list[Run], control: list[Run]) -> list[tuple[list[R
     ours, theirs = by_weights(treatment), by_weights(control)
     if len(ours) == len(theirs) == 1:
         return [(treatment, control)]
+    if any(model_of(runs[0]) != side for runs, side in ((treatment, claim.treatment), (control, claim.control)) if runs):
+        return [(of_treatment, of_control) for of_treatment in ours.values() for of_control in theirs.values()]
     return [(ours[name], theirs[name]) for name in ours if name in theirs]
 
 

@@ -83,20 +83,20 @@ def _same_images(evidence: Evidence) -> Safeguard:
 def _one_network(evidence: Evidence) -> Safeguard:
     """Runs of one name may be of several trainings: each may fail where the other is strong."""
     sides = (evidence.treatment, evidence.control)
-    several = [
-        side.name
-        for side in sides
-        if len({tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs}) > 1
-    ]
+    networks = [{tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs} for side in sides]
+    several = [side.name for side, of_side in zip(sides, networks, strict=True) if len(of_side) > 1]
+    shared = any(None not in network for network in networks[0] & networks[1])
     # What hashes do not cover, such as functions that a model's file imports, shows in what it predicts.
     changed = [side for side in sides if side.contradictions > CONTRADICTED_SHARE * len(side.images)]
     detail = "All runs of a model are of one network."
     if several:
         detail = f"The runs of {' and of '.join(several)} are of different parameters or code: report each network by itself."
+    elif shared:
+        detail = f"{sides[0].name} and {sides[1].name} are one network, with the same parameters and code."
     elif changed:
         counts = ", ".join(f"{side.contradictions} of {len(side.images)} images by {side.name}" for side in changed)
         detail = f"Runs of one model predict the same clean images differently ({counts}): models or images differ."
-    return Safeguard(name="one_network", passed=not several and not changed, detail=detail, withholds=_BOTH)
+    return Safeguard(name="one_network", passed=not (several or shared or changed), detail=detail, withholds=_BOTH)
 
 
 def _same_training(evidence: Evidence) -> Safeguard:

@@ -124,7 +124,7 @@ def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
         ("kind: fgsm\neps: [1/255, x]", "eps.1: expected a number or a fraction such as \"8/255\", found 'x'"),
         ("kind: fgsm\neps: [.nan]", "eps.0: expected a finite number, found nan"),
         ("kind: fgsm\neps: [8]", "eps: expected budgets of at most 1.* largest is 8"),
-        ("kind: suite\nattacks: []", "attacks: expected at least 1 of them"),
+        ("kind: suite\nattacks: []", "attacks: expected a longer list, found"),
         ("kind: suite\nattacks: pgd", "attacks: expected a list, found 'pgd'"),
         ("kind: suite\nattacks: [pgd]\nsuite: 1", "suite: unknown key"),
         ("kind: suite\nattacks: [pgdd]", "attacks: unknown attack or suite 'pgdd': did you mean pgd"),

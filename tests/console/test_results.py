@@ -64,6 +64,8 @@ def test_names_are_folded_and_no_number_is_cut(make_run, width, monkeypatch):
     for run in runs:
         run.manifest["model"]["weights"] = f"path/to/{'weights' * 4}.safetensors"
     results.print_report(runs, summarise(runs), [])
+    # In fewer columns not even the numbers and folded names have room.
+    assert max(map(len, shown.getvalue().splitlines())) <= max(width, 72)
     rows = [line for line in shown.getvalue().splitlines() if "pgd" in line]
     assert len(rows) == 4 and "…" not in shown.getvalue()
     assert all(re.search(r"pgd\s+linf\s*[12]/255\s+5\s+80\.0\s+\d+\.0", row) for row in rows)

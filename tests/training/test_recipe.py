@@ -66,7 +66,7 @@ def test_phases(recipe):
         ({"batch_size": 1}, "batch_size: expected at least 2, found 1"),
         ({"batch_size": 8.5}, "batch_size: expected a whole number, found 8.5"),
         ({"image_size": 8}, "image_size: expected at least 16"),
-        ({"phases": []}, r"phases: expected at least 1 of them, found \[\]"),
+        ({"phases": []}, r"phases: expected a longer list, found \[\]"),
         ({"phases": [{"epochs": 0, "size": 16}]}, "phases.0.epochs: expected at least 1, found 0"),
         ({"phases": [{"epochs": 1, "size": 16}, {"epochs": 1}]}, "expected also phases.1.size, found only "),
         ({"phases": [{"epochs": 1, "size": 2048}]}, "phases.0.size: expected at most 1024"),

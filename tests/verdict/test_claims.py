@@ -54,7 +54,7 @@ def test_a_file_may_name_a_draw_of_images(tmp_path):
         ({"significance": 0}, "significance: expected more than 0"),
         ({"power": 1.0}, "power: .*less than 1"),
         ({"smallest_difference": -0.1}, "smallest_difference: expected more than 0"),
-        ({"attacks": []}, "attacks: .*at least 1"),
+        ({"attacks": []}, "attacks: expected a longer list"),
         ({"eps": {"l7": [0.1]}}, "eps.l7.*'linf', 'l2' or 'l1'"),
         ({"eps": {"linf": [0.2, 0.1]}}, "eps.linf: .*ascending"),
         ({"eps": {"l2": [0, 0.1]}}, "budgets above 0"),

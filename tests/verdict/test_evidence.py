@@ -122,6 +122,30 @@ class TestCollect:
         found, (refused,) = collect_evidence(make_claim(treatment=side, control="A@V1"), runs)
         assert not found and refused.reason == f"No run of {side} is among those given, which are of A@V1, A@V2."
 
+    def test_hashes_are_named_where_names_of_weights_tell_too_little(self, make_claim, make_run):
+        runs = [make_run("A", {"pgd": dict(distances=of)}) for of in ([INF], [INF, INF])]
+        runs[1].manifest["model"]["state_sha256"] = "cd" * 32
+        runs.append(make_run("B", {"pgd": dict(distances=[INF])}, weights=None))
+        _, (refused,) = collect_evidence(make_claim(treatment="A@none", control="B@none"), runs)
+        assert refused.reason.endswith("which are of A@cdcdcdcd, A@efefefef, B@efefefef.")
+
+    @pytest.mark.parametrize("sides", [("A@V1", "A@efefefef"), ("A@efefefef", "A@efefefef01")])
+    def test_no_run_is_of_both_sides(self, make_claim, make_run, sides):
+        run = make_run("A", {"pgd": dict(distances=[INF])}, weights="V1")
+        run.manifest["model"]["state_sha256"] = "efefefef01" + 54 * "0"
+        found, (refused,) = collect_evidence(make_claim(treatment=sides[0], control=sides[1]), [run])
+        assert not found and refused.reason == f"Treatment and control are the same: {run.folder.name} is a run of both."
+
+    def test_weights_that_are_named_meet_all_others(self, make_claim, make_run):
+        runs = [make_run("A", {"pgd": dict(distances=[INF])}, weights=f"V{i}") for i in (1, 2, 3)]
+        found, refused = collect_evidence(make_claim(treatment="A@V2", control="A"), runs)
+        assert not refused and [(of.treatment.runs, of.control.runs) for of in found] == [((runs[1],), (runs[i],)) for i in (0, 2)]
+
+    def test_a_model_whose_name_looks_like_weights_is_a_model(self, make_claim, make_run):
+        ours, theirs = make_run("A", {"pgd": dict(distances=[INF])}, weights="V1"), make_run("A@V1", {"pgd": dict(distances=[INF])})
+        (found,), refused = collect_evidence(make_claim(treatment="A", control="A@V1"), [ours, theirs])
+        assert not refused and (found.treatment.runs, found.control.runs) == ((ours,), (theirs,))
+
     def test_each_subset_is_judged_by_itself_the_largest_first(self, make_claim, make_run):
         small = [make_run(model, {"pgd": dict(distances=[INF])}, images=[4]) for model in "AB"]
         found, _ = collect_evidence(make_claim(), small + self.pair(make_run))
