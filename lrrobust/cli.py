@@ -307,7 +307,7 @@ def check(
     preprocessing is another comparison, and so are other weights unless --weights-may-change: exit code 2.
     With --update, options that say when a check fails are kept in the baseline.
     """
-    from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
+    from lrrobust.check.baseline import Rule, build_baseline, keep_copy, read_baseline, write_baseline
     from lrrobust.check.compare import another_comparison, compare, find_differences, require_sensitivity
     from lrrobust.check.formats import choose_outputs, printable, write_outputs
     from lrrobust.console.products import print_baseline
@@ -323,7 +323,9 @@ def check(
             raise
         before = None
         if baseline.exists():
-            logging.warning("%s: made anew, with the rule that a new one has", error)
+            # It may be something else altogether, under a name given by mistake.
+            kept = keep_copy(baseline)
+            logging.warning("%s; made anew, with the rule that a new one has; what was there is kept as %s", error, kept)
     rule = before.rule if before is not None else Rule()
     rule = rule.replaced(significance, None if floor is None else floor / 100, weights_may_change)
     if before is not None:

@@ -53,6 +53,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_number)
 _PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_number)
+# Numbers in everybody's eyes, but texts in YAML 1.1, which asks for a point and a sign: 1e-3, 2.5e4.
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def locate(kind: str, name_or_path: str | Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,14 +71,18 @@ def export_adversarial(run: Run, folder: Path) -> Exported:
 
     Args:
         run: made with `--save-adversarial`.
-        folder: created where missing; an index in it is replaced once all images are written.
+        folder: created where missing; an index of the same run in it is replaced once all images are written.
 
     Raises:
-        StoreError: the run kept no images, or files cannot be read or written.
+        StoreError: the run kept no images, the folder holds those of another run, or files cannot be read or written.
     """
     if run.manifest.get("real_pixels") != "saved":
         raise StoreError(f"{run.folder} kept no adversarial images: evaluate again with --save-adversarial")
     folder, rows = Path(folder), []
+    # A damaged index is what exporting again mends.
+    with suppress(_NoIndex):
+        if _read_index(folder).about.get("fingerprint") != run.manifest["fingerprint"]:
+            raise StoreError(f"{folder} holds the images of another run, which would be mixed with these: give another --out")
     clean_hashes: dict[int, str] = {}
     part_count = 0
     for attack, images in load_adversarial(run):
@@ -106,7 +111,18 @@ def open_export(folder: Path) -> Exported:
     Raises:
         StoreError: there is none, or it is damaged, or says other things than when it was written.
     """
-    path = Path(folder) / INDEX_NAME
+    try:
+        return _read_index(Path(folder))
+    except _NoIndex as error:
+        raise StoreError(str(error)) from None
+
+
+class _NoIndex(Exception):
+    """The index of an export is missing or damaged; says so in one line."""
+
+
+def _read_index(folder: Path) -> Exported:
+    path = folder / INDEX_NAME
     try:
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {})[_ABOUT])
@@ -122,11 +138,11 @@ def open_export(folder: Path) -> Exported:
             if row["norm"] not in NORMS or not row["eps"] >= 0 or "\0" in row["file"] + row["clean_file"]:
                 raise ValueError(f"no image can be as it says of {row['file']!r}")
     except FileNotFoundError:
-        raise StoreError(f"expected exported images in {folder}, found no {INDEX_NAME}: run `lrrobust export` first") from None
+        raise _NoIndex(f"expected exported images in {folder}, found no {INDEX_NAME}: run `lrrobust export` first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise StoreError(f"{path} is not the index of an export ({reason}): export the run again") from None
-    return Exported(Path(folder), about, tuple(rows))
+        raise _NoIndex(f"{path} is not the index of an export ({reason}): export the run again") from None
+    return Exported(folder, about, tuple(rows))
 
 
 def read_pairs(export: Exported) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:

@@ -22,7 +22,7 @@ from lrrobust.models.registry import NETWORKS
 from lrrobust.processes import choose_device
 from lrrobust.provenance import describe_environment
 from lrrobust.training.averaging import average_weights, check_alike
-from lrrobust.training.export import export_network
+from lrrobust.training.export import export_network, weights_path
 from lrrobust.training.images import StreamedImages, TrainingImages, TrainingSet
 from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Recipe, load_recipe
@@ -109,6 +109,9 @@ def average_trained(
     _check_weights_name(weights_name)
     shares = shares or [1.0] * len(files)
     last = check_alike(files, shares)[-1]
+    target = weights_path(out, last.model, weights_name)
+    if target.exists() and any(target.samefile(file) for file in files):
+        raise WeightsError(f"the mean would replace {target}, which it is made of: give another --name, or another --out")
     count, digest = last.training.get("images"), last.training.get("images_sha256")
     if count is None:
         raise WeightsError(

@@ -157,6 +157,20 @@ def exported(run, tmp_path):
     return found, tmp_path / "images"
 
 
+def test_images_of_two_runs_are_not_mixed(run, exported, tmp_path):
+    found, folder = exported
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (other,) = evaluate(run, tmp_path / "others", *models("twin"), "--save-adversarial").values()
+    code, _, err = run("export", other.folder, "--out", folder)
+    assert code == 2 and "holds the images of another run" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    # The same again, and over an index that is damaged.
+    assert run("export", found.folder, "--out", folder)[0] == 0
+    (folder / "index.parquet").write_bytes(b"damaged")
+    assert run("export", found.folder, "--out", folder)[0] == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_exported_images_are_all_that_break_in_8_bits(run, workplace, exported):
     _, distances = workplace
     found, folder = exported

@@ -18,12 +18,18 @@ from lrrobust.gradient_rules import GradientOf
 from lrrobust.norm import LinfOrL2, Norm
 
 
+#: What no attack may be called, as rows of reports are: `lrrobust.report.naming.WORST_CASE`.
+RESERVED_NAME = "worst_case"
+
+
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise PydanticCustomError(
             "name",
             'expected a file name of at most 64 lower-case letters, digits, "_" and "-", led by a letter or digit',
         )
+    if name == RESERVED_NAME:
+        raise PydanticCustomError("name", "expected another file name: tables call by it what any attack of a norm breaks")
     return name
 
 

@@ -100,6 +100,8 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
                     f"; at eps {format_eps(other.eps, norm.norm)}, the largest that leaves enough to look at, they break "
                     f"{other.broken.sum()} of {other.struck} (of {other.n})"
                 )
+            if passed and any(other.broken.any() for other in levels):
+                detail += f"; too few to show that more than {100 * TOLERATED_SHARE:g} % of images stand wrongly"
             if is_alone:
                 detail += ": none of these sees gradients, so whether those that PGD follows lead anywhere is not known"
         yield Diagnostic(name="convergence", passed=passed, detail=f"{detail}.", attack=norm.name, norm=norm.norm)

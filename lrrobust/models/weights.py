@@ -250,11 +250,19 @@ def save_weights(path: Path, stored: Mapping[str, torch.Tensor], metadata: Weigh
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(stored), temporary, metadata={_METADATA_KEY: complete.model_dump_json()})
+        # safetensors gives files to their owner alone; who else may read them the folder's owner has said.
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):  # as where a file takes the folder's place
             temporary.unlink()
         raise WeightsError(f"cannot write weights to {path}: {error}; free space or choose another folder") from None
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)  # there is no way to look without setting
+    os.umask(umask)
+    return umask
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata | None]:
@@ -284,6 +292,8 @@ def read_metadata(path: Path) -> WeightsMetadata:
     try:
         with safe_open(path, framework="pt") as file:
             return WeightsMetadata.model_validate_json((file.metadata() or {}).get(_METADATA_KEY, ""))
+    except FileNotFoundError:
+        raise WeightsError(f"no weights file {path}: expected one that `lrrobust train` wrote") from None
     except (SafetensorError, OSError, ValidationError) as error:
         raise WeightsError(f"{path} is not a weights file of lrrobust: {_one_line(error)}") from None
 

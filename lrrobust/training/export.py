@@ -70,6 +70,11 @@ def export_weights(training: Training, name: str, evaluation_sets: Sequence[Eval
     return export_network(training.average, metadata, training.folder, training.held_out, evaluation_sets)
 
 
+def weights_path(folder: Path, model: str, name: str) -> Path:
+    """Where weights of a network are written to."""
+    return folder / f"{model}-{name.lower()}.safetensors"
+
+
 def export_network(
     network: nn.Module,
     metadata: WeightsMetadata,
@@ -107,7 +112,7 @@ def export_network(
         )
     for images in evaluation_sets:
         accuracies.append(measure(images.name, images.sha256, len(images), partial(accuracy_on_set, images=images)))
-    path = folder / f"{metadata.model}-{metadata.name.lower()}.safetensors"
+    path = weights_path(folder, metadata.model, metadata.name)
     save_weights(path, stored, metadata.model_copy(update={"accuracy": tuple(accuracies)}))
     return path
 

@@ -99,8 +99,8 @@ class Training:
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{len(self.train_set.labels)} training images do not fill a batch of {recipe.batch_size}: "
-                "give more images or a recipe with a smaller batch_size"
+                f"{len(self.train_set.labels)} training images, without the {len(self.held_out.labels)} held out, do not fill a "
+                f"batch of {recipe.batch_size}: give more images, or a recipe with a smaller batch_size or holdout"
             )
         self.steps = self.steps_per_epoch * self.epochs
         # The learning rates are those of the whole schedule, wherever this training ends.

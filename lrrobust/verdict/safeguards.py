@@ -69,7 +69,8 @@ def _same_images(evidence: Evidence) -> Safeguard:
     ours, theirs = (
         {manifest_value(run, "dataset", "sha256") for run in side.runs} for side in (evidence.treatment, evidence.control)
     )
-    passed = not any(lost.values()) and ours == theirs
+    # Of a draw that both were evaluated on; runs on more images of one side alone tell nothing against it.
+    passed = not any(lost.values()) and bool(ours & theirs)
     if passed:
         detail = f"Both models were evaluated on the same {n} images."
     elif not any(lost.values()):
@@ -90,7 +91,10 @@ def _one_network(evidence: Evidence) -> Safeguard:
     changed = [side for side in sides if side.contradictions > CONTRADICTED_SHARE * len(side.images)]
     detail = "All runs of a model are of one network."
     if several:
-        detail = f"The runs of {' and of '.join(several)} are of different parameters or code: report each network by itself."
+        detail = (
+            f"The runs of {' and of '.join(several)} are of different parameters or code, which no number here tells apart: name "
+            "one network of each, as MODEL@ and eight digits of the state_sha256 in its manifest."
+        )
     elif shared:
         detail = f"{sides[0].name} and {sides[1].name} are one network, with the same parameters and code."
     elif changed:

@@ -5,10 +5,11 @@ import pytest
 
 from lrrobust.attacks import suite as suite_module
 from lrrobust.attacks.build import Attack
-from lrrobust.attacks.specs import PgdSpec
+from lrrobust.attacks.specs import RESERVED_NAME, PgdSpec
 from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override
 from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
+from lrrobust.report.naming import WORST_CASE
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "attacks_configs").glob("*.yaml"))
 LINF = tuple(grey / 255 for grey in (0.125, 0.25, 0.5, 1, 2, 4))
@@ -185,6 +186,18 @@ def test_names_must_be_known_and_differ(folder):
     (folder / "pgd.yaml").write_text(PGD)
     with pytest.raises(ConfigError, match="an attack called 'pgd' was already given"):
         load_suite(["pgd", "pgd.yaml"])
+
+
+def test_no_attack_is_called_as_rows_of_reports_are(folder):
+    assert RESERVED_NAME == WORST_CASE
+    (folder / f"{WORST_CASE}.yaml").write_text(PGD)
+    with pytest.raises(ConfigError, match="worst_case.yaml: name: expected another file name"):
+        load_suite([f"{WORST_CASE}.yaml"])
+
+
+def test_exponents_are_numbers(folder):
+    (folder / "mine.yaml").write_text(PGD.replace("eps: [1/255]", "eps: [1e-3, 2.5e-2, +1E-1]"))
+    assert load_suite(["mine.yaml"])[0].eps == (1e-3, 2.5e-2, 0.1)
 
 
 def test_attacks_without_a_setting_keep_theirs_and_this_is_said(caplog):

@@ -229,8 +229,12 @@ def test_a_damaged_baseline_is_made_anew_from_a_run_alone(run, own, caplog):
     assert run("check", "b.json", "--update", cwd=own)[0] == 2
     code, _, err = run("check", "b.json", "--update", "--run", find_runs(own / "runs")[0], cwd=own)
     assert code == 0, err
-    assert "made anew" in caplog.text
-    assert (own / "b.json").read_bytes() == good
+    assert "made anew" in caplog.text and "kept as b.json.old" in caplog.text
+    assert (own / "b.json").read_bytes() == good and (own / "b.json.old").read_bytes() == good[:100]
+    # A file of another kind, named by mistake, is not lost either.
+    (own / "b.json").write_text("my notes")
+    assert run("check", "b.json", "--update", "--run", find_runs(own / "runs")[0], cwd=own)[0] == 0
+    assert (own / "b.json.old2").read_text() == "my notes"
 
 
 def test_moved_models_and_images_are_found_again(run, workplace, tmp_path):

@@ -104,6 +104,23 @@ def test_images_of_one_name_may_differ(check):
     assert "same names for both models, but other hashes" in named(safeguards, "same_images")[0].detail
 
 
+def test_more_images_of_one_side_say_nothing_against_those_of_both(make_claim, make_run):
+    few = {"pgd": dict(distances=[INF, PIXEL])}
+    runs = [make_run("A", GOOD), make_run("A", few), make_run("B", few)]
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert len(evidence.treatment.runs) == 2 and len(evidence.treatment_places) == 2
+    assert named(check_evidence(evidence), "same_images")[0].passed
+
+
+def test_two_names_of_one_network_are_no_comparison(make_claim, make_run):
+    runs = [make_run(model, GOOD) for model in "AB"]
+    for run in runs:
+        run.manifest["model"]["code_sha256"] = "ab" * 32
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    assert failed(check_evidence(evidence)) == [("one_network", None, BOTH)]
+    assert "A and B are one network" in named(check_evidence(evidence), "one_network")[0].detail
+
+
 @pytest.mark.parametrize("key", ["state_sha256", "code_sha256"])
 def test_runs_of_two_trainings_are_no_model(make_claim, make_run, key):
     runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
