@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,12 @@ class Images:
 @pytest.fixture
 def images():
     return Images(40)
+
+
+def umask():
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def write(folder, name, seed=0, model="tiny", classes=tuple("abcdefgh"), **changes):
@@ -206,6 +214,11 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd, caplog):
     torch.testing.assert_close(network[1].running_mean, features.mean((0, 2, 3)), rtol=0.02, atol=1e-3)
     assert [part["share"] for part in metadata.training["averaged"]] == [0.25, 0.75]
     assert metadata.training["environment"]["lrrobust"]
+    # The mean is no longer what it was made of, where it takes its place.
+    kept = path.read_bytes()
+    assert run(["average", str(path), *arguments[1:]]) == 2
+    assert f"the mean would replace {path}, which it is made of" in capfd.readouterr().err and path.read_bytes() == kept
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert run(["average", *arguments, "--share", "1"]) == 2
     assert "--share: expected a number above 0 for each of the 2 files, found 1" in capfd.readouterr().err
     assert run(["average", *arguments, "--name", "a/b"]) == 2
