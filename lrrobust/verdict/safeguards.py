@@ -86,7 +86,9 @@ def _one_network(evidence: Evidence) -> Safeguard:
     sides = (evidence.treatment, evidence.control)
     networks = [{tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs} for side in sides]
     several = [side.name for side, of_side in zip(sides, networks, strict=True) if len(of_side) > 1]
-    shared = any(None not in network for network in networks[0] & networks[1])
+    # Two factories of one file may be told apart by nothing but their names.
+    names = [{manifest_value(run, "model", "name") for run in side.runs} for side in sides]
+    shared = names[0] == names[1] and any(None not in network for network in networks[0] & networks[1])
     # What hashes do not cover, such as functions that a model's file imports, shows in what it predicts.
     changed = [side for side in sides if side.contradictions > CONTRADICTED_SHARE * len(side.images)]
     detail = "All runs of a model are of one network."

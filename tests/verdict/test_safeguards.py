@@ -113,12 +113,16 @@ def test_more_images_of_one_side_say_nothing_against_those_of_both(make_claim, m
 
 
 def test_two_names_of_one_network_are_no_comparison(make_claim, make_run):
-    runs = [make_run(model, GOOD) for model in "AB"]
+    claim = make_claim(treatment="A@V1", control="A@V2")
+    runs = [make_run("A", GOOD, weights=weights) for weights in ("V1", "V2")]
     for run in runs:
         run.manifest["model"]["code_sha256"] = "ab" * 32
-    (evidence,), _ = collect_evidence(make_claim(), runs)
+    (evidence,), _ = collect_evidence(claim, runs)
     assert failed(check_evidence(evidence)) == [("one_network", None, BOTH)]
-    assert "A and B are one network" in named(check_evidence(evidence), "one_network")[0].detail
+    assert "A@V1 and A@V2 are one network" in named(check_evidence(evidence), "one_network")[0].detail
+    runs[1].manifest["model"]["state_sha256"] = "cd" * 32
+    (evidence,), _ = collect_evidence(claim, runs)
+    assert not failed(check_evidence(evidence))
 
 
 @pytest.mark.parametrize("key", ["state_sha256", "code_sha256"])
