@@ -214,14 +214,14 @@ def _models_on_stderr() -> Iterator[None]:
 @_models_on_stderr()
 def _prepare(request: EvaluationRequest) -> list[Evaluation]:
     from lrrobust.console.progress import scanning
-    from lrrobust.console.results import report_subset, warn_of_redrawn
+    from lrrobust.console.results import report_subset, warn_of_former
     from lrrobust.run import prepare_evaluations
 
     with scanning("reading images") as on_scan:
         evaluations = prepare_evaluations(request, sys.argv, on_scan)
     report_subset(evaluations[0].images)
     for evaluation in evaluations:
-        warn_of_redrawn(evaluation.find_redrawn())
+        warn_of_former(evaluation.find_former())
     return evaluations
 
 

@@ -111,7 +111,8 @@ def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{source}: expected YAML, found {error.problem}{where}") from None
+        found = re.sub("^(but )?found ", "", error.problem or "something else")
+        raise ConfigError(f"{source}: expected YAML, found {found}{where}") from None
     # Characters that YAML forbids; values such as the 31st of February; nesting thousands deep.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "nesting too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: Kind of mistake -> what was expected; what stands in braces the mistake says.
 _EXPECTED = {
     "bool_type": "true or false",
-    "dict_type": "keys and values",
+    "dict_type": "keys and values, as in {{a: 1}}",
     "finite_number": "a finite number",
     "float_type": "a number",
     "greater_than": "more than {gt}",
@@ -24,16 +24,16 @@ _EXPECTED = {
     "int_type": "a whole number",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
-    "list_type": "a list",
+    "list_type": "a list, as in [a, b]",
     "literal_error": "{expected}",
     "missing": "this key",
-    "model_type": "keys and values",
+    "model_type": "keys and values, as in {{a: 1}}",
     "string_pattern_mismatch": "text that matches {pattern}",
     "string_too_long": "a text of at most {max_length} letters",
     "string_too_short": "a longer text",
     "string_type": "text",
     "too_short": "a longer list",
-    "tuple_type": "a list",
+    "tuple_type": "a list, as in [a, b]",
 }
 
 

@@ -183,8 +183,8 @@ class Evaluation:
         labels = [label_of[wnid] for wnid in self.images.wnids]
         return Surrogate(self._on_device(self.surrogate), len(self.surrogate.classes), labels)
 
-    def find_redrawn(self) -> list[Path]:
-        """Runs beside the folder of this one, if it is new, that differ in the parameters of a user's model alone.
+    def find_former(self) -> list[Path]:
+        """Runs beside the folder of this one, if it is new, that differ in a user's model alone: its code or its parameters.
 
         A factory that draws parameters without a seed makes another model each time, which goes on with no run.
         """
@@ -197,7 +197,7 @@ class Evaluation:
         for folder in sorted(beside):
             # What is no run, or damaged, is nobody's business here.
             with suppress(StoreError):
-                if _fingerprint_of_code(load_manifest(folder)) == _fingerprint_of_code(self.manifest):
+                if _fingerprint_of_rest(load_manifest(folder)) == _fingerprint_of_rest(self.manifest):
                     found.append(folder)
         return found
 
@@ -401,10 +401,10 @@ def _plan(
     return Evaluation(model.folded, images, tasks, manifest, folder, device, attacked)
 
 
-def _fingerprint_of_code(manifest: Mapping[str, Any]) -> str:
-    """As the fingerprint of an evaluation, without the parameters of its model."""
+def _fingerprint_of_rest(manifest: Mapping[str, Any]) -> str:
+    """As the fingerprint of an evaluation, without the code and the parameters of its model."""
     identity = identity_of(manifest)
-    model = {key: value for key, value in identity["model"].items() if key != "state_sha256"}
+    model = {key: value for key, value in identity["model"].items() if key not in ("state_sha256", "code_sha256")}
     return fingerprint_of({**identity, "model": model})
 
 

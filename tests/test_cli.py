@@ -149,8 +149,13 @@ def test_a_factory_that_draws_anew_each_time_is_told_so(run, workplace, tmp_path
     (tmp_path / "drawn.py").write_text(code)
     arguments = ("eval", "--model", tmp_path / "drawn.py:build", "--dataset", "images", "--attack", "fgsm", "--n", 6)
     errors = [run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace)[2] for _ in range(2)]
-    assert "a new run begins" not in errors[0] and "if the factory draws them, seed it" in errors[1]
+    assert "a new run begins" not in errors[0] and "if the factory draws parameters, seed it" in errors[1]
     assert len(find_runs(tmp_path / "runs")) == 2
+    # So is one whose code changed while it was evaluated.
+    (tmp_path / "drawn.py").write_text(f"{code}\n# changed")
+    assert "as code or parameters of the model are not" in run(
+        *arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace
+    )[2]
     # Another attack is another run for a reason of its own.
     assert run(*EVAL, "--attack", "fgsm", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[0] == 0
     err = run(*EVAL, "--attack", "pgd", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[2]

@@ -36,8 +36,8 @@ class Outer(BaseModel):
         ({"name": 3}, "name: expected text, found 3"),
         ({"name": "a", "target": "rnd"}, "target: expected 'none' or 'random' or a whole number, found 'rnd'"),
         ({"name": "a", "of_norm": {"l7": 1.0}}, "of_norm.l7: expected 'linf' or 'l2', found 'l7'"),
-        ({"name": "a", "phases": "many"}, "phases: expected a list, found 'many'"),
-        ({"name": "a", "phases": ["many"]}, "phases.0: expected keys and values, found 'many'"),
+        ({"name": "a", "phases": "many"}, "phases: expected a list, as in [a, b], found 'many'"),
+        ({"name": "a", "phases": ["many"]}, "phases.0: expected keys and values, as in {a: 1}, found 'many'"),
         ({"name": "x" * 200, "target": "y" * 200}, f"target: expected 'none' or 'random' or a whole number, found '{'y' * 56}..."),
     ],
 )

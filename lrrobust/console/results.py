@@ -42,12 +42,12 @@ def report_subset(images: EvaluationSet) -> None:
         notice(f"skipped, as they cannot be decoded: {format_count(len(images.corrupt_keys), 'image')}, {shown}")
 
 
-def warn_of_redrawn(earlier: Sequence[Path]) -> None:
-    """A line where an evaluation goes on with none of several runs of what seems to be the same model."""
+def warn_of_former(earlier: Sequence[Path]) -> None:
+    """A line where an evaluation goes on with none of the runs of what seems to be the same model."""
     if earlier:
         notice(
-            f"warning: a new run begins, since the parameters of the model are not those of {earlier[-1]}: if the factory draws "
-            "them, seed it, and the same command goes on with its run"
+            f"warning: a new run begins, as code or parameters of the model are not those of {earlier[-1]}: if the factory draws "
+            "parameters, seed it, and the same command goes on with its run"
         )
 
 
