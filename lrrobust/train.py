@@ -108,7 +108,12 @@ def average_trained(
     """
     _check_weights_name(weights_name)
     shares = shares or [1.0] * len(files)
-    last = check_alike(files, shares)[-1]
+    *_, last = found = check_alike(files, shares)
+    if sum(metadata.training.get("initial_weights") is None and "averaged" not in metadata.training for metadata in found) > 1:
+        _log.warning(
+            "several of these weights were trained from fresh ones: networks that did not come one from the other mean nothing "
+            "together"
+        )
     target = weights_path(out, last.model, weights_name)
     if target.exists() and any(target.samefile(file) for file in files):
         raise WeightsError(f"the mean would replace {target}, which it is made of: give another --name, or another --out")

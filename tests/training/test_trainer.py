@@ -204,7 +204,10 @@ def test_batches_are_functions_of_seed_and_step(start):
     assert not torch.equal(first[0], second[0])
 
 
-@pytest.mark.parametrize("batch_size, holdout, message", [(64, 8, "40 training images do not fill a batch of 64"), (8, 49, "49 images asked for")])
+@pytest.mark.parametrize(
+    "batch_size, holdout, message",
+    [(64, 8, "40 training images, without the 8 held out, do not fill a batch of 64"), (8, 49, "49 images asked for")],
+)
 def test_too_few_images(start, batch_size, holdout, message):
     with pytest.raises(DataError, match=message):
         start(batch_size=batch_size, holdout=holdout)
