@@ -408,14 +408,11 @@ def report(
     from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
-    from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
+    from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claims
     from lrrobust.verdict.evidence import is_of
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
-    claims = [load_claim(name) for name in dict.fromkeys(claim or [DEFAULT_CLAIM])]
-    for at, each in enumerate(claims):
-        if each.name in [other.name for other in claims[:at]]:
-            raise ConfigError(f"two claims are called {each.name}: rename the file of one, as reports tell them apart by it")
+    claims = load_claims(claim or [DEFAULT_CLAIM])
     roots = runs or [Path("reports/runs")]
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:

@@ -22,7 +22,6 @@ from lrrobust.interrupts import Stopped
 #: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
 _UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 
-
 #: Commands that find again what they had finished.
 _RESUMABLE = ("eval", "train")
 

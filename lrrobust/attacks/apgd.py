@@ -70,12 +70,7 @@ def apgd(
     if loss == "targeted_dlr":
         chosen = choose_targets(given, "top_k", targets)
     search = _Ascent(given, norm, loss, chosen, steps, rho, restarts, warm_start)
-    backward = climb(
-        given,
-        starts=restarts * search.targets_each,
-        steps=steps,
-        search=search,
-    )
+    backward = climb(given, starts=restarts * search.targets_each, steps=steps, search=search)
     return backward if chosen is None else with_the_choice(backward), backward
 
 

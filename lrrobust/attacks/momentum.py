@@ -37,12 +37,7 @@ def mi_fgsm(
 
     Source: Dong et al., Boosting Adversarial Attacks with Momentum, 2018, section 3.1, algorithm 1.
     """
-    taken = climb(
-        given,
-        starts=1,
-        steps=steps,
-        search=_MomentumSteps(given, norm, step_size_ratio / steps, decay),
-    )
+    taken = climb(given, starts=1, steps=steps, search=_MomentumSteps(given, norm, step_size_ratio / steps, decay))
     return taken, taken
 
 

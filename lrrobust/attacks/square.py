@@ -57,12 +57,7 @@ def square(
     sizes = square_sizes(queries, p_init, rescale_schedule, *given.images.shape[-2:])
     kind = _LinfSquares if norm == "linf" else _L2Squares
     search = kind(given, sizes)
-    forward = climb(
-        given,
-        starts=restarts,
-        steps=queries,
-        search=search,
-    )
+    forward = climb(given, starts=restarts, steps=queries, search=search)
     return forward, torch.zeros_like(forward)
 
 

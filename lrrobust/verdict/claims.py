@@ -20,6 +20,7 @@ A file holds the fields of `Claim` but the name, which is the file's own:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrrobust.config_file import check_keys, locate, read_mapping
@@ -30,6 +31,20 @@ CLAIMS_FOLDER = Path(__file__).parent / "claims"
 
 #: The claim that is judged when none is named.
 DEFAULT_CLAIM = "lrnet_more_robust"
+
+
+def load_claims(names_or_paths: Sequence[str | Path]) -> list[Claim]:
+    """Several claims, see `load_claim`, each once.
+
+    Raises:
+        ConfigError: also where two files share a name, by which reports tell claims apart.
+    """
+    claims: dict[str, Claim] = {}
+    for claim in map(load_claim, dict.fromkeys(names_or_paths)):
+        if claim.name in claims:
+            raise ConfigError(f"two claims are called {claim.name}: rename the file of one, as reports tell them apart by it")
+        claims[claim.name] = claim
+    return list(claims.values())
 
 
 def load_claim(name_or_path: str | Path) -> Claim:
