@@ -25,7 +25,8 @@ from lrrobust.process_settings import settle_process
 
 if TYPE_CHECKING:
     from lrrobust.evaluation.task_queue import Sharing
-    from lrrobust.run import Evaluation, EvaluationRequest
+    from lrrobust.planned_evaluation import Evaluation
+    from lrrobust.run import EvaluationRequest
 
 
 app = typer.Typer(

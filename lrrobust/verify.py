@@ -18,7 +18,7 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.evaluation.judge import Judge
 from lrrobust.export import open_export, read_pairs
 from lrrobust.frozen import frozen
-from lrrobust.run import NamedClassifier
+from lrrobust.planned_evaluation import NamedClassifier
 from lrrobust.threat import ThreatModel
 
 

@@ -23,14 +23,16 @@ MAY_IMPORT = {
     "exits": {"errors", "interrupts", "out_of_memory"},
     "console": {"formatting", "report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"norm", "formatting", "report.notices", "results", "stats", "mistakes", "errors"},
-    "testing": {"attacks", "evaluation", "models", "results", "frozen", "errors"},
-    "run": {
-        "data", "attacks", "evaluation", "diagnostics", "models", "results", "processes", "provenance", "mistakes",
-        "errors",
+    "testing": {"in_memory", "models", "evaluation.chunks"},
+    "in_memory": {
+        "data.tensor_images", "attacks", "evaluation", "diagnostics", "models", "planned_evaluation", "processes", "report.summary", "results",
+        "frozen", "errors",
     },
+    "run": {"data", "attacks", "evaluation", "models", "planned_evaluation", "processes", "mistakes", "errors"},
+    "planned_evaluation": {"data.class_lists", "attacks", "evaluation", "diagnostics", "models", "results", "provenance", "errors"},
     "train": {"data", "training", "models", "processes", "provenance", "config_file", "errors"},
     "processes": {"evaluation.task_queue", "mistakes", "errors"},
-    "verify": {"run", "evaluation", "export", "data.class_lists", "threat", "determinism", "frozen", "errors"},
+    "verify": {"planned_evaluation", "evaluation", "export", "data.class_lists", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "norm", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},
@@ -85,6 +87,8 @@ MAY_IMPORT = {
 #: Allowed inside functions only, where they cost nothing until they are called.
 MAY_IMPORT_LATE = {
     "cli": {"bench", "crosscheck", "learning_curves", "training.ranks", "out_of_memory"},
+    "lrrobust": {"in_memory"},
+    "in_memory": {"console"},
     "console": {"bench", "check", "models", "attacks", "provenance", "half_precision"},
 }
 #: Packages that one file alone may import.

@@ -8,8 +8,9 @@ from PIL import Image
 
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.errors import ConfigError, DataError
+from lrrobust.results import fingerprint_of
 from lrrobust.results.manifest import identity_of
-from lrrobust.run import EvaluationRequest, fingerprint_of, prepare_evaluations
+from lrrobust.run import EvaluationRequest, prepare_evaluations
 
 MODEL = """
 import torch

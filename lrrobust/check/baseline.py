@@ -204,7 +204,10 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
         if not run.is_complete:
             raise StoreError(f"{run.folder} is not complete: repeat its `lrrobust eval` command, it goes on from there")
         if "request" not in run.manifest:
-            raise StoreError(f"{run.folder} does not say how it was asked for (an older lrrobust): evaluate again")
+            raise StoreError(
+                f"{run.folder} does not say how it was asked for (in Python, or an older lrrobust), so that it cannot be asked for again: "
+                "make it with `lrrobust eval`"
+            )
     ordered = sorted(runs, key=lambda run: run.manifest["position"])
     first = ordered[0]
     for run in ordered[1:]:

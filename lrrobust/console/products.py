@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lrrobust.check.baseline import Baseline
     from lrrobust.crosscheck import Comparison
     from lrrobust.export import Exported
-    from lrrobust.run import Evaluation
+    from lrrobust.planned_evaluation import Evaluation
     from lrrobust.verify import Verification
 
 

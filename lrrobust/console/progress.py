@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from lrrobust.evaluation.tasks import Task
-    from lrrobust.run import Evaluation
+    from lrrobust.planned_evaluation import Evaluation
     from lrrobust.training.trainer import Progress as TrainingState
     from lrrobust.training.trainer import Training
 

@@ -26,7 +26,7 @@ from lrrobust.stats.paired import mcnemar_p_value, paired_difference_interval
 from lrrobust.threat import Norm, ThreatModel, distance
 
 if TYPE_CHECKING:
-    from lrrobust.run import Evaluation
+    from lrrobust.planned_evaluation import Evaluation
 
 #: Told of library, attack, norm and eps (infinity: every budget at once) before a call that may take long.
 OnAttack = Callable[[str, str, str, float], None]

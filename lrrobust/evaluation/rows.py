@@ -115,7 +115,8 @@ def make_rows(
 
 def make_examples(batch: ChunkImages, outcomes: Outcomes, task: Task) -> list[Example]:
     """The correct ones among the first images of the subset: the same images whatever the model and attack."""
-    kept = example_count(*batch.images.shape[-2:]) - task.chunk.start
+    # They are for looking at: images of three colours.
+    kept = example_count(*batch.images.shape[-2:]) - task.chunk.start if batch.images.shape[1] == 3 else 0
     examples = []
     for row in outcomes.is_clean_correct[: max(kept, 0)].nonzero().flatten().tolist():
         clean = batch.images[row].permute(1, 2, 0)

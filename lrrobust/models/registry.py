@@ -27,6 +27,7 @@ from lrrobust.determinism import arithmetic_kept
 from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
 from lrrobust.models.classifier import Classifier
+from lrrobust.models.layer_files import files_of_layers
 from lrrobust.models.residual import DEFAULT_STEM, STEMS, Normalization, Stem
 from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, file_sha256, fit_weights, read_weights
 from lrrobust.torchvision_import import import_torchvision
@@ -49,9 +50,6 @@ OWN_WEIGHTS = "DEFAULT"
 
 #: Image size of a network whose weights do not state one.
 DEFAULT_INPUT_SIZE = 224
-
-#: Packages whose versions runs record, wherever they are installed.
-_KNOWN_BY_VERSION = ("lrrobust", "torch", "torchvision", "timm")
 
 
 def build_network(name: str, num_classes: int, stem: Stem = DEFAULT_STEM) -> nn.Module:
@@ -324,7 +322,9 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
             if not callable(factory):
                 raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
             made = factory()
-        files = _files_of_layers(made, path.parent)
+        network = made.module if isinstance(made, Classifier) else made
+        # While their modules are still known.
+        files = files_of_layers(network, path.parent) if isinstance(network, nn.Module) else ()
     except (LrRobustError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -398,23 +398,6 @@ class _BesideModels(importlib.abc.MetaPathFinder):
 
 
 _beside_models = _BesideModels()
-
-
-def _files_of_layers(made: object, folder: Path) -> tuple[Path, ...]:
-    """Files in `folder`, or below it, of the classes of a network's layers, while their modules are still known."""
-    network = made.module if isinstance(made, Classifier) else made
-    if not isinstance(network, nn.Module):
-        return ()
-    root, found = folder.resolve(), set()
-    for name in {base.__module__ for kind in {*map(type, network.modules())} for base in kind.__mro__}:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if not file or not file.endswith(".py") or name.partition(".")[0] in _KNOWN_BY_VERSION:
-            continue
-        path = Path(file).resolve()
-        # A virtual environment may lie in the folder.
-        if path.is_relative_to(root) and "site-packages" not in path.relative_to(root).parts:
-            found.add(path)
-    return tuple(sorted(found))
 
 
 def _line_in(error: BaseException, path: Path) -> str:

@@ -194,7 +194,7 @@ def test_other_images_and_settings_are_refused_and_named(run, own):
 
 
 def test_differences_are_found_before_the_long_work(run, own, monkeypatch):
-    monkeypatch.setattr("lrrobust.run.Evaluation.run", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("lrrobust.planned_evaluation.Evaluation.run", lambda *_: pytest.fail("computed"))
     replace_in(own / "model.py", "copy_(grey / 255)", "copy_(1.01 * grey / 255)")
     assert run("check", "b.json", cwd=own)[0] == 2
 

@@ -1,0 +1,194 @@
+"""A model and images that are in memory: what `lrrobust eval` does with names and files.
+
+    import lrrobust
+
+    found = lrrobust.evaluate(model, images, labels, attacks="strong", eps=["1/255", "2/255"])
+    found.summary                       # pandas: robust accuracy of each attack at each eps, with its interval
+    found.checks                        # did the attacks work?
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lrrobust.attacks.specs import Precision
+from lrrobust.attacks.suite import load_suite
+from lrrobust.data.tensor_images import TensorImages, check_images
+from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
+from lrrobust.errors import ModelError
+from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
+from lrrobust.evaluation.judge import call_model
+from lrrobust.frozen import frozen
+from lrrobust.models import Classifier
+from lrrobust.models.layer_files import files_of_layers
+from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evaluation
+from lrrobust.processes import choose_device
+from lrrobust.report.summary import summarise
+from lrrobust.results import Run, load_run
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of an evaluation.
+
+    Attributes:
+        rows: one for each image, attack and eps, in the columns of `lrrobust.results.SCHEMA`.
+        summary: one row for each attack and eps, and for the worst case of all attacks of a norm, in the columns of
+            `lrrobust.report.summary.SUMMARY_COLUMNS`; accuracies and their intervals are fractions of all images.
+        checks: one row for each check of whether the attacks worked: name, passed (None: could not be said), detail, attack
+            and norm concerned. Where one failed, robust accuracies may be too high. Empty where none was asked for.
+        folder: of the run, for `lrrobust report`; None where it was not kept.
+    """
+
+    rows: pd.DataFrame
+    summary: pd.DataFrame
+    checks: pd.DataFrame
+    folder: Path | None
+
+
+def evaluate(
+    model: nn.Module | Classifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    attacks: str | Path | Iterable[str | Path] = "standard",
+    eps: float | str | Iterable[float | str] | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    precision: Precision | None = None,
+    quantize: bool = False,
+    save_adversarial: bool = False,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    dataset: str = "tensor",
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    device: torch.device | str | None = None,
+    diagnostics: bool = True,
+    progress: bool = True,
+    out: str | Path | None = None,
+) -> Evaluated:
+    """Attacks a model, judges what is proposed, and checks whether the attacks worked, exactly as `lrrobust eval` does.
+
+    The same model, images and arguments give the same result. The model's mode, the flags of its parameters and torch's
+    random state are as before afterwards.
+
+    Args:
+        model: images (N, C, H, W) in [0, 1] -> logits (N, K); normalises by itself.
+        images: (N, C, H, W), float32 in [0, 1], N at least 1.
+        labels: (N,), int64, true classes.
+        attacks: one or more shipped attacks and suites, or YAML files, as `--attack` takes them.
+        eps: budgets in pixel units of [0, 1] instead of the attacks', such as 0.01 or "2/255"; all attacks must share a norm.
+        steps, restarts, precision, quantize, save_adversarial: as the options of `lrrobust eval`.
+        seed: of the attacks.
+        classes: names of the classes, in the order of the logits; "0", "1", ... where not given.
+        name: of the model, for tables; the class of the module where not given.
+        dataset: name of the images, for tables.
+        chunk_size, batch_size: images stored together, and passed through the model at once; part of a run's identity.
+        device: where to compute, to which the model is moved; None: where its parameters are.
+        diagnostics: whether to check afterwards if the attacks worked.
+        progress: whether to show on standard error how far it is.
+        out: folder under which the run gets one of its own, as `--out`: the same call goes on with it after an interruption,
+            and `lrrobust report` shows it beside other runs. None: nothing is kept but what is returned.
+
+    Raises:
+        ValueError: images, labels, names or `save_adversarial` are not what they must be.
+        LrRobustError: no such attack, a wrong setting, the model does not behave like a classifier, or results cannot be kept.
+    """
+    given = [attacks] if isinstance(attacks, (str, Path)) else list(attacks)
+    budgets = None if eps is None else [eps] if isinstance(eps, (str, float, int)) else list(eps)
+    check_images(images, labels)
+    if save_adversarial and (out is None or images.shape[1] != 3):
+        raise ValueError("save_adversarial keeps images of three colours in the folder of the run: give out=, and such images")
+    specs = load_suite(given, eps=budgets, steps=steps, restarts=restarts, precision=precision)
+    # Inside torch.inference_mode() nothing could be attacked.
+    with torch.inference_mode(False), TemporaryDirectory(prefix="lrrobust-") as temporary:
+        named, where = _named(model, images, classes, name, device)
+        real_pixels: Literal["judged", "saved"] | None = "saved" if save_adversarial else "judged" if quantize else None
+        evaluation = plan_evaluation(
+            named, TensorImages(dataset, images, labels, named.classifier.classes), specs, device=where,
+            out=Path(temporary if out is None else out), seed=seed, chunk_size=chunk_size, batch_size=batch_size,
+            real_pixels=real_pixels, asked={},
+        )
+        with _progress_of(evaluation, progress) as heard:
+            evaluation.run(*heard)
+        if diagnostics:
+            with _diagnosing(evaluation, progress) as on_check:
+                evaluation.diagnose(on_check)
+        run = load_run(evaluation.folder)
+        checks = _checks(run) if diagnostics else []
+    failed = [check["name"] for check in checks if check["passed"] is False]
+    if failed:
+        _log.warning(
+            "%s: %d of %d checks failed (%s): robust accuracies may be too high; see `checks`",
+            named.name, len(failed), len(checks), ", ".join(dict.fromkeys(failed)),
+        )
+    columns = list(Diagnostic.model_fields)
+    return Evaluated(run.rows, summarise([run]), pd.DataFrame(checks, columns=columns), None if out is None else run.folder)
+
+
+def _named(
+    model: nn.Module | Classifier, images: torch.Tensor, classes: Sequence[str] | None, name: str | None,
+    device: torch.device | str | None,
+) -> tuple[NamedClassifier, torch.device]:
+    """The model as evaluations take it, on the device where they compute."""
+    module = model.module if isinstance(model, Classifier) else model
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}")
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
+    if name is not None and (not name.isprintable() or not name.strip() or ".py:" in name):
+        raise ValueError(f"expected a name that can be printed, and of no file.py:factory, got {name!r}")
+    tensors = [*module.parameters(), *module.buffers()]
+    where = choose_device(str(device)) if device is not None else tensors[0].device if tensors else images.device
+    module.to(where)
+    with frozen(module), torch.no_grad():
+        logits = call_model(module, images[:1].to(where))
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits (N, classes) of the model, got {found}")
+    if isinstance(model, Classifier):
+        if classes is not None and tuple(classes) != model.classes:
+            raise ValueError("classes differ from those of the Classifier: leave them out")
+        classifier = model
+    else:
+        names = tuple(map(str, range(logits.shape[1]))) if classes is None else tuple(classes)
+        classifier = Classifier(module, names, input_size=max(images.shape[-2:]), files=files_of_layers(module))
+    if len(classifier.classes) != logits.shape[1]:
+        raise ModelError(f"expected {len(classifier.classes)} logits, one for each class, got {logits.shape[1]}")
+    return NamedClassifier(name or type(module).__name__, classifier), where
+
+
+@contextmanager
+def _progress_of(evaluation: Evaluation, is_shown: bool) -> Iterator[tuple[Any, ...]]:
+    if not is_shown:
+        yield ()
+        return
+    from lrrobust.console.progress import EvaluationProgress
+
+    with EvaluationProgress(evaluation) as progress:
+        yield progress.on_task, progress.on_forward, progress.on_begin
+
+
+def _diagnosing(evaluation: Evaluation, is_shown: bool) -> Any:
+    from lrrobust.console.progress import diagnosing
+
+    return diagnosing(evaluation) if is_shown else nullcontext()
+
+
+def _checks(run: Run) -> list[dict[str, Any]]:
+    found = load_diagnostics(run)
+    return [] if found is None else [result.model_dump() for result in found.results]

@@ -1,0 +1,188 @@
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import lrrobust
+from lrrobust.cli import run
+from lrrobust.errors import ConfigError, ModelError
+from lrrobust.models import Classifier
+from lrrobust.results import load_adversarial, load_run
+
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+class Dimmed(nn.Module):
+    """A layer whose code lies in this file."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return 0.5 * self.network(images)
+
+
+@pytest.fixture
+def problem(linear_problem):
+    return linear_problem(count=30, classes=4)
+
+
+def evaluate(problem, *, model=None, images=None, **options):
+    options = {"attacks": "fgsm", "diagnostics": False, "progress": False} | options
+    model, images = problem.model if model is None else model, problem.images if images is None else images
+    return lrrobust.evaluate(model, images, problem.labels, **options)
+
+
+def test_summary_counts_the_rows_and_equals_the_closed_form(problem):
+    distances = problem.nearest("linf")
+    budgets = [float(distances.quantile(q)) for q in (0.2, 0.5)]
+    found = evaluate(problem, attacks=["pgd", "fgsm"], eps=budgets, name="linear")
+    assert set(found.summary["attack"]) == {"pgd", "fgsm", "worst_case"} and set(found.summary["model"]) == {"linear"}
+    assert found.folder is None and not len(found.checks)
+    for budget in budgets:
+        of_budget = found.summary[(found.summary["attack"] == "pgd") & np.isclose(found.summary["eps"], budget)]
+        expected = float((distances > budget * 1.001).double().mean())
+        assert float(of_budget["robust_accuracy"].iloc[0]) == pytest.approx(expected, abs=0.11)
+        rows = found.rows[(found.rows["attack"] == "pgd") & np.isclose(found.rows["eps"].astype(float), budget)]
+        assert 1 - rows["is_broken"].mean() == pytest.approx(float(of_budget["robust_accuracy"].iloc[0]))
+
+
+def test_rows_are_those_of_the_command(problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = (255 * problem.images).round().to(torch.uint8)
+    torch.save(problem.model.state_dict(), "weights.pt")
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\nfrom lrrobust.models import Classifier\n\n\ndef build():\n"
+        "    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))\n    network.load_state_dict(torch.load('weights.pt'))\n"
+        f"    return Classifier(network, {CLASSES}, input_size=8)\n"
+    )
+    for number, (image, label) in enumerate(zip(pixels, problem.labels.tolist())):
+        folder = tmp_path / "images" / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
+    command = ["eval", "-m", "mine.py:build", "-d", "images", "-a", "fgsm", "--no-diagnostics", "--out", "runs"]
+    assert run(command) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    theirs = load_run(folder).rows
+    theirs["place"] = [int(key.split("/")[1].removesuffix(".png")) for key in theirs["key"]]
+    ours = evaluate(problem, images=pixels.float() / 255, classes=CLASSES).rows
+    ours["place"] = ours["index"]
+    both = [rows.sort_values(["place", "eps"])[["place", "eps", "wnid", "is_broken", "clean_margin"]] for rows in (ours, theirs)]
+    assert len(both[0]) == len(both[1]) == 30 * 6 and 0 < both[0]["is_broken"].mean() < 1
+    for column in ("place", "eps", "wnid", "is_broken"):
+        assert both[0][column].tolist() == both[1][column].tolist()
+    assert both[0]["clean_margin"].to_numpy(float) == pytest.approx(both[1]["clean_margin"].to_numpy(float), rel=1e-5)
+
+
+def test_checks_that_fail_are_said_aloud(problem, caplog):
+    class Rounded(nn.Module):
+        def forward(self, images):
+            return images + ((16 * images).round() / 16 - images).detach() - (images - images.detach()) * 0.999999
+
+    model = nn.Sequential(Rounded(), problem.model)
+    with caplog.at_level(logging.WARNING, logger="lrrobust"):
+        found = evaluate(problem, model=model, attacks="pgd", steps=2, diagnostics=True)
+    failed = found.checks[found.checks["passed"].eq(False)]
+    assert len(failed) and "checks failed" in caplog.text and failed["name"].iloc[0] in caplog.text
+    assert failed["detail"].str.len().min() > 20
+
+
+def test_a_kept_run_goes_on_and_is_reported(problem, tmp_path, monkeypatch, capsys):
+    first = evaluate(problem, out=tmp_path / "runs", name="linear", dataset="squares")
+    assert first.folder.name.startswith("linear-squares-n30-")
+    monkeypatch.setattr("lrrobust.evaluation.engine.attack_chunk", lambda *_: pytest.fail("computed again"))
+    again = evaluate(problem, out=tmp_path / "runs", name="linear", dataset="squares")
+    assert again.folder == first.folder and again.rows.equals(first.rows)
+    assert run(["report", str(first.folder), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").is_file()
+    capsys.readouterr()
+    assert run(["check", str(tmp_path / "baseline.json"), "--update", "--run", str(first.folder)]) == 2
+    assert "make it with `lrrobust eval`" in capsys.readouterr().err
+
+
+def test_fingerprint_follows_images_parameters_code_and_seed(problem, tmp_path, monkeypatch):
+    def name(**options):
+        return evaluate(problem, out=tmp_path, **options).folder.name
+
+    brighter = problem.images.clone()
+    brighter[0, 0, 0, 0] += 1e-3
+    biased = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        biased[1].bias += 1e-3
+    dimmed = Dimmed(problem.model)
+    names = [name(), name(seed=1), name(eps=0.01), name(images=brighter), name(model=biased), name(model=dimmed)]
+    edited = tmp_path / "layers.py"
+    edited.write_text("# another version of the file of Dimmed\n")
+    monkeypatch.setattr("lrrobust.in_memory.files_of_layers", lambda _: (edited,))
+    names.append(name(model=dimmed))
+    assert len(set(names)) == len(names)
+
+
+def test_leaves_the_model_as_it_was(problem):
+    model = nn.Sequential(problem.model, nn.Dropout(0.5)).train()
+    state = torch.get_rng_state()
+    evaluate(problem, model=model, attacks="pgd")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_grey_images(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    images = torch.rand(12, 1, 6, 8, generator=generator)
+    found = lrrobust.evaluate(
+        model, images, model(images).argmax(1), attacks="pgd_l2", diagnostics=True, progress=False, out=tmp_path
+    )
+    assert found.summary["clean_accuracy"].eq(1).all() and found.summary["robust_accuracy"].min() < 1 and len(found.checks)
+    assert run(["report", str(found.folder), "--out", str(tmp_path / "report")]) == 0
+
+
+def test_keeps_adversarial_images(problem, tmp_path):
+    images = (255 * problem.images).round() / 255
+    found = evaluate(problem, images=images, eps="8/255", save_adversarial=True, out=tmp_path)
+    kept = [image for _, images in load_adversarial(load_run(found.folder)) for image in images]
+    with torch.no_grad():
+        for image in kept:
+            pixels = torch.tensor(image.adversarial).permute(2, 0, 1)[None].float() / 255
+            assert int(problem.model(pixels).argmax()) != int(problem.labels[image.index])
+    assert len(kept) == found.rows["is_broken_quantized"].sum() > 0
+
+
+def test_takes_a_classifier(problem):
+    found = evaluate(problem, model=Classifier(problem.model, CLASSES, input_size=8))
+    assert set(found.rows["wnid"]) <= set(CLASSES)
+
+
+def test_shows_progress_on_standard_error(problem, capfd):
+    evaluate(problem, attacks="pgd", diagnostics=True, progress=True, name="linear")
+    out, err = capfd.readouterr()
+    assert not out and "linear: diagnostics" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(30, 3, 8, 8, dtype=torch.uint8)}, ValueError, r"images.float\(\) / 255"),
+        ({"classes": ("a", "b")}, ModelError, "expected 2 logits"),
+        ({"name": "mine.py:build"}, ValueError, "a name"),
+        ({"name": "a\nb"}, ValueError, "a name"),
+        ({"save_adversarial": True}, ValueError, "give out="),
+        ({"device": "tpu"}, ConfigError, "only cpu and cuda"),
+        ({"eps": [0.1, "x"]}, ConfigError, "eps"),
+        ({"attacks": ["pgd", "pgd_l2"], "eps": 0.1}, ConfigError, "norm"),
+        ({"model": "resnet50"}, ValueError, "torch.nn.Module"),
+    ],
+)
+def test_what_does_not_fit_is_said(problem, change, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(problem, **change)
+
+
+def test_the_package_knows_what_it_has():
+    with pytest.raises(AttributeError, match="evalute"):
+        lrrobust.evalute  # noqa: B018
