@@ -131,7 +131,7 @@ def test_leaves_the_model_as_it_was(problem):
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_grey_images(tmp_path):
+def test_grey_images(tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     images = torch.rand(12, 1, 6, 8, generator=generator)
@@ -139,7 +139,9 @@ def test_grey_images(tmp_path):
         model, images, model(images).argmax(1), attacks="pgd_l2", diagnostics=True, progress=False, out=tmp_path
     )
     assert found.summary["clean_accuracy"].eq(1).all() and found.summary["robust_accuracy"].min() < 1 and len(found.checks)
+    assert not list((found.folder / "examples").glob("*"))
     assert run(["report", str(found.folder), "--out", str(tmp_path / "report")]) == 0
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_keeps_adversarial_images(problem, tmp_path):
