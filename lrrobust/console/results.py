@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from lrrobust.console import streams
 from lrrobust.console.streams import notice, print_table
+from lrrobust.console.summary import render_table
 from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import count_results, diagnostics_table
 from lrrobust.formatting import format_count
 from lrrobust.report.naming import name_runs
 from lrrobust.report.notices import warnings_with_rejections
 from lrrobust.report.summary import summarise
-from lrrobust.report.summary_table import render_table
 from lrrobust.results import Run, load_run
 from lrrobust.stats import wilson_interval
 
@@ -108,7 +107,7 @@ def _print_diagnostics(runs: Sequence[Run]) -> None:
         found = diagnostics_table({name: run})
         if not found.rows:
             continue
-        table = Table(title=f"did the attacks work? {escape(name)}", box=box.SIMPLE, title_justify="left")
+        table = Table(title=f"did the attacks work? {escape(name)}")
         # The run is in the title.
         for column in found.columns[1:]:
             table.add_column(column.heading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.table import Table
 _UNBOUNDED_WIDTH = 100_000
 
 #: The narrowest that a column of texts is folded to, where it says nothing else.
-_FOLDED_WIDTH = 10
+FOLDED_WIDTH = 10
 
 
 class _Console(Console):
@@ -37,15 +38,24 @@ def notice(text: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table on standard output; on a terminal too narrow for it texts are folded, and no number is cut."""
+    """A table on standard output, all in one style; on a terminal too narrow for it texts are folded, and no number is cut."""
+    table.box, table.show_edge, table.pad_edge = box.SIMPLE, False, False
+    table.title_justify = table.caption_justify = "left"
     for column in table.columns:
         column.overflow = "fold"
         # For the measurement alone: long words are folded, too.
-        column.max_width = None if column.no_wrap else column.min_width or _FOLDED_WIDTH
+        column.max_width = None if column.no_wrap else column.min_width or FOLDED_WIDTH
     least = Measurement.get(tables, tables.options.update(width=_UNBOUNDED_WIDTH), table).minimum
     for column in table.columns:
         column.max_width = None
     if tables.width < least:
         # rich would take whole columns away.
         table.width = least
-    tables.print(table, crop=False)
+    if tables.is_terminal:
+        tables.print(table, crop=False)
+        return
+    # Of texts of all lengths in one column, the longest would fill up all others with blanks.
+    with tables.capture() as captured:
+        tables.print(table, crop=False)
+    for line in captured.get().splitlines():
+        tables.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -18,9 +17,6 @@ from lrrobust.formatting import (
 )
 from lrrobust.report.naming import name_attack
 from lrrobust.tables import Cell, Column, Table
-
-if TYPE_CHECKING:
-    from rich.table import Table as TerminalTable
 
 #: What the numbers of a summary mean.
 HOW_TO_READ = (
@@ -54,18 +50,13 @@ _OPTIONAL_HEADINGS = ("images made on", "balanced clean %", "balanced %", "balan
 #: Share of the images that those of even classes would make up before classes count as uneven.
 _EVEN_SHARE = 2 / 3
 
-#: Columns that a terminal has no room for.
-_FOR_FILES = ("passes", "balanced clean %", "balanced 95 % CI")
+#: What a row is of.
+IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
 
-_IDENTITY_HEADINGS = ("dataset", "model", "weights", "run")
+#: Names of any length.
+NAME_HEADINGS = {*IDENTITY_HEADINGS, "images made on"}
 
-#: Names of any length, which are folded on a terminal that is too narrow.
-_NAME_HEADINGS = {*_IDENTITY_HEADINGS, "images made on"}
-
-_TEXT_HEADINGS = {*_NAME_HEADINGS, "attack", "norm"}
-
-#: The narrowest that names are folded to.
-_FOLDED_WIDTH = 10
+TEXT_HEADINGS = {*NAME_HEADINGS, "attack", "norm"}
 
 #: Heading -> the column that a table is sorted by; other columns sort by what they show.
 _SORT_COLUMNS = {
@@ -99,65 +90,15 @@ def how_to_read(summary: pd.DataFrame) -> list[str]:
 def summary_table(summary: pd.DataFrame) -> Table:
     """The summary of one dataset as people read it, see `format_row`."""
     rows = [(record, format_row(record)) for record in summary.to_dict("records")]
-    hidden = {"dataset", *_unused([texts for _, texts in rows])}
+    hidden = {"dataset", *unused_headings([texts for _, texts in rows])}
     shown = [heading for heading in (rows[0][1] if rows else ()) if heading not in hidden]
     return Table(
-        [Column(heading, heading in _TEXT_HEADINGS) for heading in shown],
+        [Column(heading, heading in TEXT_HEADINGS) for heading in shown],
         [
             [Cell(texts[name], float(record[_SORT_COLUMNS[name]]) if name in _SORT_COLUMNS else texts[name]) for name in shown]
             for record, texts in rows
         ],
     )
-
-
-def render_table(summary: pd.DataFrame) -> TerminalTable:
-    """The summary for a terminal, names folded where it is narrow, numbers never; unfinished runs are named below it."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table as TerminalTable
-
-    rows = [format_row(row) for row in summary.to_dict("records")]
-    # What all rows share goes above the table, which is wide enough without.
-    shared = [name for name in _IDENTITY_HEADINGS[:-1] if len({row[name] for row in rows}) == 1]
-    title = ", ".join(f"{name} {rows[0][name]}" for name in shared)
-    if len(summary) and summary["surrogate"].notna().all():
-        title = ", ".join(filter(None, ("images made on other models", title)))
-    unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
-    captions = [f"* incomplete, only the images finished so far: {', '.join(unfinished)}"] if unfinished else []
-    captions += [HOW_TO_READ_CUMULATIVE] if summary["is_cumulative"].any() else []
-    caption = "\n".join(captions)
-    table = TerminalTable(
-        box=box.SIMPLE, padding=0, show_edge=False, title=escape(title) or None, caption=escape(caption) or None
-    )
-    # Folder names are long; only runs that nothing else tells apart need theirs, and its end where that suffices.
-    identities = {(row["dataset"], row["model"], row["weights"], row["images made on"]) for row in rows}
-    needs_run = len({row["run"] for row in rows}) > len(identities)
-    short = _shorten({row["run"] for row in rows})
-    # What would make it wider than a terminal, files and the page have.
-    hidden = {*shared, *_FOR_FILES, *_unused(rows), *(() if needs_run else ("run",))}
-    shown = [heading for heading in (rows[0] if rows else ()) if heading not in hidden]
-    columns = {heading: [short[row["run"]] if heading == "run" else row[heading] for row in rows] for heading in shown}
-    for heading, texts in columns.items():
-        # Headings on two lines: most tables fit a terminal of 80 columns.
-        lines = [part for part in heading.rpartition(" ")[::2] if part]
-        is_name = heading in _NAME_HEADINGS
-        widest = max(map(len, [*lines, *texts]))
-        table.add_column(
-            "\n".join(lines),
-            justify="left" if heading in _TEXT_HEADINGS else "right",
-            no_wrap=not is_name,
-            overflow="fold",
-            min_width=min(widest, _FOLDED_WIDTH) if is_name else widest,
-        )
-    for texts in zip(*columns.values(), strict=True):
-        table.add_row(*map(escape, texts))
-    return table
-
-
-def _shorten(runs: Iterable[str]) -> dict[str, str]:
-    """Runs -> the fingerprints that end the names `eval` gives their folders, where these tell all apart."""
-    ends = {run: found[1] for run in runs if (found := re.search(r"-([0-9a-f]{10})$", run))}
-    return ends if len(set(ends.values())) == len(set(runs)) else {run: run for run in runs}
 
 
 def format_row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -202,5 +143,6 @@ def _unless_even(row: Mapping[str, Any], text: str) -> str:
     return text if row["effective_n"] < _EVEN_SHARE * row["n"] else "-"
 
 
-def _unused(rows: Sequence[Mapping[str, str]]) -> list[str]:
+def unused_headings(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Headings under which none of these rows, which `format_row` made, has anything to say."""
     return [heading for heading in _OPTIONAL_HEADINGS if all(row[heading] == "-" for row in rows)]

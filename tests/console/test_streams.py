@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lrrobust.console import streams
@@ -22,6 +23,15 @@ def test_notices_and_tables_show_names_as_they_are(capsys):
 def test_tables_are_whole_without_a_terminal(capsys):
     streams.print_table(Table("a" * 300, "b" * 300))
     assert "b" * 300 in capsys.readouterr().out
+
+
+def test_without_a_terminal_no_row_is_filled_up_with_blanks(capsys):
+    table = Table("name", "what it is")
+    table.add_row("long", "word " * 60)
+    table.add_row("short", escape("one [word]"))
+    streams.print_table(table)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].split() == ["short", "one", "[word]"] and not any(line.endswith(" ") for line in shown)
 
 
 @pytest.mark.parametrize("width", [20, 60])
