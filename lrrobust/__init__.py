@@ -4,13 +4,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "evaluate"]
+__all__ = ["__version__", "evaluate", "load_classifier"]
 
 
 def __getattr__(name: str) -> Any:
     # Not at import: torch takes seconds, and `--help` answers at once.
-    if name == "evaluate":
-        from lrrobust.in_memory import evaluate
+    if name in ("evaluate", "load_classifier"):
+        from lrrobust import in_memory
 
-        return evaluate
+        return getattr(in_memory, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,6 +35,7 @@ from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evalua
 from lrrobust.processes import choose_device
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run, load_run
+from lrrobust.run import load_named
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +139,25 @@ def evaluate(
         )
     columns = list(Diagnostic.model_fields)
     return Evaluated(run.rows, summarise([run]), pd.DataFrame(checks, columns=columns), None if out is None else run.folder)
+
+
+def load_classifier(
+    name: str, weights: str | None = None, *, classes: Sequence[str] | None = None, input_size: int | None = None
+) -> Classifier:
+    """A network with its weights, in evaluation mode, by the name that `lrrobust eval --model` takes.
+
+    Args:
+        name: such as "lr_resnet50"; the path of a file, as in "file.py:factory", runs it.
+        weights: None for the model's own, else as `--weights`.
+        classes: class list, for weights that carry none.
+        input_size: side of the images in pixels, instead of what the weights state.
+
+    Raises:
+        LrRobustError: no such model, or its weights cannot be had, read or fitted.
+    """
+    classifier = load_named(name, weights, classes, input_size).classifier
+    classifier.module.eval()
+    return classifier
 
 
 def _named(

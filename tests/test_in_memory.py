@@ -9,7 +9,7 @@ from torch import nn
 
 import lrrobust
 from lrrobust.cli import run
-from lrrobust.errors import ConfigError, ModelError
+from lrrobust.errors import ConfigError, ModelError, UnknownNameError
 from lrrobust.models import Classifier
 from lrrobust.results import load_adversarial, load_run
 
@@ -183,6 +183,15 @@ def test_shows_progress_on_standard_error(problem, capfd):
 def test_what_does_not_fit_is_said(problem, change, error, message):
     with pytest.raises(error, match=message):
         evaluate(problem, **change)
+
+
+def test_loads_the_networks_of_the_package():
+    found = lrrobust.load_classifier("lr_resnet50")
+    assert found.weights == "TINY_IMAGENET_V1" and len(found.classes) == 200 and not found.module.training
+    with torch.no_grad():
+        assert found.module(torch.zeros(1, 3, found.input_size, found.input_size)).shape == (1, 200)
+    with pytest.raises(UnknownNameError, match="lr_resnet50"):
+        lrrobust.load_classifier("lr_resnet5")
 
 
 def test_the_package_knows_what_it_has():
