@@ -44,7 +44,7 @@ MAY_IMPORT = {
     # Of a run what it left; the model and the images are given to it.
     "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
     # Of the attacks how a step goes and stays in the ball: training judges nothing. Of the results who may write to a folder.
-    "training": {"models", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    "training": {"models", "tensor_file", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "formatting", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
     "report": {"formatting", "results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "plots": {"results", "stats", "errors"},
     "stats": {"errors"},
     "results": {"interrupts", "mistakes", "errors"},
-    "models": {"ops", "out_of_memory", "gradient_rules", "determinism", "errors", "torchvision_import"},
+    "models": {"ops", "tensor_file", "out_of_memory", "gradient_rules", "determinism", "errors", "torchvision_import"},
     "attacks": {"threat", "norm", "config_file", "mistakes", "eps", "errors", "frozen", "gradient_rules"},
     "data": {"errors"},
     "ops": {"gradient_rules", "errors"},
@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "out_of_memory": set(),
     "gradient_rules": set(),
     "half_precision": set(),
+    "tensor_file": set(),
     "torchvision_import": set(),
     "interrupts": set(),
     "process_settings": set(),

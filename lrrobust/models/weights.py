@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from lrrobust.errors import ModelError, WeightsError
 from lrrobust.models.residual import DEFAULT_STEM, Stem
+from lrrobust.tensor_file import load_tensors
 
 _SCALE_SUFFIX = ".int8_scale"
 _METADATA_KEY = "lrrobust"
@@ -313,7 +314,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetad
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:  # torch raises many types on files that are not its own
         raise WeightsError(
             f"{path} is neither a safetensors file nor a checkpoint of tensors only "
@@ -333,8 +334,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not _is_state(content):
         found = ", ".join(map(str, content))[:100] or "nothing" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()")
-    # DistributedDataParallel prefixes every key.
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+    # DistributedDataParallel prefixes every key; where only some have it, others of their names may be there as well.
+    is_prefixed = all(key.startswith("module.") for key in content)
+    return {key.removeprefix("module." if is_prefixed else ""): tensor for key, tensor in content.items()}
 
 
 def _bare(state: Mapping[str, torch.Tensor]) -> set[str]:
@@ -374,5 +376,5 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
 
 def _one_line(error: Exception) -> str:
     # Torch wraps what is wrong with a checkpoint in advice, part of which is to run the code in it.
-    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
     return reason.partition(" Please use")[0].partition(" Check the documentation")[0][:300].removesuffix(".")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrrobust.errors import ConfigError, StoreError, WeightsError
+from lrrobust.tensor_file import load_tensors
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -22,7 +23,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
         found = state["identity"]
     except Exception as error:  # torch raises many types on damaged files
         raise WeightsError(

@@ -243,6 +243,29 @@ def test_checkpoints(tmp_path, state, wrap):
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
 
 
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    """torch itself would load it as another number."""
+    path, weight = tmp_path / "checkpoint.pt", torch.linspace(1, 2, 50)
+    torch.save({"weight": weight}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 100] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="data/0 in it is damaged, as its checksum shows"):
+        read_weights(path)
+
+
+def test_an_empty_checkpoint_says_what_is_wrong(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"weights_only=True\): EOFError; save the network's"):
+        read_weights(tmp_path / "checkpoint.pt")
+
+
+def test_names_with_and_without_the_prefix_of_one_network_are_not_merged(tmp_path, state):
+    torch.save({**state, **{f"module.{key}": tensor + 1 for key, tensor in state.items()}}, tmp_path / "checkpoint.pt")
+    back, _ = read_weights(tmp_path / "checkpoint.pt")
+    assert len(back) == 2 * len(state)
+
+
 def test_a_state_of_what_is_wrapped_says_where_it_belongs():
     network = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
     with pytest.raises(WeightsError, match="its names are those of 1: load it there, before the network is wrapped"):

@@ -477,6 +477,13 @@ def test_folder_of_another_training(start, uninterrupted, change):
     assert uninterrupted.checkpoint_path.read_bytes() == content
 
 
+def _with_a_flipped_bit(path):
+    """In the weights, which torch would read as they are."""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.load(path)["network"]["7.weight"].numpy().tobytes()) + 3] ^= 64
+    return content
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -486,8 +493,9 @@ def test_folder_of_another_training(start, uninterrupted, change):
         lambda path: path.write_bytes(b"not a checkpoint"),
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"network": {}}, path),
+        lambda path: path.write_bytes(_with_a_flipped_bit(path)),
     ],
-    ids=["empty", "one byte short", "short", "text", "list", "another checkpoint"],
+    ids=["empty", "one byte short", "short", "text", "list", "another checkpoint", "flipped bit"],
 )
 def test_damaged_checkpoint(start, uninterrupted, damage):
     damage(uninterrupted.checkpoint_path)
