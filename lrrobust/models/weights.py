@@ -363,6 +363,9 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
+    differences += [
+        f"{key} is {flaw}" for key in wanted if key in state and (flaw := _flaw(state[key], wanted[key])) is not None
+    ]
     if differences:
         more = len(differences) - _NAMED_DIFFERENCES
         tail = f" and {more} more differences" if more > 0 else ""
@@ -370,8 +373,27 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
         for prefix in {key.removesuffix(first) for key in wanted if first and key.endswith(f".{first}")}:
             if all(f"{prefix}{key}" in wanted for key in state):
                 tail += f"; its names are those of {prefix.rstrip('.')}: load it there, before the network is wrapped"
+        for prefix in {first.removesuffix(key) for key in wanted if first.endswith(f".{key}")}:
+            if state.keys() == {f"{prefix}{key}" for key in wanted}:
+                tail += f"; all names begin with {prefix}: save them without it"
         raise WeightsError(f"{where} does not fit the network: {'; '.join(differences[:_NAMED_DIFFERENCES])}{tail}")
     module.load_state_dict(dict(state))
+
+
+def _flaw(tensor: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    """What keeps a tensor from being a network's, where it is not merely of another precision."""
+    if tensor.is_meta:
+        return "without values"
+    if tensor.layout != torch.strided:
+        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
+    # torch would copy it: quantised weights without their scales, complex ones without their imaginary parts.
+    if wanted.is_floating_point() and not tensor.is_floating_point():
+        return f"of type {_name(tensor.dtype)}, the network has {_name(wanted.dtype)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _one_line(error: Exception) -> str:

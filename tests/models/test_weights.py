@@ -345,6 +345,42 @@ def test_weights_that_do_not_fit_name_the_first_differences():
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "net.0."])
+def test_a_prefix_that_all_names_have_is_named(prefix):
+    network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    state = {prefix + key: tensor for key, tensor in network.state_dict().items()}
+    with pytest.raises(WeightsError, match=f"; all names begin with {prefix}: save them without it$"):
+        fit_weights(network, state, "file.pt")
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda tensor: (100 * tensor).to(torch.int8), "of type int8, the network has float32"),
+        (lambda tensor: tensor.to(torch.complex64), "of type complex64, the network has float32"),
+        (lambda tensor: tensor.to("meta"), "without values"),
+        (lambda tensor: tensor.to_sparse(), "of layout sparse_coo"),
+    ],
+    ids=["int8", "complex", "meta", "sparse"],
+)
+def test_tensors_that_are_no_weights_are_refused(change, found):
+    """Copied into floats, an int8 tensor is the weights of a network but for its scales, and nobody is told."""
+    network = nn.Linear(3, 2)
+    before = network.weight.detach().clone()
+    state = network.state_dict()
+    with pytest.raises(WeightsError, match=f"^file.pt does not fit the network: weight is {found}$"):
+        fit_weights(network, {**state, "weight": change(state["weight"])}, "file.pt")
+    assert torch.equal(network.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_are_loaded(dtype):
+    network = nn.Linear(3, 2)
+    halves = {key: torch.full_like(tensor, 0.5).to(dtype) for key, tensor in network.state_dict().items()}
+    fit_weights(network, halves, "file.pt")
+    assert network.weight.dtype == torch.float32 and (network.weight == 0.5).all()
+
+
 def test_many_differences_are_counted():
     with pytest.raises(WeightsError, match=r"0.weight is missing; 0.bias is missing; 1.weight is missing and 2 more differences$"):
         fit_weights(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), {"x": torch.zeros(1)}, "file.pt")
