@@ -49,6 +49,9 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)
+        # Else a power cut may leave the name without the content.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with suppress(OSError):  # as where a file takes the folder's place

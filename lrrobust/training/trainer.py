@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lrrobust.data.class_lists import load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet
-from lrrobust.errors import ConfigError, DataError, StoreError
+from lrrobust.errors import ConfigError, DataError, StoreError, WeightsError
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
@@ -168,6 +168,16 @@ class Training:
         state = read_checkpoint(self.checkpoint_path, self._identity())
         if state is None:
             return
+        try:
+            self._go_on_from(state)
+        # torch and Python raise many types on what is not there, or not of the kind.
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"the checkpoint {self.checkpoint_path} does not hold what this version writes ({type(error).__name__}): "
+                "go on with the version of lrrobust that wrote it, choose another --out, or delete it to start again"
+            ) from None
+
+    def _go_on_from(self, state: dict[str, Any]) -> None:
         if state["step"] > self.steps:
             raise ConfigError(
                 f"{self.checkpoint_path}: expected at most step {self.steps}, the end of epoch {self.epochs}, for "

@@ -503,6 +503,37 @@ def test_damaged_checkpoint(start, uninterrupted, damage):
         start("uninterrupted")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("step"),
+        lambda state: state.update(step="six"),
+        lambda state: state["network"].popitem(),
+        lambda state: state["optimizer"]["param_groups"].clear(),
+    ],
+    ids=["a key less", "text", "a tensor less", "no groups"],
+)
+def test_a_checkpoint_with_other_contents(start, uninterrupted, change):
+    """As another version might write, of the same training."""
+    path = uninterrupted.checkpoint_path
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    told = r"^the checkpoint [^\n]*checkpoint.pt does not hold what this version writes \(\w+\): [^\n]*$"
+    with pytest.raises(WeightsError, match=told):
+        start("uninterrupted")
+
+
+def test_a_checkpoint_is_on_disk_before_it_replaces_the_last(uninterrupted, monkeypatch):
+    """Else a power cut may leave a name without content."""
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    uninterrupted.save_checkpoint()
+    assert calls == ["fsync", "replace"]
+
+
 def test_two_trainings_do_not_write_one_folder(start, uninterrupted):
     first, second = start(), start()
 
