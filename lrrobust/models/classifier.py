@@ -10,6 +10,9 @@ from torch import nn
 
 from lrrobust.errors import ModelError
 
+#: Side of an image, in pixels: the bytes of larger ones cannot be counted. As manifests are read.
+_LARGEST_SIZE = 10**6
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -50,7 +53,8 @@ class Classifier:
         sizes = [self.input_size] if self.resize_size is None else [self.input_size, self.resize_size]
         if any(type(size) is not int for size in sizes):
             raise ModelError(f"a Classifier needs whole numbers, got {self.input_size=}, {self.resize_size=}")
-        if self.input_size < 1 or (self.resize_size is not None and self.resize_size < self.input_size):
+        if not 1 <= self.input_size <= sizes[-1] <= _LARGEST_SIZE:
             raise ModelError(
-                f"a Classifier needs 1 <= input_size <= resize_size, got {self.input_size=}, {self.resize_size=}"
+                f"a Classifier needs 1 <= input_size <= resize_size <= {_LARGEST_SIZE}, got {self.input_size=}, "
+                f"{self.resize_size=}"
             )

@@ -22,8 +22,10 @@ def test_defaults():
         ({"classes": "cat"}, "names of its classes, got the text 'cat'"),
         ({"classes": ("cat",)}, "at least two classes, all different, got 1"),
         ({"classes": ("cat", "dog", "cat")}, "at least two classes, all different, got 3"),
-        ({"input_size": 0}, "1 <= input_size <= resize_size, got self.input_size=0, self.resize_size=None"),
+        ({"input_size": 0}, "1 <= input_size <= resize_size <= 1000000, got self.input_size=0, self.resize_size=None"),
         ({"resize_size": 31}, "got self.input_size=32, self.resize_size=31"),
+        ({"input_size": 2**32}, "<= 1000000, got self.input_size=4294967296"),
+        ({"resize_size": 10**20}, "<= 1000000, got self.input_size=32, self.resize_size=10"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(change, message):
