@@ -361,12 +361,17 @@ def check(
                 runs = [load_run(evaluation.folder) for evaluation in evaluations]
         if update:
             now = build_baseline(runs, rule)
-            write_baseline(baseline, now)
-            print_baseline(baseline, before, now)
             try:
                 require_sensitivity(now, str(baseline))
+                doubt = None
             except BaselineError as error:
-                logging.warning("%s", error)
+                doubt = str(error)
+                if before is not None:
+                    doubt += f"; the one before is kept as {keep_copy(baseline)}"
+            write_baseline(baseline, now)
+            print_baseline(baseline, before, now)
+            if doubt is not None:
+                logging.warning("%s", doubt)
             return
         if result is None:
             result = compare(before, runs, str(baseline))

@@ -287,7 +287,7 @@ def keep_copy(path: Path) -> Path:
     try:
         shutil.copy2(path, copy)
     except OSError as error:
-        raise StoreError(f"cannot keep a copy of {path}, which is no baseline ({error.strerror}): choose another file") from None
+        raise StoreError(f"cannot keep a copy of what {path} holds now ({error.strerror}): choose another file") from None
     return copy
 
 

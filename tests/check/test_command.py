@@ -259,11 +259,15 @@ def test_a_finished_run_of_an_earlier_check_does_not_pass_for_a_fresh_one(run, o
     assert "from an earlier check" in one_error(err) and f"--run {find_runs(Path('kept'))[0]}" in one_error(err)
 
 
-def test_a_check_that_could_never_fail_is_refused(run, own):
+def test_a_check_that_could_never_fail_is_refused(run, own, caplog):
     kept = find_runs(own / "runs")[0]
     assert run("check", "b.json", "--run", kept, "--floor", 99.9, cwd=own)[0] == 2
+    good = (own / "b.json").read_bytes()
     code, _, err = run("check", "b.json", "--update", "--run", kept, "--floor", 99.9, cwd=own)
     assert code == 0, err
+    # What it took the place of could fail.
+    assert "could never fail" in caplog.text and "the one before is kept as b.json.old" in caplog.text
+    assert (own / "b.json.old").read_bytes() == good
     code, _, err = run("check", "b.json", cwd=own)
     assert code == 2 and "could never fail" in one_error(err)
 
