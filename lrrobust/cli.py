@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -308,12 +308,12 @@ def check(
     preprocessing is another comparison, and so are other weights unless --weights-may-change: exit code 2.
     With --update, options that say when a check fails are kept in the baseline.
     """
-    from lrrobust.check.baseline import Rule, build_baseline, keep_copy, read_baseline, write_baseline
+    from lrrobust.check.baseline import Rule, build_baseline, read_baseline, write_baseline
     from lrrobust.check.compare import another_comparison, compare, find_differences, require_sensitivity
     from lrrobust.check.formats import choose_outputs, printable, write_outputs
     from lrrobust.console.products import print_baseline
     from lrrobust.errors import BaselineError, ConfigError, StoreError
-    from lrrobust.results import load_run
+    from lrrobust.results import keep_copy, load_run
 
     outputs = choose_outputs(formats or (), os.environ)
     try:
@@ -401,7 +401,8 @@ def report(
 ) -> None:
     """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs.
 
-    Files that an earlier report wrote into the same folder, and this one does not, are removed, unless they were changed.
+    They take the place of an earlier report's in the same folder when all are written; what only that one wrote is removed. A
+    file of theirs that was changed since, or that no report wrote, is kept as FILE.old.
     """
     from lrrobust.console.results import print_report, print_verdicts, warn_of_other_rules
     from lrrobust.errors import ConfigError, StoreError
@@ -410,7 +411,7 @@ def report(
     from lrrobust.report.drawing import Drawers
     from lrrobust.report.figures import sketch_runs
     from lrrobust.report.files import write_report
-    from lrrobust.report.leftovers import note_unfinished, remove_leftovers
+    from lrrobust.report.staging import staging
     from lrrobust.report.summary import summarise
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
@@ -446,20 +447,15 @@ def report(
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
         verdicts = judge_claims(claims, loaded)
         print_verdicts(verdicts)
-        write_verdicts(verdicts, out / "claim.json")
         of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
-        written = [out / "claim.json"]
-        try:
-            written += write_page(
-                loaded, out, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery
+        with staging(out) as staged:
+            write_verdicts(verdicts, staged.folder / "claim.json")
+            write_page(
+                loaded, staged.folder, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery
             )
-            written += write_report(loaded, out, of_runs(), summary, sys.argv)
-            written += write_transfer(loaded, out)
-        except BaseException:
-            with suppress(StoreError):
-                note_unfinished(out, written)
-            raise
-    print_report(loaded, summary, written, remove_leftovers(out, written))
+            write_report(loaded, staged.folder, of_runs(), summary, sys.argv)
+            write_transfer(loaded, staged.folder)
+    print_report(loaded, summary, staged.written, staged.removed, staged.kept)
     if claim and (silent := {each.name for each in claims} - {result.claim.name for result in verdicts.results}):
         raise ConfigError(f"no verdict on {', '.join(sorted(silent))}, for the reasons above; the report is written without")
 

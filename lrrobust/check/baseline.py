@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -275,20 +274,6 @@ def read_baseline(path: Path) -> Baseline:
         f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
         "or rewrite it with --update --run FOLDER"
     )
-
-
-def keep_copy(path: Path) -> Path:
-    """Keeps what is there under the first free of the names FILE.old, FILE.old2, ...; StoreError where it cannot."""
-    copy = path.with_name(f"{path.name}.old")
-    number = 1
-    while copy.exists():
-        number += 1
-        copy = path.with_name(f"{path.name}.old{number}")
-    try:
-        shutil.copy2(path, copy)
-    except OSError as error:
-        raise StoreError(f"cannot keep a copy of what {path} holds now ({error.strerror}): choose another file") from None
-    return copy
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

@@ -133,10 +133,14 @@ def print_verdicts(verdicts: Verdicts) -> None:
         notice(f"claim {unjudged.claim} not judged: {unjudged.reason}")
 
 
-def print_report(runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path], removed: Sequence[Path] = ()) -> None:
-    """The table of all runs, which is their summary, and the files written, and removed."""
+def print_report(
+    runs: Sequence[Run], summary: pd.DataFrame, written: Sequence[Path], removed: Sequence[Path] = (), kept: Sequence[Path] = ()
+) -> None:
+    """The table of all runs, which is their summary, and the files written, removed, and kept under another name."""
     _print_table(runs, summary)
     for path in written:
         notice(f"wrote {path}")
     for path in removed:
         notice(f"removed {path}, which an earlier report wrote of what is no longer in this one")
+    for path in kept:
+        notice(f"kept {path}: no report wrote it, or it was changed since")

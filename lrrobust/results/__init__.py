@@ -2,7 +2,7 @@
 
 from lrrobust.results.adversarial import AdversarialImage
 from lrrobust.results.examples import Example, example_count
-from lrrobust.results.files import write_file
+from lrrobust.results.files import keep_copy, write_file
 from lrrobust.results.manifest import identity_of
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table, texts
 from lrrobust.results.store import (
@@ -33,6 +33,7 @@ __all__ = [
     "find_runs",
     "fingerprint_of",
     "identity_of",
+    "keep_copy",
     "load_adversarial",
     "load_examples",
     "load_manifest",

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,20 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def keep_copy(path: Path) -> Path:
+    """Copies a file to the first free of the names FILE.old, FILE.old2, ..., which it returns; StoreError where it cannot."""
+    copy = path.with_name(f"{path.name}.old")
+    number = 1
+    while copy.exists():
+        number += 1
+        copy = path.with_name(f"{path.name}.old{number}")
+    try:
+        shutil.copy2(path, copy)
+    except OSError as error:
+        raise StoreError(f"cannot keep a copy of what {path} holds now ({error.strerror}): choose another place") from None
+    return copy
 
 
 def read_file(path: Path) -> bytes:

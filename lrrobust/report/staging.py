@@ -1,0 +1,113 @@
+"""A report's files put into its folder at once, when all are there, in place of those of the report before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lrrobust.results import write_file
+from lrrobust.results.files import explaining, keep_copy, read_file
+
+#: Lists what the last report wrote beside it, by name, with the sha256 of each file.
+RECORD_NAME = ".written.json"
+
+_PREFIX = ".report-"
+
+#: A report takes minutes: what is left of an older one was killed.
+_DEAD_AFTER_S = 24 * 3600
+
+
+@dataclass
+class Staged:
+    """A report on its way.
+
+    Attributes:
+        folder: where its files are to be written.
+        written: where they are, once they are in place.
+        removed: files of the report before that are not in this one.
+        kept: names that others' files got, of those in whose place something was put.
+    """
+
+    folder: Path
+    written: list[Path] = field(default_factory=list)
+    removed: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Staged]:
+    """A folder to write a report into; at the end its files take the places of those of the last one in `out`.
+
+    Where writing fails, or is interrupted, the last report stays as it is. What only it wrote is removed, as a figure of
+    runs that left the report would else stand beside those of the report. A file that no report wrote, or that somebody
+    changed since, is nobody's to remove: where one of its name is written, it is kept under the name FILE.old.
+
+    Raises:
+        StoreError: the folder, or a file in it, cannot be written or removed.
+    """
+    with explaining("write", out):
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_dead(out)
+        temporary = TemporaryDirectory(prefix=_PREFIX, dir=out)
+    with temporary as name:
+        staged = Staged(Path(name))
+        yield staged
+        before = _read_record(out)
+        now = {path.name: _sha256(path) for path in sorted(staged.folder.iterdir())}
+        for file, sha256 in now.items():
+            place = out / file
+            if place.exists() and _sha256(place) not in (before.get(file, ""), sha256):
+                staged.kept.append(keep_copy(place))
+            with explaining("write", place):
+                os.replace(staged.folder / file, place)
+            staged.written.append(place)
+        for file, sha256 in before.items():
+            place = out / file
+            # Names that differ in case alone may be of one file.
+            if file in now or _sha256(place) != sha256 or any(place.samefile(other) for other in staged.written):
+                continue
+            with explaining("remove", place):
+                place.unlink()
+            staged.removed.append(place)
+        _write_record(out, now)
+
+
+def _remove_dead(out: Path) -> None:
+    for folder in out.glob(f"{_PREFIX}*"):
+        if time.time() - folder.stat().st_mtime > _DEAD_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_record(out_dir: Path, digests: Mapping[str, str]) -> None:
+    write_file(out_dir / RECORD_NAME, json.dumps(digests, indent=2).encode() + b"\n")
+
+
+def _read_record(out_dir: Path) -> Mapping[str, str]:
+    """Names of files directly in the folder; nothing where the record is missing, damaged or says anything else."""
+    try:
+        record = json.loads(read_file(out_dir / RECORD_NAME))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    return {name: sha256 for name, sha256 in record.items() if isinstance(sha256, str) and _is_file_name(name)}
+
+
+def _is_file_name(name: str) -> bool:
+    return name == Path(name).name and name not in ("", ".", "..", RECORD_NAME) and name.isprintable()
+
+
+def _sha256(path: Path) -> str | None:
+    """None for what is no regular file that can be read, such as a link."""
+    try:
+        return None if path.is_symlink() else hashlib.sha256(read_file(path)).hexdigest()
+    except (OSError, ValueError):
+        return None
