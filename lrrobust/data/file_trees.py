@@ -77,7 +77,11 @@ _TAR_DAMAGE = (*_DAMAGE, ValueError, IndexError)
 class _BoundedTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        info = super().frombuf(buf, encoding, errors)
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            # Behind the first file tarfile would take it for the end, and the rest would be missing.
+            raise tarfile.ReadError(str(error)) from error
         if info.type in _READ_AS_HEADERS and info.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {info.size} bytes, at most {_MAX_HEADER_BYTES} are read")
         if info.type == tarfile.GNUTYPE_SPARSE and buf[482]:
@@ -405,6 +409,9 @@ def _regular_members(
             tree.ignored_count += 1
         elif (name := tree._admit(member.name)) is not None:
             yield member, name
+    # Some programs write none, and GNU tar does not mind; a download that broke off between two files has none either.
+    if tar.fileobj.tell() == tar.offset:
+        _log.warning("%s ends without the mark of its end: if files are missing, copy or download it anew", tree.path)
 
 
 def _damaged_archive(path: Path, error: Exception) -> DataError:

@@ -1,3 +1,4 @@
+import gzip
 import io
 import lzma
 import os
@@ -172,6 +173,35 @@ def test_damage_behind_the_last_file_is_noticed(tmp_path, pack, suffix):
     path.write_bytes(path.read_bytes()[:-6])
     with pytest.raises(DataError, match="cut short"):
         _open(path)
+
+
+def _rewrite_tar(path, change):
+    """Changes the bytes of a tar that is compressed as its suffix says."""
+    open_ = gzip.open if path.suffix == ".gz" else open
+    with open_(path, "rb") as file:
+        raw = file.read()
+    with open_(path, "wb") as file:
+        file.write(change(raw))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize(
+    "change", [lambda raw: raw[:2048] + b"?" + raw[2049:], lambda raw: raw[:2100]], ids=["overwritten", "cut"]
+)
+def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, pack_tar, suffix, change):
+    files = {f"a/{i}.jpg": b"one" for i in range(4)}  # of 1024 bytes each, so the third begins at 2048
+    path = _rewrite_tar(pack_tar(tmp_path / f"x{suffix}", files), change)
+    with pytest.raises(DataError, match="is damaged, cut short"):
+        _open(path)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_without_its_end_is_read_aloud(tmp_path, pack_tar, suffix, caplog):
+    path = pack_tar(tmp_path / f"x{suffix}", {f"a/{i}.jpg": b"one" for i in range(4)})
+    assert len(_open(path).names) == 4 and not caplog.text
+    assert len(_open(_rewrite_tar(path, lambda raw: raw[:2048])).names) == 2
+    assert "ends without the mark" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz", ".tar.bz2"])
