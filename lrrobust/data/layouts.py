@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from collections import Counter, defaultdict
@@ -13,6 +14,8 @@ from lrrobust.data.file_trees import FileTree, Spool
 from lrrobust.data.ilsvrc import FLAT_NAME, load_validation_wnids
 from lrrobust.data.image_source import IMAGE_SUFFIXES
 from lrrobust.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 #: What `label_files` has to see of a tree.
 LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt")
@@ -38,8 +41,8 @@ class LabelledFile(NamedTuple):
 class Labelling(NamedTuple):
     """The labelled images of one split of a tree.
 
-    `split` is the folder they were chosen from where the tree offered several or one was asked for; `unread` counts by
-    suffix the files in its class folders that are of no format that is read.
+    `split` is the folder they were chosen from where the tree offered several, or images outside of it without a class, or
+    one was asked for; `unread` counts by suffix the files in its class folders that are of no format that is read.
     """
 
     files: list[LabelledFile]
@@ -71,7 +74,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     }
     groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
     ignored_count = tree.ignored_count
-    has_unlabelled = False
+    unlabelled: list[str] = []
     beside = _Neighbours(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     for name in names:
         if not name.lower().endswith(IMAGE_SUFFIXES):
@@ -92,13 +95,21 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         elif wnid and (is_class or wnid not in _SPLIT_FOLDERS):
             groups[above].append((wnid, name))
         else:
-            has_unlabelled = True
+            unlabelled.append(name)
             ignored_count += 1
-    chosen = _choose_group(tree, groups, split, has_unlabelled)
+    chosen = _choose_group(tree, groups, split, bool(unlabelled))
+    # Whoever reads `val`, or asked for a split, expects nothing of what lies beside it.
+    is_expected = split is not None or posixpath.basename(chosen) == "val"
+    missed = [name for name in unlabelled if not is_expected or not chosen or name.startswith(f"{chosen}/")]
+    if missed:
+        _log.warning(
+            "%s: passed over %d images outside of class folders, such as %r: if they belong to it, put them into the folders of "
+            "their classes", tree.path, len(missed), missed[0],
+        )  # fmt: skip
     files = groups[chosen]
     if any(wnid is None for wnid, _ in files):
         files = _label_flat(tree.path, [name for _, name in files], spool)
-    has_choice = split is not None or len(groups) > 1
+    has_choice = split is not None or len(groups) > 1 or (chosen != "" and len(missed) > 0)
     return Labelling(
         [LabelledFile(wnid, name) for wnid, name in files],
         posixpath.basename(chosen) if has_choice else None,

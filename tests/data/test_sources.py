@@ -168,6 +168,25 @@ def test_only_the_split_that_is_read_is_looked_at_for_other_formats(tmp_path, pa
     assert "1 files in class folders (1 .gif)" in caplog.text
 
 
+@pytest.mark.parametrize("unlabelled", ["val/1.jpg", "val/images/1.jpg", "test/1.jpg"])
+def test_a_lone_split_is_named_and_images_beside_it_are_passed_over_aloud(tmp_path, container, pack, pets, caplog, unlabelled):
+    path = pack(tmp_path / container, {**{f"any/train/{key}": pets[key] for key in pets}, f"any/{unlabelled}": b"one"})
+    source = open_dataset(path)
+    assert (source.name, source.keys) == (f"{container}#train", tuple(sorted(pets)))
+    assert f"passed over 1 images outside of class folders, such as 'any/{unlabelled}'" in caplog.text
+
+
+def test_images_that_annotations_lack_and_loose_ones_are_passed_over_aloud(tmp_path, pack_folder, pets, caplog):
+    files = _tiny(pets)
+    open_dataset(pack_folder(tmp_path / "whole", files))
+    assert not caplog.text
+    files["tiny-imagenet-200/val/images/other.JPEG"] = b"one"
+    open_dataset(pack_folder(tmp_path / "more", files))
+    assert "passed over 1 images outside of class folders, such as 'tiny-imagenet-200/val/images/other.JPEG'" in caplog.text
+    open_dataset(pack_folder(tmp_path / "pets", {**pets, "logo.png": b"one"}))
+    assert "passed over 1 images outside of class folders, such as 'logo.png'" in caplog.text
+
+
 def test_a_link_to_a_data_set_is_that_data_set(tmp_path, container, pack, pets, expected):
     (tmp_path / "there").mkdir()
     (tmp_path / container).symlink_to(pack(tmp_path / "there" / container, pets))
