@@ -181,7 +181,7 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
 def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
     """File name -> class, from the tab-separated lines `file class x0 y0 x1 y1`."""
     try:
-        lines = tree.read(name).decode().splitlines()
+        lines = tree.read(name).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{tree.path}: {name!r} is not text: {error}") from error
     wnid_of: dict[str, str] = {}
@@ -191,7 +191,12 @@ def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
             raise DataError(
                 f"{tree.path}: {name!r}, line {number}: expected a file name, a tab and a class, found {line!r}"
             )
-        wnid_of[fields[0]] = fields[1].strip()
+        wnid = fields[1].strip()
+        if (before := wnid_of.setdefault(fields[0], wnid)) != wnid:
+            raise DataError(
+                f"{tree.path}: {name!r}, line {number}: {fields[0]!r} is of class {wnid!r}, and was of class {before!r} before; "
+                "remove one line"
+            )
     return wnid_of
 
 
