@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
-from lrrobust.data.class_lists import IMAGENET_1K
+from lrrobust.data.class_lists import IMAGENET_1K, match_classes
 from lrrobust.diagnostics.records import load_diagnostics, write_diagnostics
 from lrrobust.diagnostics.stage import OnCheck, diagnose
 from lrrobust.errors import StoreError
@@ -129,8 +129,7 @@ class Evaluation:
     def _surrogate(self) -> Surrogate | None:
         if self.surrogate is None:
             return None
-        label_of = {wnid: label for label, wnid in enumerate(self.surrogate.classes)}
-        labels = [label_of[wnid] for wnid in self.images.wnids]
+        _, labels = match_classes(self.images.wnids, self.surrogate.classes)
         return Surrogate(self._on_device(self.surrogate), len(self.surrogate.classes), labels)
 
     def find_former(self) -> list[Path]:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrrobust.attacks.specs import Precision
 from lrrobust.attacks.suite import load_suite
-from lrrobust.data.class_lists import IMAGENET_1K, load_class_list
+from lrrobust.data.class_lists import IMAGENET_1K, composed, load_class_list
 from lrrobust.data.evaluation_set import build_evaluation_set
 from lrrobust.data.parallel_map import OnProgress
 from lrrobust.data.preprocessing import Preprocessing
@@ -137,7 +137,7 @@ def prepare_evaluations(
         (name, weights): load_named(name, weights, classes, request.input_size)
         for name, weights in dict.fromkeys([*models, *surrogates])
     }
-    shared = set.intersection(*(set(named.classifier.classes) for named in loaded.values()))
+    shared = set.intersection(*(set(map(composed, named.classifier.classes)) for named in loaded.values()))
     for model in models:
         for surrogate in surrogates:
             _check_sizes(loaded[model], loaded[surrogate])

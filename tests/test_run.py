@@ -29,6 +29,8 @@ def build_scaled(): return make(("ant", "bee", "cat"), 2.0)
 def build_reordered(): return make(("cat", "bee", "ant"))
 def build_other_classes(): return make(("bee", "cat", "dog"))
 def build_stranger(): return make(("emu", "fox"))
+def build_accents(): return make(("ant", "b\\u00e9e", "cat"))
+def build_two_characters(): return make(("be\\u0301e", "ant", "cat"))
 """
 
 
@@ -114,6 +116,15 @@ def test_each_model_is_judged_on_each_surrogate(request_for, tmp_path):
     attacked = transfer._surrogate()
     assert [transfer.surrogate.classes[label] for label in attacked.labels] == list(transfer.images.wnids)
     assert attacked.labels != list(transfer.images.labels)
+
+
+def test_models_that_write_accents_in_their_own_ways_share_classes(request_for, tmp_path):
+    (tmp_path / "images" / "bee").rename(tmp_path / "images" / "be\u0301e")
+    for target, surrogate in (("build_accents", "build_two_characters"), ("build_two_characters", "build_accents")):
+        (transfer,) = prepare_evaluations(request_for(target, surrogates=(f"{tmp_path}/model.py:{surrogate}",)), ["test"])
+        labels = transfer._surrogate().labels
+        assert [transfer.surrogate.classes[label][0] for label in labels] == [wnid[0] for wnid in transfer.images.wnids]
+        assert len(labels) == 12 and transfer.images.left_out_classes == ((), ())
 
 
 def test_fingerprint_is_pinned():

@@ -170,7 +170,7 @@ def build_evaluation_set(
         labels=tuple(label_of[index] for index in whole),
         sha256=_hash_images((source.keys[index], digests[index].hex(), source.wnids[index]) for index in whole),
         left_out_count=len(source) - len(eligible),
-        left_out_classes=_unmatched(source.wnids, classes if known_classes is None else [c for c in classes if c in known_classes]),
+        left_out_classes=_unmatched(source.wnids, [classes[known] for known in match_classes(classes, classes, known_classes)[0]]),
         corrupt_keys=tuple(source.keys[index] for index in corrupt),
         subset=subset,
         _source=source,
