@@ -50,6 +50,9 @@ _MOST_LINKS = 10
 #: Of a link in a zip, whose content is the path it points to.
 _LONGEST_PATH = 4096
 
+#: As the header of a zip says it; PowerShell separates folders with backslashes there.
+_WRITTEN_ON_WINDOWS = 0
+
 #: Compressed tars unpack to no more than this and so many times their size: images hardly compress.
 MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 1_000_000_000, 100
 
@@ -263,6 +266,8 @@ class ZipTree(FileTree):
             raise DataError(f"{path}: cannot unpack this zip ({error}); pack it anew") from error
         weakref.finalize(self, self._zip.close)
         for info in self._zip.infolist():
+            if info.create_system == _WRITTEN_ON_WINDOWS:
+                info.filename = info.filename.replace("\\", "/")
             # Not `is_dir`, which fails on an empty name.
             if info.filename.endswith("/"):
                 continue

@@ -124,6 +124,17 @@ def test_links_within_a_zip_are_followed(tmp_path):
     assert (tree.names, tree.read("b/link.jpg")) == (["a/1.jpg", "b/link.jpg"], b"good")
 
 
+@pytest.mark.parametrize(("system", "names"), [(0, ["a/1.jpg"]), (3, ["a\\1.jpg"])])
+def test_a_zip_of_windows_may_separate_folders_with_backslashes(tmp_path, system, names):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("a\\", "a\\1.jpg", "..\\2.jpg") if system == 0 else ("a\\1.jpg",):
+            member = zipfile.ZipInfo(name)
+            member.create_system = system
+            archive.writestr(member, b"")
+    tree = _open(tmp_path / "x.zip")
+    assert tree.names == names and [tree.read(name) for name in names] == [b""]
+
+
 def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack_zip):
     path = pack_zip(tmp_path / "x.zip", {"#.jpg": b"nameless", "a/1.jpg": b"good"})
     # zipfile writes no such name; it cuts one at its first zero byte when it reads.
