@@ -7,6 +7,7 @@ within the archive alone, special files are passed over, and the size of what is
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import logging
 import lzma
@@ -391,11 +392,17 @@ def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:
     """What lies in a folder but for folders, and whether it is a file: links may lead nowhere, pipes may never end."""
     with os.scandir(root / below) as entries:
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                is_folder = is_file = False
+            if is_folder:
                 if depth > 0 and not entry.name.startswith("."):
                     yield from _walk(root, f"{below}{entry.name}/", depth - 1)
             else:
-                yield f"{below}{entry.name}", entry.is_file()
+                yield f"{below}{entry.name}", is_file
 
 
 def _regular_members(

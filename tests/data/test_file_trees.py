@@ -362,6 +362,14 @@ def test_maps_of_sparse_files_that_are_none_are_damage(tmp_path, suffix, kind):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_links_to_themselves_are_links_to_nowhere(tmp_path, pack_folder, caplog):
+    root = pack_folder(tmp_path / "root", {"a/1.jpg": b"one"})
+    for name in ("2.jpg", "loop"):
+        (root / "a" / name).symlink_to(name)
+    assert (_open(root).names, _open(root).ignored_count) == (["a/1.jpg"], 2)
+    assert "passed over 1 images that are no files, such as 'a/2.jpg'" in caplog.text
+
+
 def test_links_to_nowhere_and_pipes_in_a_folder_are_passed_over_aloud(tmp_path, caplog):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"1")
