@@ -160,8 +160,10 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
         hint = ""
         if not has_unlabelled and (unread := _unread_below(tree, "")):
             found = f"none that ends in {', '.join(IMAGE_SUFFIXES)}, but {describe_unread(unread)}"
-        if path.is_dir() and any(file.suffix in (".tar", ".xz", ".gz", ".zip") for file in path.iterdir()):
-            hint = "; to read archives in it, give their names or a pattern such as 'folder/train-*.tar.xz'"
+        if any(suffix in (".tar", ".xz", ".gz", ".zip") for _, suffix in tree.unread):
+            hint = "; archives within it are not read: unpack it first"
+            if path.is_dir():
+                hint = "; to read archives in it, give their names or a pattern such as 'folder/train-*.tar.xz'"
         raise DataError(f"{path}: expected images in one folder a class (<class>/<image>), found {found}{hint}")
     wanted = split if split is not None else "val"
     if split is None and len(groups) == 1:
@@ -172,9 +174,10 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
     present = ", ".join(repr(above or ".") for above in sorted(groups)[:5]) + (", ..." if len(groups) > 5 else "")
     if split is not None and not matches:
         raise DataError(f"{path}: expected class folders in a folder {split!r}, found them in {present}")
+    example = next(filter(None, map(posixpath.basename, sorted(groups))))
     raise DataError(
         f"{path}: expected class folders in one place, found them in {present}; "
-        f"name the one folder to read, as in '{path.name}#train', or give its own path"
+        f"name the one folder to read, as in '{path.name}#{example}', or give its own path"
     )
 
 

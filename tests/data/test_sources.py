@@ -116,7 +116,7 @@ def test_images_of_imagenet_sorted_into_classes_of_other_names(tmp_path, contain
 
 def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack_folder, pets):
     root = pack_folder(tmp_path / "r", {f"{part}/{key}": image for part in ("x", "y") for key, image in pets.items()})
-    with pytest.raises(DataError, match=r"in one place, found them in 'x', 'y'; .*'r#train'"):
+    with pytest.raises(DataError, match=r"in one place, found them in 'x', 'y'; .*'r#x'"):
         open_dataset(root)
     assert len(open_dataset(f"{root}#y")) == 5
 
@@ -226,6 +226,7 @@ def test_unusable_spec_is_refused(tmp_path, monkeypatch, spec, message):
         ({"cat/notes.txt": b"x"}, "found no image$"),
         ({"1.jpg": b"x", "val/2.jpg": b"x", "images/3.jpg": b"x"}, "found images outside of any class folder$"),
         ({"part-1.tar.xz": b"x"}, r"found no image; to read archives in it, .*'folder/train-\*.tar.xz'"),
+        ({"cat/1.jpg": b"x", "dog/poodle/2.jpg": b"x"}, r"found them in '.', 'dog'; .*, as in 'data#dog'"),
     ],
 )
 def test_folder_without_labelled_images_is_refused(tmp_path, pack_folder, files, message):
@@ -238,6 +239,13 @@ def test_folder_without_labelled_images_is_refused(tmp_path, pack_folder, files,
 def test_empty_archive_is_refused(tmp_path, pack, suffix):
     with pytest.raises(DataError, match="found no image"):
         open_dataset(pack(tmp_path / f"x.{suffix}", {}))
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+def test_an_archive_of_archives_is_said_to_be_one(tmp_path, pack, suffix):
+    path = pack(tmp_path / f"x.{suffix}", {"n01440764.tar": b"x"})
+    with pytest.raises(DataError, match="found no image; archives within it are not read: unpack it first$"):
+        open_dataset(path)
 
 
 def test_file_that_is_no_archive_is_refused(tmp_path, encode):
