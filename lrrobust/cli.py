@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -747,4 +748,6 @@ def main() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = Unheard(sys.stderr or open(os.devnull, "w"))
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    # Of what cameras wrote wrongly beside the pixels, which no pixel depends on.
+    warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
     sys.exit(run(sys.argv[1:]))

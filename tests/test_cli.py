@@ -396,6 +396,18 @@ def test_progress_that_nobody_can_take_decides_nothing(workplace, tmp_path, shel
     assert done.returncode == 0 and "fgsm" in done.stdout and load_run(find_runs(tmp_path / "runs")[0]).is_complete
 
 
+def test_what_cameras_wrote_wrongly_beside_the_pixels_is_nobodys_business(workplace, tmp_path):
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # five entries promised, none there
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "ant" / "0.jpg", exif=cut)
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = ["eval", "--model", workplace / "model.py:build", "--dataset", "images", "--attack", "fgsm", "--out", "runs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lrrobust", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "EXIF" not in done.stderr
+
+
 def test_a_model_that_closes_its_output_closes_nobody_elses(workplace, tmp_path):
     closing = "\nimport sys\n\ndef closing():\n    sys.stdout.close()\n    sys.stderr.close()\n    return build()\n"
     (tmp_path / "closing.py").write_text((workplace / "model.py").read_text() + closing)
@@ -427,7 +439,7 @@ def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):
         "--out", tmp_path / "runs", cwd=tmp_path,
     )
     assert code == 0, err
-    assert "skipped, as they cannot be decoded: 1 image, bee/0.png" in err
+    assert "skipped, as they cannot be decoded: 1 image, 'bee/0.png'" in err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -480,7 +480,7 @@ def test_a_corrupt_image_in_the_middle_of_a_tar(run, workplace, tmp_path):
     assert code == 2 and "bee/4.png" in err and "--skip-corrupt" in err
     code, _, err = run(*arguments, "--skip-corrupt")
     assert code == 0, err
-    assert "skipped, as they cannot be decoded: 1 image, bee/4.png" in err
+    assert "skipped, as they cannot be decoded: 1 image, 'bee/4.png'" in err
     (folder,) = find_runs(tmp_path)
     rows = load_run(folder).rows
     assert rows["key"].nunique() == 23 and "bee/4.png" not in set(rows["key"])

@@ -37,8 +37,8 @@ def report_subset(images: EvaluationSet) -> None:
         also = f"; no image has its {without}" if without else ""
         notice(f"left out: {format_count(images.left_out_count, 'image')} of classes the model does not know ({unknown}){also}")
     if images.corrupt_keys:
-        shown = ", ".join(images.corrupt_keys[:5]) + (", ..." if len(images.corrupt_keys) > 5 else "")
-        notice(f"skipped, as they cannot be decoded: {format_count(len(images.corrupt_keys), 'image')}, {shown}")
+        count = format_count(len(images.corrupt_keys), "image")
+        notice(f"skipped, as they cannot be decoded: {count}, {_name_some(images.corrupt_keys)}")
 
 
 def warn_of_former(earlier: Sequence[Path]) -> None:
@@ -50,7 +50,7 @@ def warn_of_former(earlier: Sequence[Path]) -> None:
         )
 
 
-#: Classes that a notice names.
+#: Classes or images that a notice names.
 _NAMED = 3
 
 
