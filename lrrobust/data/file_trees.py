@@ -424,6 +424,11 @@ def _regular_members(
     # Some programs write none, and GNU tar does not mind; a download that broke off between two files has none either.
     if tar.fileobj.tell() == tar.offset:
         _log.warning("%s ends without the mark of its end: if files are missing, copy or download it anew", tree.path)
+    elif any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(1 << 20), b"")):
+        _log.warning(
+            "%s goes on behind the mark of its end, where nothing is read: several tars joined into one, or a download with holes; "
+            "give each tar by its name, or download it anew", tree.path,
+        )  # fmt: skip
 
 
 def _damaged_archive(path: Path, error: Exception) -> DataError:

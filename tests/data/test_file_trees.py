@@ -215,6 +215,18 @@ def test_a_tar_without_its_end_is_read_aloud(tmp_path, pack_tar, suffix, caplog)
     assert "ends without the mark" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [(lambda raw: raw + raw.replace(b"a/", b"b/"), 4), (lambda raw: raw[:2048] + bytes(1024) + raw[3072:], 2)],
+    ids=["joined", "hole"],
+)
+def test_what_lies_behind_the_end_of_a_tar_is_told_of(tmp_path, pack_tar, suffix, change, count, caplog):
+    path = _rewrite_tar(pack_tar(tmp_path / f"x{suffix}", {f"a/{i}.jpg": b"one" for i in range(4)}), change)
+    assert len(_open(path).names) == count
+    assert "goes on behind the mark of its end" in caplog.text
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz", ".tar.bz2"])
 @pytest.mark.parametrize("content", [b"", b"not an archive at all" * 100])
 def test_other_content_is_refused(tmp_path, suffix, content):
