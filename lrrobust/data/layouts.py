@@ -22,7 +22,7 @@ LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt")
 
 #: Folders of these names hold a split and no class, unless class folders lie beside them (CIFAR-100 has a class "train"): so
 #: the unlabelled `test/images` of Tiny-ImageNet does not become a class "test".
-_SPLIT_FOLDERS = ("train", "val", "validation", "test")
+SPLIT_FOLDERS = ("train", "val", "validation", "test")
 
 #: The folder of a class' images, likewise.
 _IMAGES = "images"
@@ -41,12 +41,13 @@ class LabelledFile(NamedTuple):
 class Labelling(NamedTuple):
     """The labelled images of one split of a tree.
 
-    `split` is the folder they were chosen from where the tree offered several, or images outside of it without a class, or
-    one was asked for; `unread` counts by suffix the files in its class folders that are of no format that is read.
+    They lie in class folders in `folder`, `is_choice` where the tree offered several, or images outside of it without a
+    class, or one was asked for; `unread` counts by suffix the files in its class folders that are of no format that is read.
     """
 
     files: list[LabelledFile]
-    split: str | None
+    folder: str
+    is_choice: bool
     ignored_count: int
     unread: Counter[str]
 
@@ -92,7 +93,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         above, wnid = posixpath.split(folder)
         if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
             groups[folder].append((None, name))
-        elif wnid and (is_class or wnid not in _SPLIT_FOLDERS):
+        elif wnid and (is_class or wnid not in SPLIT_FOLDERS):
             groups[above].append((wnid, name))
         else:
             unlabelled.append(name)
@@ -109,10 +110,11 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     files = groups[chosen]
     if any(wnid is None for wnid, _ in files):
         files = _label_flat(tree.path, [name for _, name in files], spool)
-    has_choice = split is not None or len(groups) > 1 or (chosen != "" and len(missed) > 0)
+    is_choice = split is not None or len(groups) > 1 or (chosen != "" and len(missed) > 0)
     return Labelling(
         [LabelledFile(wnid, name) for wnid, name in files],
-        posixpath.basename(chosen) if has_choice else None,
+        posixpath.basename(chosen),
+        is_choice,
         ignored_count,
         _unread_below(tree, chosen),
     )
@@ -125,7 +127,7 @@ class _Neighbours:
         is_flat: dict[str, bool] = defaultdict(bool)
         for folder, file in map(posixpath.split, names):
             is_flat[folder] |= FLAT_NAME.fullmatch(file) is not None
-        ordinary = [folder for folder in is_flat if posixpath.basename(folder) not in ("", *_SPLIT_FOLDERS, _IMAGES)]
+        ordinary = [folder for folder in is_flat if posixpath.basename(folder) not in ("", *SPLIT_FOLDERS, _IMAGES)]
         self._ordinary = Counter(posixpath.dirname(folder) for folder in ordinary)
         self._flat = Counter(posixpath.dirname(folder) for folder in ordinary if is_flat[folder])
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lrrobust.data.avc_photos import open_photos
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
-from lrrobust.data.layouts import LAYOUT_SUFFIXES, describe_unread, label_files
+from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
 from lrrobust.errors import DataError
 
 __all__ = ["PHOTOS", "FileImages", "ImageSource", "open_dataset"]
@@ -82,15 +82,23 @@ def open_dataset(spec: str | Path) -> ImageSource:
     for part in _split_parts(str(spec)):
         pattern, split = _split_fragment(part)
         chosen_split = None
+        name_of: dict[str, str] = {}
         for path in _expand(pattern):
             tree = open_tree(path, LAYOUT_SUFFIXES, spool)
             labelling = label_files(tree, split, spool)
-            chosen_split = chosen_split or labelling.split
+            chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
+            name_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count
             unread += labelling.unread
             files += [
                 TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files
             ]
+        for other in sorted(name_of.keys() & set(SPLIT_FOLDERS) - {chosen_split}):
+            if chosen_split is not None:
+                raise DataError(
+                    f"data set {part!r} has images of {chosen_split!r}, and {name_of[other]} those of {other!r}; "
+                    f"name the one to read, as in '{pattern}#{other}', or give the files that hold it"
+                )
         names.append(_display_name(pattern, chosen_split))
     if unread:
         _log.warning(

@@ -121,6 +121,16 @@ def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack_folder, pe
     assert len(open_dataset(f"{root}#y")) == 5
 
 
+@pytest.mark.parametrize("lone", ["part-1.zip", "part-3.zip"])
+def test_archives_of_different_splits_are_not_mixed(tmp_path, pack_zip, pets, lone):
+    part = {f"train/{key}": pets[key] for key in pets if key.startswith("cat")}
+    pack_zip(tmp_path / "part-2.zip", {**part, **{f"val/{key}": pets[key] for key in pets}})
+    pack_zip(tmp_path / lone, {f"train/{key}": pets[key] for key in pets if key.startswith("dog")})
+    with pytest.raises(DataError, match=f"images of 'val', and {lone} those of 'train'; name the one to read, as in '.*#train'"):
+        open_dataset(f"{tmp_path}/part-*.zip")
+    assert open_dataset(f"{tmp_path}/part-*.zip#train").keys == tuple(sorted(pets))
+
+
 def test_several_archives_by_pattern_and_by_comma(tmp_path, pack_tar, pets):
     names = sorted(pets)
     for i, part in enumerate([names[:2], names[2:3], names[3:]]):
