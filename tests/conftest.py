@@ -21,8 +21,10 @@ for _signum, _default in (("SIGINT", signal.default_int_handler), ("SIGTERM", si
 # Tests of threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch import nn
 
 from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
@@ -179,3 +181,46 @@ def make_run():
 @pytest.fixture
 def suite_distances():
     return _DISTANCES
+
+
+_MODEL = """
+import torch
+from PIL import Image
+from torch import nn
+from lrrobust.models import Classifier
+
+def make(classes, scale=1.0):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, len(classes)))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(scale * torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    return Classifier(network, classes, input_size=8)
+
+def build(): return make(("ant", "bee", "cat"))
+def build_scaled(): return make(("ant", "bee", "cat"), 2.0)
+def build_reordered(): return make(("cat", "bee", "ant"))
+def build_other_classes(): return make(("bee", "cat", "dog"))
+def build_stranger(): return make(("emu", "fox"))
+def build_accents(): return make(("ant", "b\\u00e9e", "cat"))
+def build_two_characters(): return make(("be\\u0301e", "ant", "cat"))
+"""
+
+
+@pytest.fixture
+def request_for(tmp_path):
+    """Requests for evaluations of tiny models, by the names of their factories, on twelve images."""
+    from lrrobust.run import EvaluationRequest
+
+    (tmp_path / "model.py").write_text(_MODEL)
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+
+    def make(*factories, **options):
+        models = tuple(f"{tmp_path}/model.py:{factory}" for factory in factories)
+        settings = {"attacks": ("pgd",), "dataset": str(tmp_path / "images"), "out": tmp_path / "runs", **options}
+        return EvaluationRequest(models=models, **settings)
+
+    return make
