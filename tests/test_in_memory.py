@@ -99,7 +99,8 @@ def test_a_kept_run_goes_on_and_is_reported(problem, tmp_path, monkeypatch, caps
     again = evaluate(problem, out=tmp_path / "runs", name="linear", dataset="squares")
     assert again.folder == first.folder and again.rows.equals(first.rows)
     assert run(["report", str(first.folder), "--out", str(tmp_path / "report")]) == 0
-    assert (tmp_path / "report" / "report.html").is_file()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"Made in Python, by no command: {first.folder.name}." in page
     capsys.readouterr()
     assert run(["check", str(tmp_path / "baseline.json"), "--update", "--run", str(first.folder)]) == 2
     assert "make it with `lrrobust eval`" in capsys.readouterr().err

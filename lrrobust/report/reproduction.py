@@ -11,23 +11,30 @@ from lrrobust.results import Run
 
 
 class Reproduction(NamedTuple):
-    """What makes a report again: commits of its runs, every command once, the report's last, and the code that reports."""
+    """What makes a report again: commits of its runs, every command once, the report's last, and the code that reports.
+
+    `without_command` are the folders of runs that were made in Python.
+    """
 
     commits: Sequence[str]
     commands: Sequence[str]
     code: str
+    without_command: Sequence[str]
 
     @property
     def how(self) -> str:
         evaluations = f"the code at commit {', '.join(map(name_commit, self.commits))}" if self.commits else "the versions given"
-        return f"The evaluations with {evaluations}, this report with {self.code}:"
+        by_hand = f" Made in Python, by no command: {', '.join(self.without_command)}." if self.without_command else ""
+        return f"The evaluations with {evaluations}, this report with {self.code}.{by_hand}"
 
 
 def reproduction(runs: Sequence[Run], command: Sequence[str]) -> Reproduction:
     """Args: runs in their order; command of the report itself, as in `sys.argv`."""
     found = {str(commit) for run in runs if (commit := (run.manifest.get("provenance") or {}).get("commit"))}
     evaluations = [format_command(run.manifest["command"]) for run in runs if run.manifest.get("command")]
-    return Reproduction(sorted(found), [*dict.fromkeys(evaluations), format_command(command)], describe_code())
+    commands = [*dict.fromkeys(evaluations), format_command(command)]
+    without = [run.folder.name for run in runs if not run.manifest.get("command")]
+    return Reproduction(sorted(found), commands, describe_code(), without)
 
 
 def format_command(command: Sequence[str]) -> str:
