@@ -3,20 +3,11 @@
 from lrrobust.results.adversarial import AdversarialImage
 from lrrobust.results.examples import Example, example_count
 from lrrobust.results.files import keep_copy, write_file
-from lrrobust.results.manifest import identity_of
+from lrrobust.results.manifest import fingerprint_of, identity_of, load_manifest
+from lrrobust.results.parts import PartId
+from lrrobust.results.run import Run, find_runs, load_adversarial, load_examples, load_run, manifest_value
 from lrrobust.results.schema import OUTCOMES, SCHEMA, SCHEMA_VERSION, breaking_eps, distances, rows_to_table, texts
-from lrrobust.results.store import (
-    PartId,
-    Run,
-    RunStore,
-    find_runs,
-    fingerprint_of,
-    load_adversarial,
-    load_examples,
-    load_manifest,
-    load_run,
-    manifest_value,
-)
+from lrrobust.results.store import RunStore
 
 __all__ = [
     "OUTCOMES",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lrrobust.errors import StoreError
 from lrrobust.mistakes import describe_mistake
-from lrrobust.results.schema import NORMS
+from lrrobust.results.files import explaining, read_file
+from lrrobust.results.schema import NORMS, SCHEMA_VERSION
+
+MANIFEST_NAME = "manifest.json"
 
 #: Names of attacks are part of file names.
 ATTACK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -101,3 +107,35 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
         where = ".".join(str(part)[:40] for part in mistake["loc"])
         raise ValueError(" ".join(f"{where}: {describe_mistake(mistake)}".removeprefix(": ").split())[:250]) from None
     return manifest
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """What a run says of itself; StoreError where there is none, or it is damaged."""
+    path = folder / MANIFEST_NAME
+    try:
+        with explaining("read", path):
+            manifest = parse_manifest(read_file(path))
+    except FileNotFoundError:
+        raise StoreError(f"expected a run in {folder}, found no {MANIFEST_NAME}: give the folder of a run") from None
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is damaged ({error}); restore it from a copy, or choose another folder to start anew"
+        ) from None
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise StoreError(
+            f"{folder} has results of schema {manifest['schema_version']}, this lrrobust reads {SCHEMA_VERSION}: "
+            "use the version of lrrobust that wrote it, or choose another folder"
+        )
+    # Others than evaluations choose their fingerprints themselves.
+    if "rows_version" in manifest and manifest["fingerprint"] != fingerprint_of(identity_of(manifest)):
+        raise StoreError(
+            f"{path} was edited: what it says does not have the fingerprint that it names; restore it from a copy, or evaluate anew "
+            "in another folder"
+        )
+    return manifest
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of a JSON-ready identity, independent of the order of its keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

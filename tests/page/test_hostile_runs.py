@@ -19,8 +19,8 @@ from lrrobust.page import write_page
 from lrrobust.report.figures import draw_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
 from lrrobust.report.summary import summarise
-from lrrobust.results import load_examples, load_run, store
-from lrrobust.results.store import _sealed_parquet
+from lrrobust.results import load_examples, load_run, parts
+from lrrobust.results.parts import sealed_parquet
 from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claim
 from lrrobust.verdict.judge import judge_claims
 
@@ -164,7 +164,7 @@ def test_a_part_that_unpacks_to_more_than_anybody_has(folder, caplog, monkeypatc
     path = run / "parts" / "pgd-000000-000006.parquet"
     resealed(path, lambda table: pa.concat_tables([table] * 20_000).combine_chunks())
     assert path.stat().st_size < 2_000_000
-    monkeypatch.setattr(store, "_MOST_BYTES", 4_000_000)
+    monkeypatch.setattr(parts, "_MOST_BYTES", 4_000_000)
     assert not read_all(run).is_complete
     assert "unpacks to more than 4,000,000 bytes" in caplog.text
 
@@ -208,7 +208,7 @@ def resealed(path, change):
     """Rewrites a part as somebody would who knows how seals are made."""
     file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
     metadata = {k.decode(): v.decode() for k, v in file.metadata.metadata.items() if k not in (b"ARROW:schema", b"seal")}
-    path.write_bytes(_sealed_parquet(change(file.read()), metadata))
+    path.write_bytes(sealed_parquet(change(file.read()), metadata))
 
 
 @fuzz
