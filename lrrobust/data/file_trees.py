@@ -54,7 +54,7 @@ _LONGEST_PATH = 4096
 #: As the header of a zip says it; PowerShell separates folders with backslashes there.
 _WRITTEN_ON_WINDOWS = 0
 
-#: Compressed tars unpack to no more than this and so many times their size: images hardly compress.
+#: Compressed files unpack to no more than this and so many times their size: images hardly compress.
 MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 1_000_000_000, 100
 
 #: A header that holds a long name, or other things about a file, is read into memory.
@@ -98,6 +98,11 @@ class Span(NamedTuple):
 
     offset: int
     size_bytes: int
+
+
+def most_unpacked_bytes(path: Path) -> int:
+    """What a compressed file of images may unpack to."""
+    return MAX_UNPACKED_BYTES + _MAX_UNPACKED_RATIO * path.stat().st_size
 
 
 class Spool:
@@ -343,7 +348,7 @@ class CompressedTarTree(FileTree):
         self._oversized: dict[str, int] = {}
         decompress = next(open_ for suffix, open_ in _DECOMPRESSORS.items() if path.name.lower().endswith(suffix))
         try:
-            most = MAX_UNPACKED_BYTES + _MAX_UNPACKED_RATIO * path.stat().st_size
+            most = most_unpacked_bytes(path)
             with decompress(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_BoundedTarInfo) as tar:
                 for member, name in _regular_members(tar, self, most):
                     if member.size > MAX_MEMBER_BYTES:
@@ -385,7 +390,7 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
         return TarTree(path, suffixes)
     if name.endswith(tuple(_DECOMPRESSORS)):
         return CompressedTarTree(path, suffixes, spool)
-    raise DataError(f"{path} is neither a folder nor an archive; archives end in {', '.join(ARCHIVE_SUFFIXES)}")
+    raise DataError(f"{path} is neither a folder nor an archive; archives end in {', '.join(ARCHIVE_SUFFIXES)}, or .parquet")
 
 
 def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:

@@ -162,10 +162,12 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
         hint = ""
         if not has_unlabelled and (unread := _unread_below(tree, "")):
             found = f"none that ends in {', '.join(IMAGE_SUFFIXES)}, but {describe_unread(unread)}"
-        if any(suffix in (".tar", ".xz", ".gz", ".zip") for _, suffix in tree.unread):
+        suffixes = {suffix for _, suffix in tree.unread}
+        if not suffixes.isdisjoint((".tar", ".xz", ".gz", ".zip", ".parquet")):
             hint = "; archives within it are not read: unpack it first"
             if path.is_dir():
-                hint = "; to read archives in it, give their names or a pattern such as 'folder/train-*.tar.xz'"
+                example = "validation-*.parquet" if ".parquet" in suffixes else "train-*.tar.xz"
+                hint = f"; to read archives in it, give their names or a pattern such as 'folder/{example}'"
         raise DataError(f"{path}: expected images in one folder a class (<class>/<image>), found {found}{hint}")
     wanted = split if split is not None else "val"
     if split is None and len(groups) == 1:

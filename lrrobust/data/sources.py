@@ -16,6 +16,7 @@ from lrrobust.data.avc_photos import open_photos
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
+from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
 
 __all__ = ["PHOTOS", "FileImages", "ImageSource", "open_dataset"]
@@ -61,7 +62,8 @@ def open_dataset(spec: str | Path) -> ImageSource:
     Args:
         spec: "photos" (500 labelled photos, fetched once), or the path of a folder, a zip or a tar
             (.tar, .tar.gz, .tar.xz, .tar.bz2) with one folder of images a class; the layouts of
-            Tiny-ImageNet and of ImageNet's validation tar are understood too. Several paths are
+            Tiny-ImageNet and of ImageNet's validation tar are understood too, and Parquet files of the
+            Hugging Face hub, where `PATH#COLUMN` names the column of the classes. Several paths are
             separated by commas, and a path may be a pattern, as in `train-*.tar.xz`. Where there
             are several splits `val` is read; `PATH#train` reads another. A Path object always
             means a file or folder, never "photos".
@@ -84,6 +86,10 @@ def open_dataset(spec: str | Path) -> ImageSource:
         chosen_split = None
         name_of: dict[str, str] = {}
         for path in _expand(pattern):
+            if path.suffix.lower() == SUFFIX and path.is_file():
+                table = ParquetTree(path, split, spool)
+                files += [TreeFile(f"{wnid}/{name}", wnid, name, table) for wnid, name in table.labelled()]
+                continue
             tree = open_tree(path, LAYOUT_SUFFIXES, spool)
             labelling = label_files(tree, split, spool)
             chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
