@@ -133,6 +133,7 @@ def build_evaluation_set(
             decoded and `skip_corrupt` is False; the data set cannot be read.
     """
     eligible, labels = match_classes(source.wnids, classes, known_classes)
+    wanted, _ = match_classes(classes, classes, known_classes)
     if not eligible:
         raise DataError(_no_known_class(source, classes))
     label_of = dict(zip(eligible, labels))
@@ -170,7 +171,7 @@ def build_evaluation_set(
         labels=tuple(label_of[index] for index in whole),
         sha256=_hash_images((source.keys[index], digests[index].hex(), source.wnids[index]) for index in whole),
         left_out_count=len(source) - len(eligible),
-        left_out_classes=_unmatched(source.wnids, [classes[known] for known in match_classes(classes, classes, known_classes)[0]]),
+        left_out_classes=_unmatched(source.wnids, [classes[label] for label in wanted]),
         corrupt_keys=tuple(source.keys[index] for index in corrupt),
         subset=subset,
         _source=source,

@@ -431,8 +431,8 @@ def _regular_members(
         _log.warning("%s ends without the mark of its end: if files are missing, copy or download it anew", tree.path)
     elif any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(1 << 20), b"")):
         _log.warning(
-            "%s goes on behind the mark of its end, where nothing is read: several tars joined into one, or a download with holes; "
-            "give each tar by its name, or download it anew", tree.path,
+            "%s goes on behind the mark of its end, where nothing is read: several tars joined into one, or a download with "
+            "holes; give each tar by its name, or download it anew", tree.path,
         )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     missed = [name for name in unlabelled if not is_expected or not chosen or name.startswith(f"{chosen}/")]
     if missed:
         _log.warning(
-            "%s: passed over %d images outside of class folders, such as %r: if they belong to it, put them into the folders of "
-            "their classes", tree.path, len(missed), missed[0],
+            "%s: passed over %d images outside of class folders, such as %r: if they belong to it, put them into the folders "
+            "of their classes", tree.path, len(missed), missed[0],
         )  # fmt: skip
     files = groups[chosen]
     if any(wnid is None for wnid, _ in files):
@@ -201,8 +201,8 @@ def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
         wnid = fields[1].strip()
         if (before := wnid_of.setdefault(fields[0], wnid)) != wnid:
             raise DataError(
-                f"{tree.path}: {name!r}, line {number}: {fields[0]!r} is of class {wnid!r}, and was of class {before!r} before; "
-                "remove one line"
+                f"{tree.path}: {name!r}, line {number}: {fields[0]!r} is of class {wnid!r}, and was of class {before!r} "
+                "before; remove one line"
             )
     return wnid_of
 

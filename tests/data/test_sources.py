@@ -126,7 +126,7 @@ def test_archives_of_different_splits_are_not_mixed(tmp_path, pack_zip, pets, lo
     part = {f"train/{key}": pets[key] for key in pets if key.startswith("cat")}
     pack_zip(tmp_path / "part-2.zip", {**part, **{f"val/{key}": pets[key] for key in pets}})
     pack_zip(tmp_path / lone, {f"train/{key}": pets[key] for key in pets if key.startswith("dog")})
-    with pytest.raises(DataError, match=f"images of 'val', and {lone} those of 'train'; name the one to read, as in '.*#train'"):
+    with pytest.raises(DataError, match=f"of 'val', and {lone} those of 'train'; name the one to read, as in '.*#train'"):
         open_dataset(f"{tmp_path}/part-*.zip")
     assert open_dataset(f"{tmp_path}/part-*.zip#train").keys == tuple(sorted(pets))
 
@@ -280,7 +280,7 @@ def test_annotations_may_begin_with_a_mark_of_their_encoding(tmp_path, pack_zip,
 def test_annotations_that_contradict_themselves_are_refused(tmp_path, pack_zip, pets):
     files = _tiny(pets)
     files["tiny-imagenet-200/val/val_annotations.txt"] += b"cat_1.jpg\tcat\ncat_1.jpg\tdog\n"
-    with pytest.raises(DataError, match="line 7: 'cat_1.jpg' is of class 'dog', and was of class 'cat' before; remove one line"):
+    with pytest.raises(DataError, match="line 7: 'cat_1.jpg' is of class 'dog', and was of class 'cat' before; remove one"):
         open_dataset(pack_zip(tmp_path / "tiny.zip", files))
 
 
