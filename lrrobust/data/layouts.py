@@ -30,6 +30,13 @@ _IMAGES = "images"
 _ANNOTATIONS = "val_annotations.txt"
 _WNID = re.compile(r"n\d{8}")
 
+#: A validation image of ImageNet in the archives of the Hugging Face hub; the group is its class.
+_HUB_NAME = re.compile(r"ILSVRC2012_val_\d{8}_(n\d{8})\.JPEG")
+
+
+def _is_validation_image(file: str) -> bool:
+    return FLAT_NAME.fullmatch(file) is not None or _HUB_NAME.fullmatch(file) is not None
+
 
 class LabelledFile(NamedTuple):
     """An image of a tree: its class, and its name there."""
@@ -56,8 +63,8 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     """Find the images of a tree and their classes.
 
     Understood are, below any folders: `<class>/<image>`, `<class>/images/<image>`, Tiny-ImageNet's
-    `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images
-    with the development kit beside them. Of several sets of class folders `val` is taken.
+    `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images, with the development kit
+    beside them or called after their classes as on the Hugging Face hub. Of several sets of class folders `val` is taken.
 
     Args:
         tree: opened with `LAYOUT_SUFFIXES`.
@@ -91,8 +98,9 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
             if not is_class:
                 folder = above
         above, wnid = posixpath.split(folder)
-        if FLAT_NAME.fullmatch(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
-            groups[folder].append((None, name))
+        if _is_validation_image(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
+            named = _HUB_NAME.fullmatch(file)
+            groups[folder].append((named and named[1], name))
         elif wnid and (is_class or wnid not in SPLIT_FOLDERS):
             groups[above].append((wnid, name))
         else:
@@ -126,7 +134,7 @@ class _Neighbours:
     def __init__(self, names: Iterable[str]) -> None:
         is_flat: dict[str, bool] = defaultdict(bool)
         for folder, file in map(posixpath.split, names):
-            is_flat[folder] |= FLAT_NAME.fullmatch(file) is not None
+            is_flat[folder] |= _is_validation_image(file)
         ordinary = [folder for folder in is_flat if posixpath.basename(folder) not in ("", *SPLIT_FOLDERS, _IMAGES)]
         self._ordinary = Counter(posixpath.dirname(folder) for folder in ordinary)
         self._flat = Counter(posixpath.dirname(folder) for folder in ordinary if is_flat[folder])

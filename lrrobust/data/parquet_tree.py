@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrrobust.data.file_trees import MAX_MEMBER_BYTES, FileTree, Span, Spool, most_unpacked_bytes
+from lrrobust.data.ilsvrc import WNID_IN_NAME
 from lrrobust.errors import DataError
 
 SUFFIX = ".parquet"
 
 #: Rows that are read at once.
 _ROWS = 64
-
-#: ImageNet's images are called after their class, ILSVRC2012_val_00000293_n01440764.JPEG, and its labels by common words.
-_NAMED_BY_WNID = re.compile(r"_(n\d{8})$")
 
 
 class ParquetTree(FileTree):
@@ -168,8 +165,11 @@ def _name(path: Path, row: int) -> str:
 
 
 def _wnids_in(paths: Sequence[str | None], labels: Sequence[str]) -> list[str] | None:
-    """WordNet ids that the images are called after, where all are, and each class after one."""
-    found = [_NAMED_BY_WNID.search(posixpath.splitext(path or "")[0]) for path in paths]
+    """WordNet ids that the images are called after, where all are, and each class after one.
+
+    Labels of ImageNet are common words there, several of them the same.
+    """
+    found = [WNID_IN_NAME.search(posixpath.splitext(path or "")[0]) for path in paths]
     if not found or not all(found):
         return None
     wnids = [match[1] for match in found]

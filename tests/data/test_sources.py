@@ -50,6 +50,17 @@ def test_images_subfolder_as_in_tiny_imagenet(tmp_path, container, pack, pets, e
     assert source.ignored_count == 1
 
 
+def test_unsorted_validation_images_called_after_their_classes(tmp_path, container, pack, pets):
+    """As in the archives of ImageNet on the Hugging Face hub."""
+    names = {f"ILSVRC2012_val_0000000{number}_n0000000{number % 2}.JPEG": pets[key] for number, key in enumerate(sorted(pets))}
+    source = open_dataset(pack(tmp_path / container, names))
+    assert _content(source) == {f"{name[-14:-5]}/{name}": (name[-14:-5], content) for name, content in names.items()}
+    # In class folders these say what they are of.
+    (tmp_path / "sorted").mkdir()
+    files = {f"{'ant' if '_n00000000' in name else 'bee'}/{name}": content for name, content in names.items()}
+    assert set(open_dataset(pack(tmp_path / "sorted" / container, files)).wnids) == {"ant", "bee"}
+
+
 def _tiny(pets):
     """The layout of the public zip, with the pets as validation images."""
     root = "tiny-imagenet-200"
