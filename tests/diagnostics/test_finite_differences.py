@@ -68,6 +68,15 @@ class AnswersInFloat32(Network):
         return super().forward(images).float()
 
 
+class Half(Network):
+    def __init__(self):
+        super().__init__()
+        self.layers.half()
+
+    def forward(self, images):
+        return self.layers(images.half()).float()
+
+
 class Noisy(Network):
     def forward(self, images):
         logits = super().forward(images)
@@ -100,9 +109,20 @@ def test_a_part_of_the_gradient_fails(found, model):
     assert result.passed is False and "a gradient that is not the model's, or a part of it" in result.detail
 
 
+@pytest.mark.parametrize("kind", [NoFloat64, AnswersInFloat32])
 @pytest.mark.parametrize(
-    "model", [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(), AnswersInFloat32(), Noisy()],
-    ids=["rounded", "bpda", "float32", "float32 at last", "noisy"],
+    ("change", "passed"), [(lambda images: images, True), (lambda images: 1e-2 * images, True), (part(0.25), False), (part(0.6), False)],
+    ids=["as it is", "small", "quarter", "most"],
+)
+def test_what_cannot_be_computed_in_float64_is_asked_in_float32(found, kind, change, passed):
+    (result,) = found(kind(change))
+    assert result.passed is passed and "cannot be computed in float64" in result.detail and "in float32" in result.detail
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(rounded), AnswersInFloat32(rounded_with_a_gradient), Noisy(), Half()],
+    ids=["rounded", "bpda", "rounded in float32", "bpda in float32", "noisy", "float16"],
 )
 def test_what_has_no_slope_is_not_known(found, model):
     (result,) = found(model)
