@@ -18,7 +18,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     # A frozen TorchScript module has no mode.
     training = {module: module.training for module in model.modules() if hasattr(module, "training")}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One made in inference mode can have its flag taken, and never given back.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
     try:
         if model in training:
             # An exported program keeps the mode that it was exported in.
