@@ -61,7 +61,8 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
     """As whole numbers, in which NaN equals itself."""
-    value = value.detach()
+    # Those of torch's quantised types come as integers; seen as another type in place they are memory out of bounds.
+    value = value.detach().int_repr() if value.is_quantized else value.detach()
     # In the order in which they lie: the check is made at every part, and reordering channels takes longer than comparing.
     flat = value.permute(sorted(range(value.ndim), key=value.stride, reverse=True)).contiguous().view(-1)
     return flat.view(_WHOLE_NUMBERS[value.element_size()]) if value.element_size() in _WHOLE_NUMBERS else flat.view(torch.uint8)

@@ -216,6 +216,10 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[key].detach()
         tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).cpu().contiguous().resolve_conj().resolve_neg()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # Of torch's quantised types the scale belongs to the values; seen as bytes in place they are memory out of bounds.
+        if tensor.is_quantized:
+            digest.update(tensor.dequantize().numpy().tobytes())
+            tensor = tensor.int_repr()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

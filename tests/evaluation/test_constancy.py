@@ -78,3 +78,15 @@ def test_rounding_is_no_change():
     constancy = Constancy(model, IMAGES, 1e-4)
     model.shift = 1e-6
     constancy.check()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_buffers_are_compared():
+    model = Model()
+    model.register_buffer("table", torch.quantize_per_tensor(torch.rand(4, 4), 0.1, 0, torch.quint8))
+    other = torch.quantize_per_tensor(torch.rand(4, 4) + 1, 0.1, 0, torch.quint8)
+    constancy = Constancy(model, IMAGES, 1e-4)
+    constancy.check()
+    model.table = other
+    with pytest.raises(ModelError, match="'table' is not what it was"):
+        constancy.check()

@@ -516,3 +516,13 @@ def test_buffers_of_every_layout_have_a_digest():
     assert state_sha256(module) == before
     module.sparse = (2 * torch.eye(3)).to_sparse()
     assert state_sha256(module) != before
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_buffers_have_a_digest():
+    def digest(scale):
+        module = torch.nn.Module()
+        module.register_buffer("table", torch.quantize_per_tensor(scale * torch.arange(4.0), scale, 0, torch.quint8))
+        return state_sha256(module)
+
+    assert digest(0.5) == digest(0.5) != digest(0.25)
