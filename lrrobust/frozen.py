@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,9 +22,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
     try:
         if model in training:
-            # An exported program keeps the mode that it was exported in.
-            with suppress(NotImplementedError):
+            try:
                 model.eval()
+            except NotImplementedError:
+                # An exported program keeps the mode that it was exported in; its flags are always up and mean nothing.
+                for module in training:
+                    module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model

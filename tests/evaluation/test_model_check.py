@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
+from lrrobust.evaluation.judge import check_evaluation_mode
 from lrrobust.evaluation.model_check import check_model
 from lrrobust.frozen import frozen
 
@@ -59,6 +60,8 @@ def test_an_exported_program_has_no_mode():
         model.eval()
     with frozen(model):
         assert torch.equal(model(IMAGES), model(IMAGES))
+        # Nor is it refused for the flags that it has all the same.
+        check_evaluation_mode(model)
 
 
 class PlaceAmongOthers(nn.Module):
