@@ -15,7 +15,7 @@ from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.errors import BackendWarning
-from lrrobust.evaluation.judge import Judge, call_model, gap, largest
+from lrrobust.evaluation.judge import Judge, call_model, gap, logit_scale
 from lrrobust.evaluation.model_check import OFF_GRID, RANDOMISED_TOLERANCE
 from lrrobust.frozen import frozen
 
@@ -39,7 +39,7 @@ def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
         first = call_model(subject.judge.model, images)
         differences.append(max(gap(call_model(subject.judge.model, images), first) for _ in range(FORWARDS - 1)))
         # Written so that NaN fails.
-        passed &= differences[-1] <= RANDOMISED_TOLERANCE * largest(first)
+        passed &= differences[-1] <= RANDOMISED_TOLERANCE * logit_scale(first)
     detail = (
         f"In {FORWARDS} forward passes the logits of {len(images)} images differ by at most {differences[0]:.2g}, with noise on "
         f"them by at most {differences[1]:.2g}"

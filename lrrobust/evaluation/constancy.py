@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import call_model, gap, largest
+from lrrobust.evaluation.judge import call_model, gap, logit_scale
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,7 +17,7 @@ class Constancy:
     Args:
         model: in evaluation mode, on its device.
         images: (N, 3, H, W) in [0, 1] on the same device; the fewer, the cheaper a check.
-        tolerance: two forwards of a model that has not changed differ by no more than this share of the largest logit.
+        tolerance: two forwards of a model that has not changed differ by no more than this share of `logit_scale`.
     """
 
     def __init__(self, model: nn.Module, images: torch.Tensor, tolerance: float) -> None:
@@ -25,7 +25,7 @@ class Constancy:
         self._images = images.clone()
         self._tolerance = tolerance
         self._logits = self._predict()
-        self._scale = largest(self._logits)
+        self._scale = logit_scale(self._logits)
         # After a forward: some models fill caches in their first.
         self._state = {name: _bits(value).clone() for name, value in _state(model).items()}
 

@@ -172,10 +172,14 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
 _LEADING = 3
 
 
-def largest(logits: torch.Tensor) -> float:
-    """The size of the largest leading logit: what differences of logits are compared with, since any scale of them is as good."""
+def logit_scale(logits: torch.Tensor) -> float:
+    """What differences of logits are compared with: classes are as sure at any scale, and with any number added to all logits.
+
+    It is the size of the largest leading logit, or by how much it stands out from the median of its image where that is less.
+    """
     leading = logits.topk(min(_LEADING, logits.shape[1]), dim=1).values
-    return max(float(leading.abs().max()), torch.finfo(logits.dtype).tiny)
+    standing_out = leading - logits.median(dim=1, keepdim=True).values
+    return max(min(float(leading.abs().max()), float(standing_out.abs().max())), torch.finfo(logits.dtype).tiny)
 
 
 def gap(logits: torch.Tensor, others: torch.Tensor) -> float:

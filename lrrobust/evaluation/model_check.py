@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import call_model, check_logits, gap, largest
+from lrrobust.evaluation.judge import call_model, check_logits, gap, logit_scale
 from lrrobust.out_of_memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
-#: Forwards of the same images may differ by this share of the largest logit before the model counts as randomised; with
+#: Forwards of the same images may differ by this share of `logit_scale` before the model counts as randomised; with
 #: logits of ten the bound that AutoAttack uses.
 RANDOMISED_TOLERANCE = 1e-5
 
-#: Logits of one image, alone and among others, may differ by this share of the largest logit.
+#: Logits of one image, alone and among others, may differ by this share of `logit_scale`.
 BATCH_TOLERANCE = 1e-2
 
 #: Forwards that show what is random. Of models that draw one of two ways each time, one in eight passes.
@@ -65,14 +65,14 @@ def check_model(
             "the model look robust; return the logits, without the softmax at the end"
         )
         found["probabilities"] = "instead of logits: attacks are weakened"
-    scale = largest(before)
+    scale = logit_scale(before)
     difference = _randomness(model, few, before, num_classes)
     noisy = _off_grid(few)
     beside = _predict(model, noisy.clone(), num_classes)
     difference_beside = _randomness(model, noisy, beside, num_classes)
     # With a gradient wanted some layers compute another way, to the same up to rounding.
     with_gradient = gap(attacked, before)
-    is_random = difference > RANDOMISED_TOLERANCE * scale or difference_beside > RANDOMISED_TOLERANCE * largest(beside)
+    is_random = difference > RANDOMISED_TOLERANCE * scale or difference_beside > RANDOMISED_TOLERANCE * logit_scale(beside)
     if is_random or with_gradient > BATCH_TOLERANCE * scale:
         difference = max(difference, with_gradient)
         _log.warning(

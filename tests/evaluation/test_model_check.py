@@ -120,6 +120,11 @@ def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
     assert check(lambda logits: scale * logits) == {}
 
 
+def test_a_number_added_to_all_logits_hides_no_randomness(check):
+    assert check(lambda logits: logits + 1000) == {}
+    assert "randomised" in check(lambda logits: logits + 1000 + 0.001 * torch.randn(logits.shape))
+
+
 def test_a_model_that_is_random_off_the_grid_of_8_bits_alone_is_randomised(linear_problem):
     linear = linear_problem(1, classes=3, slope=0.1).model
     on_grid = (IMAGES * 255).round() / 255
