@@ -116,8 +116,10 @@ class _Counting(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = model
         self.gradients = 0
+        # torchattacks gives back the mode that it found, to this and all in it: batch normalisation would learn of the attacked.
+        self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.gradients += len(images) * images.requires_grad

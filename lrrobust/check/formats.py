@@ -250,7 +250,7 @@ def _numbers(c: Comparison) -> list[str]:
 def _sentence(c: Comparison) -> str:
     return (
         f"{c.model} under {c.attack}, {_eps(c)}: robust accuracy fell from {100 * c.baseline_robust_accuracy:.1f} % to "
-        f"{100 * c.robust_accuracy:.1f} % of {c.n} images ({len(c.lost)} lost, {len(c.gained)} gained, p = {c.p_value:.2g})"
+        f"{100 * c.robust_accuracy:.1f} % of {c.n} images ({len(c.lost)} lost, {len(c.gained)} gained, p = {c.p_holm:.2g} after Holm)"
     )
 
 

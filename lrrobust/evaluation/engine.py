@@ -17,7 +17,7 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, Chunk, chunk_seed
 from lrrobust.evaluation.constancy import Constancy
 from lrrobust.evaluation.judge import Judge, Prediction
 from lrrobust.evaluation.memory import FittingBatch
-from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE, check_model
+from lrrobust.evaluation.model_check import RANDOMISED_TOLERANCE, TRIED, check_model
 from lrrobust.evaluation.outcomes import BrokenAt
 from lrrobust.evaluation.prefetch import Prefetch
 from lrrobust.evaluation.rows import make_adversarial_images, make_examples
@@ -181,7 +181,7 @@ class _AtHand:
 
         def check() -> tuple[dict[str, str], Constancy | None]:
             # Fewer than the check takes by itself only where they do not fit.
-            few = images if judge.batch_size == wanted else images[: judge.batch_size]
+            few = images[: max(judge.batch_size, TRIED) if judge.batch_size == wanted else judge.batch_size]
             surrogate = self._run.surrogate
             found = check_model(judge.model, judge.num_classes, few, surrogate is None)
             if surrogate is not None:

@@ -39,6 +39,15 @@ def test_every_way_attacks_with_the_same_budget_and_finds_the_same(norm, problem
     np.testing.assert_allclose(frame["images_per_s"] * frame["wall_s"], 12)
 
 
+def test_no_way_has_batch_normalisation_learn_of_the_attacked(problem, monkeypatch):
+    monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+    made, labels = problem
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), made.model).eval()
+    compared = compare_attack_loops(model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
+    assert len(list(compared)) == 6
+    assert not model.training and not model[0].training and model[0].num_batches_tracked == 0
+
+
 def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
     monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
     made, labels = problem
@@ -50,8 +59,8 @@ def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
     (ours,) = gradients[OURS]
     assert 0 < ours < 8 * 3 * 4
     # Beside them the warm-ups: one step on one batch, of five images of which the first four are wrong, and the check of the
-    # model on four.
-    assert sum(taken) == 2 * (ours + 12 * 3 * 4 + 8 * 3 * 4) + (1 + 4) + 5 + 1
+    # model on four, as they are and with noise.
+    assert sum(taken) == 2 * (ours + 12 * 3 * 4 + 8 * 3 * 4) + (1 + 4 + 4) + 5 + 1
 
 
 def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkeypatch):

@@ -120,6 +120,30 @@ def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
     assert check(lambda logits: scale * logits) == {}
 
 
+def test_a_model_that_mixes_the_images_of_large_batches_alone_is_refused(linear_problem):
+    problem = linear_problem(16, classes=3)
+
+    class Mixing(nn.Module):
+        def forward(self, images):
+            return problem.model(images if len(images) < 8 else images - images.mean(0) + 0.5)
+
+    assert check_model(Mixing(), 3, problem.images[:6]) == {}
+    with pytest.raises(ModelError, match="depend on the other images of the batch"):
+        check_model(Mixing(), 3, problem.images)
+
+
+def test_a_model_that_is_another_where_a_gradient_is_wanted_off_the_grid_is_marked(linear_problem):
+    problem = linear_problem(4, classes=3)
+    on_grid = (255 * problem.images).round() / 255
+
+    class TwoFaced(nn.Module):
+        def forward(self, images):
+            is_off_grid = not torch.equal((255 * images).round() / 255, images)
+            return problem.model(images) * (0.5 if is_off_grid and torch.is_grad_enabled() else 1)
+
+    assert "randomised" in check_model(TwoFaced(), 3, on_grid)
+
+
 def test_a_number_added_to_all_logits_hides_no_randomness(check):
     assert check(lambda logits: logits + 1000) == {}
     assert "randomised" in check(lambda logits: logits + 1000 + 0.001 * torch.randn(logits.shape))
