@@ -346,7 +346,6 @@ def _reasons(
 
     shown = [weakest[column] for column in np.flatnonzero(findings.is_better)]
     harmful = [max(columns[c], key=lambda row: sign * row.difference) for c in np.flatnonzero(findings.is_worse)]
-    best = max(decisive, key=lambda row: sign * row.difference)
     lowest = min(decisive, key=lambda row: row.low if sign > 0 else -row.high)
     if by_numbers == "supported":
         reasons += [_in_every_population(more, less, row, sign) for row in _one_per_norm(shown, sign)]
@@ -372,13 +371,14 @@ def _reasons(
         missing = {row.norm for row in weakest} - {row.norm for row in shown}
         if missing:
             where = " and ".join(sorted(missing))
+            best = max((row for row in decisive if row.norm in missing), key=lambda row: sign * row.difference)
             reasons.append(
                 f"In {where} no eps shows {more} more robust in every population, significantly and by {matters} or more; "
-                f"its largest lead anywhere is {_seen(best, sign)}."
+                f"its largest lead there is {_seen(best, sign)}."
             )
         if findings.may_matter_against.any():
             reasons.append(f"It is not ruled out that {more} is less robust by {matters} or more: {_seen(lowest, sign)}.")
-        if findings.may_matter_for.any():
+        if findings.may_matter_for.any() and not shown:
             reasons.append(f"It is not ruled out that {more} is more robust by {matters} or more.")
         reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
     reasons += _power(claim, decisive)
@@ -393,12 +393,13 @@ def _what_would_change(
 ) -> str:
     """What a reader who doubts the verdict could do about it."""
     favoured = more if by_numbers == "supported" else less
+    names = " and ".join(dict.fromkeys(guard.name.replace("_", " ") for guard in failed))
     if by_numbers == "inconclusive" and findings.is_anywhere_better and findings.is_anywhere_worse:
         change = "no number of images, as either model is more robust somewhere; other weights may"
     elif by_numbers == "inconclusive":
-        change = "more images, on which smaller differences show, or attacks that tell the two apart"
+        first = f"{names} in order, and then " if failed else ""
+        change = f"{first}more images, on which smaller differences show, or attacks that tell the two apart"
     elif failed:
-        names = " and ".join(dict.fromkeys(guard.name.replace("_", " ") for guard in failed))
         change = f"with the same numbers and no failed safeguard ({names}) it is {by_numbers}"
     else:
         change = f"attacks that break more of {favoured} than those made here; other weights are another question"
@@ -452,10 +453,12 @@ def _too_few(claim: Claim, decisive: Sequence[Comparison], more: str, sign: int)
     row = min(rows, key=lambda row: row.n)
     # Tango's interval without a discordant image reaches -z^2 / (n + z^2).
     enough = math.floor(norm.ppf(1 - claim.significance / 2) ** 2 * (1 / claim.smallest_difference - 1)) + 1
+    every = max(other.n for other in decisive)
+    asked = f", of about {math.ceil(enough * every / row.n)} in all (now {every})" if row.n < every else ""
     return [
         f"That alone is not enough for *supported*: that {more} is nowhere less robust by {_points(claim.smallest_difference)} must be "
         f"shown in every row, and {len(rows)} of {len(decisive)} have too few images to show it without a lead there, such as the "
-        f"{row.n} of {_place(row)} on {_IN_WORDS[row.population]}: at least {enough} are needed even where none tells the two apart."
+        f"{row.n} of {_place(row)} on {_IN_WORDS[row.population]}: at least {enough} are needed{asked}, even where none tells the two apart."
     ]
 
 

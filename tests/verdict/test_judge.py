@@ -91,6 +91,7 @@ class TestVerdicts:
     def test_what_fails_besides_is_said_too(self, judged):
         result = judged(attacks_of(50, 1, rate=1), attacks_of(50, 2, rate=0.9))
         assert any(reason.startswith("Besides, a safeguard failed: Clean accuracy is 100.0 %") for reason in result.reasons)
+        assert "What would change this verdict: clean accuracy in order, and then more images" in result.reasons[-1]
 
     def test_better_here_but_possibly_worse_there(self, judged):
         ours, theirs = np.full(1000, 3 * PIXEL), np.full(1000, 3 * PIXEL)
@@ -101,6 +102,15 @@ class TestVerdicts:
         assert result.verdict == "inconclusive"
         assert result.reasons[0].startswith("At eps 0.5/255 in linf (pgd), A is more robust than B in every population")
         assert any("not ruled out that A is less robust by 2 points" in reason for reason in result.reasons)
+        assert not any("not ruled out that A is more robust" in reason for reason in result.reasons)
+
+    def test_a_reason_about_one_norm_speaks_of_that_norm(self, judged):
+        generator = np.random.default_rng(0)
+        either = [dict(distances=np.where(generator.random(300) < 0.5, 0.7, 0.3) * PIXEL) for _ in range(2)]
+        ours, theirs = (dict(distances=np.full(300, distance), norm="l2", eps=L2[:3]) for distance in (3.0, 0.03))
+        result = judged({"pgd": either[0], "pgd_l2": ours}, {"pgd": either[1], "pgd_l2": theirs})
+        (said,) = [reason for reason in result.reasons if "In linf no eps shows" in reason]
+        assert "its largest lead there is" in said and said.endswith("in linf (pgd) on all images.") and "in l2" not in said
 
     @pytest.mark.parametrize("accurate", [150, 300])
     def test_too_few_images_to_tell_equal_from_worse_are_said(self, judged, accurate):
@@ -111,7 +121,8 @@ class TestVerdicts:
         assert result.verdict == ("inconclusive" if accurate == 150 else "supported") and len(found) == (accurate == 150)
         if found:
             assert "and 1 of 9 have too few images" in found[0]
-            assert "such as the 150 of eps 2/255 in linf (pgd) on images both classify correctly: at least 189 are" in found[0]
+            assert "such as the 150 of eps 2/255 in linf (pgd) on images both classify correctly: " in found[0]
+            assert "at least 189 are needed, of about 1260 in all (now 1000), even" in found[0]
 
     @pytest.mark.parametrize(("significance", "delta", "enough"), [(0.05, 0.02, 189), (0.01, 0.05, 127)])
     def test_how_many_images_tell_equal_from_worse(self, judged, significance, delta, enough):
@@ -119,7 +130,8 @@ class TestVerdicts:
             assert (paired_difference_interval(0, 0, n, 1 - significance)[0] > -delta) == is_enough
         distances = dict(distances=[0.3 * PIXEL] * 20 + [INF])
         result = judged({"pgd": distances}, {"pgd": distances}, {"significance": significance, "smallest_difference": delta})
-        assert any(f"at least {enough} are needed even where none" in reason for reason in result.reasons)
+        (said,) = [reason for reason in result.reasons if f"at least {enough} are needed" in reason]
+        assert "are needed, even where none tells the two apart" in said
 
     def test_curves_that_cross_are_said_to(self, judged):
         # 30 % of the treatment's images withstand 2/255 and the others not even 0.5/255; the control's the latter only.
