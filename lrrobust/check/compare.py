@@ -125,11 +125,18 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
 
 
 def _same_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The protocol of now with the data set's name of before, where the images are the same; and what is to be said of it."""
-    was, name = before["dataset"], now["dataset"]["name"]
-    if was["sha256"] != now["dataset"]["sha256"] or was["name"] == name:
+    """The protocol of now with what of before lies around the images, where these are the same; and what is to be said of it."""
+    was, found = before["dataset"], now["dataset"]
+    if was["sha256"] != found["sha256"]:
         return now, []
-    return {**now, "dataset": {**now["dataset"], "name": was["name"]}}, [f"the data set is called {name} now, {was['name']} in the baseline"]
+    notes = []
+    if was["name"] != found["name"]:
+        notes.append(f"the data set is called {found['name']} now, {was['name']} in the baseline")
+    left_out = [dataset.get("left_out_count", 0) for dataset in (found, was)]
+    if left_out[0] != left_out[1]:
+        notes.append(f"{left_out[0]} images of other classes are left out now, {left_out[1]} in the baseline")
+    around = {key: was[key] for key in ("name", "left_out_count") if key in was}
+    return {**now, "dataset": {**found, **around}}, notes
 
 
 def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> CheckResult:

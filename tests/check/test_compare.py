@@ -251,6 +251,16 @@ class TestAnotherComparison:
         assert result.verdict == "passed"
         assert "the data set is called elsewhere now, images in the baseline" in result.notes
 
+    def test_the_same_images_among_others_are_compared_and_said(self, run_of, baseline_of):
+        around = {"left_out_count": 4750}
+        before = run_of(self.OUTCOMES)
+        before.manifest["dataset"] = {**before.manifest["dataset"], **around}
+        now = run_of(self.OUTCOMES)
+        now.manifest["dataset"] = {**now.manifest["dataset"], "left_out_count": 0}
+        result = compare(build_baseline([before], Rule()), [now], "b.json")
+        assert result.verdict == "passed"
+        assert "0 images of other classes are left out now, 4750 in the baseline" in result.notes
+
     def test_preprocessing(self, run_of, baseline_of):
         run = run_of(self.OUTCOMES)
         run.manifest["model"]["input_size"] = 16
