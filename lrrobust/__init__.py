@@ -1,6 +1,10 @@
 """How robust an image classifier really is to adversarial attacks, and whether a robustness claim holds."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrrobust.in_memory import evaluate as evaluate
+    from lrrobust.in_memory import load_classifier as load_classifier
 
 __version__ = "0.1.0"
 
@@ -14,3 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(in_memory, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

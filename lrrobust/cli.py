@@ -35,6 +35,8 @@ app = typer.Typer(
     cls=Commands,
     help="How robust an image classifier really is to adversarial attacks, and whether a robustness claim holds.",
     no_args_is_help=True,
+    # rich's tables of options cut their names where the terminal is narrow, or is none.
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import operator
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -30,9 +33,10 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.judge import call_model
 from lrrobust.frozen import frozen
 from lrrobust.models import Classifier
-from lrrobust.models.layer_files import files_of_layers
+from lrrobust.models.layer_files import code_of_layers
 from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evaluation
 from lrrobust.processes import choose_device
+from lrrobust.report.notices import warnings_with_rejections
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run, load_run
 from lrrobust.run import load_named
@@ -40,22 +44,29 @@ from lrrobust.run import load_named
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+#: What evaluations set for the whole process, such as which kernels are chosen, they set one after the other.
+_one_at_a_time = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluated:
     """What came of an evaluation.
 
     Attributes:
-        rows: one for each image, attack and eps, in the columns of `lrrobust.results.SCHEMA`.
+        rows: one for each image, attack and eps, in the columns of `lrrobust.results.SCHEMA`. Attacks that look for the nearest
+            adversarial image have one more, of infinite eps, for what they found at any distance.
         summary: one row for each attack and eps, and for the worst case of all attacks of a norm, in the columns of
             `lrrobust.report.summary.SUMMARY_COLUMNS`; accuracies and their intervals are fractions of all images.
         checks: one row for each check of whether the attacks worked: name, passed (None: could not be said), detail, attack
             and norm concerned. Where one failed, robust accuracies may be too high. Empty where none was asked for.
+        warnings: what must be known of the model or the attacks, a sentence each; said aloud, too.
         folder: of the run, for `lrrobust report`; None where it was not kept.
     """
 
     rows: pd.DataFrame
     summary: pd.DataFrame
     checks: pd.DataFrame
+    warnings: tuple[str, ...]
     folder: Path | None
 
 
@@ -84,8 +95,9 @@ def evaluate(
 ) -> Evaluated:
     """Attacks a model, judges what is proposed, and checks whether the attacks worked, exactly as `lrrobust eval` does.
 
-    The same model, images and arguments give the same result. The model's mode, the flags of its parameters and torch's
-    random state are as before afterwards.
+    The same model, images and arguments give the same result; random numbers follow from `seed`, whatever things are called.
+    The model's mode, the flags of its parameters and torch's random state are as before afterwards. Of several threads one
+    after the other evaluates.
 
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits (N, K); normalises by itself.
@@ -96,33 +108,44 @@ def evaluate(
         steps, restarts, precision, quantize, save_adversarial: as the options of `lrrobust eval`.
         seed: of the attacks.
         classes: names of the classes, in the order of the logits; "0", "1", ... where not given.
-        name: of the model, for tables; the class of the module where not given.
+        name: of the model, for tables; that of the Classifier, or the class of the module, where not given. Part of a run's
+            identity, as is `dataset`.
         dataset: name of the images, for tables.
         chunk_size, batch_size: images stored together, and passed through the model at once; part of a run's identity.
         device: where to compute, to which the model is moved; None: where its parameters are.
         diagnostics: whether to check afterwards if the attacks worked.
         progress: whether to show on standard error how far it is.
         out: folder under which the run gets one of its own, as `--out`: the same call goes on with it after an interruption,
-            and `lrrobust report` shows it beside other runs. None: nothing is kept but what is returned.
+            and `lrrobust report` shows it beside other runs. Another model begins another run: its parameters, the code of its
+            layers and their attributes tell, but not what these call elsewhere. None: nothing is kept but what is returned.
 
     Raises:
         ValueError: images, labels, names or `save_adversarial` are not what they must be.
         LrRobustError: no such attack, a wrong setting, the model does not behave like a classifier, or results cannot be kept.
     """
     given = [attacks] if isinstance(attacks, (str, Path)) else list(attacks)
-    budgets = None if eps is None else [eps] if isinstance(eps, (str, float, int)) else list(eps)
+    budgets = None if eps is None else [eps] if isinstance(eps, str) or not isinstance(eps, Iterable) else list(eps)
+    if budgets is not None:
+        budgets = [budget if isinstance(budget, str) else float(budget) for budget in budgets]
+    seed, chunk_size, batch_size = map(operator.index, (seed, chunk_size, batch_size))
+    if seed < 0 or chunk_size < 1 or batch_size < 1:
+        raise ValueError(f"expected seed >= 0, chunk_size and batch_size >= 1, got {seed}, {chunk_size} and {batch_size}")
+    for what in (name, dataset):
+        if what is not None and not _is_name(what):
+            raise ValueError(f"expected a name that can be printed, and of no file.py:factory, got {what!r}")
+    if isinstance(classes, str):
+        raise ValueError(f"expected the names of the classes, got the text {classes!r}")
     check_images(images, labels)
     if save_adversarial and (out is None or images.shape[1] != 3):
         raise ValueError("save_adversarial keeps images of three colours in the folder of the run: give out=, and such images")
     specs = load_suite(given, eps=budgets, steps=steps, restarts=restarts, precision=precision)
-    # Inside torch.inference_mode() nothing could be attacked.
-    with torch.inference_mode(False), TemporaryDirectory(prefix="lrrobust-") as temporary:
+    with _one_at_a_time, _plain_torch(), TemporaryDirectory(prefix="lrrobust-") as temporary:
         named, where = _named(model, images, classes, name, device)
         real_pixels: Literal["judged", "saved"] | None = "saved" if save_adversarial else "judged" if quantize else None
         evaluation = plan_evaluation(
             named, TensorImages(dataset, images, labels, named.classifier.classes), specs, device=where,
-            out=Path(temporary if out is None else out), seed=seed, chunk_size=chunk_size, batch_size=batch_size,
-            real_pixels=real_pixels, asked={},
+            out=Path(temporary if out is None else out).expanduser(), seed=seed, chunk_size=chunk_size, batch_size=batch_size,
+            real_pixels=real_pixels, asked={}, seeds_from=hashlib.sha256(f"in memory {seed}".encode()).hexdigest(),
         )
         with _progress_of(evaluation, progress) as heard:
             evaluation.run(*heard)
@@ -131,14 +154,33 @@ def evaluate(
                 evaluation.diagnose(on_check)
         run = load_run(evaluation.folder)
         checks = _checks(run) if diagnostics else []
+    warnings = tuple(warnings_with_rejections(run))
+    for warning in warnings:
+        _log.warning("%s: %s", named.name, warning)
     failed = [check["name"] for check in checks if check["passed"] is False]
     if failed:
         _log.warning(
             "%s: %d of %d checks failed (%s): robust accuracies may be too high; see `checks`",
             named.name, len(failed), len(checks), ", ".join(dict.fromkeys(failed)),
         )
-    columns = list(Diagnostic.model_fields)
-    return Evaluated(run.rows, summarise([run]), pd.DataFrame(checks, columns=columns), None if out is None else run.folder)
+    found = pd.DataFrame(checks, columns=list(Diagnostic.model_fields))
+    return Evaluated(run.rows, summarise([run]), found, warnings, None if out is None else run.folder)
+
+
+def _is_name(text: object) -> bool:
+    return isinstance(text, str) and text.isprintable() and text.strip() != "" and ".py:" not in text
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """torch as a new process has it: inside torch.inference_mode() nothing could be attacked, and defaults may be others."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_classifier(
@@ -157,7 +199,7 @@ def load_classifier(
     """
     classifier = load_named(name, weights, classes, input_size).classifier
     classifier.module.eval()
-    return classifier
+    return replace(classifier, name=Path(name).name if ".py:" not in name else "")
 
 
 def _named(
@@ -170,11 +212,10 @@ def _named(
         raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}")
     if any(parameter.is_inference() for parameter in module.parameters()):
         raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
-    if name is not None and (not name.isprintable() or not name.strip() or ".py:" in name):
-        raise ValueError(f"expected a name that can be printed, and of no file.py:factory, got {name!r}")
     tensors = [*module.parameters(), *module.buffers()]
     where = choose_device(str(device)) if device is not None else tensors[0].device if tensors else images.device
-    module.to(where)
+    if device is not None:
+        module.to(where)
     with frozen(module), torch.no_grad():
         logits = call_model(module, images[:1].to(where))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
@@ -184,12 +225,15 @@ def _named(
         if classes is not None and tuple(classes) != model.classes:
             raise ValueError("classes differ from those of the Classifier: leave them out")
         classifier = model
+        if max(images.shape[-2:]) != model.input_size:
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(f"the Classifier takes images of {model.input_size} pixels, got {size}: resize them")
     else:
         names = tuple(map(str, range(logits.shape[1]))) if classes is None else tuple(classes)
-        classifier = Classifier(module, names, input_size=max(images.shape[-2:]), files=files_of_layers(module))
+        classifier = Classifier(module, names, input_size=max(images.shape[-2:]))
     if len(classifier.classes) != logits.shape[1]:
         raise ModelError(f"expected {len(classifier.classes)} logits, one for each class, got {logits.shape[1]}")
-    return NamedClassifier(name or type(module).__name__, classifier), where
+    return NamedClassifier(name or classifier.name or type(module).__name__, classifier, code_of_layers(module)), where
 
 
 @contextmanager

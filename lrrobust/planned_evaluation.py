@@ -47,10 +47,11 @@ class KnownImages(Images, Protocol):
 
 @dataclass(frozen=True)
 class NamedClassifier:
-    """A classifier, and the name it was asked for by."""
+    """A classifier, and the name it was asked for by; `code` is what computes it beside what its file and its structure say."""
 
     name: str
     classifier: Classifier
+    code: bytes = b""
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class NamedClassifier:
             "name": Path(self.name).name if ".py:" in self.name else self.name,
             "weights": classifier.weights,
             "state_sha256": state_sha256(classifier.module),
-            "code_sha256": hashlib.sha256(_model_code(self.name, classifier)).hexdigest(),
+            "code_sha256": hashlib.sha256(_model_code(self.name, classifier) + self.code).hexdigest(),
             "classes_sha256": hashlib.sha256("\n".join(classifier.classes).encode()).hexdigest(),
             "num_classes": len(classifier.classes),
             "input_size": classifier.input_size,
@@ -79,7 +80,8 @@ class NamedClassifier:
 class Evaluation:
     """One model on one set of images under some attacks, ready to run; `manifest` says all of it.
 
-    With a `surrogate` the attacks see that model, and `classifier` judges what they propose.
+    With a `surrogate` the attacks see that model, and `classifier` judges what they propose. Random numbers follow from
+    `seeds_from`, the fingerprint where it is None.
     """
 
     classifier: Classifier
@@ -89,6 +91,7 @@ class Evaluation:
     folder: Path
     device: torch.device
     surrogate: Classifier | None = None
+    seeds_from: str | None = None
 
     def run(
         self,
@@ -111,7 +114,7 @@ class Evaluation:
                 self.images,
                 self.tasks,
                 store,
-                fingerprint=self.manifest["fingerprint"],
+                fingerprint=self.seeds_from or self.manifest["fingerprint"],
                 device=self.device,
                 part_metadata=part_metadata,
                 batch_size=self.manifest["plan"]["batch_size"],
@@ -189,6 +192,7 @@ def plan_evaluation(
     surrogate: NamedClassifier | None = None,
     real_pixels: Literal["judged", "saved"] | None = None,
     asked: Mapping[str, Any],
+    seeds_from: str | None = None,
 ) -> Evaluation:
     """Everything of an evaluation, before anything long starts.
 
@@ -199,6 +203,7 @@ def plan_evaluation(
         device, out: where to compute, and the folder under which the run gets one of its own; neither decides a row.
         seed, chunk_size, batch_size, surrogate, real_pixels: see `lrrobust.evaluation.engine.evaluate`; part of the run's identity.
         asked: how it was asked for, for the manifest: nothing of it decides a row.
+        seeds_from: hexadecimal; what random numbers follow from, instead of all that decides the rows.
     """
     classifier = model.classifier
     tasks = tuple(plan_tasks(specs, len(images), chunk_size))
@@ -232,9 +237,9 @@ def plan_evaluation(
     }
     who = model.name if surrogate is None else f"{model.name}-from-{Path(surrogate.name).name}"
     slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", f"{Path(who).name}-{images.name}").strip("-.")[:80]
-    folder = out / f"{slug}-n{len(images)}-{fingerprint[:10]}"
+    folder = out / f"{slug or 'run'}-n{len(images)}-{fingerprint[:10]}"
     attacked = None if surrogate is None else surrogate.folded
-    return Evaluation(model.folded, images, tasks, manifest, folder, device, attacked)
+    return Evaluation(model.folded, images, tasks, manifest, folder, device, attacked, seeds_from)
 
 
 def _fingerprint_of_rest(manifest: Mapping[str, Any]) -> str:

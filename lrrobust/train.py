@@ -109,7 +109,9 @@ def average_trained(
     _check_weights_name(weights_name)
     shares = shares or [1.0] * len(files)
     *_, last = found = check_alike(files, shares)
-    if sum(metadata.training.get("initial_weights") is None and "averaged" not in metadata.training for metadata in found) > 1:
+    fresh = [each for each in found if each.training.get("initial_weights") is None and "averaged" not in each.training]
+    # One training, left at several epochs, is the same up to there.
+    if len({(each.recipe_identity, each.training.get("seed"), each.training.get("images_sha256")) for each in fresh}) > 1:
         _log.warning(
             "several of these weights were trained from fresh ones: networks that did not come one from the other mean nothing "
             "together"

@@ -1,5 +1,7 @@
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -106,7 +108,7 @@ def test_a_kept_run_goes_on_and_is_reported(problem, tmp_path, monkeypatch, caps
     assert "make it with `lrrobust eval`" in capsys.readouterr().err
 
 
-def test_fingerprint_follows_images_parameters_code_and_seed(problem, tmp_path, monkeypatch):
+def test_fingerprint_follows_images_parameters_and_seed(problem, tmp_path):
     def name(**options):
         return evaluate(problem, out=tmp_path, **options).folder.name
 
@@ -117,11 +119,63 @@ def test_fingerprint_follows_images_parameters_code_and_seed(problem, tmp_path, 
         biased[1].bias += 1e-3
     dimmed = Dimmed(problem.model)
     names = [name(), name(seed=1), name(eps=0.01), name(images=brighter), name(model=biased), name(model=dimmed)]
-    edited = tmp_path / "layers.py"
-    edited.write_text("# another version of the file of Dimmed\n")
-    monkeypatch.setattr("lrrobust.in_memory.files_of_layers", lambda _: (edited,))
-    names.append(name(model=dimmed))
     assert len(set(names)) == len(names)
+
+
+def test_what_things_are_called_decides_no_number(problem):
+    arguments = {"attacks": "pgd", "steps": 1, "eps": float(problem.nearest("linf").median())}
+    found = [evaluate(problem, **arguments, **names).rows for names in ({}, {"name": "a"}, {"dataset": "b"}, {"classes": CLASSES})]
+    assert 0 < found[0]["is_broken"].mean() < 1
+    assert all(rows["adversarial_margin"].equals(found[0]["adversarial_margin"]) for rows in found)
+    assert not evaluate(problem, **arguments, seed=1).rows["adversarial_margin"].equals(found[0]["adversarial_margin"])
+
+
+CELL = """
+from torch import nn
+
+class Cell(nn.Module):
+    def __init__(self, network, slope=1.0):
+        super().__init__()
+        self.network, self.slope = network, slope
+
+    def forward(self, images):
+        return self.slope * self.network(images)
+"""
+
+
+def test_a_class_of_a_notebook_is_known_by_its_code(problem, tmp_path):
+    def folder(cell, **options):
+        namespace = {"__name__": "__main__"}
+        exec(cell, namespace)
+        return evaluate(problem, model=namespace["Cell"](problem.model, **options), out=tmp_path).folder
+
+    first = folder(CELL)
+    assert folder(CELL.replace("def forward", "# a comment\n    def forward")) == first
+    changed = [folder(CELL.replace("self.slope *", "2 * self.slope *")), folder(CELL, slope=0.5)]
+    assert len({first, *changed}) == 3
+
+
+def test_defaults_of_torch_and_threads_change_nothing(problem):
+    expected = evaluate(problem, attacks="apgd_ce", steps=5).rows["is_broken"]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert evaluate(problem, attacks="apgd_ce", steps=5).rows["is_broken"].equals(expected)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+    model = problem.model.train()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: evaluate(problem, model=model, attacks="apgd_ce", steps=5).rows["is_broken"], range(4)))
+    assert all(each.equals(expected) for each in found) and model.training and not torch.backends.cudnn.deterministic
+
+
+def test_warnings_are_kept_and_said(problem, tmp_path, caplog):
+    model = nn.Sequential(problem.model, nn.Softmax(1))
+    for _ in range(2):
+        caplog.clear()
+        found = evaluate(problem, model=model, attacks="fgsm", out=tmp_path)
+        assert any("probabilities" in warning for warning in found.warnings) and "probabilities" in caplog.text
 
 
 def test_leaves_the_model_as_it_was(problem):
@@ -156,9 +210,18 @@ def test_keeps_adversarial_images(problem, tmp_path):
     assert len(kept) == found.rows["is_broken_quantized"].sum() > 0
 
 
+def test_numbers_of_any_kind_are_budgets(problem):
+    expected = evaluate(problem, eps=[0.25, 0.5]).summary["eps"].tolist()
+    for eps in (np.array([0.25, 0.5], np.float32), torch.tensor([0.25, 0.5]), [Fraction(1, 4), "1/2"]):
+        assert evaluate(problem, eps=eps, seed=np.int64(0)).summary["eps"].tolist() == expected
+    assert evaluate(problem, eps=np.float32(0.25)).summary["eps"].tolist() == expected[:1]
+
+
 def test_takes_a_classifier(problem):
     found = evaluate(problem, model=Classifier(problem.model, CLASSES, input_size=8))
     assert set(found.rows["wnid"]) <= set(CLASSES)
+    with pytest.raises(ValueError, match="takes images of 16 pixels, got 8 x 8"):
+        evaluate(problem, model=Classifier(problem.model, CLASSES, input_size=16))
 
 
 def test_shows_progress_on_standard_error(problem, capfd):
@@ -179,6 +242,13 @@ def test_shows_progress_on_standard_error(problem, capfd):
         ({"eps": [0.1, "x"]}, ConfigError, "eps"),
         ({"attacks": ["pgd", "pgd_l2"], "eps": 0.1}, ConfigError, "norm"),
         ({"model": "resnet50"}, ValueError, "torch.nn.Module"),
+        ({"name": 3}, ValueError, "a name"),
+        ({"dataset": "a\nb"}, ValueError, "a name"),
+        ({"classes": "abcd"}, ValueError, "names of the classes"),
+        ({"batch_size": 0}, ValueError, "batch_size >= 1"),
+        ({"batch_size": 2.5}, TypeError, "float"),
+        ({"images": torch.full((30, 3, 8, 8), float("nan"))}, ValueError, r"in \[0, 1\], got nan"),
+        ({"images": torch.zeros(30, 3, 8, 8, device="meta")}, ValueError, "values in a dense tensor"),
     ],
 )
 def test_what_does_not_fit_is_said(problem, change, error, message):
@@ -188,7 +258,7 @@ def test_what_does_not_fit_is_said(problem, change, error, message):
 
 def test_loads_the_networks_of_the_package():
     found = lrrobust.load_classifier("lr_resnet50")
-    assert found.weights == "TINY_IMAGENET_V1" and len(found.classes) == 200 and not found.module.training
+    assert found.name == "lr_resnet50" and found.weights == "TINY_IMAGENET_V1" and len(found.classes) == 200 and not found.module.training
     with torch.no_grad():
         assert found.module(torch.zeros(1, 3, found.input_size, found.input_size)).shape == (1, 200)
     with pytest.raises(UnknownNameError, match="lr_resnet50"):

@@ -36,6 +36,13 @@ _SPEC_CLASSES = {
 }
 _KINDS = (*_SPEC_CLASSES, "suite")
 
+#: What other libraries and papers call them, without hyphens.
+_CALLED_ELSEWHERE = {
+    "autoattack": "the suite strong (strong_l2 in l2)", "aa": "the suite strong (strong_l2 in l2)", "bim": "pgd", "ifgsm": "pgd",
+    "pgd20": "pgd", "pgdl2": "pgd_l2", "mifgsm": "mi_fgsm", "carliniwagner": "cw", "cwl2": "cw", "cwlinf": "pgd_margin",
+    "apgd": "apgd_ce", "apgddlr": "apgd_t", "apgdt": "apgd_t", "fab": "fab_t",
+}  # fmt: skip
+
 
 class _Suite(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -162,6 +169,8 @@ def _locate(name: str | Path, relative_to: Path) -> Path:
         beside = next((name for name in (f"{text}.yaml", f"{text}.yml", text) if os.path.isfile(relative_to / name)), None)
         if beside is not None:
             raise ConfigError(f"unknown attack or suite {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
+        if (ours := _CALLED_ELSEWHERE.get(text.lower().replace("-", "").replace("_", ""))) is not None:
+            raise ConfigError(f"unknown attack or suite {text!r}: what others call so is {ours} here")
         raise UnknownNameError("attack or suite", text, _shipped(), "a YAML file")
     return _shipped()[text]
 

@@ -30,7 +30,8 @@ class TensorImages:
         self.labels = tuple(labels.tolist())
         self.wnids = tuple(classes[label] for label in self.labels)
         self.indices = range(len(images))
-        self.keys = tuple(f"{wnid}/{index}" for index, wnid in enumerate(self.wnids))
+        # By numbers: random starts follow from them, and not from how classes are called.
+        self.keys = tuple(f"{label}/{index}" for index, label in enumerate(self.labels))
         self._images = images.detach()
 
     def __len__(self) -> int:
@@ -63,9 +64,13 @@ def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
             raise ValueError(f"expected {what} as a torch.Tensor, got {type(given).__name__}: {hint}")
     if images.dtype == torch.uint8:
         raise ValueError("expected float32 images in [0, 1], got uint8: images.float() / 255")
+    if images.layout != torch.strided or images.is_meta:
+        raise ValueError("expected images with values in a dense tensor")
     if images.ndim != 4 or images.dtype != torch.float32 or not images.numel():
-        raise ValueError(f"expected at least one float32 image, (N, C, H, W), got {tuple(images.shape)}, {images.dtype}")
-    if not ((images >= 0) & (images <= 1)).all():
-        raise ValueError("expected images in [0, 1]: let the model normalise by itself")
+        raise ValueError(f"expected at least one float32 image, (N, C, H, W), got {tuple(images.shape)}, {images.dtype}: images.float()")
+    least, largest = (float(bound) for bound in images.aminmax())
+    # Written so that NaN is refused.
+    if not (least >= 0 and largest <= 1):
+        raise ValueError(f"expected images in [0, 1], got {least:g} to {largest:g}: let the model normalise by itself")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"expected int64 labels ({len(images)},), got {tuple(labels.shape)}, {labels.dtype}")
+        raise ValueError(f"expected int64 labels ({len(images)},), got {tuple(labels.shape)}, {labels.dtype}: labels.long()")

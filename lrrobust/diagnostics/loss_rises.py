@@ -10,7 +10,7 @@ from lrrobust.diagnostics.decision import SIGNIFICANCE
 from lrrobust.diagnostics.outcomes import aims_at_classes, is_multi_step
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
-from lrrobust.formatting import format_eps
+from lrrobust.formatting import format_count, format_eps
 from lrrobust.stats import binomial_p_value
 
 #: Share of images on which the loss of a sound attack may end no higher than at the clean image: such whose
@@ -33,14 +33,14 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
             detail = f"{name} aims at one class after the other: where its last start ended says nothing of the nearest class."
             yield Diagnostic(name="loss_rises", passed=None, detail=detail, attack=name, norm=outcomes.spec.norm)
             continue
-        worst, tested = None, 0
+        worst, tested, most = None, 0, 0
         for level, eps in enumerate(outcomes.eps):
             is_known = outcomes.is_attacked[level] & (outcomes.is_broken[level] | np.isfinite(outcomes.last_margin[level]))
             # NaN, of broken images, compares as False.
             idle, n = int((outcomes.last_margin[level] >= outcomes.clean_margin).sum()), int(is_known.sum())
             if eps == 0 or n == 0:
                 continue
-            tested += 1
+            tested, most = tested + 1, max(most, n)
             p_value = binomial_p_value(idle, n, TOLERATED_FAILURES)
             if worst is None or (p_value, -idle / n) < worst[:2]:
                 worst = p_value, -idle / n, idle, n, eps
@@ -54,6 +54,9 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
             f"{seen if idle else 'none of the images at any eps'}"
         )
         detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
+        if binomial_p_value(most, most, TOLERATED_FAILURES) * tested > SIGNIFICANCE:
+            passed = None
+            detail += f"; {format_count(most, 'image')} are too few to say more"
         yield Diagnostic(
             name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name, norm=outcomes.spec.norm
         )

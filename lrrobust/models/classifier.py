@@ -30,6 +30,7 @@ class Classifier:
         recipe: name and hash of how they were trained, where the weights say; empty where not known.
         followed: how far, as in "10 of 17 epochs"; empty where not known.
         files: Python files of the user's that define its layers, absolute; they tell models apart.
+        name: what tables call it, where it was not asked for by a name.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Classifier:
     recipe: str = ""
     followed: str = ""
     files: tuple[Path, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):

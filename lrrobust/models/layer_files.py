@@ -1,35 +1,73 @@
-"""Which files define the layers of a network: what a user's model computes, beside its parameters."""
+"""What computes a network, beside its parameters: the files that define its layers, or their code as it is loaded."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
 #: Packages whose versions runs record, wherever they are installed.
 _KNOWN_BY_VERSION = ("lrrobust", "torch", "torchvision", "timm")
 
-#: Folders of installed packages; a virtual environment may lie beside the user's files.
-_INSTALLED = {"site-packages", "dist-packages"}
 
-
-def files_of_layers(network: nn.Module, folder: Path | None = None) -> tuple[Path, ...]:
-    """Python files, absolute, that define the classes of a network's layers, as far as their modules are imported.
-
-    Args:
-        network: of any structure.
-        folder: only files in it or below it count; None: all but those of installed packages.
-    """
-    root, found = None if folder is None else folder.resolve(), set()
-    for name in {base.__module__ for kind in {*map(type, network.modules())} for base in kind.__mro__}:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if not file or not file.endswith(".py") or name.partition(".")[0] in _KNOWN_BY_VERSION:
+def files_of_layers(network: nn.Module, folder: Path) -> tuple[Path, ...]:
+    """Python files in a folder, or below it, that define the classes of a network's layers, while their modules are known."""
+    root, found = folder.resolve(), set()
+    for kind in _classes(network):
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if not file or not file.endswith(".py"):
             continue
         path = Path(file).resolve()
-        if root is not None and not path.is_relative_to(root):
-            continue
-        below = path if root is None else path.relative_to(root)
-        if _INSTALLED.isdisjoint(below.parts):
+        # A virtual environment may lie in the folder.
+        if path.is_relative_to(root) and "site-packages" not in path.relative_to(root).parts:
             found.add(path)
     return tuple(sorted(found))
+
+
+def code_of_layers(network: nn.Module) -> bytes:
+    """The code of a network's layers as it is loaded, and what else decides what they compute but parameters and buffers.
+
+    That is the bytecode of the methods of their classes, which no comment changes and a cell of a notebook has too, and
+    attributes that are numbers, texts or functions. What methods call otherwise is not seen.
+    """
+    said = [
+        f"{kind.__module__}.{kind.__qualname__}.{name} {_of_code(method)}"
+        for kind in sorted(_classes(network), key=lambda kind: (kind.__module__, kind.__qualname__))
+        for name, function in sorted(vars(kind).items())
+        if (method := _unwrapped(function)) is not None
+    ]
+    for place, module in network.named_modules():
+        for name, value in sorted(vars(module).items()):
+            if isinstance(value, FunctionType):
+                said.append(f"{place}.{name} {_of_code(value)}")
+            elif name != "training" and isinstance(value, (bool, int, float, str, tuple, list, type(None))):
+                said.append(f"{place}.{name} {value!r}")
+    return "\n".join(said).encode()
+
+
+def _classes(network: nn.Module) -> Iterator[type]:
+    """Of the layers and of what they are derived from, but for those of packages that are known by their version."""
+    for kind in {base for of_layer in {*map(type, network.modules())} for base in of_layer.__mro__}:
+        if kind.__module__.partition(".")[0] not in (*_KNOWN_BY_VERSION, "builtins"):
+            yield kind
+
+
+def _unwrapped(attribute: Any) -> Callable[..., Any] | None:
+    if isinstance(attribute, property):
+        attribute = attribute.fget
+    attribute = getattr(attribute, "__func__", attribute)
+    attribute = getattr(attribute, "__wrapped__", attribute)
+    return attribute if isinstance(attribute, FunctionType) else None
+
+
+def _of_code(function: Callable[..., Any]) -> str:
+    return f"{_of_bytecode(function.__code__)} {function.__defaults__!r} {function.__kwdefaults__!r}"
+
+
+def _of_bytecode(code: CodeType) -> str:
+    constants = [_of_bytecode(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"

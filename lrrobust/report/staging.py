@@ -8,18 +8,20 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lrrobust.errors import StoreError
+from lrrobust.interrupts import interrupts_held_back
 from lrrobust.results import write_file
 from lrrobust.results.files import explaining, keep_copy, read_file
 
 #: Lists what the last report wrote beside it, by name, with the sha256 of each file.
 RECORD_NAME = ".written.json"
 
-_PREFIX = ".report-"
+_PREFIX = ".lrrobust-report-"
 
 #: A report takes minutes: what is left of an older one was killed.
 _DEAD_AFTER_S = 24 * 3600
@@ -62,28 +64,40 @@ def staging(out: Path) -> Iterator[Staged]:
         yield staged
         before = _read_record(out)
         now = {path.name: _sha256(path) for path in sorted(staged.folder.iterdir())}
-        for file, sha256 in now.items():
-            place = out / file
-            if place.exists() and _sha256(place) not in (before.get(file, ""), sha256):
-                staged.kept.append(keep_copy(place))
-            with explaining("write", place):
-                os.replace(staged.folder / file, place)
-            staged.written.append(place)
-        for file, sha256 in before.items():
-            place = out / file
-            # Names that differ in case alone may be of one file.
-            if file in now or _sha256(place) != sha256 or any(place.samefile(other) for other in staged.written):
-                continue
-            with explaining("remove", place):
-                place.unlink()
-            staged.removed.append(place)
-        _write_record(out, now)
+        changed = [out / file for file, sha256 in now.items() if _is_another(out / file, (before.get(file, ""), sha256))]
+        for place in changed:
+            staged.kept.append(keep_copy(place))
+        # From here on nothing is foreseen to fail, and whoever interrupts waits for a moment.
+        with interrupts_held_back():
+            for file in now:
+                with explaining("write", out / file):
+                    os.replace(staged.folder / file, out / file)
+                staged.written.append(out / file)
+            _write_record(out, {**before, **now})
+            for file, sha256 in before.items():
+                place = out / file
+                # Names that differ in case alone may be of one file.
+                if file in now or _sha256(place) != sha256 or any(place.samefile(other) for other in staged.written):
+                    continue
+                with explaining("remove", place):
+                    place.unlink()
+                staged.removed.append(place)
+            _write_record(out, now)
+
+
+def _is_another(place: Path, known: tuple[str | None, ...]) -> bool:
+    """Whether what lies there is of somebody else; StoreError where nothing can take its place."""
+    if place.is_dir() and not place.is_symlink():
+        raise StoreError(f"{place} is a folder, where a file of the report is to go: move it away, or choose another --out")
+    return place.exists() and _sha256(place) not in known
 
 
 def _remove_dead(out: Path) -> None:
     for folder in out.glob(f"{_PREFIX}*"):
-        if time.time() - folder.stat().st_mtime > _DEAD_AFTER_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Another report may just be done with it.
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > _DEAD_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_record(out_dir: Path, digests: Mapping[str, str]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +42,10 @@ def keep_copy(path: Path) -> Path:
         number += 1
         copy = path.with_name(f"{path.name}.old{number}")
     try:
-        shutil.copy2(path, copy)
+        content = read_file(path)
     except OSError as error:
         raise StoreError(f"cannot keep a copy of what {path} holds now ({error.strerror}): choose another place") from None
+    write_file(copy, content)
     return copy
 
 

@@ -32,8 +32,8 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
         ) from None
     if found != identity:
         raise ConfigError(
-            f"{path} belongs to another training (model, recipe, images or initial weights differ): "
-            "choose another --out, or delete it to start again"
+            f"{path} belongs to another training ({', '.join(_differences(found, identity))} differ): choose another --out, or "
+            "delete it to start again"
         )
     return state
 
@@ -59,3 +59,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise StoreError(
             f"cannot write {path}: {error}; the last checkpoint is kept, make room and run the same command again"
         ) from None
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Names of what differs, such as `recipe.learning_rate`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+        return [each for key in keys for each in _differences(before.get(key), now.get(key), f"{name}.{key}".removeprefix("."))]
+    return [name.replace("images_sha256", "images").replace("initial_weights", "initial weights")]

@@ -23,6 +23,7 @@ from lrrobust.errors import ConfigError, DataError, StoreError, WeightsError
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
+from lrrobust.out_of_memory import is_out_of_memory
 from lrrobust.results.files import explaining
 from lrrobust.results.folder_lock import FolderLock
 from lrrobust.training.accuracy import accuracy_on_images
@@ -172,6 +173,8 @@ class Training:
             self._go_on_from(state)
         # torch and Python raise many types on what is not there, or not of the kind.
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(
                 f"the checkpoint {self.checkpoint_path} does not hold what this version writes ({type(error).__name__}): "
                 "go on with the version of lrrobust that wrote it, choose another --out, or delete it to start again"

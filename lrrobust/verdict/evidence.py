@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
+from lrrobust.formatting import format_eps
 from lrrobust.norm import Norm
 from lrrobust.report.naming import WORST_CASE
 from lrrobust.results import Run, breaking_eps, manifest_value, texts
@@ -496,8 +497,9 @@ def _lacks(evidence: Evidence) -> str | None:
         return "the models share no attack that judges the claim."
     for norm, ladder in (claim.eps or {}).items():
         attack = next((attack for attack in evidence.decisive if attack.norm == norm), None)
-        if attack is None or set(ladder) - set(attack.eps):
-            return f"the claim asks for {norm} budgets that not both models were evaluated at."
+        if lacking := sorted(set(ladder) - set(attack.eps if attack is not None else ())):
+            budgets = ", ".join(format_eps(eps, norm) for eps in lacking)
+            return f"the claim asks for {norm} budgets that not both models were evaluated at: {budgets}."
     idle = [attack for attack in evidence.decisive if not evidence.ladder(attack) or not attack.is_finished.any()]
     if idle:
         return f"the models share no image and budget of the norm {idle[0].norm}."

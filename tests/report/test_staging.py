@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -49,6 +50,21 @@ def test_what_no_report_wrote_is_kept_under_another_name(tmp_path):
     assert report(tmp_path, "page.html", "same.csv", content="third").kept == []
 
 
+def test_an_interruption_waits_until_all_is_in_place(tmp_path, monkeypatch):
+    report(tmp_path, "a.csv", "old.csv")
+
+    def replace(*places):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.rename(*places)
+
+    monkeypatch.setattr("lrrobust.report.staging.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        report(tmp_path, "a.csv", "b.csv", content="new")
+    monkeypatch.undo()
+    assert names(tmp_path) == {"a.csv", "b.csv"} and (tmp_path / "a.csv").read_text() == "new"
+    assert report(tmp_path, "a.csv", content="newer").kept == []
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_kept(tmp_path):
     (tmp_path / "target.html").write_text("mine")
     (tmp_path / "page.html").symlink_to("target.html")
@@ -57,9 +73,11 @@ def test_a_link_is_replaced_and_what_it_leads_to_kept(tmp_path):
 
 
 def test_a_folder_in_the_way_is_said(tmp_path):
+    report(tmp_path, "a.csv", "z.csv")
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(StoreError, match="page.html"):
-        report(tmp_path, "page.html")
+    with pytest.raises(StoreError, match="page.html is a folder, where a file of the report is to go"):
+        report(tmp_path, "a.csv", "page.html", "z.csv", content="other")
+    assert (tmp_path / "a.csv").read_text() == "a.csv" and (tmp_path / "z.csv").read_text() == "z.csv"
 
 
 def test_what_somebody_changed_or_took_away_since_is_left_alone(tmp_path):
@@ -95,12 +113,13 @@ def test_what_is_no_file_of_the_reports_is_left_alone(tmp_path):
 
 
 def test_what_a_killed_report_left_goes_a_day_later(tmp_path):
-    for name in (".report-killed", ".report-running"):
+    for name in (".lrrobust-report-killed", ".lrrobust-report-running", ".report-drafts"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "page.html").touch()
-    os.utime(tmp_path / ".report-killed", (time.time() - 2e5,) * 2)
+    for name in (".lrrobust-report-killed", ".report-drafts"):
+        os.utime(tmp_path / name, (time.time() - 2e5,) * 2)
     report(tmp_path, "page.html")
-    assert names(tmp_path) == {".report-running", "page.html"}
+    assert names(tmp_path) == {".lrrobust-report-running", ".report-drafts", "page.html"}
 
 
 def test_files_are_as_readable_as_others(tmp_path):

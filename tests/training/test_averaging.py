@@ -214,7 +214,11 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd, caplog):
     torch.testing.assert_close(network[1].running_mean, features.mean((0, 2, 3)), rtol=0.02, atol=1e-3)
     assert [part["share"] for part in metadata.training["averaged"]] == [0.25, 0.75]
     assert metadata.training["environment"]["lrrobust"]
-    # The two say of no weights that they came from.
+    # The two say of no weights that they came from, but both are of one training, left at two epochs.
+    assert "networks that did not come one from the other" not in caplog.text
+    other_seed = {"training": about["training"] | {"seed": 9}}
+    stranger = write(tmp_path, "S", 3, **about | other_seed)
+    assert run(["average", str(stranger), *arguments[1:], "--name", "DOUBTED"]) == 0
     assert "networks that did not come one from the other" in caplog.text
     # The mean is no longer what it was made of, where it takes its place.
     kept = path.read_bytes()

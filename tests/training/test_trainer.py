@@ -469,10 +469,13 @@ def test_finished_run_does_nothing_more(start, uninterrupted):
     assert_same(again, uninterrupted)
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 0.02}, {"model": "other"}, {"holdout": 0}, {"seed": 4}])
-def test_folder_of_another_training(start, uninterrupted, change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"learning_rate": 0.02}, "recipe.learning_rate"), ({"model": "other"}, "model"), ({"holdout": 0}, "recipe.holdout"), ({"seed": 4}, "recipe.seed")],
+)
+def test_folder_of_another_training(start, uninterrupted, change, named):
     content = uninterrupted.checkpoint_path.read_bytes()
-    with pytest.raises(ConfigError, match=r"checkpoint.pt belongs to another training \(model, recipe, images or initial weights differ\): choose another --out"):
+    with pytest.raises(ConfigError, match=rf"checkpoint.pt belongs to another training \({named} differ\): choose another --out"):
         start("uninterrupted", **change)
     assert uninterrupted.checkpoint_path.read_bytes() == content
 
