@@ -197,6 +197,6 @@ def _name_models(runs: Sequence[Run]) -> dict[str, str]:
     models = [model for run in runs for model in (manifest_value(run, "model"), surrogate_of(run)) if model is not None]
     records = {_key(model): model for model in models}
     named = {key: str(model["name"]) for key, model in records.items()}
-    longer = {key: f"{named[key]} ({model.get('weights') or 'no weights'})" for key, model in records.items()}
+    longer = {key: f"{named[key]} ({model.get('weights') or 'own weights'})" for key, model in records.items()}
     longest = {key: f"{longer[key]} {str(model.get('state_sha256'))[:8]}" for key, model in records.items()}
     return next((names for names in (named, longer) if len(set(names.values())) == len(names)), longest)

@@ -196,12 +196,12 @@ def test_read_back_they_fool_the_model_and_no_stranger(run, exported):
     _, folder = exported
     n = len(pd.read_parquet(folder / "index.parquet"))
     code, out, err = run("verify", folder, *models("target"))
-    assert code == 0 and out.count(f"│ {n} ") == 5 and "not the model" not in err
+    assert code == 0 and out.split().count(f"{n}") == 5 and "not the model" not in err
     code, out, err = run("verify", folder, *models("stranger"))
-    assert code == 0 and "not the model" in err and "│ 0 " in out
+    assert code == 0 and "not the model" in err and "0" in out.split()
     # A model with its classes in another order: labels follow the names.
     code, out, _ = run("verify", folder, *models("twin"))
-    assert code == 0 and out.count(f"│ {n} ") >= 4
+    assert code == 0 and out.split().count(f"{n}") >= 4
 
 
 def test_the_model_is_the_same_under_another_name(run, workplace, exported):
@@ -233,7 +233,7 @@ def test_an_image_that_fools_no_more_is_exit_code_1(run, exported):
     # The clean image in the place of an adversarial one, with its own hash.
     rewrite(folder, file=index.clean_file[0], sha256=index.clean_sha256[0])
     code, out, _ = run("verify", folder, *models("target"))
-    assert code == 1 and f"│ {len(index) - 1} " in out
+    assert code == 1 and f"{len(index) - 1}" in out.split()
 
 
 @pytest.mark.parametrize("damage", ["image", "index", "missing", "outside", "model"])

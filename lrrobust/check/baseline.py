@@ -188,13 +188,13 @@ def build_baseline(runs: Sequence[Run], rule: Rule) -> Baseline:
     provenance = manifest.get("provenance") or {}
     made_with = {key: provenance.get(key) for key in ("lrrobust", "python", "platform", "device", "versions")}
     return Baseline(
-        rule=rule, request=manifest["request"], config_sha256=fingerprint_of(protocol), protocol=protocol,
+        rule=rule, request=_request_of(runs), config_sha256=fingerprint_of(protocol), protocol=protocol,
         made_with=made_with, models=models,
     )
 
 
 def in_request_order(runs: Sequence[Run]) -> list[Run]:
-    """The runs of one request, one for each of its models.
+    """The runs of one request, one for each of its models or, without surrogates, for some of them.
 
     Raises:
         StoreError, BaselineError: as `build_baseline`.
@@ -215,13 +215,23 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
     request, found = first.manifest["request"], [run.manifest["position"] for run in ordered]
     if len(request.get("surrogates") or ()) > 1:
         raise BaselineError("a baseline is of one --surrogate at most: evaluate each by itself, one baseline each")
-    expected = len(request["models"])
-    if found != list(range(expected)):
+    expected = range(len(request["models"]))
+    is_part = not request.get("surrogates") and len(set(found)) == len(found) and set(found) <= set(expected)
+    if found != list(expected) and not is_part:
         raise BaselineError(
-            f"the command evaluated {expected} models ({', '.join(first.manifest['request']['models'])}), got the runs of "
-            f"{len(ordered)}: give the run of each once"
+            f"the command evaluated {len(expected)} models ({', '.join(request['models'])}), got the runs of {len(ordered)}: give "
+            "the run of each once"
         )
     return ordered
+
+
+def _request_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """What asks for these runs of one request again, which may be of some of its models only."""
+    request = dict(runs[0].manifest["request"])
+    for key in ("models", "weights"):
+        if given := request.get(key):
+            request[key] = [given[run.manifest["position"]] for run in runs] if not request.get("surrogates") else given
+    return request
 
 
 def protocol_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

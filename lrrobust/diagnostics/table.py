@@ -52,5 +52,10 @@ def count_results(table: Table) -> str:
     if len(found) == 1 and RESULTS[True] in found:
         return f"all checks passed ({found.total()})"
     counts = ", ".join(f"{found[result]} {result}" for result in RESULTS.values() if found[result])
-    doubt = ": robust accuracies may be too high" if found[RESULTS[False]] else ""
+    doubt = (
+        ": robust accuracies may be too high; --suite strong (strong_l2, in l1 --attack fmn_l1) finds more, and --suite blackbox "
+        "needs no gradients"
+        if found[RESULTS[False]]
+        else ""
+    )
     return f"checks: {counts}{doubt}"

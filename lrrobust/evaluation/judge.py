@@ -175,11 +175,11 @@ _LEADING = 3
 def logit_scale(logits: torch.Tensor) -> float:
     """What differences of logits are compared with: classes are as sure at any scale, and with any number added to all logits.
 
-    It is the size of the largest leading logit, or by how much it stands out from the median of its image where that is less.
+    It is the size of the largest leading logit, or how far it lies above the lowest of its image where that is less.
     """
     leading = logits.topk(min(_LEADING, logits.shape[1]), dim=1).values
-    standing_out = leading - logits.median(dim=1, keepdim=True).values
-    return max(min(float(leading.abs().max()), float(standing_out.abs().max())), torch.finfo(logits.dtype).tiny)
+    height = leading - logits.amin(dim=1, keepdim=True)
+    return max(min(float(leading.abs().max()), float(height.max())), torch.finfo(logits.dtype).tiny)
 
 
 def gap(logits: torch.Tensor, others: torch.Tensor) -> float:

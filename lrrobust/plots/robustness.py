@@ -132,7 +132,7 @@ def label_runs(summary: pd.DataFrame) -> dict[str, str]:
         models = models.where(sources == "", models + ", images made on " + sources)
     # Networks out of a user's own file have no named weights. The name of a run ends with its fingerprint.
     of_weights, fingerprints = np.where(weights == "", "", weights + ", "), runs.index.str.rsplit("-", n=1).str[-1]
-    longer = [weights.replace("", "no weights"), of_weights + fingerprints, of_weights + runs.index]
+    longer = [weights.replace("", "own weights"), of_weights + fingerprints, of_weights + runs.index]
     names = [models, *(models + " (" + each + ")" for each in longer)]
     chosen = next((name for name in names if name.is_unique), names[-1])
     is_complete = runs["is_complete"].astype(bool)

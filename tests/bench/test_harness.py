@@ -53,8 +53,8 @@ def test_both_do_the_same_work(counted, monkeypatch):
     assert accuracies == [1, 1] and standing == 2 * 12
     # Clean, 4 steps and the outcome at each budget, in two batches.
     assert sorted(bare) == 2 * 3 * [(6, False)] + 2 * 2 * 4 * [(6, True)]
-    # Ours checks the model beside that, on few images.
-    assert [each for each in sorted(ours) if each[0] == 6] == sorted(bare) and sum(n for n, _ in ours) - sum(n for n, _ in bare) <= 50
+    # Ours checks the model beside that, on one batch and on few images.
+    assert [each for each in sorted(ours) if each[0] == 6] == sorted([*bare, (6, False)]) and sum(n for n, _ in ours) - sum(n for n, _ in bare) <= 60
     accuracies, ours = found[BREAK, HARNESS]
     assert found[BREAK, BARE] == (None, ours)
     assert 1 > accuracies[0] > accuracies[-1]

@@ -223,6 +223,20 @@ def test_update_warns_of_a_gate_that_may_notice_nothing(run, own, caplog):
     assert "a check is sure to notice a fall of" in run("check", "b.json", "--update", cwd=own)[2]
 
 
+def test_one_model_of_several_makes_a_baseline(run, own):
+    shutil.copy(own / "model.py", own / "other.py")
+    options = ("--model", "other.py:build", "--no-diagnostics", "--out", "both")
+    assert run(*EVAL, *options, cwd=own)[0] == 0
+    (other,) = [folder for folder in find_runs(own / "both") if folder.name.startswith("other")]
+    code, _, err = run("check", "other.json", "--update", "--run", other, cwd=own)
+    assert code == 0, err
+    assert read_baseline(own / "other.json").request["models"] == ["other.py:build"]
+    assert run("check", "other.json", cwd=own)[0] == 0
+    # Twice the same is none of one request.
+    code, _, err = run("check", "twice.json", "--update", "--run", other, "--run", other, cwd=own)
+    assert code == 2 and "give the run of each once" in one_error(err)
+
+
 def test_a_damaged_baseline_is_made_anew_from_a_run_alone(run, own, caplog):
     good = (own / "b.json").read_bytes()
     (own / "b.json").write_bytes(good[:100])

@@ -98,7 +98,7 @@ def test_one_panel_an_attack_one_style_a_run(drawn):
     "changes, labels",
     [
         ([{"weights": "V1"}, {"weights": "V2"}], ["tiny (V1)", "tiny (V2)"]),
-        ([{"weights": None}, {"weights": "V2"}], ["tiny (no weights)", "tiny (V2)"]),
+        ([{"weights": None}, {"weights": "V2"}], ["tiny (own weights)", "tiny (V2)"]),
         ([{"weights": "", "run": "tiny-n9-0a"}, {"weights": "", "run": "tiny-n8-0b"}], ["tiny (0a)", "tiny (0b)"]),
         ([{}, {}], ["tiny (V1, a)", "tiny (V1, b)"]),
         ([{"model": "x"}, {"is_complete": False}], ["x", "tiny, incomplete"]),
