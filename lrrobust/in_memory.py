@@ -36,7 +36,7 @@ from lrrobust.models import Classifier
 from lrrobust.models.layer_files import code_of_layers
 from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evaluation
 from lrrobust.processes import choose_device
-from lrrobust.report.notices import warnings_with_rejections
+from lrrobust.report.notices import doubt_accuracy, warnings_with_rejections
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run, load_run
 from lrrobust.run import load_named
@@ -154,7 +154,9 @@ def evaluate(
                 evaluation.diagnose(on_check)
         run = load_run(evaluation.folder)
         checks = _checks(run) if diagnostics else []
-    warnings = tuple(warnings_with_rejections(run))
+    summary = summarise([run])
+    doubt = doubt_accuracy(summary, len(named.classifier.classes))
+    warnings = (*warnings_with_rejections(run), *([f"{doubt}?"] if doubt else ()))
     for warning in warnings:
         _log.warning("%s: %s", named.name, warning)
     failed = [check["name"] for check in checks if check["passed"] is False]
@@ -164,7 +166,7 @@ def evaluate(
             named.name, len(failed), len(checks), ", ".join(dict.fromkeys(failed)),
         )
     found = pd.DataFrame(checks, columns=list(Diagnostic.model_fields))
-    return Evaluated(run.rows, summarise([run]), found, warnings, None if out is None else run.folder)
+    return Evaluated(run.rows, summary, found, warnings, None if out is None else run.folder)
 
 
 def _is_name(text: object) -> bool:

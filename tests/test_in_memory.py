@@ -178,6 +178,15 @@ def test_warnings_are_kept_and_said(problem, tmp_path, caplog):
         assert any("probabilities" in warning for warning in found.warnings) and "probabilities" in caplog.text
 
 
+def test_an_accuracy_of_guesses_is_doubted(problem):
+    sound = evaluate(problem)
+    assert sound.warnings == ()
+    found = lrrobust.evaluate(
+        problem.model, problem.images, (problem.labels + 1) % 4, attacks="fgsm", diagnostics=False, progress=False
+    )
+    assert len(found.warnings) == 1 and found.warnings[0].startswith("0 of 30 images are correct when clean, as guessing among 4")
+
+
 def test_leaves_the_model_as_it_was(problem):
     model = nn.Sequential(problem.model, nn.Dropout(0.5)).train()
     state = torch.get_rng_state()

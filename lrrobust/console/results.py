@@ -17,10 +17,9 @@ from lrrobust.diagnostics.records import other_rules
 from lrrobust.diagnostics.table import count_results, diagnostics_table
 from lrrobust.formatting import format_count
 from lrrobust.report.naming import name_runs
-from lrrobust.report.notices import warnings_with_rejections
+from lrrobust.report.notices import doubt_accuracy, warnings_with_rejections
 from lrrobust.report.summary import summarise
 from lrrobust.results import Run, load_run
-from lrrobust.stats import wilson_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,23 +75,11 @@ def print_results(folders: Sequence[Path]) -> None:
     _print_table(runs, summary)
     _print_diagnostics(runs)
     for name, run in name_runs(runs).items():
-        if doubt := _doubt_accuracy(run, summary[summary["run"] == name]):
-            notice(f"warning: {name}: {doubt}")
+        if doubt := doubt_accuracy(summary[summary["run"] == name], run.manifest["model"]["num_classes"]):
+            size = run.manifest["model"]["input_size"]
+            notice(f"warning: {name}: {doubt}, and is {size} the side of images that it takes (--input-size)?")
     for folder in folders:
         notice(f"results: {folder}")
-
-
-def _doubt_accuracy(run: Run, summary: pd.DataFrame) -> str | None:
-    """A clean accuracy that is no better than guessing mostly means that labels or preprocessing are not the network's."""
-    clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
-    correct, classes = round(clean_accuracy * n), run.manifest["model"]["num_classes"]
-    if wilson_interval(correct, int(n))[0] > 1 / classes:
-        return None
-    return (
-        f"{correct} of {int(n)} images are correct when clean, as guessing among {classes} classes might be: is the class list "
-        "in the order of the logits, are the weights trained, does the network normalise as it did in training, and is "
-        f"{run.manifest['model']['input_size']} the side of images that it takes (--input-size)?"
-    )
 
 
 def warn_of_other_rules(runs: Sequence[Run]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ def code_of_layers(network: nn.Module) -> bytes:
                 said.append(f"{place}.{name} {_of_code(value)}")
             elif name != "training" and isinstance(value, (bool, int, float, str, tuple, list, type(None))):
                 said.append(f"{place}.{name} {value!r}")
-    return "\n".join(said).encode()
+    # Without addresses of objects, which differ from process to process.
+    return re.sub(r"0x[0-9a-f]+", "", "\n".join(said)).encode()
 
 
 def _classes(network: nn.Module) -> Iterator[type]:
@@ -69,5 +71,11 @@ def _of_code(function: Callable[..., Any]) -> str:
 
 
 def _of_bytecode(code: CodeType) -> str:
-    constants = [_of_bytecode(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
+    return f"{code.co_code.hex()} {code.co_names} {[_of_constant(each) for each in code.co_consts]}"
+
+
+def _of_constant(constant: Any) -> str:
+    if isinstance(constant, CodeType):
+        return _of_bytecode(constant)
+    # In an order that is the same in every process.
+    return str(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)

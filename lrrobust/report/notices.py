@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lrrobust.results import Run
+from lrrobust.stats import wilson_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Part metadata that the engine writes only where something is wrong, and what it means.
 _WARNINGS = {
@@ -31,6 +37,18 @@ def warnings_with_rejections(run: Run) -> list[str]:
         for attack, count in left.groupby("attack", observed=True, sort=False).sum().items()
         if count
     ]
+
+
+def doubt_accuracy(summary: pd.DataFrame, num_classes: int) -> str | None:
+    """What to ask where a run's clean accuracy is no better than guessing: mostly labels or preprocessing are not the network's."""
+    clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
+    correct = round(clean_accuracy * n)
+    if wilson_interval(correct, int(n))[0] > 1 / num_classes:
+        return None
+    return (
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {num_classes} classes might be: is the class list "
+        "in the order of the logits, are the weights trained, does the network normalise as it did in training"
+    )
 
 
 def mixed_metadata(run: Run) -> dict[str, list[str]]:
