@@ -173,13 +173,15 @@ def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
     first, second = (run_of(outcomes, models=models, position=position) for position in (0, 1))
     baseline = build_baseline([second, first], Rule())
     assert [model.name for model in baseline.models] == list(models)
+    # Of some of its models it asks for these alone.
+    part = build_baseline([second], Rule())
+    assert [model.name for model in part.models] == part.request["models"] == ["b.py:build"]
     old = run_of(outcomes)
     del old.manifest["request"]
     matrix = run_of(outcomes)
     matrix.manifest["request"]["surrogates"] = ["a", "b"]
     other_seed = run_of(outcomes, models=models, position=1, seed=9)
     for runs, error, message in (
-        ([first], BaselineError, "evaluated 2 models"),
         ([first, first], BaselineError, "evaluated 2 models"),
         ([first, run_of(outcomes)], BaselineError, "different `lrrobust eval` commands"),
         ([first, other_seed], BaselineError, "different images or attacks"),
