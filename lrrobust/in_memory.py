@@ -33,7 +33,7 @@ from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.judge import call_model
 from lrrobust.frozen import frozen
 from lrrobust.models import Classifier
-from lrrobust.models.layer_files import code_of_layers
+from lrrobust.models.layer_code import code_of_layers
 from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evaluation
 from lrrobust.processes import choose_device
 from lrrobust.report.notices import doubt_accuracy, warnings_with_rejections

@@ -206,17 +206,27 @@ def build_two_characters(): return make(("be\\u0301e", "ant", "cat"))
 """
 
 
+@pytest.fixture(scope="session")
+def draw_classes():
+    """Writes a folder of three classes with so many images of noise each."""
+
+    def draw(folder, each):
+        generator = np.random.default_rng(0)
+        for name in ("ant", "bee", "cat"):
+            (folder / name).mkdir(parents=True)
+            for i in range(each):
+                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+
+    return draw
+
+
 @pytest.fixture
-def request_for(tmp_path):
+def request_for(tmp_path, draw_classes):
     """Requests for evaluations of tiny models, by the names of their factories, on twelve images."""
     from lrrobust.run import EvaluationRequest
 
     (tmp_path / "model.py").write_text(_MODEL)
-    generator = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    draw_classes(tmp_path / "images", 4)
 
     def make(*factories, **options):
         models = tuple(f"{tmp_path}/model.py:{factory}" for factory in factories)

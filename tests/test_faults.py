@@ -12,9 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from lrrobust import cli
 from lrrobust.diagnostics.stage import CHECKS
@@ -78,14 +76,10 @@ def build_and_say_when_images_are_read():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, draw_classes):
     folder = tmp_path_factory.mktemp("faults")
     (folder / "model.py").write_text(MODEL)
-    generator = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (folder / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "images" / name / f"{i}.png")
+    draw_classes(folder / "images", 8)
     return folder
 
 

@@ -12,7 +12,10 @@ from lrrobust.errors import DataError
 #: Name of a validation image; the group is its number, counted from 1.
 FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
-#: End of the name, without its suffix, of an image of the Hugging Face hub's copy; the group is its class.
+#: The same in the archives of the Hugging Face hub; the group is its class.
+HUB_NAME = re.compile(r"ILSVRC2012_val_\d{8}_(n\d{8})\.JPEG")
+
+#: How names of any split end there, without the suffix of the file; the group is the class.
 WNID_IN_NAME = re.compile(r"_(n\d{8})$")
 
 _DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.file_trees import FileTree, Spool
-from lrrobust.data.ilsvrc import FLAT_NAME, load_validation_wnids
+from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, load_validation_wnids
 from lrrobust.data.image_source import IMAGE_SUFFIXES
 from lrrobust.errors import DataError
 
@@ -30,12 +30,9 @@ _IMAGES = "images"
 _ANNOTATIONS = "val_annotations.txt"
 _WNID = re.compile(r"n\d{8}")
 
-#: A validation image of ImageNet in the archives of the Hugging Face hub; the group is its class.
-_HUB_NAME = re.compile(r"ILSVRC2012_val_\d{8}_(n\d{8})\.JPEG")
-
 
 def _is_validation_image(file: str) -> bool:
-    return FLAT_NAME.fullmatch(file) is not None or _HUB_NAME.fullmatch(file) is not None
+    return FLAT_NAME.fullmatch(file) is not None or HUB_NAME.fullmatch(file) is not None
 
 
 class LabelledFile(NamedTuple):
@@ -99,7 +96,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
                 folder = above
         above, wnid = posixpath.split(folder)
         if _is_validation_image(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
-            named = _HUB_NAME.fullmatch(file)
+            named = HUB_NAME.fullmatch(file)
             groups[folder].append((named and named[1], name))
         elif wnid and (is_class or wnid not in SPLIT_FOLDERS):
             groups[above].append((wnid, name))

@@ -27,7 +27,7 @@ from lrrobust.determinism import arithmetic_kept
 from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
 from lrrobust.models.classifier import Classifier
-from lrrobust.models.layer_files import files_of_layers
+from lrrobust.models.layer_code import files_of_layers
 from lrrobust.models.residual import DEFAULT_STEM, STEMS, Normalization, Stem
 from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, file_sha256, fit_weights, read_weights
 from lrrobust.torchvision_import import import_torchvision

@@ -2,10 +2,8 @@
 
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from lrrobust import cli
 from lrrobust.results import find_runs, load_run
@@ -29,13 +27,9 @@ def build():
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capfd):
+def call(tmp_path, draw_classes, monkeypatch, capfd):
     (tmp_path / "model.py").write_text(MODEL)
-    generator = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(6):
-            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    draw_classes(tmp_path / "images", 6)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrrobust.models.layer_files import code_of_layers
+from lrrobust.models.layer_code import code_of_layers
 
 SOURCE = """
 import torch
@@ -69,7 +69,7 @@ def test_modes_and_parameters_are_not_of_the_code():
 def test_it_is_the_same_in_every_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"from lrrobust.models.layer_files import code_of_layers\nexec({SOURCE!r})\nimport hashlib\n"
+        f"from lrrobust.models.layer_code import code_of_layers\nexec({SOURCE!r})\nimport hashlib\n"
         "print(hashlib.sha256(code_of_layers(Layer())).hexdigest())\n"
     )
     path = os.pathsep.join(sys.path)
