@@ -724,11 +724,16 @@ def models() -> None:
 
 
 @app.command()
-def attacks() -> None:
-    """List the attacks and suites that come with the package."""
-    from lrrobust.console.listings import print_attacks
+def attacks(
+    name: Annotated[Optional[str], typer.Argument(help="Show this one: a name in the list, or a YAML file.", show_default="all")] = None,
+) -> None:
+    """List the attacks and suites that come with the package, or print all settings of one, as a file to begin yours with."""
+    from lrrobust.console.listings import print_attacks, print_settings
 
-    print_attacks()
+    if name is None:
+        print_attacks()
+    else:
+        print_settings(name)
 
 
 for _command in app.registered_commands:

@@ -34,6 +34,16 @@ def parse_eps(value: Any) -> Any:
     return float(Fraction(numerator) / Fraction(denominator or 1))
 
 
+def write_eps(eps: float) -> float | str:
+    """What `parse_eps` reads as that number, as people would write it: grey levels, where that is shorter.
+
+    >>> write_eps(8 / 255), write_eps(0.5)
+    ('8/255', 0.5)
+    """
+    text = f"{eps * 255:.6g}/255"
+    return text if len(text) < len(repr(eps)) and parse_eps(text) == eps else eps
+
+
 def _check_ladder(ladder: tuple[float, ...]) -> tuple[float, ...]:
     if any(low >= high for low, high in zip(ladder, ladder[1:])):
         raise PydanticCustomError("ladder", "expected budgets in ascending order, each once")

@@ -473,6 +473,16 @@ def test_listings_name_what_there_is(run, tmp_path):
     assert all(name in out for name in ("fgsm", "pgd", "pgd_l2", "cw", "standard"))
 
 
+def test_settings_are_printed_as_a_file_of_ones_own(run, tmp_path):
+    code, out, err = run("attacks", "pgd", cwd=tmp_path)
+    assert code == 0, err
+    assert "\nloss: ce\n" in out and "eps: [0.125/255, 0.25/255, " in out
+    (tmp_path / "mine.yaml").write_text(out)
+    assert run("attacks", "mine.yaml", cwd=tmp_path)[:2] == (0, out)
+    code, out, err = run("attacks", "pdg", cwd=tmp_path)
+    assert (code, out) == (2, "") and "error: unknown attack or suite 'pdg': did you mean pgd?" in err
+
+
 def test_version_and_help_answer(run, tmp_path):
     from lrrobust import __version__
 

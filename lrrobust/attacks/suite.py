@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lrrobust.attacks.specs import AttackSpec, Description, Precision
 from lrrobust.config_file import is_path, read_mapping
+from lrrobust.eps import write_eps
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.mistakes import brief, explain_mistakes
 
@@ -134,6 +135,27 @@ def override(
         if key not in type(spec).model_fields:
             raise ConfigError(f"{spec.name}: attacks of kind {spec.kind!r} have no {key!r} to replace")
     return _validate({**spec.model_dump(mode="json"), **changes}, _ATTACK, source=spec.name)
+
+
+def read_settings(name: str | Path) -> dict[str, Any]:
+    """All settings of one attack, defaults included, or the content of a suite, as a file of one's own would say them.
+
+    Args:
+        name: as in `load_suite`.
+
+    Raises:
+        ConfigError, UnknownNameError: as `load_suite`.
+    """
+    path = _locate(name, relative_to=Path())
+    data = _read_mapping(path)
+    specs = load_suite([name])
+    if data["kind"] == "suite":
+        return data
+    # A file has no name in it.
+    settings = specs[0].model_dump(mode="json", exclude={"name"})
+    settings["eps"] = [write_eps(eps) for eps in specs[0].eps]
+    first = {key: settings.pop(key) for key in ("kind", "description", "norm", "eps")}
+    return first | settings
 
 
 def list_attacks() -> list[AttackListing]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from lrrobust.console.streams import notice, print_table
@@ -38,3 +40,13 @@ def print_attacks() -> None:
     for listing in list_attacks():
         table.add_row(listing.name, listing.kind, listing.norm, listing.description)
     print_table(table)
+
+
+def print_settings(name: str) -> None:
+    """One attack or suite as the YAML file of one's own that says the same."""
+    import yaml
+
+    from lrrobust.attacks.suite import read_settings
+
+    # Not through rich, which would break lines where the terminal ends.
+    print(yaml.safe_dump(read_settings(name), sort_keys=False, default_flow_style=None, width=math.inf, allow_unicode=True), end="")

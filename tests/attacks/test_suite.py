@@ -2,11 +2,12 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lrrobust.attacks import suite as suite_module
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import RESERVED_NAME, PgdSpec
-from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override
+from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override, read_settings
 from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.report.naming import WORST_CASE
@@ -233,3 +234,10 @@ def test_overrides_replace_and_are_checked():
         override(pgd, eps=[])
     with pytest.raises(ConfigError, match="several norms.*pgd: linf, pgd_l2: l2"):
         load_suite(["standard"], eps=[0.5])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_settings_shown_are_the_settings(name, tmp_path):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(read_settings(name)))
+    assert load_suite([path]) == load_suite([name]) and "name" not in read_settings(path)
