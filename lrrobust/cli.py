@@ -124,6 +124,10 @@ def evaluate(
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the attack's; verdicts are float32 in any case.")
     ] = None,
+    eot_iter: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="For randomised models: let attacks follow the mean logits of this many passes, instead of one."),
+    ] = None,
     quantize: Annotated[
         bool,
         typer.Option("--quantize", help="Judge adversarial images rounded to 8 bits as well; attacks go on until those break."),
@@ -188,6 +192,7 @@ def evaluate(
         steps=steps,
         restarts=restarts,
         precision=precision,
+        eot_iter=eot_iter,
         quantize=quantize,
         save_adversarial=save_adversarial,
         chunk_size=chunk_size,

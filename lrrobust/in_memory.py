@@ -80,6 +80,7 @@ def evaluate(
     steps: int | None = None,
     restarts: int | None = None,
     precision: Precision | None = None,
+    eot_iter: int | None = None,
     quantize: bool = False,
     save_adversarial: bool = False,
     seed: int = 0,
@@ -105,7 +106,7 @@ def evaluate(
         labels: (N,), int64, true classes.
         attacks: one or more shipped attacks and suites, or YAML files, as `--attack` takes them.
         eps: budgets in pixel units of [0, 1] instead of the attacks', such as 0.01 or "2/255"; all attacks must share a norm.
-        steps, restarts, precision, quantize, save_adversarial: as the options of `lrrobust eval`.
+        steps, restarts, precision, eot_iter, quantize, save_adversarial: as the options of `lrrobust eval`.
         seed: of the attacks.
         classes: names of the classes, in the order of the logits; "0", "1", ... where not given.
         name: of the model, for tables; that of the Classifier, or the class of the module, where not given. Part of a run's
@@ -138,7 +139,7 @@ def evaluate(
     check_images(images, labels)
     if save_adversarial and (out is None or images.shape[1] != 3):
         raise ValueError("save_adversarial keeps images of three colours in the folder of the run: give out=, and such images")
-    specs = load_suite(given, eps=budgets, steps=steps, restarts=restarts, precision=precision)
+    specs = load_suite(given, eps=budgets, steps=steps, restarts=restarts, precision=precision, eot_iter=eot_iter)
     with _one_at_a_time, _plain_torch(), TemporaryDirectory(prefix="lrrobust-") as temporary:
         named, where = _named(model, images, classes, name, device)
         real_pixels: Literal["judged", "saved"] | None = "saved" if save_adversarial else "judged" if quantize else None

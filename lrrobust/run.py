@@ -45,7 +45,7 @@ class EvaluationRequest:
         classes: name or path of a class list, for weights without one.
         input_size: side of the images in pixels, instead of what the weights state.
         n, seed, balanced, indices, skip_corrupt: see `build_evaluation_set`; indices is a file.
-        eps, steps, restarts, precision: replace these settings of the attacks.
+        eps, steps, restarts, precision, eot_iter: replace these settings of the attacks.
         quantize: judge every adversarial image a second time, rounded to 8 bits.
         save_adversarial: keep the adversarial images that outlast the rounding, which is done in any case then.
         chunk_size, batch_size: images stored together, and passed through the model at once; part of
@@ -71,6 +71,7 @@ class EvaluationRequest:
     steps: int | None = None
     restarts: int | None = None
     precision: Precision | None = None
+    eot_iter: int | None = None
     quantize: bool = False
     save_adversarial: bool = False
     chunk_size: int = DEFAULT_CHUNK_SIZE
@@ -129,7 +130,8 @@ def prepare_evaluations(
     models = _named_models("--model", request.models, "--weights", request.weights)
     surrogates = _named_models("--surrogate", request.surrogates, "--surrogate-weights", request.surrogate_weights)
     specs = load_suite(
-        request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts, precision=request.precision
+        request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts, precision=request.precision,
+        eot_iter=request.eot_iter,
     )
     classes = None if request.classes is None else load_class_list(request.classes)
     indices = None if request.indices is None else read_indices(request.indices)

@@ -54,6 +54,31 @@ def test_summary_counts_the_rows_and_equals_the_closed_form(problem):
         assert 1 - rows["is_broken"].mean() == pytest.approx(float(of_budget["robust_accuracy"].iloc[0]))
 
 
+class Shaken(nn.Module):
+    """Answers of the network within it, and gradients that are mostly noise, other at each pass."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        nothing = (images - images.detach()).flatten(1)
+        return self.network(images) + nothing @ (30 * torch.randn(nothing.shape[1], len(CLASSES)))
+
+
+def test_attacks_see_the_mean_of_passes_of_a_randomised_model(problem, tmp_path):
+    eps = 1.5 * float(problem.nearest("linf").median())
+    options = {"model": Shaken(problem.model), "attacks": "pgd", "eps": eps, "steps": 5}
+    one = evaluate(problem, **options)
+    mean = evaluate(problem, **options, eot_iter=40, out=tmp_path)
+    robust = [found.summary["robust_accuracy"].iloc[0] for found in (one, mean)]
+    assert float((problem.nearest("linf") > eps).double().mean()) <= robust[1] < robust[0] - 0.2
+    assert load_run(mean.folder).manifest["attacks"][0]["eot_iter"] == 40
+    assert mean.rows["backward_passes"].max() == 40 * one.rows["backward_passes"].max()
+    with pytest.raises(ConfigError, match="eot_iter"):
+        evaluate(problem, **options, eot_iter=0)
+
+
 def test_rows_are_those_of_the_command(problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pixels = (255 * problem.images).round().to(torch.uint8)

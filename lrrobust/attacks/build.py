@@ -16,6 +16,7 @@ from lrrobust.attacks.apgd import apgd
 from lrrobust.attacks.assignment import Assignment, Claim, Draw, Passes
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
 from lrrobust.attacks.deepfool import deepfool
+from lrrobust.attacks.expectation import Expectation
 from lrrobust.attacks.fab import fab_t
 from lrrobust.attacks.fmn import fmn
 from lrrobust.attacks.momentum import mi_fgsm
@@ -98,7 +99,8 @@ class Attack:
         # Attacks need gradients whatever the caller's mode; tensors of inference mode cannot take
         # part in them, but their clones can.
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
-            victim = _Victim(model)
+            draws = self._spec.eot_iter
+            victim = _Victim(model if draws == 1 else Expectation(model, draws))
             given = Assignment(
                 victim,
                 images.detach().clone(memory_format=torch.contiguous_format),
@@ -110,6 +112,9 @@ class Attack:
                 draw,
             )
             forward, backward = _RUNNERS[type(self._spec)](self._spec, given)
+        if draws > 1:
+            # Every gradient has its forward passes made again.
+            forward, backward = draws * (forward + backward), draws * backward
         return Effort(forward, backward, victim.nonfinite_gradients)
 
 
@@ -169,7 +174,7 @@ def _with_settings(attack: Callable[..., Passes]) -> Callable[[Any, Assignment],
 
 
 #: What a spec says beside the settings of its attack.
-_NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only"}
+_NO_SETTINGS = {"kind", "name", "description", "eps", "survivors_only", "eot_iter"}
 
 _RUNNERS: dict[type[BaseModel], Callable[[Any, Assignment], Passes]] = {
     FgsmSpec: _run_fgsm,

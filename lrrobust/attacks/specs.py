@@ -8,15 +8,17 @@ fingerprints hash. Keys and defaults are therefore part of the results format.
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lrrobust.eps import Ladder
 from lrrobust.gradient_rules import GradientOf
 from lrrobust.norm import LinfOrL2, Norm
-
 
 #: What no attack may be called, as rows of reports are: `lrrobust.report.naming.WORST_CASE`.
 RESERVED_NAME = "worst_case"
@@ -56,11 +58,21 @@ class _Spec(BaseModel):
     #: Leave out, at each eps, the images that an earlier attack of the run broke there in the same norm. Set by
     #: the suite: a worst case then costs less, but the rows of one attack no longer stand for it alone.
     survivors_only: bool = False
+    #: Passes of whose mean logits the attack sees answer and gradient, for randomised models; see `lrrobust.attacks.expectation`.
+    eot_iter: Annotated[int, Field(ge=1)] = 1
 
     @property
     def max_forward_passes(self) -> int:
-        """Upper bound of the attack's own forward passes for one image."""
+        """Upper bound of the forward passes for one image, each with one gradient at most, where one pass is one answer."""
         return len(self.eps)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_settings(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later and has its default, so that runs and baselines of before keep their identity."""
+        settings = serialise(self)
+        if settings.get("eot_iter") == 1:
+            del settings["eot_iter"]
+        return settings
 
     @model_validator(mode="after")
     def _check_linf_budget(self) -> _Spec:

@@ -71,14 +71,15 @@ def load_suite(
     steps: int | None = None,
     restarts: int | None = None,
     precision: Precision | None = None,
+    eot_iter: int | None = None,
 ) -> tuple[AttackSpec, ...]:
     """Load attacks and suites, in the order given, each attack once.
 
     Args:
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
             .yaml or .yml, or contains a path separator.
-        eps, steps, restarts, precision: replace these settings in every attack that has them, see `override`; those
-            that have not stay as they are.
+        eps, steps, restarts, precision, eot_iter: replace these settings in every attack that has them, see `override`;
+            those that have not stay as they are.
 
     Raises:
         ConfigError: a file cannot be read or is wrong, two files share a name, a suite includes
@@ -98,7 +99,7 @@ def load_suite(
             "eps cannot be replaced in attacks of several norms at once"
             f" ({', '.join(f'{spec.name}: {spec.norm}' for spec in specs)}); evaluate each norm by itself"
         )
-    given = {"eps": eps, "steps": steps, "restarts": restarts, "precision": precision}
+    given = {"eps": eps, "steps": steps, "restarts": restarts, "precision": precision, "eot_iter": eot_iter}
     changes = {key: value for key, value in given.items() if value is not None}
     for key in changes:
         without = ", ".join(spec.name for spec in specs if key not in type(spec).model_fields)
@@ -118,6 +119,7 @@ def override(
     steps: int | None = None,
     restarts: int | None = None,
     precision: Precision | None = None,
+    eot_iter: int | None = None,
 ) -> AttackSpec:
     """Return `spec` with the given settings replaced and checked again; None leaves one as it is.
 
@@ -127,7 +129,10 @@ def override(
     Raises:
         ConfigError: attacks of this kind have no such setting, or the value is not valid.
     """
-    given = {"eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts, "precision": precision}
+    given = {
+        "eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts, "precision": precision,
+        "eot_iter": eot_iter,
+    }
     changes = {key: value for key, value in given.items() if value is not None}
     if not changes:
         return spec

@@ -198,7 +198,8 @@ def _contests(
     contests, without = [], []
     for spec in specs:
         # Rows of an attack that met only what earlier ones had left do not stand for it alone.
-        propose = None if spec.survivors_only else adapter.find_attack(spec)
+        # Nor do peers average over a randomised model.
+        propose = None if spec.survivors_only or spec.eot_iter > 1 else adapter.find_attack(spec)
         if propose is None:
             without.append(spec.name)
             continue

@@ -63,7 +63,7 @@ def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
     if np.isnan(outcomes.backward_passes[is_new]).any():
         return None, f"The steps of {spec.name} were not counted, so when it broke an image is not known."
     # The step that was made before the break, from 0; none where the start was adversarial by itself.
-    step = (outcomes.backward_passes - 1) % steps
+    step = (outcomes.backward_passes / spec.eot_iter - 1) % steps
     is_late = is_new & (outcomes.backward_passes > 0) & (step > LATE * steps)
     n = is_new.shape[1]
     counts = is_late.sum(1)

@@ -31,8 +31,28 @@ HALVINGS = 7
 def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
     """Whether the logits of the same images in the same batch are the same, up to rounding of a parallel sum.
 
-    Of clean images, and of noisy ones: attacks leave the grid of 8 bits, off which alone a model may be random.
+    Of clean images, and of noisy ones: attacks leave the grid of 8 bits, off which alone a model may be random. Where all
+    attacks average over several passes it is not known whether these are enough; `check_convergence` averages over more.
     """
+    differences, passed = _differences(subject)
+    n = min(len(subject), subject.judge.batch_size)
+    detail = (
+        f"In {FORWARDS} forward passes the logits of {n} images differ by at most {differences[0]:.2g}, with noise on "
+        f"them by at most {differences[1]:.2g}"
+    )
+    if not passed:
+        detail += ": the model is randomised, and "
+        draws = min(outcomes.spec.eot_iter for outcomes in subject.outcomes)
+        if draws == 1:
+            detail += "attacks that do not average over that (--eot-iter) overstate its robustness"
+        else:
+            passed = None
+            detail += f"attacks average over {draws} passes; whether these are enough is not known"
+    yield Diagnostic(name="determinism", passed=passed, detail=f"{detail}.")
+
+
+def _differences(subject: Subject) -> tuple[list[float], bool | None]:
+    """By how much logits of the same images differ, clean and noisy, and whether that is rounding."""
     size = subject.judge.batch_size
     differences, passed = [], True
     for images in (subject.images[:size], subject.noisy("linf", OFF_GRID)[:size]):
@@ -40,20 +60,20 @@ def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
         differences.append(max(gap(call_model(subject.judge.model, images), first) for _ in range(FORWARDS - 1)))
         # Written so that NaN fails.
         passed &= differences[-1] <= RANDOMISED_TOLERANCE * logit_scale(first)
-    detail = (
-        f"In {FORWARDS} forward passes the logits of {len(images)} images differ by at most {differences[0]:.2g}, with noise on "
-        f"them by at most {differences[1]:.2g}"
-    )
-    detail += "" if passed else ": the model is randomised, and attacks that do not average over that overstate its robustness"
-    yield Diagnostic(name="determinism", passed=passed, detail=f"{detail}.")
+    return differences, passed
 
 
 @torch.no_grad()
 def check_float64(subject: Subject) -> Iterator[Diagnostic]:
     """Whether clean images, and adversarial ones at the boundary, are classified in float64 as in float32; on the CPU.
 
-    At the boundary is where minimal-norm attacks end, and where rounding decides.
+    At the boundary is where minimal-norm attacks end, and where rounding decides. In a randomised model chance does.
     """
+    _, is_deterministic = _differences(subject)
+    if not is_deterministic:
+        detail = "The model is randomised, so that two passes differ in any case: whether rounding decides is not known."
+        yield Diagnostic(name="float64", passed=None, detail=detail)
+        return
     places, edge = boundary_images(subject)
     images, labels = torch.cat([subject.images, edge]), torch.cat([subject.labels, subject.labels[places]])
     keys = [""] * len(labels)

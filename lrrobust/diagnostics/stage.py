@@ -97,7 +97,9 @@ def diagnose(
     else:
         with frozen(model), deterministic_float32():
             judge = Judge(model, num_classes, batch_size)
-            subject = Subject(judge, *load(range(len(places))), outcomes, load, fingerprint, predicted_classes(run.rows))
+            eot_iter = max(spec.eot_iter for spec in specs)
+            predicted = predicted_classes(run.rows)
+            subject = Subject(judge, *load(range(len(places))), outcomes, load, fingerprint, predicted, eot_iter)
             fitting = FittingBatch(batch_size, device)
             for done, check in enumerate(CHECKS):
                 name = check.__name__.removeprefix("check_")

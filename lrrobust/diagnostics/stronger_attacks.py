@@ -61,7 +61,8 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
     It asks whether the worst case of the run would fall; whether gradients lead anywhere others ask. At the budget where about
     half of the images are broken, and at the largest that leaves enough standing. The sample's survivors come first; where more
     of them break than is tolerated, but not yet more than chance makes, others of the run follow, up to `MOST_SURVIVORS`. An
-    image takes at most 2 * steps + `TARGETS` * `TARGETED_STEPS` passes.
+    image takes at most 2 * steps + `TARGETS` * `TARGETED_STEPS` passes. Where the run's attacks average over passes of a
+    randomised model, these do over twice as many.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, sections 4.4 and 4.5.
     """
@@ -136,7 +137,10 @@ def _strike_survivors(
         for place, attack in enumerate(attacks):
             if not len(left) or not _is_made(attack, subject):
                 continue
-            is_broken = part.strike(attack.spec, eps, left, subject.predicted if attack.is_narrowed else None).is_broken
+            spec = attack.spec
+            if subject.eot_iter > 1:
+                spec = spec.model_copy(update={"eot_iter": 2 * subject.eot_iter})
+            is_broken = part.strike(spec, eps, left, subject.predicted if attack.is_narrowed else None).is_broken
             level.broken[place] += is_broken.sum()
             left = left[~is_broken]
         level.struck = end

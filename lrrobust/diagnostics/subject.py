@@ -55,6 +55,7 @@ class Subject:
         outcomes: of all images correct when clean; the sample's come first.
         load: images, labels and keys of some of all of these, by their places.
         fingerprint: of the run; random numbers derive from it.
+        eot_iter: passes that attacks average over at least: as many as the run's, so that none meets less of a randomised model.
         predicted: classes that the model takes images for, ascending, see `lrrobust.diagnostics.outcomes.predicted_classes`.
     """
 
@@ -66,6 +67,7 @@ class Subject:
     load: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor, list[str]]]
     fingerprint: str
     predicted: tuple[int, ...] = ()
+    eot_iter: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,7 +96,7 @@ class Subject:
         Args:
             classes: where given, the attack sees these logits alone: ascending, two at least, the images' own among them.
         """
-        spec = spec.model_copy(update={"eps": (eps,)})
+        spec = spec.model_copy(update={"eps": (eps,), "eot_iter": max(spec.eot_iter, self.eot_iter)})
         at = torch.from_numpy(places).to(self.labels.device)
         images, labels, keys = self.images[at], self.labels[at], [self.keys[place] for place in places]
         model, seen = self.judge.model, labels

@@ -82,10 +82,10 @@ def check_model(
         difference = max(difference, with_gradient)
         _log.warning(
             "forward passes of the same images differ by %.2g: the model is randomised, and attacks that "
-            "do not average over its randomness overstate its robustness",
+            "do not average over its randomness (--eot-iter 20 does) overstate its robustness",
             max(difference, difference_beside),
         )
-        found["randomised"] = "yes: robustness is overstated"
+        found["randomised"] = "yes: attacks that do not average over it overstate robustness"
     half = -(-len(few) // 2)
     apart = max(
         gap(_predict(model, few[:half].clone(), num_classes), before[:half]),

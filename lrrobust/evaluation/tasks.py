@@ -23,7 +23,9 @@ class Task:
     @property
     def cost(self) -> int:
         """Upper bound of the forward passes, all images of the chunk added up."""
-        return self.spec.max_forward_passes * (self.chunk.stop - self.chunk.start)
+        draws = self.spec.eot_iter
+        # Of several draws each pass may be made again for its gradient.
+        return self.spec.max_forward_passes * (1 if draws == 1 else 2 * draws) * (self.chunk.stop - self.chunk.start)
 
 
 def plan_tasks(specs: Sequence[AttackSpec], n: int, chunk_size: int) -> list[Task]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _WARNINGS = {
     "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
     "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
-    "randomised": "the model's logits are random: robustness is overstated",
+    "randomised": "the model's logits are random: attacks that do not average over them (--eot-iter) overstate its robustness",
 }
 
 

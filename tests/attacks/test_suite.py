@@ -116,7 +116,7 @@ def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
         ("kind: [pgd]", "kind: expected one of"),
         (PGD + "name: other", "name: unexpected key"),
         (PGD + "step_size: 1", "step_size: unknown key, did you mean step_size_ratio"),
-        (PGD + "pgd: 1", "pgd: unknown key, expected one of description, eps"),
+        (PGD + "pgd: 1", "pgd: unknown key, expected one of description, eot_iter, eps"),
         (PGD + "step_size_ratio: 0", "step_size_ratio: expected more than 0, found 0"),
         (PGD + "random_start: 1", "random_start: expected true or false, found 1"),
         (PGD + "restarts: 2024-01-01", "expected text, numbers, true, false and lists"),
@@ -241,3 +241,19 @@ def test_settings_shown_are_the_settings(name, tmp_path):
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(read_settings(name)))
     assert load_suite([path]) == load_suite([name]) and "name" not in read_settings(path)
+
+
+def test_averaging_over_passes_changes_no_identity_where_it_is_not_asked_for():
+    for name in SHIPPED:
+        assert all("eot_iter" not in spec.model_dump(mode="json") for spec in load_suite([name]))
+    averaged = load_suite(["standard"], eot_iter=20)
+    assert {spec.model_dump(mode="json")["eot_iter"] for spec in averaged} == {20}
+    assert read_settings("pgd")["steps"] == 20
+    with pytest.raises(ConfigError, match="eot_iter"):
+        load_suite(["pgd"], eot_iter=0)
+
+
+def test_averaging_is_a_key_of_files(folder):
+    path = folder / "mine.yaml"
+    path.write_text(PGD + "eot_iter: 5\n")
+    assert load_suite([path])[0].eot_iter == read_settings(path)["eot_iter"] == 5

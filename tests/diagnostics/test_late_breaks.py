@@ -45,6 +45,12 @@ def test_the_last_quarter_begins_after_three_quarters_of_the_steps():
     assert found.passed is True and found.detail == "The last quarter of its 20 steps breaks none of 100 images at any eps."
 
 
+def test_passes_that_average_over_a_random_model_are_one_step():
+    averaged = PGD.model_copy(update={"eot_iter": 8})
+    assert look(averaged, [8 * 17] * 50).passed is False
+    assert look(averaged, [8 * 16] * 50).passed is True
+
+
 def test_restarts_belong_to_one_search_and_targets_to_several():
     restarts = PGD.model_copy(update={"restarts": 4})
     # Any step of the last start.

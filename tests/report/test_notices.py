@@ -5,7 +5,7 @@ from lrrobust.report.notices import mixed_metadata, warnings_of, warnings_with_r
 
 def test_says_what_the_engine_noticed(make_run):
     run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
-    assert warnings_of(run) == ["the model's logits are random: robustness is overstated"]
+    assert warnings_of(run) == ["the model's logits are random: attacks that do not average over them (--eot-iter) overstate its robustness"]
     assert warnings_of(make_run()) == []
 
 
