@@ -108,7 +108,9 @@ def evaluate(
     ] = None,
     classes: Annotated[
         Optional[str],
-        typer.Option(help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, or a text file."),
+        typer.Option(
+            help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file."
+        ),
     ] = None,
     input_size: Annotated[
         Optional[int], typer.Option(min=1, help="Side of the images in pixels, instead of what the weights state.")

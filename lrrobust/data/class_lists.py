@@ -18,7 +18,7 @@ from lrrobust.errors import DataError, UnknownNameError
 TINY_IMAGENET_200: tuple[str, ...]
 IMAGENET_1K: tuple[str, ...]
 
-_PACKAGED = {"tiny-imagenet-200": "tiny_imagenet_200.txt", "imagenet-1k": "imagenet_1k.txt"}
+_PACKAGED = {name: f"{name.replace('-', '_')}.txt" for name in ("tiny-imagenet-200", "imagenet-1k", "cifar-10", "cifar-100")}
 _CONSTANTS = {"TINY_IMAGENET_200": "tiny-imagenet-200", "IMAGENET_1K": "imagenet-1k"}
 
 
@@ -26,7 +26,7 @@ def load_class_list(name_or_path: str | Path) -> tuple[str, ...]:
     """Classes in label order, of a known label space or of a text file with one class a line.
 
     Args:
-        name_or_path: "tiny-imagenet-200", "imagenet-1k", or the path of a UTF-8 text file.
+        name_or_path: "tiny-imagenet-200", "imagenet-1k", "cifar-10", "cifar-100", or the path of a UTF-8 text file.
 
     Raises:
         UnknownNameError: it is neither a known name nor a file.

@@ -133,7 +133,7 @@ class Spool:
 
 
 class FileTree(ABC):
-    """The files of a folder or an archive that end in one of `suffixes`.
+    """The files of a folder or an archive that end in one of `suffixes`; "/train" is a whole name.
 
     Attributes:
         path: of the folder or archive.
@@ -172,7 +172,7 @@ class FileTree(ABC):
         parts = [part for part in raw_name.split("/") if part != "."]
         name = "/".join(parts)
         is_safe = not any(part.startswith(".") or part in ("", "__MACOSX") for part in parts)
-        if not is_safe or not name.lower().endswith(self._suffixes):
+        if not is_safe or not f"/{name}".lower().endswith(self._suffixes):
             self.ignored_count += 1
             if is_safe:
                 folder, file = posixpath.split(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.avc_photos import open_photos
+from lrrobust.data.cifar import CIFAR_SUFFIXES, CifarTree, find_batches
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
@@ -63,10 +64,10 @@ def open_dataset(spec: str | Path) -> ImageSource:
         spec: "photos" (500 labelled photos, fetched once), or the path of a folder, a zip or a tar
             (.tar, .tar.gz, .tar.xz, .tar.bz2) with one folder of images a class; the layouts of
             Tiny-ImageNet and of ImageNet's validation tar are understood too, and Parquet files of the
-            Hugging Face hub, where `PATH#COLUMN` names the column of the classes. Several paths are
-            separated by commas, and a path may be a pattern, as in `train-*.tar.xz`. Where there
-            are several splits `val` is read; `PATH#train` reads another. A Path object always
-            means a file or folder, never "photos".
+            Hugging Face hub, where `PATH#COLUMN` names the column of the classes, and CIFAR-10 and CIFAR-100
+            as they are published. Several paths are separated by commas, and a path may be a pattern, as in
+            `train-*.tar.xz`. Where there are several splits `val` is read, of CIFAR `test`; `PATH#train` reads
+            another. A Path object always means a file or folder, never "photos".
 
     Raises:
         DataError: nothing is there, it holds no labelled image, two images have the same key, an
@@ -90,8 +91,12 @@ def open_dataset(spec: str | Path) -> ImageSource:
                 table = ParquetTree(path, split, spool)
                 files += [TreeFile(f"{wnid}/{name}", wnid, name, table) for wnid, name in table.labelled()]
                 continue
-            tree = open_tree(path, LAYOUT_SUFFIXES, spool)
-            labelling = label_files(tree, split, spool)
+            tree = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
+            if batches := find_batches(tree):
+                tree = CifarTree(tree, batches, split, spool)
+                labelling = tree.labelling
+            else:
+                labelling = label_files(tree, split, spool)
             chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
             name_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count

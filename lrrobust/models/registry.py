@@ -160,7 +160,8 @@ def _random_classifier(name: str, network: nn.Module, classes: Sequence[str]) ->
 def _need(classes: Sequence[str] | None, what: str) -> Sequence[str]:
     if classes is None:
         raise ModelError(
-            f"{what} needs a class list: add --classes tiny-imagenet-200, imagenet-1k, or a text file with one class a line"
+            f"{what} needs a class list: add --classes tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file "
+            "with one class a line"
         )
     return classes
 

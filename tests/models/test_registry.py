@@ -106,7 +106,7 @@ def test_checkpoint_without_classes(tmp_path, tiny_networks, seeded):
 
 
 def test_random_weights_need_classes(tiny_networks):
-    with pytest.raises(ModelError, match="tiny needs a class list: add --classes tiny-imagenet-200, imagenet-1k, or a text file"):
+    with pytest.raises(ModelError, match="tiny needs a class list: add --classes tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file"):
         load("tiny", weights="none")
     classifier = load("tiny", weights="none", classes=CLASSES)
     assert (classifier.classes, classifier.weights) == (CLASSES, "random")
