@@ -306,7 +306,10 @@ class ZipTree(FileTree):
 
 
 class TarTree(FileTree):
-    """An uncompressed tar: its headers are read once, the files in it on demand."""
+    """An uncompressed tar: its headers are read once, the files in it on demand.
+
+    Tars in one that holds nothing else, such as those of the classes in ImageNet's training images, are folders of it.
+    """
 
     is_fork_safe = True
 
@@ -317,11 +320,28 @@ class TarTree(FileTree):
             with tarfile.open(path, "r:", tarinfo=_BoundedTarInfo) as tar:
                 for member, name in _regular_members(tar, self):
                     self._spans[name] = Span(member.offset_data, member.size)
+                if not self._names:
+                    self._read_tars_within(tar)
             self._follow_links(self._spans)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except _TAR_DAMAGE as error:
             raise _damaged_archive(path, error) from error
+
+    def _read_tars_within(self, tar: tarfile.TarFile) -> None:
+        for whole in tar.getmembers():
+            folder, suffix = posixpath.splitext(whole.name)
+            if not whole.isreg() or suffix.lower() != ".tar":
+                continue
+            try:
+                with tarfile.open(fileobj=tar.extractfile(whole), mode="r:", tarinfo=_BoundedTarInfo) as within:
+                    for member, name in _regular_members(within, self, folder=folder):
+                        self._spans[name] = Span(whole.offset_data + member.offset_data, member.size)
+            except _TAR_DAMAGE as error:
+                raise _damaged_archive(self.path / whole.name, error) from error
+            # It was passed over before.
+            self.ignored_count -= 1
+            self.unread.pop((posixpath.dirname(folder), ".tar"), None)
 
     def read(self, name: str) -> bytes:
         span = self._spans[name]
@@ -411,8 +431,9 @@ def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:
 
 
 def _regular_members(
-    tar: tarfile.TarFile, tree: FileTree, most_bytes: float = math.inf
+    tar: tarfile.TarFile, tree: FileTree, most_bytes: float = math.inf, folder: str = ""
 ) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """The files of a tar that `tree` admits, with their names there: in `folder`."""
     for member in tar:
         if member.offset_data + member.size > most_bytes:
             raise DataError(f"{tree.path} unpacks to more than {most_bytes} bytes: unpack it yourself if you trust it")
@@ -420,19 +441,19 @@ def _regular_members(
             continue
         if member.islnk() or member.issym():
             above = "" if member.islnk() else posixpath.dirname(member.name)
-            tree._note_link(member.name, posixpath.join(above, member.linkname))
+            tree._note_link(posixpath.join(folder, member.name), posixpath.join(folder, above, member.linkname))
             continue
         if not member.isreg() or member.issparse():
             tree.ignored_count += 1
-        elif (name := tree._admit(member.name)) is not None:
+        elif (name := tree._admit(posixpath.join(folder, member.name))) is not None:
             yield member, name
     # Some programs write none, and GNU tar does not mind; a download that broke off between two files has none either.
     if tar.fileobj.tell() == tar.offset:
-        _log.warning("%s ends without the mark of its end: if files are missing, copy or download it anew", tree.path)
+        _log.warning("%s ends without the mark of its end: if files are missing, copy or download it anew", tree.path / folder)
     elif any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(1 << 20), b"")):
         _log.warning(
             "%s goes on behind the mark of its end, where nothing is read: several tars joined into one, or a download with "
-            "holes; give each tar by its name, or download it anew", tree.path,
+            "holes; give each tar by its name, or download it anew", tree.path / folder,
         )  # fmt: skip
 
 

@@ -262,11 +262,40 @@ def test_empty_archive_is_refused(tmp_path, pack, suffix):
         open_dataset(pack(tmp_path / f"x.{suffix}", {}))
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
 def test_an_archive_of_archives_is_said_to_be_one(tmp_path, pack, suffix):
     path = pack(tmp_path / f"x.{suffix}", {"n01440764.tar": b"x"})
     with pytest.raises(DataError, match="found no image; archives within it are not read: unpack it first$"):
         open_dataset(path)
+
+
+@pytest.mark.parametrize("above", ["", "./", "train/"])
+def test_a_tar_of_a_tar_for_each_class(tmp_path, pack_tar, pets, expected, caplog, above):
+    """As ILSVRC2012_img_train.tar."""
+    tars = {}
+    for wnid in ("cat", "dog"):
+        files = {key[4:]: content for key, content in pets.items() if key.startswith(wnid)} | {"notes.md": b"x"}
+        tars[f"{above}{wnid}.tar"] = pack_tar(tmp_path / "one.tar", files).read_bytes()
+    source = open_dataset(pack_tar(tmp_path / "train.tar", tars))
+    assert _content(source) == expected and source.is_fork_safe and source.ignored_count == 2
+    assert len(caplog.messages) == 1 and "passed over 2 files in class folders (2 .md)" in caplog.text
+    # Beside images they are passed over as ever, and tars in them are not opened.
+    assert len(open_dataset(pack_tar(tmp_path / "more.tar", tars | {"emu/1.jpg": b"x"}))) == 1
+    with pytest.raises(DataError, match="2 .tar; archives within it are not read"):
+        open_dataset(pack_tar(tmp_path / "deep.tar", {"a.tar": (tmp_path / "train.tar").read_bytes()}))
+
+
+@pytest.mark.parametrize("cut", [0, 700, -1])
+def test_damage_in_a_tar_of_tars_is_named(tmp_path, pack_tar, pets, cut, caplog):
+    whole = pack_tar(tmp_path / "one.tar", {"1.jpg": pets["cat/1.jpg"], "2.jpg": pets["cat/2.jpg"]}).read_bytes()
+    if cut < 0:  # The mark of its end is missing: what follows is not of this class.
+        whole = whole.rstrip(b"\0").ljust(-(-len(whole.rstrip(b"\0")) // 512) * 512, b"\0")
+        source = open_dataset(pack_tar(tmp_path / "train.tar", {"cat.tar": whole, "dog.tar": whole}))
+        assert source.keys == ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
+        assert "train.tar/cat ends without the mark of its end" in caplog.text
+        return
+    with pytest.raises(DataError, match="train.tar/dog.tar is damaged, cut short or no tar archive"):
+        open_dataset(pack_tar(tmp_path / "train.tar", {"dog.tar": whole[:cut]}))
 
 
 def test_file_that_is_no_archive_is_refused(tmp_path, encode):
