@@ -145,7 +145,7 @@ def prepare_evaluations(
             _check_sizes(loaded[model], loaded[surrogate])
     first, *others = (loaded[model].classifier for model in models)
     images = build_evaluation_set(
-        open_dataset(request.dataset),
+        open_dataset(request.dataset, *(named.classifier.classes for named in loaded.values())),
         first.classes,
         _preprocessing(first),
         known_classes=shared,

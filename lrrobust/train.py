@@ -79,7 +79,7 @@ def prepare_training(
     _check_weights_name(request.weights_name)
     # Measured at the end by the first process alone.
     sets = request.evaluate_on if ranks.is_first else ()
-    evaluation_sets = [build_evaluation_set(open_dataset(d), classes, recipe.preprocessing) for d in sets]
+    evaluation_sets = [build_evaluation_set(open_dataset(d, classes), classes, recipe.preprocessing) for d in sets]
     images = _open_training_images(request.data, classes, recipe, request.workers, on_scan)
     where = choose_device(request.device) if device is None else device
     training = Training(
@@ -126,7 +126,7 @@ def average_trained(
         )
     recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
-    evaluation_sets = [build_evaluation_set(open_dataset(d), last.classes, preprocessing) for d in evaluate_on]
+    evaluation_sets = [build_evaluation_set(open_dataset(d, last.classes), last.classes, preprocessing) for d in evaluate_on]
     images = _open_training_images(data, last.classes, recipe, 0, on_scan)
     expected, found = count + recipe.holdout, len(images.labels)
     if found != expected or digest not in (None, images.sha256()):
@@ -149,7 +149,7 @@ def _check_weights_name(name: str) -> None:
 def _open_training_images(
     data: str, classes: Sequence[str], recipe: Recipe, workers: int, on_scan: OnProgress | None
 ) -> TrainingImages:
-    source = open_dataset(data)
+    source = open_dataset(data, classes)
     if recipe.loading == "memory":
         return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))
     if workers and not source.is_fork_safe:

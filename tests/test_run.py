@@ -29,6 +29,17 @@ def test_models_that_write_accents_in_their_own_ways_share_classes(request_for, 
         assert len(labels) == 12 and transfer.images.left_out_classes == ((), ())
 
 
+def test_numbered_classes_are_those_of_every_model_or_of_none(request_for, tmp_path):
+    for number, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "images" / name).rename(tmp_path / "images" / str(number))
+    for models in (("build",), ("build", "build_scaled"), ("build_reordered",)):
+        *_, last = prepare_evaluations(request_for(*models), ["test"])
+        assert sorted(last.images.labels) == [0] * 4 + [1] * 4 + [2] * 4
+        assert [last.classifier.classes[label] for label in last.images.labels] == list(last.images.wnids)
+    with pytest.raises(DataError, match="the models count theirs differently; evaluate one after the other"):
+        prepare_evaluations(request_for("build", surrogates=(f"{tmp_path}/model.py:build_reordered",)), ["test"])
+
+
 def test_labels_follow_each_model_and_images_are_shared(request_for):
     first, second = prepare_evaluations(request_for("build", "build_other_classes"), ["test"])
     assert first.images.keys == second.images.keys

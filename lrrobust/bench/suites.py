@@ -160,7 +160,8 @@ def _on_models(compare: Callable[..., Iterator[dict[str, object]]], request: Ben
     for name, size in cases:
         classifier = load_classifier(name, imagenet_classes=IMAGENET_1K, input_size=size)
         preprocessing = Preprocessing(classifier.input_size, classifier.resize_size, classifier.interpolation)
-        images = build_evaluation_set(open_dataset(request.dataset), classifier.classes, preprocessing, n=request.n)
+        source = open_dataset(request.dataset, classifier.classes)
+        images = build_evaluation_set(source, classifier.classes, preprocessing, n=request.n)
         pixels, labels = images.load(range(len(images)))
         rows = compare(
             # The same network for all, however its passes are launched: what is compared is the loops.

@@ -6,6 +6,7 @@ happen to be present: a data set with one class missing would otherwise shift ev
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -69,6 +70,39 @@ def match_classes(
         label_of = {wnid: label for wnid, label in label_of.items() if wnid in known}
     labels = [label_of.get(composed(wnid)) for wnid in wnids]
     return [position for position, label in enumerate(labels) if label is not None], [label for label in labels if label is not None]
+
+
+def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str]]) -> dict[str, str]:
+    """What the classes of a data set mean that are numbers, as in ImageNet-V2: positions, from 0, in the models' class lists.
+
+    Args:
+        found: classes of the data set.
+        class_lists: of each model all classes in label order.
+
+    Returns:
+        Name by number; empty where not all are numbers, or a model has a class of such a name.
+
+    Raises:
+        DataError: they are numbers, and may as well count something else.
+    """
+    are_numbers = found and all(re.fullmatch(r"[0-9]{1,9}", name) for name in found)
+    if not are_numbers or any(set(found) & set(classes) for classes in class_lists):
+        return {}
+    numbers = sorted(map(int, found))
+    for classes in class_lists:
+        if numbers != list(range(len(classes))):
+            raise DataError(
+                f"the classes are numbers, and no positions among those of the model: expected each of 0 to {len(classes) - 1}"
+                f", found {len(numbers)} from {numbers[0]} to {numbers[-1]}; rename the folders after the classes"
+            )
+        if list(classes) != sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+            raise DataError(
+                "the classes are numbers, and may count the WordNet ids in the order of the model or in theirs; rename the "
+                "folders after the classes"
+            )
+        if list(map(composed, classes)) != list(map(composed, class_lists[0])):
+            raise DataError("the classes are numbers, and the models count theirs differently; evaluate one after the other")
+    return {name: class_lists[0][int(name)] for name in found} if class_lists else {}
 
 
 def composed(wnid: str) -> str:

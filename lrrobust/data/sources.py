@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lrrobust.data.avc_photos import open_photos
 from lrrobust.data.cifar import CIFAR_SUFFIXES, CifarTree, find_batches
+from lrrobust.data.class_lists import classes_by_number
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
@@ -57,7 +58,7 @@ class FileImages(ImageSource):
         return file.tree.read(file.name)
 
 
-def open_dataset(spec: str | Path) -> ImageSource:
+def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
     """Find the images of a data set; none is decoded yet.
 
     Args:
@@ -68,6 +69,8 @@ def open_dataset(spec: str | Path) -> ImageSource:
             as they are published. Several paths are separated by commas, and a path may be a pattern, as in
             `train-*.tar.xz`. Where there are several splits `val` is read, of CIFAR `test`; `PATH#train` reads
             another. A Path object always means a file or folder, never "photos".
+        class_lists: of each model all classes in label order: what the numbers 0, 1, ... mean where these are all
+            the classes of the data set, which a warning says.
 
     Raises:
         DataError: nothing is there, it holds no labelled image, two images have the same key, an
@@ -85,7 +88,7 @@ def open_dataset(spec: str | Path) -> ImageSource:
     for part in _split_parts(str(spec)):
         pattern, split = _split_fragment(part)
         chosen_split = None
-        name_of: dict[str, str] = {}
+        path_of: dict[str, str] = {}
         for path in _expand(pattern):
             if path.suffix.lower() == SUFFIX and path.is_file():
                 table = ParquetTree(path, split, spool)
@@ -98,16 +101,16 @@ def open_dataset(spec: str | Path) -> ImageSource:
             else:
                 labelling = label_files(tree, split, spool)
             chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
-            name_of[labelling.folder] = path.name
+            path_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count
             unread += labelling.unread
             files += [
                 TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files
             ]
-        for other in sorted(name_of.keys() & set(SPLIT_FOLDERS) - {chosen_split}):
+        for other in sorted(path_of.keys() & set(SPLIT_FOLDERS) - {chosen_split}):
             if chosen_split is not None:
                 raise DataError(
-                    f"data set {part!r} has images of {chosen_split!r}, and {name_of[other]} those of {other!r}; "
+                    f"data set {part!r} has images of {chosen_split!r}, and {path_of[other]} those of {other!r}; "
                     f"name the one to read, as in '{pattern}#{other}', or give the files that hold it"
                 )
         names.append(_display_name(pattern, chosen_split))
@@ -116,7 +119,19 @@ def open_dataset(spec: str | Path) -> ImageSource:
             "%s: passed over %d files in class folders (%s), as only those that end in %s are read: if they are images, "
             "convert them to PNG", ",".join(names), unread.total(), describe_unread(unread), ", ".join(IMAGE_SUFFIXES),
         )
-    return FileImages(",".join(names), files, ignored_count)
+    name = ",".join(names)
+    try:
+        name_of = classes_by_number({file.wnid for file in files}, class_lists)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    if name_of:
+        ends = sorted(name_of, key=int)[:: max(len(name_of) - 1, 1)]
+        examples = ", ".join(f"{number} is {name_of[number]!r}" for number in ends)
+        _log.warning("%s: classes are numbers, taken for positions in the class list of the model, where %s", name, examples)
+        files = [
+            file._replace(wnid=name_of[file.wnid], key=f"{name_of[file.wnid]}/{file.key.partition('/')[2]}") for file in files
+        ]
+    return FileImages(name, files, ignored_count)
 
 
 def _split_parts(spec: str) -> list[str]:

@@ -145,7 +145,7 @@ def test_attacks_on_every_model_and_size(monkeypatch, bench):
         return type("Images", (SimpleNamespace,), {"__len__": lambda self: n})(**vars(images))
 
     monkeypatch.setattr(suites, "load_classifier", load)
-    monkeypatch.setattr(suites, "open_dataset", lambda name: name)
+    monkeypatch.setattr(suites, "open_dataset", lambda name, classes: name)
     monkeypatch.setattr(suites, "build_evaluation_set", build)
     request = BenchRequest(1, torch.device("cpu"), n=4, models=("first", "second"))
     result = BENCHES[bench](request)

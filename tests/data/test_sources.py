@@ -154,6 +154,36 @@ def test_several_archives_by_pattern_and_by_comma(tmp_path, pack_tar, pets):
     assert by_comma.name == "train-2.tar.xz,train-0.tar.xz,train-1.tar.xz"
 
 
+def test_numbers_are_positions_in_the_models_list_and_said_to_be(tmp_path, container, pack, encode, caplog):
+    """As in ImageNet-V2."""
+    names = [f"n{number:08d}" for number in range(12)]
+    source = open_dataset(pack(tmp_path / container, {f"{i}/{i % 5}.jpg": encode(i) for i in range(12)}), names, tuple(names))
+    assert _content(source) == {f"{name}/{i % 5}.jpg": (name, encode(i)) for i, name in enumerate(names)}
+    assert "taken for positions in the class list of the model, where 0 is 'n00000000', 11 is 'n0000001" in caplog.text
+    named = {f"{name}/{i % 5}.jpg": encode(i) for i, name in enumerate(names)}
+    assert open_dataset(pack(tmp_path / f"named-{container}", named)).keys == source.keys
+
+
+@pytest.mark.parametrize(
+    ("folders", "class_lists", "message"),
+    [
+        ("123", ["abc"], "each of 0 to 2, found 3 from 1 to 3; rename the folders"),
+        ("02", ["abc"], "each of 0 to 2, found 2 from 0 to 2"),
+        ("0123", ["abc"], "each of 0 to 2, found 4 from 0 to 3"),
+        (["0", "1", "01"], ["abc"], "found 3 from 0 to 1"),
+        ("012", ["abc", "acb"], "the models count theirs differently"),
+        ("01", [["n00000002", "n00000001"]], "WordNet ids in the order of the model or in theirs"),
+    ],
+)
+def test_numbers_that_may_count_something_else_are_refused(tmp_path, pack_folder, encode, folders, class_lists, message):
+    path = pack_folder(tmp_path / "x", {f"{name}/1.jpg": encode() for name in folders})
+    with pytest.raises(DataError, match=f"x: the classes are numbers.*{message}"):
+        open_dataset(path, *class_lists)
+    # By name, where a model has such names; as they are, where nobody says what they are for.
+    for given in ([*class_lists, folders], []):
+        assert set(open_dataset(path, *given).wnids) == set(folders)
+
+
 def test_path_that_holds_special_characters_is_taken_literally(tmp_path, pack_folder, pets):
     for name in ["a,b", "a#val", "a[1]"]:
         assert len(open_dataset(str(pack_folder(tmp_path / name, pets)))) == 5
