@@ -1,4 +1,4 @@
-"""Labels of ImageNet's validation images, which are published apart from them in a development kit."""
+"""Labels of ImageNet's validation images, which are published apart: in a development kit, and by Kaggle in a table."""
 
 from __future__ import annotations
 
@@ -22,28 +22,40 @@ _DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _META = "data/meta.mat"
 
+_TABLE = "LOC_val_solution.csv"
+_TABLE_HEAD = "ImageId,PredictionString"
+
+#: The class, and the box of each object.
+_TABLE_LINE = re.compile(r"ILSVRC2012_val_(\d{8}),(n\d{8})(?: -?\d+){4}(?: \2(?: -?\d+){4})* ?")
+
+#: Kaggle's archive holds the table beside ILSVRC/Data/CLS-LOC/val.
+_TABLE_ABOVE = 4
+
 #: Ids beyond these are inner nodes of the WordNet tree, not classes.
 _CLASS_COUNT = 1000
 
 
-def load_validation_wnids(images_path: Path, spool: Spool) -> tuple[str, ...]:
-    """Class of validation image 1, 2, ... from the development kit near the images.
+def load_validation_wnids(images_path: Path, spool: Spool) -> dict[int, str]:
+    """Class of validation image 1, 2, ... from the development kit or Kaggle's table near the images.
 
     Args:
-        images_path: the archive or folder of the images; the kit is looked for beside it, and also
-            in it where it is a folder.
+        images_path: the archive or folder of the images; both are looked for beside it, and also
+            in it where it is a folder, the table in folders further up, too.
         spool: takes what is read of a compressed kit.
 
     Raises:
-        DataError: the kit is not there, or its files are not as published.
+        DataError: neither is there, or what is there is not as published.
     """
     folders = [images_path.absolute().parent] + ([images_path] if images_path.is_dir() else [])
     candidates = [folder / name for folder in folders for name in _DEVKIT_NAMES]
     devkit = next((path for path in candidates if path.exists()), None)
     if devkit is None:
+        tables = [folder / _TABLE for folder in (*folders, *images_path.absolute().parents[1:_TABLE_ABOVE])]
+        if table := next(filter(Path.is_file, tables), None):
+            return _read_table(table)
         raise DataError(
-            f"{images_path} holds ImageNet validation images without classes; "
-            f"put {_DEVKIT_NAMES[0]} (the ILSVRC2012 development kit) at {candidates[0]}"
+            f"{images_path} holds ImageNet validation images without classes; put Kaggle's {_TABLE} beside it, or "
+            f"{_DEVKIT_NAMES[0]} (the ILSVRC2012 development kit) at {candidates[0]}"
         )
     tree = open_tree(devkit, (".txt", ".mat"), spool)
     content = {}
@@ -54,11 +66,29 @@ def load_validation_wnids(images_path: Path, spool: Spool) -> tuple[str, ...]:
         content[wanted] = tree.read(name)
     wnid_of = _read_synsets(content[_META], devkit)
     try:
-        return tuple(wnid_of[int(line)] for line in content[_GROUND_TRUTH].split())
+        return {number: wnid_of[int(line)] for number, line in enumerate(content[_GROUND_TRUTH].split(), start=1)}
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{devkit}: expected ids from 1 to {_CLASS_COUNT} in {_GROUND_TRUTH}, found {error}; download the kit anew"
         ) from error
+
+
+def _read_table(path: Path) -> dict[int, str]:
+    try:
+        head, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    wnid_of: dict[int, str] = {}
+    for number, line in enumerate([head, *lines], start=1):
+        match = _TABLE_LINE.fullmatch(line)
+        if (match is None or int(match[1]) in wnid_of) if number > 1 else line != _TABLE_HEAD:
+            raise DataError(
+                f"{path}, line {number}: expected {_TABLE_HEAD}, one class an image and each image once, found {line[:60]!r}; "
+                "download it anew"
+            )
+        if match is not None:
+            wnid_of[int(match[1])] = match[2]
+    return wnid_of
 
 
 def _read_synsets(meta: bytes, devkit: Path) -> dict[int, str]:

@@ -61,7 +61,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
 
     Understood are, below any folders: `<class>/<image>`, `<class>/images/<image>`, Tiny-ImageNet's
     `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images, with the development kit
-    beside them or called after their classes as on the Hugging Face hub. Of several sets of class folders `val` is taken.
+    or Kaggle's table beside them or called after their classes as on the Hugging Face hub. Of several sets of class folders `val` is taken.
 
     Args:
         tree: opened with `LAYOUT_SUFFIXES`.
@@ -213,14 +213,13 @@ def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
 
 
 def _label_flat(path: Path, names: Sequence[str], spool: Spool) -> list[tuple[str, str]]:
-    wnids = load_validation_wnids(path, spool)
+    wnid_of = load_validation_wnids(path, spool)
     labelled = []
     for name in names:
         match = FLAT_NAME.fullmatch(posixpath.basename(name))
         if match is None:
             raise DataError(f"{path}: {name!r} lies among ILSVRC2012 validation images and is none; remove it")
-        number = int(match[1])
-        if not 1 <= number <= len(wnids):
-            raise DataError(f"{path}: {name!r} has no label; the development kit labels 1 to {len(wnids)}")
-        labelled.append((wnids[number - 1], name))
+        if int(match[1]) not in wnid_of:
+            raise DataError(f"{path}: {name!r} has no label; {len(wnid_of)} others have one")
+        labelled.append((wnid_of[int(match[1])], name))
     return labelled

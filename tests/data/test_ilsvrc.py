@@ -51,6 +51,38 @@ def test_flat_folder_with_an_unpacked_devkit_in_it(tmp_path, pack_folder, images
     _check(open_dataset(root), images)
 
 
+TABLE = "ImageId,PredictionString\n" + "".join(
+    f"ILSVRC2012_val_{i:08d},{wnid} 1 2 30 40 {f'{wnid} 5 6 7 8 ' * (i % 2)}\n"
+    for i, wnid in ((3, WNIDS[1]), (1, WNIDS[1]), (4, WNIDS[0]), (2, WNIDS[2]))
+)
+
+
+def test_the_table_of_kaggle_takes_the_place_of_the_devkit(tmp_path, pack_folder, pack_tar, images):
+    val = "ILSVRC/Data/CLS-LOC/val"
+    root = pack_folder(tmp_path / "kaggle", {f"{val}/{name}": content for name, content in images.items()})
+    tar = pack_tar(root / "val.tar", images)
+    (root / "LOC_val_solution.csv").write_text(TABLE)
+    for path in (root, root / val, tar):
+        _check(open_dataset(path), images)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "line 1: expected ImageId,PredictionString"),
+        (TABLE.partition("\n")[2], "line 1: expected"),
+        (TABLE + "ILSVRC2012_val_00000001,n00000011 1 2 3 4\n", "line 6: .*each image once"),
+        (TABLE.replace("n00000022 5", "n00000033 5"), "line 2: .*one class an image"),
+        (TABLE[:-30], "line 5: .*found 'ILSVRC2012_val_"),
+        (TABLE[: TABLE.rindex("ILSVRC")], "'.*ILSVRC2012_val_00000002.JPEG' has no label; 3 others have one"),
+    ],
+)
+def test_a_table_that_is_not_as_published_is_refused(tmp_path, pack_tar, images, table, message):
+    (tmp_path / "LOC_val_solution.csv").write_text(table)
+    with pytest.raises(DataError, match=message):
+        open_dataset(pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images))
+
+
 def test_flat_val_beside_sorted_train(tmp_path, pack_folder, pack_tar, images, devkit, encode):
     root = pack_folder(tmp_path / "imagenet", {f"val/{name}": content for name, content in images.items()})
     pack_folder(root, {"train/n00000011/n00000011_1.JPEG": encode()})
@@ -65,7 +97,7 @@ def test_sorted_validation_images_need_no_devkit(tmp_path, pack_folder, images):
 
 def test_missing_devkit_says_where_to_put_it(tmp_path, pack_tar, images):
     path = pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images)
-    with pytest.raises(DataError, match=r"put ILSVRC2012_devkit_t12.tar.gz .* at ") as caught:
+    with pytest.raises(DataError, match=r"put .* or ILSVRC2012_devkit_t12.tar.gz .* at ") as caught:
         open_dataset(path)
     assert str(caught.value).endswith(str(tmp_path / f"{KIT}.tar.gz"))
 
