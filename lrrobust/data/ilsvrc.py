@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import posixpath
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrrobust.data.file_trees import Spool, open_tree
@@ -15,8 +17,8 @@ FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 #: The same in the archives of the Hugging Face hub; the group is its class.
 HUB_NAME = re.compile(r"ILSVRC2012_val_\d{8}_(n\d{8})\.JPEG")
 
-#: How names of any split end there, without the suffix of the file; the group is the class.
-WNID_IN_NAME = re.compile(r"_(n\d{8})$")
+#: How names of any split begin or end, without the suffix of the file; the group that is there is the class.
+_WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})[_/]|_(n\d{8})$")
 
 _DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -71,6 +73,21 @@ def load_validation_wnids(images_path: Path, spool: Spool) -> dict[int, str]:
         raise DataError(
             f"{devkit}: expected ids from 1 to {_CLASS_COUNT} in {_GROUND_TRUTH}, found {error}; download the kit anew"
         ) from error
+
+
+def wnids_in(paths: Sequence[str], labels: Sequence[str]) -> list[str] | None:
+    """WordNet ids that images are called after, where all are, and each class after one.
+
+    Args:
+        paths: of the images, as they were called before they were packed.
+        labels: what else is said of their classes: a number, or common words, several of which are the same in ImageNet.
+    """
+    found = [_WNID_IN_NAME.search(posixpath.splitext(path)[0]) for path in paths]
+    if not found or not all(found):
+        return None
+    wnids = [match[1] or match[2] for match in found]
+    pairs = set(zip(labels, wnids, strict=True))
+    return wnids if len(pairs) == len(set(labels)) == len(set(wnids)) else None
 
 
 def _read_table(path: Path) -> dict[int, str]:

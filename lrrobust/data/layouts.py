@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import posixpath
 import re
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.file_trees import FileTree, Spool
-from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, load_validation_wnids
+from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, load_validation_wnids, wnids_in
 from lrrobust.data.image_source import IMAGE_SUFFIXES
 from lrrobust.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 #: What `label_files` has to see of a tree.
-LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt")
+LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt", ".cls", ".json")
 
 #: Folders of these names hold a split and no class, unless class folders lie beside them (CIFAR-100 has a class "train"): so
 #: the unlabelled `test/images` of Tiny-ImageNet does not become a class "test".
@@ -28,6 +29,9 @@ SPLIT_FOLDERS = ("train", "val", "validation", "test")
 _IMAGES = "images"
 
 _ANNOTATIONS = "val_annotations.txt"
+
+#: Bytes of what is said of an image.
+_MOST_JSON = 100_000
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -61,7 +65,8 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
 
     Understood are, below any folders: `<class>/<image>`, `<class>/images/<image>`, Tiny-ImageNet's
     `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images, with the development kit
-    or Kaggle's table beside them or called after their classes as on the Hugging Face hub. Of several sets of class folders `val` is taken.
+    or Kaggle's table beside them or called after their classes as on the Hugging Face hub, and WebDataset's `<key>.cls` beside
+    `<key>.jpg`. Of several sets of class folders `val` is taken.
 
     Args:
         tree: opened with `LAYOUT_SUFFIXES`.
@@ -80,6 +85,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
     ignored_count = tree.ignored_count
     unlabelled: list[str] = []
+    in_shard = _read_class_files(tree)
     beside = _Neighbours(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     for name in names:
         if not name.lower().endswith(IMAGE_SUFFIXES):
@@ -95,7 +101,9 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
             if not is_class:
                 folder = above
         above, wnid = posixpath.split(folder)
-        if _is_validation_image(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
+        if name in in_shard and (not wnid or wnid in SPLIT_FOLDERS):
+            groups[folder].append((in_shard[name], name))
+        elif _is_validation_image(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
             named = HUB_NAME.fullmatch(file)
             groups[folder].append((named and named[1], name))
         elif wnid and (is_class or wnid not in SPLIT_FOLDERS):
@@ -188,6 +196,30 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
         f"{path}: expected class folders in one place, found them in {present}; "
         f"name the one folder to read, as in '{path.name}#{example}', or give its own path"
     )
+
+
+def _read_class_files(tree: FileTree) -> dict[str, str]:
+    """Image -> class, of a shard of WebDataset: `<key>.cls` has its number or name, which `<key>.json` says the file name of.
+
+    ImageNet's images are taken by the WordNet ids that they were called after.
+    """
+    names = {name for name in tree.names if name.endswith((".cls", ".json"))}
+    images, paths, labels = [], [], []
+    for name in tree.names if names else ():
+        key, suffix = posixpath.splitext(name)
+        if suffix.lower() not in IMAGE_SUFFIXES or f"{key}.cls" not in names:
+            continue
+        label = tree.read(f"{key}.cls")[:200].decode(errors="replace").strip()
+        if not label.isprintable() or not label or "/" in label:
+            raise DataError(f"{tree.path}: expected the number or name of a class in '{key}.cls', found {label[:60]!r}")
+        try:
+            path = json.loads(tree.read(f"{key}.json")[:_MOST_JSON])["filename"] if f"{key}.json" in names else ""
+        except (ValueError, KeyError, TypeError, RecursionError):
+            path = ""
+        images.append(name)
+        paths.append(path if isinstance(path, str) and path else name)
+        labels.append(label)
+    return dict(zip(images, wnids_in(paths, labels) or labels, strict=True))
 
 
 def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrrobust.data.file_trees import MAX_MEMBER_BYTES, FileTree, Span, Spool, most_unpacked_bytes
-from lrrobust.data.ilsvrc import WNID_IN_NAME
+from lrrobust.data.ilsvrc import wnids_in
 from lrrobust.errors import DataError
 
 SUFFIX = ".parquet"
@@ -68,7 +67,7 @@ class ParquetTree(FileTree):
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path} is damaged, cut short or no Parquet file ({reason}); copy or download it anew") from error
         self._names = {_name(path, row) for row in range(len(labels))}
-        self._wnids = _wnids_in(paths, labels) or labels
+        self._wnids = wnids_in([path or "" for path in paths], labels) or labels
 
     def labelled(self) -> list[tuple[str, str]]:
         """Class and name of each image, in the order of the rows."""
@@ -162,16 +161,3 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _name(path: Path, row: int) -> str:
     return f"{path.stem}-{row:07d}"
-
-
-def _wnids_in(paths: Sequence[str | None], labels: Sequence[str]) -> list[str] | None:
-    """WordNet ids that the images are called after, where all are, and each class after one.
-
-    Labels of ImageNet are common words there, several of them the same.
-    """
-    found = [WNID_IN_NAME.search(posixpath.splitext(path or "")[0]) for path in paths]
-    if not found or not all(found):
-        return None
-    wnids = [match[1] for match in found]
-    pairs = set(zip(labels, wnids, strict=True))
-    return wnids if len(pairs) == len(set(labels)) == len(set(wnids)) else None

@@ -189,6 +189,29 @@ def test_path_that_holds_special_characters_is_taken_literally(tmp_path, pack_fo
         assert len(open_dataset(str(pack_folder(tmp_path / name, pets)))) == 5
 
 
+def test_shards_of_webdataset(tmp_path, container, pack, pets, encode):
+    shard = {f"{i}.{end}": content for i in range(3) for end, content in (("jpg", encode(i)), ("cls", b"%d\n" % (2 - i)))}
+    source = open_dataset(pack(tmp_path / container, shard), "abc")
+    assert _content(source) == {f"{'cba'[i]}/{i}.jpg": ("cba"[i], encode(i)) for i in range(3)}
+    # Of ImageNet, by what the images were called.
+    called = {f"{i}.json": b'{"filename": "n0000000%d/%d.JPEG", "label": %d}' % (i + 5, i, 2 - i) for i in range(3)}
+    named = {f"n0000000{i + 5}_{name}": shard[name] for name in shard for i in (int(name[0]),)}
+    for number, files in enumerate((shard | called, named)):
+        source = open_dataset(pack(tmp_path / f"{number}-{container}", files))
+        assert source.wnids == ("n00000005", "n00000006", "n00000007") and source.read_bytes(2) == encode(2)
+    # Not where both contradict each other; class folders say more than either.
+    files = shard | called | {"0.cls": b"1"}
+    assert sorted(open_dataset(pack(tmp_path / f"other-{container}", files)).wnids) == ["0", "1", "1"]
+    files = pets | {"cat/1.cls": b"7"}
+    assert set(open_dataset(pack(tmp_path / f"sorted-{container}", files)).wnids) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("content", [b"", b" ", b"a/b", b"\xff\n\x00"])
+def test_class_files_that_hold_no_class_are_refused(tmp_path, pack_tar, encode, content):
+    with pytest.raises(DataError, match="expected the number or name of a class in '1.cls', found"):
+        open_dataset(pack_tar(tmp_path / "x.tar", {"1.jpg": encode(), "1.cls": content}))
+
+
 def test_same_key_twice_is_refused(tmp_path, pack_zip, pack_tar, pets):
     one, two = pack_zip(tmp_path / "1.zip", pets), pack_tar(tmp_path / "2.tar", {"cat/2.jpg": b"other"})
     with pytest.raises(DataError, match=r"1.zip,2.tar: two images are called 'cat/2.jpg'"):
