@@ -115,7 +115,7 @@ class CifarTree(FileTree):
         for path in paths:
             labels, pixels = self._read_batch(path, len(names))
             # Planes of red, green and blue -> rows of blue, green and red.
-            rows = np.frombuffer(pixels, np.uint8).reshape(-1, 3, _SIDE, _SIDE)[:, ::-1].transpose(0, 2, 3, 1)
+            rows = pixels.reshape(-1, 3, _SIDE, _SIDE)[:, ::-1].transpose(0, 2, 3, 1)
             for label, image in zip(labels, rows, strict=True):
                 name = f"{split}-{len(labelled):05d}"
                 self._spans[name] = spool.append(_BMP_HEADER + image.tobytes())
@@ -139,8 +139,8 @@ class CifarTree(FileTree):
             raise self._damaged(path, f"{len(names)} names of classes, some twice, empty or with a slash")
         return names
 
-    def _read_batch(self, path: str, class_count: int) -> tuple[list[int], bytes]:
-        """The classes of the images of a file, and their pixels one after the other."""
+    def _read_batch(self, path: str, class_count: int) -> tuple[list[int], np.ndarray]:
+        """The classes of the images of a file, and their pixels: uint8 (N, 3072)."""
         content = self._tree.read(path)
         if self._edition.is_pickled:
             try:
@@ -155,7 +155,7 @@ class CifarTree(FileTree):
                 raise self._damaged(path, f"{len(content)} bytes, and an image takes {size}")
             records = np.frombuffer(content, np.uint8).reshape(-1, size)
             labels = records[:, self._edition.label_bytes - 1].tolist()
-            pixels = records[:, self._edition.label_bytes :].tobytes()
+            pixels = records[:, self._edition.label_bytes :]
         if not labels:
             raise self._damaged(path, "no image")
         for row, label in enumerate(labels):
@@ -178,12 +178,12 @@ class _Parts:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def pixels(self, count: int) -> bytes:
+    def pixels(self, count: int) -> np.ndarray:
         """Those of an array (count, 3072) of uint8."""
         _, shape, kind, is_fortran, values = self.state
-        if shape != (count, _PIXELS) or kind.arguments[0] not in (b"u1", "u1") or is_fortran or len(values) != count * _PIXELS:
+        if shape != (count, _PIXELS) or kind.arguments[0] != b"u1" or len(values) != count * _PIXELS:
             raise ValueError(f"expected {count} rows of {_PIXELS} bytes for as many labels, found {reprlib.repr(shape)}")
-        return values
+        return np.frombuffer(values, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
 class _Unpickler(pickle._Unpickler):
@@ -192,7 +192,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         asked = f"{module}.{name}"
         if asked not in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
-            raise pickle.UnpicklingError(f"it asks for {asked}, and no code in pickles is run")
+            raise pickle.UnpicklingError(f"it asks for {asked!r}, and no code in pickles is run")
         return _Parts
 
 
