@@ -17,6 +17,9 @@ FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 #: The same in the archives of the Hugging Face hub; the group is its class.
 HUB_NAME = re.compile(r"ILSVRC2012_val_\d{8}_(n\d{8})\.JPEG")
 
+#: Name of a training image, on the hub with its class once more; the group is its class.
+TRAIN_NAME = re.compile(r"(n\d{8})_\d+(?:_\1)?\.JPEG")
+
 #: How names of any split begin or end, without the suffix of the file; the group that is there is the class.
 _WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})[_/]|_(n\d{8})$")
 

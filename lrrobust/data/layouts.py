@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.file_trees import FileTree, Spool
-from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, load_validation_wnids, wnids_in
+from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, TRAIN_NAME, load_validation_wnids, wnids_in
 from lrrobust.data.image_source import IMAGE_SUFFIXES
 from lrrobust.errors import DataError
 
@@ -65,8 +65,8 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
 
     Understood are, below any folders: `<class>/<image>`, `<class>/images/<image>`, Tiny-ImageNet's
     `val/images/<image>` with `val/val_annotations.txt`, and ImageNet's unsorted validation images, with the development kit
-    or Kaggle's table beside them or called after their classes as on the Hugging Face hub, and WebDataset's `<key>.cls` beside
-    `<key>.jpg`. Of several sets of class folders `val` is taken.
+    or Kaggle's table beside them or called after their classes as on the Hugging Face hub, loose training images by their
+    names, and WebDataset's `<key>.cls` beside `<key>.jpg`. Of several sets of class folders `val` is taken.
 
     Args:
         tree: opened with `LAYOUT_SUFFIXES`.
@@ -101,8 +101,11 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
             if not is_class:
                 folder = above
         above, wnid = posixpath.split(folder)
-        if name in in_shard and (not wnid or wnid in SPLIT_FOLDERS):
+        is_loose = not wnid or (wnid in SPLIT_FOLDERS and not is_class)
+        if is_loose and name in in_shard:
             groups[folder].append((in_shard[name], name))
+        elif is_loose and (named := TRAIN_NAME.fullmatch(file)):
+            groups[folder].append((named[1], name))
         elif _is_validation_image(file) and not _WNID.fullmatch(wnid) and not beside.are_sorted(folder):
             named = HUB_NAME.fullmatch(file)
             groups[folder].append((named and named[1], name))

@@ -212,6 +212,18 @@ def test_class_files_that_hold_no_class_are_refused(tmp_path, pack_tar, encode, 
         open_dataset(pack_tar(tmp_path / "x.tar", {"1.jpg": encode(), "1.cls": content}))
 
 
+def test_loose_training_images_of_imagenet_are_called_after_their_classes(tmp_path, container, pack, encode):
+    """As in the tars that ILSVRC2012_img_train.tar unpacks to, and in those of the Hugging Face hub."""
+    files = {"n00000001_12.JPEG": encode(0), "n00000002_7_n00000002.JPEG": encode(1)}
+    for above in ("", "any/train/"):
+        (tmp_path / f"x{above[-2:-1]}").mkdir()
+        source = open_dataset(pack(tmp_path / f"x{above[-2:-1]}" / container, {above + name: files[name] for name in files}))
+        assert _content(source) == {f"{name[:9]}/{name}": (name[:9], content) for name, content in files.items()}
+    # In folders they are of these, and names that contradict themselves say nothing.
+    files = {f"dog/{name}": content for name, content in files.items()} | {"n00000001_7_n00000002.JPEG": encode(1)}
+    assert set(open_dataset(pack(tmp_path / f"dog-{container}", files)).wnids) == {"dog"}
+
+
 def test_same_key_twice_is_refused(tmp_path, pack_zip, pack_tar, pets):
     one, two = pack_zip(tmp_path / "1.zip", pets), pack_tar(tmp_path / "2.tar", {"cat/2.jpg": b"other"})
     with pytest.raises(DataError, match=r"1.zip,2.tar: two images are called 'cat/2.jpg'"):
