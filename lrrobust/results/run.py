@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,6 @@ import pyarrow as pa
 from lrrobust.errors import StoreError
 from lrrobust.results.adversarial import ADVERSARIAL_SCHEMA, AdversarialImage, table_to_adversarial
 from lrrobust.results.examples import EXAMPLE_SCHEMA, Example, table_to_examples
-from lrrobust.results.files import explaining
 from lrrobust.results.manifest import MANIFEST_NAME, load_manifest
 from lrrobust.results.parts import (
     ADVERSARIAL,
@@ -152,7 +152,9 @@ def _load_images(
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders at or below `root`, sorted.
+    """The run folders at or below `root`, sorted; links to folders are followed, and each folder is taken once.
+
+    A folder that cannot be listed is passed over with a warning in the log, as runs may lie in it.
 
     Raises:
         StoreError: `root` is not a folder.
@@ -160,8 +162,27 @@ def find_runs(root: Path) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise StoreError(f"expected a folder of runs, found none at {root}: give the folder a run was written to")
-    with explaining("read", root):
-        return sorted(path.parent for path in root.rglob(MANIFEST_NAME))
+    found, seen = [], set()
+    # What lies here goes by its own name, whatever links lead there as well.
+    ways = deque([os.fspath(root)])
+    while ways:
+        for folder, folders, files in os.walk(ways.popleft(), onerror=_warn_unlisted):
+            place = os.path.realpath(folder)
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            if MANIFEST_NAME in files:
+                found.append(Path(folder))
+            ways.extend(path for name in folders if os.path.islink(path := os.path.join(folder, name)))
+    return sorted(found)
+
+
+def _warn_unlisted(error: OSError) -> None:
+    _log.warning(
+        "cannot look for runs in %s (%s): what lies there is left out; change its permissions, or move it away",
+        error.filename, error.strerror,
+    )
 
 
 def manifest_value(run: Run, *keys: str) -> Any:

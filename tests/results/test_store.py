@@ -417,6 +417,28 @@ class TestReading:
         with pytest.raises(StoreError, match="expected a folder of runs"):
             find_runs(tmp_path / "nowhere")
 
+    def test_links_lead_to_runs_and_none_is_found_twice(self, tmp_path):
+        for name in ("gathered/b", "elsewhere/c"):
+            RunStore.create_or_resume(tmp_path / name, MANIFEST).close()
+        for name, target in {"a": "b", "z": "../elsewhere", "up": ".."}.items():
+            (tmp_path / "gathered" / name).symlink_to(target)
+        found = find_runs(tmp_path / "gathered")
+        assert [path.name for path in found] == ["b", "c"] and found[0] == tmp_path / "gathered/b"
+
+    def test_a_folder_that_cannot_be_listed_is_said(self, tmp_path, monkeypatch, caplog):
+        for name in ("mine", "others"):
+            RunStore.create_or_resume(tmp_path / name, MANIFEST).close()
+        listing = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("others"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return listing(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert find_runs(tmp_path) == [tmp_path / "mine"]
+        assert f"cannot look for runs in {tmp_path / 'others'} (Permission denied)" in caplog.text
+
 
 def test_write_file_syncs_the_content_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
     calls = []
