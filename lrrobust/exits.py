@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from lrrobust.errors import LrRobustError
+from lrrobust.errors import ConfigError, LrRobustError
 from lrrobust.interrupts import Stopped
 
 #: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
@@ -81,6 +82,7 @@ def _place_of(error: BaseException) -> str:
 def run_command(app: typer.Typer, arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; failures become one line on standard error."""
     try:
+        _require_text(arguments)
         # An exit code where the command chose one; what else commands return is None.
         code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
@@ -127,6 +129,18 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
         )
         return 2
     return code or 0
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Manifests and reports keep what was asked for, in UTF-8; file systems take any bytes for a name."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{argument!r}: expected text in {sys.getfilesystemencoding()}, found other bytes; rename the file or folder "
+                "that is meant, or give a link to it"
+            ) from None
 
 
 def _end_unread() -> int:

@@ -306,7 +306,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     if not path.is_file():
         raise ModelError(f"no file {path_text}: --model expects path/to/file.py:factory")
     # Two files of one name are two models.
-    unique = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    unique = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}_{unique}", path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look a class's module up here.

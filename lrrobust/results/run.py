@@ -65,9 +65,13 @@ def load_run(folder: Path) -> Run:
     in the manifest, only planned parts are read.
 
     Raises:
-        StoreError: there is no run, its manifest is damaged, or it cannot be read.
+        StoreError: there is no run, its manifest is damaged, or it cannot be read; its name is no text.
     """
     folder = Path(folder)
+    try:
+        folder.resolve().name.encode()
+    except UnicodeEncodeError:
+        raise StoreError(f"the name of the run in {str(folder)!r} is not UTF-8, as expected of runs: rename its folder") from None
     manifest = load_manifest(folder)
     planned = [PartId(*part) for part in manifest.get("plan", {}).get("parts", [])]
     order = {spec["name"]: place for place, spec in enumerate(manifest.get("attacks", []))}

@@ -80,13 +80,20 @@ class RunStore:
 
         Raises:
             StoreError: the folder holds another run or a damaged manifest, is being written by
-                another process, or cannot be written.
+                another process, or cannot be written; a name in the manifest is not UTF-8.
             ValueError: `manifest` is not what it must be.
         """
         folder = Path(folder)
         # Through JSON, so that the manifest in memory is the one read back: tuples become lists.
         manifest = json.loads(json.dumps(manifest, allow_nan=False))
         _check_manifest(manifest)
+        try:
+            json.dumps(manifest, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            around = error.object[max(0, error.start - 20) : error.start + 20]
+            raise StoreError(
+                f"expected names in UTF-8 in what is to be evaluated, found one within {around!r}: rename what is meant"
+            ) from None
         with explaining("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder, is_shared=is_shared)

@@ -356,6 +356,14 @@ def test_torchvision_is_mended_before_a_user_file_imports_it(user_file, monkeypa
     assert called
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take no such names")
+def test_a_user_file_may_lie_below_any_name(tmp_path, monkeypatch):
+    (tmp_path / "caf\udce9").mkdir()
+    monkeypatch.chdir(tmp_path / "caf\udce9")
+    Path("mine.py").write_text(GOOD)
+    assert load("mine.py:build").input_size == 40
+
+
 def test_user_module_with_classes(user_file):
     classifier = load(f"{user_file}:bare", classes=CLASSES[:2])
     assert (classifier.classes, classifier.input_size) == (CLASSES[:2], 20)

@@ -525,3 +525,12 @@ def test_a_manifest_of_an_evaluation_that_was_edited_is_refused(tmp_path, edit):
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(StoreError, match="was edited: what it says does not have the fingerprint"):
         load_run(tmp_path)
+
+
+def test_names_that_are_no_utf8_are_said_before_anything_is_computed(tmp_path):
+    with pytest.raises(StoreError, match=r"expected names in UTF-8.*caf\\udce9"):
+        RunStore.create_or_resume(tmp_path / "run", {**MANIFEST, "command": ["eval", "caf\udce9"]})
+    assert not (tmp_path / "run").exists()
+    RunStore.create_or_resume(tmp_path / "caf\udce9", MANIFEST).close()
+    with pytest.raises(StoreError, match="is not UTF-8"):
+        load_run(tmp_path / "caf\udce9")
