@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from lrrobust.errors import ConfigError, LrRobustError
 from lrrobust.interrupts import Stopped
+from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
 
 #: Mistakes on the command line. typer names only some of these classes, and each release has them elsewhere.
 _UsageError = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
@@ -116,8 +117,13 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
         # How shells ask for completions.
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
-        from lrrobust.out_of_memory import explain_in_brief, is_out_of_memory
-
+        if isinstance(error, ImportError) and not (error.name or "").startswith("lrrobust"):
+            print(
+                f"error: a library could not be loaded ({explain_in_brief(error)}); install the requirements again, or give the "
+                "process more memory where that is limited",
+                file=sys.stderr,
+            )
+            return 2
         if not is_out_of_memory(error):
             traceback.print_exc()
             print("error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept", file=sys.stderr)

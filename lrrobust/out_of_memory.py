@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import sys
 
 #: How allocators say so that raise no error of their own kind.
 #: Drivers and Triton do not raise the allocator's type either: "CUDA error: out of memory", "Triton Error [CUDA]: out of memory".
@@ -14,11 +14,13 @@ _SIGNS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this says that memory ran out, of the device or of the computer."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    # Not imported here: where torch cannot be loaded, that is the error.
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (of_torch, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def explain_in_brief(error: BaseException) -> str:
-    """What an allocator or a driver says, in part of a line."""
+    """What an allocator, a driver or a loader says, in part of a line."""
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -430,6 +430,17 @@ def test_a_defect_shows_where_and_is_no_failed_check(run, workplace, monkeypatch
     assert code == 70 and "Traceback" in err and "ValueError: a defect" in err and "please report it" in err
 
 
+@pytest.mark.parametrize("library", ["torch", "pandas"])
+def test_a_library_that_cannot_be_loaded_is_no_failed_check(workplace, library):
+    (workplace / "broken").mkdir(exist_ok=True)
+    (workplace / "broken" / f"{library}.py").write_text("raise ImportError('failed to map\\nsegment')")
+    search = os.pathsep.join([str(workplace / "broken"), str(Path(cli.__file__).parents[1])])
+    command = (sys.executable, "-m", "lrrobust", "eval", "--model", "resnet26")
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True)
+    (workplace / "broken" / f"{library}.py").unlink()
+    assert_one_line(done.returncode, done.stderr, r"could not be loaded \(failed to map segment\).*requirements")
+
+
 def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "images" / name).mkdir(parents=True)
