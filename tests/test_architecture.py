@@ -54,7 +54,7 @@ MAY_IMPORT = {
     # Of the report only how it names things.
     "verdict": {
         "results", "report.naming", "formatting", "report.notices", "transfer", "transfer_report", "stats",
-        "diagnostics.records", "provenance", "config_file", "eps", "norm", "errors",
+        "diagnostics.records", "diagnostics.decision", "provenance", "config_file", "eps", "norm", "errors",
     },
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},

@@ -113,6 +113,7 @@ def judge(evidence: Evidence) -> ClaimResult:
         verdict="inconclusive" if failed else by_numbers,
         reasons=(
             *_reasons(claim, by_numbers, failed, findings, [row for row in comparisons if row.is_decisive]),
+            *_answered(safeguards),
             *_left_out(evidence),
         ),
         pairing=_pairing(evidence),
@@ -404,6 +405,11 @@ def _what_would_change(
     else:
         change = f"attacks that break more of {favoured} than those made here; other weights are another question"
     return f"What would change this verdict: {change}."
+
+
+def _answered(safeguards: Sequence[Safeguard]) -> list[str]:
+    """That a check failed must be seen, also where it does not matter."""
+    return [f"A check failed that a stronger run answers: {guard.detail}" for guard in safeguards if guard.answered_by]
 
 
 def _left_out(evidence: Evidence) -> list[str]:

@@ -18,7 +18,7 @@ from lrrobust.eps import Ladder
 from lrrobust.norm import Norm
 
 #: Raised whenever a field is added, dropped or changes its meaning.
-VERDICT_SCHEMA_VERSION = 4
+VERDICT_SCHEMA_VERSION = 5
 
 #: The images that a number is over:
 #: all               every image both models were evaluated on; wrong when clean counts as broken;
@@ -241,6 +241,8 @@ class Safeguard(Record):
     """One sentence with the numbers."""
     attack: str | None = None
     """The attack concerned, where it is one."""
+    answered_by: str | None = None
+    """Folder of the stronger run that made a failed check of another one immaterial, which then counts as passed."""
 
 
 class RunReference(Record):

@@ -25,6 +25,7 @@ from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes
 from lrrobust.verdict.records import Claim, Safeguard, is_unbounded
+from lrrobust.verdict.stronger_runs import find_stronger_run
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
 
@@ -389,13 +390,13 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
         yield _monotone_curve(side.name, attack, evidence.claim.significance, withholds)
         yield _valid_proposals(side, attack, withholds)
     for norm in dict.fromkeys(attack.norm for attack in attacks):
-        yield _unbounded_attack(side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
+        yield _unbounded_attack(evidence, side, norm, [attack for attack in attacks if attack.norm == norm], withholds)
     # What images of another model show on some of these images, they show of the model.
     on_fewer = [each.treatment if side is evidence.treatment else each.control for each in evidence.on_fewer]
     runs = {str(run.folder): run for each in (side, *on_fewer) for run in each.runs}
     yield from _transfer(side.name, list(runs.values()), evidence.transfer, withholds)
     for run, diagnostics in zip(side.runs, side.diagnostics):
-        yield from _attack_diagnostics(side.name, run, diagnostics, withholds)
+        yield from _attack_diagnostics(evidence, side, run, diagnostics, withholds)
 
 
 def _better_than_chance(
@@ -447,12 +448,13 @@ def _valid_proposals(side: ModelOutcomes, attack: AttackOutcomes, withholds: Wit
 
 
 def _unbounded_attack(
-    side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes], withholds: Withheld
+    evidence: Evidence, side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes], withholds: Withheld
 ) -> Safeguard:
     """Without a budget any image can be turned into any other: what survives then shows that the attack failed."""
     free = [attack for attack in attacks if is_unbounded(attack.eps[-1], norm)]
     if not free:
-        name, checked = WORST_CASE if len(attacks) > 1 else attacks[0].name, _checked_at_large_eps(side, norm, attacks)
+        name = WORST_CASE if len(attacks) > 1 else attacks[0].name
+        checked = _checked_at_large_eps(evidence, side, norm, attacks)
         # Not knowing is no reason to believe: an attack that fails even without a budget looks like a robust model.
         passed = bool(checked) and all(found.passed for found in checked)
         detail = f"No {norm} row of {side.name} is without a budget"
@@ -473,11 +475,14 @@ def _unbounded_attack(
     return Safeguard(name="unbounded_attack", passed=passed, detail=detail, withholds=withholds, attack=name)
 
 
-def _checked_at_large_eps(side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes]) -> list[Diagnostic]:
+def _checked_at_large_eps(
+    evidence: Evidence, side: ModelOutcomes, norm: str, attacks: Sequence[AttackOutcomes]
+) -> list[Diagnostic]:
     """What diagnostics say of a budget that holds plain grey, in runs that made some of these attacks.
 
     There the strongest attack of the norm was made, or PGD in the place of those that take no budget or a single step. That
-    an attack succeeds there whose rows are not judged says nothing of the judged ones.
+    an attack succeeds there whose rows are not judged says nothing of the judged ones. A failure that a stronger run answers
+    is left out: that run's own success stands.
     """
     names = {attack.name for attack in attacks}
     checked = []
@@ -487,6 +492,7 @@ def _checked_at_large_eps(side: ModelOutcomes, norm: str, attacks: Sequence[Atta
                 found
                 for found in diagnostics or ()
                 if found.name == "large_eps" and found.norm == norm and (found.attack is None or found.attack in names)
+                and (found.passed is not False or find_stronger_run(evidence, side, run, found) is None)
             ]
     return checked
 
@@ -503,7 +509,7 @@ def _transfer(model: str, runs: Sequence[Run], transfer: Sequence[Run], withhold
 
 
 def _attack_diagnostics(
-    model: str, run: Run, diagnostics: tuple[Diagnostic, ...] | None, withholds: Withheld
+    evidence: Evidence, side: ModelOutcomes, run: Run, diagnostics: tuple[Diagnostic, ...] | None, withholds: Withheld
 ) -> Iterator[Safeguard]:
     """What the engine noticed while it attacked, and what was computed about the attacks."""
     name = "attack_diagnostics"
@@ -512,10 +518,15 @@ def _attack_diagnostics(
     if diagnostics is None:
         # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
         detail = (
-            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on {model} was "
+            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on {side.name} was "
             "not looked into; the same eval command, without --no-diagnostics, does so."
         )
         yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
     for found in diagnostics or ():
-        detail = f"{run.folder.name}, {found.name}: {found.detail}"
-        yield Safeguard(name=name, passed=found.passed, detail=detail, withholds=withholds, attack=found.attack)
+        detail, passed, answered_by = f"{run.folder.name}, {found.name}: {found.detail}", found.passed, None
+        if passed is False and (stronger := find_stronger_run(evidence, side, run, found)) is not None:
+            passed, answered_by = True, stronger.run.folder.name
+            detail += f" It no longer matters: {stronger.detail}."
+        yield Safeguard(
+            name=name, passed=passed, detail=detail, withholds=withholds, attack=found.attack, answered_by=answered_by
+        )
