@@ -23,8 +23,8 @@ from lrrobust.mistakes import describe_mistake
 from lrrobust.norm import Norm
 from lrrobust.results import Run, fingerprint_of, write_file
 
-#: Raised whenever a field is added, dropped or changes its meaning.
-BASELINE_SCHEMA_VERSION = 1
+#: Raised whenever a field is added, dropped or changes its meaning. Those of version 1 have no clean accuracy.
+BASELINE_SCHEMA_VERSION = 2
 
 #: 50,000 images under 100 attacks and eps take 1.3 MB.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -122,6 +122,8 @@ class ModelBaseline(Record):
 
     model: dict[str, JsonValue]
     """As in a run's manifest: name, weights, hashes, classes, preprocessing."""
+    clean_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """For information, no check rests on it; None: not known."""
     measurements: Annotated[tuple[Measurement, ...], Field(min_length=1)]
 
     @property
@@ -135,13 +137,16 @@ class ModelBaseline(Record):
                 raise _mistake(f"model must hold {key}")
         if len({measurement.key for measurement in self.measurements}) < len(self.measurements):
             raise _mistake("an attack and eps is measured twice")
+        most = max(measurement.robust_accuracy for measurement in self.measurements)
+        if self.clean_accuracy is not None and self.clean_accuracy < most - 1e-9:
+            raise _mistake(f"clean_accuracy is {self.clean_accuracy}, less than a robust accuracy of {most}")
         return self
 
 
 class Baseline(Record):
     """The file."""
 
-    schema_version: Literal[1] = BASELINE_SCHEMA_VERSION
+    schema_version: Literal[1, 2] = BASELINE_SCHEMA_VERSION
     rule: Rule
     request: dict[str, JsonValue]
     """The evaluation as it was asked for, to be done again; paths are as the user gave them."""
@@ -183,7 +188,10 @@ def build_baseline(runs: Sequence[Run], rule: Rule) -> Baseline:
         if protocol_of(run.manifest) != protocol:
             raise BaselineError(f"{runs[0].folder} and {run.folder} saw different images or attacks: evaluate both again")
     models = tuple(
-        ModelBaseline(model=run.manifest["model"], measurements=tuple(m for m, _ in measure(run))) for run in runs
+        ModelBaseline(
+            model=run.manifest["model"], clean_accuracy=clean_accuracy(run), measurements=tuple(m for m, _ in measure(run))
+        )
+        for run in runs
     )
     provenance = manifest.get("provenance") or {}
     made_with = {key: provenance.get(key) for key in ("lrrobust", "python", "platform", "device", "versions")}
@@ -249,6 +257,11 @@ def measure(run: Run) -> list[tuple[Measurement, Any]]:
         rows = rows.sort_values("index")
         found.append((Measurement.of(attack, norm, eps, ~rows["is_broken"].to_numpy(bool)), rows))
     return found
+
+
+def clean_accuracy(run: Run) -> float:
+    """Share of a run's images that are correct without attack."""
+    return float(run.rows.drop_duplicates("index")["is_clean_correct"].mean())
 
 
 def read_baseline(path: Path) -> Baseline:

@@ -21,7 +21,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lrrobust.check.baseline import Baseline, Measurement, ModelBaseline, Record, Rule, in_request_order, measure, protocol_of
+from lrrobust.check.baseline import (
+    Baseline,
+    Measurement,
+    ModelBaseline,
+    Record,
+    Rule,
+    clean_accuracy,
+    in_request_order,
+    measure,
+    protocol_of,
+)
 from lrrobust.errors import BaselineError
 from lrrobust.formatting import format_eps
 from lrrobust.norm import Norm
@@ -30,7 +40,7 @@ from lrrobust.results import Run
 from lrrobust.stats import holm, mcnemar_p_value
 
 #: Raised whenever a field of `CheckResult` is added, dropped or changes its meaning.
-RESULT_SCHEMA_VERSION = 1
+RESULT_SCHEMA_VERSION = 2
 
 #: Keys of a model that say which one it is rather than how it sees the images.
 _MODEL_HASHES = {"state_sha256": "weights", "code_sha256": "code"}
@@ -76,6 +86,16 @@ class Comparison(Record):
         return (len(self.lost) - len(self.gained)) / self.n
 
 
+class CleanAccuracy(Record):
+    """One model without attack, before and now: for information, as a fall of it is one of robust accuracy too."""
+
+    model: str
+    n: int
+    baseline: float | None
+    """A fraction; None: the baseline does not say."""
+    now: float
+
+
 class CheckResult(Record):
     """What came of a check."""
 
@@ -90,6 +110,8 @@ class CheckResult(Record):
     """What makes it another comparison; empty otherwise."""
     notes: tuple[str, ...]
     """What a reader must know: a changed model, warnings of the run."""
+    clean: tuple[CleanAccuracy, ...]
+    """Of each model; empty for another comparison."""
     comparisons: tuple[Comparison, ...]
     """In the order of the baseline; empty for another comparison."""
 
@@ -170,6 +192,13 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
     return CheckResult(
         baseline=baseline_file, verdict=verdict, reason=_reason(comparisons, baseline), rule=baseline.rule,
         differences=(), notes=tuple(notes), comparisons=comparisons,
+        clean=tuple(
+            CleanAccuracy(
+                model=str(run.manifest["model"]["name"]), n=of_model.measurements[0].n, baseline=of_model.clean_accuracy,
+                now=clean_accuracy(run),
+            )
+            for of_model, run in zip(baseline.models, runs, strict=True)
+        ),
     )
 
 
@@ -180,7 +209,7 @@ def another_comparison(baseline: Baseline, differences: Sequence[str], baseline_
         advice = "add --weights-may-change if the model is what is under test, or rewrite the baseline with --update"
     return CheckResult(
         baseline=baseline_file, verdict="another_comparison", rule=baseline.rule, differences=tuple(differences), notes=(),
-        reason=f"not the comparison of the baseline: {'; '.join(differences)}; {advice}", comparisons=(),
+        reason=f"not the comparison of the baseline: {'; '.join(differences)}; {advice}", comparisons=(), clean=(),
     )
 
 

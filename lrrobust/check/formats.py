@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from lrrobust.check.compare import CheckResult, Comparison
+from lrrobust.check.compare import CheckResult, CleanAccuracy, Comparison
 from lrrobust.errors import ConfigError, StoreError
 from lrrobust.formatting import format_eps
 from lrrobust.results import write_file
@@ -123,6 +123,7 @@ def render_text(result: CheckResult) -> str:
     if result.comparisons:
         console.print(table)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    lines += ["", *(_printable_line(_clean(c)) for c in result.clean)] if result.clean else []
     flips = list(_flipped_images(result.comparisons))
     if flips:
         lines += ["", "flipped images:", *(f"- {_printable_line(flip)}" for flip in flips[:_IMAGES_SHOWN])]
@@ -156,7 +157,7 @@ def render_junit(result: CheckResult) -> str:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "lrrobust", "name": "same comparison as the baseline"})
         ElementTree.SubElement(case, "error", {"type": "another comparison", "message": printable(result.reason)})
     output = ElementTree.SubElement(suite, "system-out")
-    output.text = "\n".join(printable(line) for line in (*result.notes, result.reason))
+    output.text = "\n".join(printable(line) for line in (*map(_clean, result.clean), *result.notes, result.reason))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode()
 
@@ -169,6 +170,7 @@ def render_markdown(result: CheckResult) -> str:
     for c in result.comparisons:
         cells = (_state(c), c.model, c.attack, _eps(c), *_numbers(c))
         lines.append(f"| {' | '.join(_markdown(cell) for cell in cells)} |")
+    lines += ["", *(f"* {_markdown(_clean(c))}" for c in result.clean)] if result.clean else []
     flips = list(_flipped_images(result.comparisons))
     if flips:
         lines += ["", f"<details><summary>{len(flips)} flipped images</summary>", ""]
@@ -181,8 +183,9 @@ def render_markdown(result: CheckResult) -> str:
 
 def render_github(result: CheckResult) -> str:
     """Workflow commands: an error for each regression, or for another comparison; a notice where all is well."""
+    clean = "".join(f"; {_clean(c)}" for c in result.clean)
     if result.verdict == "passed":
-        return _annotation("notice", "Robustness", result.reason)
+        return _annotation("notice", "Robustness", result.reason + clean)
     if result.verdict == "another_comparison":
         return _annotation("error", "Robustness not compared", result.reason)
     fallen = [c for c in result.comparisons if c.is_regression]
@@ -190,7 +193,7 @@ def render_github(result: CheckResult) -> str:
     for c in sorted(fallen, key=lambda c: -c.fall)[:_ANNOTATIONS_SHOWN]:
         names = ", ".join(flip.key for flip in c.lost[:_IMAGES_SHOWN])
         more = f" and {len(c.lost) - _IMAGES_SHOWN} more" if len(c.lost) > _IMAGES_SHOWN else ""
-        lines.append(_annotation("error", f"{c.model}: robustness fell", f"{_sentence(c)}; lost: {names}{more}"))
+        lines.append(_annotation("error", f"{c.model}: robustness fell", f"{_sentence(c)}{clean}; lost: {names}{more}"))
     return "\n".join(lines)
 
 
@@ -245,6 +248,11 @@ def _numbers(c: Comparison) -> list[str]:
     p = "-" if c.p_holm is None else f"{c.p_holm:.2g}"
     before, now = f"{100 * c.baseline_robust_accuracy:.1f}", f"{100 * c.robust_accuracy:.1f}"
     return [f"{c.n}", before, now, f"{len(c.lost)}", f"{len(c.gained)}", p]
+
+
+def _clean(c: CleanAccuracy) -> str:
+    before = "not known" if c.baseline is None else f"{100 * c.baseline:.1f} %"
+    return f"clean accuracy of {c.model}: {100 * c.now:.1f} % of {c.n} images, in the baseline {before}"
 
 
 def _sentence(c: Comparison) -> str:

@@ -56,9 +56,10 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
                 notice(f"new in the baseline: {change}")
     for of_model in now.models:
         accuracies = [measurement.robust_accuracy for measurement in of_model.measurements]
+        clean = "not known" if of_model.clean_accuracy is None else f"{100 * of_model.clean_accuracy:.1f} %"
         notice(
             f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
-            f"{100 * max(accuracies):.1f} % on {format_count(of_model.measurements[0].n, 'image')}"
+            f"{100 * max(accuracies):.1f} % on {format_count(of_model.measurements[0].n, 'image')}, clean accuracy {clean}"
         )
     noticed = smallest_noticed_fall(now)
     if noticed is None:

@@ -34,6 +34,14 @@ def test_survives_the_file_bit_by_bit(baseline_of, outcomes, tmp_path):
         assert len(found.robust) == 2 * 7  # 53 bits
 
 
+def test_one_of_version_1_has_no_clean_accuracy(baseline_of, outcomes, tmp_path):
+    write_baseline(tmp_path / "b.json", baseline_of(outcomes))
+    document = json.loads((tmp_path / "b.json").read_text())
+    assert (document["schema_version"], document["models"][0].pop("clean_accuracy")) == (2, 1.0)
+    (tmp_path / "b.json").write_text(json.dumps({**document, "schema_version": 1}))
+    assert read_baseline(tmp_path / "b.json").models[0].clean_accuracy is None
+
+
 def test_a_changed_image_changes_two_lines(baseline_of, outcomes, tmp_path):
     for name in ("before", "after"):
         write_baseline(tmp_path / name, baseline_of(outcomes))
@@ -58,7 +66,7 @@ def edit(document, *path):
 
 
 CORRUPTIONS = {
-    "future version": lambda d: d.update(schema_version=2, news=1),
+    "future version": lambda d: d.update(schema_version=3, news=1),
     "version as a text": lambda d: d.update(schema_version="1"),
     "unknown key": lambda d: d.update(extra=1),
     "missing rule": lambda d: d.pop("rule"),
@@ -80,6 +88,7 @@ CORRUPTIONS = {
         robust="80" + "00" * 5 + "01", robust_accuracy=2 / 53
     ),
     "edited accuracy": lambda d: edit(d, "models", 0, "measurements", 0).update(robust_accuracy=0.99),
+    "clean accuracy below robust ones": lambda d: edit(d, "models", 0).update(clean_accuracy=0.1),
     "other number of images": lambda d: edit(d, "models", 0, "measurements", 0).update(n=49),
     "huge n": lambda d: edit(d, "models", 0, "measurements", 0).update(n=10**15),
     "negative eps": lambda d: edit(d, "models", 0, "measurements", 0).update(eps=-1),

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lrrobust.check.baseline import Rule
+from lrrobust.check.baseline import Rule, build_baseline
 from lrrobust.check.compare import CheckResult, compare
 from lrrobust.check.formats import FORMATS, Output, choose_outputs, printable, write_outputs
 from lrrobust.errors import ConfigError, StoreError
@@ -63,6 +63,21 @@ def test_junit_counts_and_names(result_of, kind, counts):
     if kind == "another_comparison":
         assert "seed: 0 in the baseline, 1 now" in cases[0].find("error").get("message")
     assert result.reason in suite.find("system-out").text
+
+
+def test_every_format_says_the_clean_accuracy_before_and_now(run_of, baseline_of):
+    robust = {KEYS[0]: np.arange(100) < 60}
+    before, now = run_of(robust), run_of(robust)
+    before.rows["is_clean_correct"] = np.arange(100) < 90
+    now.rows["is_clean_correct"] = np.arange(100) < 85
+    baseline = build_baseline([before], Rule())
+    result = compare(baseline, [now], "b.json")
+    assert [(c.baseline, c.now, c.n) for c in result.clean] == [(0.9, 0.85, 100)]
+    for name in ("text", "junit", "github", "markdown"):
+        said = FORMATS[name](result).replace("\\", "").replace("%25", "%")
+        assert "clean accuracy of model.py:build: 85.0 % of 100 images, in the baseline 90.0 %" in said, name
+    older = baseline.model_copy(update={"models": (baseline.models[0].model_copy(update={"clean_accuracy": None}),)})
+    assert "in the baseline not known" in FORMATS["text"](compare(older, [now], "b.json"))
 
 
 @pytest.mark.parametrize(("kind", "headline"), list(zip(VERDICTS, ["PASSED", "FAILED", "NOT COMPARED"], strict=True)))
