@@ -142,7 +142,7 @@ def evaluate(
         int, typer.Option(min=1, help="Images stored together; part of a run's identity.")
     ] = DEFAULT_CHUNK_SIZE,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images passed through the model at once; part of a run's identity.")
+        int, typer.Option(min=1, help="Images of a chunk passed through the model at once; part of a run's identity.")
     ] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
