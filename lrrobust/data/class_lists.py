@@ -92,13 +92,14 @@ def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str
     for classes in class_lists:
         if numbers != list(range(len(classes))):
             raise DataError(
-                f"the classes are numbers, and no positions among those of the model: expected each of 0 to {len(classes) - 1}"
-                f", found {len(numbers)} from {numbers[0]} to {numbers[-1]}; rename the folders after the classes"
+                "the classes are numbers, and no positions among those of the model: expected each of "
+                f"0 to {len(classes) - 1}, found {len(numbers)} from {numbers[0]} to {numbers[-1]}; take the whole data set, or "
+                "call classes by their names"
             )
         if list(classes) != sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
             raise DataError(
-                "the classes are numbers, and may count the WordNet ids in the order of the model or in theirs; rename the "
-                "folders after the classes"
+                "the classes are numbers, and may count the WordNet ids in the order of the model or in theirs; call "
+                "classes by their names"
             )
         if list(map(composed, classes)) != list(map(composed, class_lists[0])):
             raise DataError("the classes are numbers, and the models count theirs differently; evaluate one after the other")

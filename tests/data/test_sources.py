@@ -167,7 +167,7 @@ def test_numbers_are_positions_in_the_models_list_and_said_to_be(tmp_path, conta
 @pytest.mark.parametrize(
     ("folders", "class_lists", "message"),
     [
-        ("123", ["abc"], "each of 0 to 2, found 3 from 1 to 3; rename the folders"),
+        ("123", ["abc"], "each of 0 to 2, found 3 from 1 to 3; take the whole data set, or call classes by"),
         ("02", ["abc"], "each of 0 to 2, found 2 from 0 to 2"),
         ("0123", ["abc"], "each of 0 to 2, found 4 from 0 to 3"),
         (["0", "1", "01"], ["abc"], "found 3 from 0 to 1"),
