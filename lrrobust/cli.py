@@ -405,6 +405,20 @@ def report(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
+    budget: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="NORM:EPS", help="A column of the table of worst cases, such as linf:8/255; repeatable.",
+            show_default="all that were attacked",
+        ),
+    ] = None,
+    label: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="MODEL=TEXT",
+            help='What that table calls a model, as resnet50="ResNet-50 (ours)"; MODEL@WEIGHTS as in claims; repeatable.',
+        ),
+    ] = None,
     gallery: Annotated[
         bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
     ] = True,
@@ -423,13 +437,15 @@ def report(
     from lrrobust.report.files import write_report
     from lrrobust.report.staging import staging
     from lrrobust.report.summary import summarise
+    from lrrobust.report.worst_case import parse_budget, worst_cases_by_images
     from lrrobust.results import find_runs, load_run
     from lrrobust.transfer_report import write_transfer
     from lrrobust.verdict.claims import DEFAULT_CLAIM, load_claims
-    from lrrobust.verdict.evidence import is_of
+    from lrrobust.verdict.evidence import is_of, label_runs
     from lrrobust.verdict.judge import judge_claims, write_verdicts
 
     claims = load_claims(claim or [DEFAULT_CLAIM])
+    budgets = [parse_budget(each) for each in budget or ()]
     roots = runs or [Path("reports/runs")]
     folders = [folder for root in roots for folder in find_runs(root)]
     if not folders:
@@ -453,6 +469,7 @@ def report(
         if not claim and not any(is_of(run, side) for run in loaded for each in claims for side in (each.treatment, each.control)):
             claims = []  # nobody asked for it
         warn_of_other_rules(loaded)
+        worst = worst_cases_by_images(loaded, budgets, label_runs(label or (), loaded))
         summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
         verdicts = judge_claims(claims, loaded)
@@ -461,9 +478,10 @@ def report(
         with staging(out) as staged:
             write_verdicts(verdicts, staged.folder / "claim.json")
             write_page(
-                loaded, staged.folder, sys.argv, verdicts, of_runs, summary, claim_drawings=of_claims, with_gallery=gallery
-            )
-            write_report(loaded, staged.folder, of_runs(), summary, sys.argv)
+                loaded, staged.folder, sys.argv, verdicts, of_runs, summary,
+                claim_drawings=of_claims, worst=worst, with_gallery=gallery,
+            )  # fmt: skip
+            write_report(loaded, staged.folder, of_runs(), summary, sys.argv, worst)
             write_transfer(loaded, staged.folder)
     print_report(loaded, summary, staged.written, staged.removed, staged.kept)
     if claim and (silent := {each.name for each in claims} - {result.claim.name for result in verdicts.results}):

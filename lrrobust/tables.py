@@ -81,6 +81,8 @@ _LATEX = {
     "\n": " ",
     # A row that begins with [ would be read as the argument of the \\ before it.
     "[": "{[}",
+    # One that begins with * for its starred form.
+    "*": "{*}",
     **{character: f"\\{character}" for character in "&%$#_"},
 }
 

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "training": {"models", "tensor_file", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
     # Of the verdict its records alone: what is shown is given to it.
     "page": {"lrrobust", "formatting", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"formatting", "results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
+    "report": {"formatting", "eps", "norm", "results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "formatting", "tables", "results"},
     "tables": set(),

@@ -25,7 +25,7 @@ from lrrobust.formatting import format_eps
 from lrrobust.page.claim_figures import sketch_claims
 from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
-from lrrobust.page.verdict_tables import area_table, comparison_table, norm_table
+from lrrobust.page.verdict_tables import HOW_TO_READ_COMPARISONS, area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
 from lrrobust.report.drawing import Collect, Drawing, draw
 from lrrobust.report.figures import draw_runs
@@ -34,6 +34,7 @@ from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import format_command, reproduction
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, how_to_read, summary_table
+from lrrobust.report.worst_case import WorstCases, worst_cases_by_images
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
 from lrrobust.transfer import transfer_matrix
@@ -86,6 +87,7 @@ class _Dataset:
     sha256: str
     notices: Sequence[str]
     how_to_read: Sequence[str]
+    worst: WorstCases | None
     summary: Table
     transfer: Table
     transfer_findings: Sequence[str]
@@ -113,6 +115,7 @@ def write_page(
     summary: pd.DataFrame | None = None,
     *,
     claim_drawings: Sequence[Collect] | None = None,
+    worst: Mapping[str, WorstCases] | None = None,
     with_gallery: bool = True,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
@@ -128,6 +131,7 @@ def write_page(
         drawings: gives what `draw_runs` draws of the same runs; called last, since others may draw meanwhile. None draws.
         summary: made by `summarise` of the same runs; None makes it.
         claim_drawings: as `drawings`, of the figures that `sketch_claims` sketches of each verdict.
+        worst: made by `worst_cases_by_images` of the same runs; None makes them.
         with_gallery: show images; without, no pixel of any image is in the page.
 
     Returns:
@@ -142,7 +146,8 @@ def write_page(
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
     summary = summarise(runs) if summary is None else summary
     per_class: dict[str, dict[str, Any]] = {}
-    datasets = list(_datasets(named, summary, classes, per_class, with_gallery))
+    worst = worst_cases_by_images(runs) if worst is None else worst
+    datasets = list(_datasets(named, summary, worst, classes, per_class, with_gallery))
     figures: defaultdict[str, list[_Figure]] = defaultdict(list)
     for drawing in draw_runs(runs, ["svg"], summary) if drawings is None else drawings():
         figures[drawing.dataset_sha256].append(_figure(drawing))
@@ -167,8 +172,9 @@ def _write_comparisons(judged: Sequence[tuple[ClaimResult, Sequence[Drawing]]], 
         rows += [about | comparison.model_dump() for comparison in result.comparisons]
         table = comparison_table(result.comparisons)
         caption = f"{claim.treatment} minus {claim.control} in percentage points, {pairing.dataset}, claim {claim.name}"
-        text += ["", f"## {caption}: {result.verdict}", "", *to_markdown(table)]
-        latex.append(to_latex(table, f"{caption}."))
+        how = [HOW_TO_READ_COMPARISONS, *([HOW_TO_READ_CUMULATIVE] if any(c.is_cumulative for c in result.comparisons) else [])]
+        text += ["", f"## {caption}: {result.verdict}", *(line for each in how for line in ("", each)), "", *to_markdown(table)]
+        latex.append(to_latex(table, f"{caption}. {' '.join(how)}"))
         for drawing in drawings:
             for kind, content in drawing.files.items():
                 paths.append(out_dir / f"{drawing.stem}.{kind}")
@@ -210,6 +216,7 @@ def _render(
         provenance=[_provenance(name, run) for name, run in runs.items()],
         reproduction=reproduction(list(runs.values()), command),
         per_class=per_class,
+        how_to_read_comparisons=HOW_TO_READ_COMPARISONS,
         how_to_read_cumulative=HOW_TO_READ_CUMULATIVE,
         how_to_read_transfer=HOW_TO_READ_TRANSFER,
         how_to_read_diagnostics=HOW_TO_READ_DIAGNOSTICS,
@@ -242,6 +249,7 @@ def _figure(drawing: Drawing) -> _Figure:
 def _datasets(
     runs: Mapping[str, Run],
     summary: pd.DataFrame,
+    worst: Mapping[str, WorstCases],
     classes: pd.DataFrame,
     per_class: dict[str, dict[str, Any]],
     with_gallery: bool,
@@ -269,6 +277,7 @@ def _datasets(
             sha256=sha256,
             notices=[f"{name}: {notice}" for name, run in of_dataset.items() for notice in _notices(run)],
             how_to_read=how_to_read(rows),
+            worst=worst.get(sha256),
             summary=summary_table(rows),
             transfer=transfer_table(transfer_matrix(list(of_dataset.values()))),
             transfer_findings=[finding.detail for finding in find_transfer(list(of_dataset.values()))],

@@ -17,6 +17,14 @@ _POPULATIONS = {
 }
 
 
+#: What the columns of `comparison_table` mean; confidence and power are the claim's.
+HOW_TO_READ_COMPARISONS = (
+    "Treatment minus control in percentage points, on the same images, with Tango's score intervals; p of the exact McNemar "
+    "test, and adjusted by Holm over the rows that decide, or over the others. Detectable: the smallest difference that a row "
+    "could have shown with the claim's power. Only: images robust under one model alone."
+)
+
+
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Paired differences of robust accuracy, one row for each attack, eps and population."""
     columns = [

@@ -17,6 +17,7 @@ from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import reproduction
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import how_to_read, summary_table
+from lrrobust.report.worst_case import WorstCases, worst_cases_by_images
 from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
 from lrrobust.tables import to_latex, to_markdown
 
@@ -27,17 +28,19 @@ def write_report(
     drawings: Sequence[Drawing] | None = None,
     summary: pd.DataFrame | None = None,
     command: Sequence[str] | None = None,
+    worst: Mapping[str, WorstCases] | None = None,
 ) -> list[Path]:
-    """Write `robust_accuracy.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
+    """Write `robust_accuracy.csv`, `.md` and `.tex`, `worst_case.md` and `.tex`, and the figures of each dataset and norm.
 
     The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
-    dataset, fingerprints and versions above the numbers. Figures come as PNG, SVG and PDF.
+    dataset, fingerprints and versions above the numbers; `worst_case` has one row a model. Figures come as PNG, SVG and PDF.
 
     Args:
         runs: at least one.
         out_dir: created where missing.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
         command: of the report itself, as in `sys.argv`, for the head of the Markdown; None leaves that out.
+        worst: made by `worst_cases_by_images` of the same runs; None makes them.
 
     Returns:
         The files written.
@@ -61,7 +64,21 @@ def write_report(
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
     write_file(text, _markdown(runs, summary, drawings, command).encode())
     write_file(latex, _latex(summary).encode())
-    return [table, text, latex, *figures]
+    worst = worst_cases_by_images(runs) if worst is None else worst
+    if not worst:
+        return [table, text, latex, *figures]
+    short, short_latex = (out_dir / f"worst_case.{suffix}" for suffix in ("md", "tex"))
+    titles = dict(zip(summary["dataset_sha256"], summary["dataset"], strict=True))
+    lines = ["# Robust accuracy under the worst case"]
+    for sha256, found in worst.items():
+        lines += ["", f"## {titles[sha256]}", "", found.how_to_read, "", *to_markdown(found.table)]
+    write_file(short, ("\n".join(lines) + "\n").encode())
+    tables = (
+        to_latex(found.table, f"Robust accuracy under the worst case on {titles[sha256]}. {found.how_to_read}")
+        for sha256, found in worst.items()
+    )
+    write_file(short_latex, "\n".join(tables).encode())
+    return [table, text, latex, short, short_latex, *figures]
 
 
 def _markdown(

@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
+from lrrobust.errors import ConfigError
 from lrrobust.formatting import format_eps
 from lrrobust.norm import Norm
 from lrrobust.report.naming import WORST_CASE
@@ -401,6 +402,30 @@ def is_of(run: Run, side: str) -> bool:
         return side == model
     has_digits = bool(re.fullmatch("[0-9a-f]{8,64}", weights)) and _state_of(run).startswith(weights)
     return has_digits or weights == _weights_of(run)
+
+
+def label_runs(given: Sequence[str], runs: Sequence[Run]) -> dict[Run, str]:
+    """What each run's network is to be called, from `MODEL=TEXT` or `MODEL@WEIGHTS=TEXT`, as a claim names a side.
+
+    Raises:
+        ConfigError: a label that is of no network or of several, is empty, or would take one for another.
+    """
+    labels: dict[Run, str] = {}
+    for each in given:
+        side, _, text = each.partition("=")
+        of_side = [run for run in runs if model_of(run) == side] or [run for run in runs if is_of(run, side)]
+        if not side or not text.strip():
+            raise ConfigError(f'--label {each!r}: expected MODEL=TEXT, as in resnet50="ResNet-50 (ours)"')
+        if not of_side:
+            raise ConfigError(f"--label {each!r}: no run is of {side}; the runs are of {_present(runs)}")
+        if len({(model_of(run), _weights_of(run), _state_of(run)) for run in of_side}) > 1:
+            raise ConfigError(f"--label {each!r}: {side} is more than one network; give each its own, of {_present(of_side)}")
+        others = {model_of(run) for run in runs} - {model_of(run) for run in of_side}
+        others |= {called for run, called in labels.items() if not any(run is other for other in of_side)}
+        if text in others:
+            raise ConfigError(f"--label {each!r}: another model is called {text!r} already; choose another label")
+        labels |= dict.fromkeys(of_side, text)
+    return labels
 
 
 def _weights_of(run: Run) -> str | None:

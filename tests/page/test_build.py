@@ -72,7 +72,8 @@ def test_the_verdict_comes_first_with_reasons_and_safeguards(page):
     elements = Elements(page())
     assert [text for tag, text in elements.texts if tag in ("h2", "h3") and "tiny is" not in text] == [
         "Verdict", "Safeguards", "Paired differences that decide", "Area under the robustness curve",
-        "Distance of the nearest adversarial image", "Evidence", "sample, n = 6", "Robustness curves", "Robust accuracy",
+        "Distance of the nearest adversarial image", "Evidence", "sample, n = 6", "Robustness curves",
+        "Worst case of each model", "Robust accuracy",
         "Did the attacks work?", "Adversarial images", "By class", "Provenance",
     ]  # fmt: skip
     visible = elements.visible

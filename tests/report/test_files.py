@@ -31,7 +31,7 @@ class TestWriteReport:
     def test_files_and_text(self, make_run, tmp_path):
         paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)
         assert sorted(paths) == sorted(tmp_path.iterdir())
-        assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 9
+        assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 11
         text = (tmp_path / "robust_accuracy.md").read_text()
         assert "## sample, n = 5" in text and "ab" * 32 in text and "torch 2.13.0" in text and "1234abc" in text
         assert "| tiny | V1 | pgd | linf | 1/255 | 5 | 80.0 | 40.0 | 11.8-76.9 | inf | 2.5 s | - | a |" in text

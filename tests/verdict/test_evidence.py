@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lrrobust.errors import StoreError
+from lrrobust.errors import ConfigError, StoreError
 from lrrobust.verdict.evidence import (
     collect_evidence,
     gather,
+    label_runs,
     match_accuracy,
 )
 from lrrobust.verdict.records import Subset, is_unbounded
@@ -255,6 +256,34 @@ class TestCollect:
         assert worst.treatment == pytest.approx([PIXEL, PIXEL, INF])
         # No budget of 0, and none without bound.
         assert evidence.ladder(worst) == LADDER and evidence.ladder(cw) == (0.25, 0.5)
+
+
+class TestLabels:
+    @pytest.fixture
+    def runs(self, make_run):
+        of_models = (("A", "V1"), ("A", "V2"), ("B", "V1"))
+        runs = [make_run(model, {"pgd": dict(distances=[INF])}, weights=weights) for model, weights in of_models]
+        runs[1].manifest["model"]["state_sha256"] = "01" * 32
+        return runs
+
+    def test_as_a_claim_names_a_side(self, runs):
+        assert label_runs(["A@V2=A (ours)", "B=B=b"], runs) == {runs[1]: "A (ours)", runs[2]: "B=b"}
+        assert label_runs([f"A@{'01' * 4}=A (ours)"], runs) == {runs[1]: "A (ours)"}
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["A=mine"], "A is more than one network; give each its own, of A@V1, A@V2"),
+            (["C=mine"], "no run is of C; the runs are of A@V1, A@V2, B@V1"),
+            (["A@V1"], "expected MODEL=TEXT"),
+            (["A@V1= "], "expected MODEL=TEXT"),
+            (["A@V1=B"], "another model is called 'B' already"),
+            (["A@V1=mine", "B=mine"], "another model is called 'mine' already"),
+        ],
+    )
+    def test_that_would_mislead_are_refused(self, runs, given, message):
+        with pytest.raises(ConfigError, match=message):
+            label_runs(given, runs)
 
 
 def test_grey_is_within_half_the_pixel_range():

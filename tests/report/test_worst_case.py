@@ -1,0 +1,93 @@
+import math
+
+import pytest
+
+from lrrobust.errors import ConfigError
+from lrrobust.report.summary import summarise
+from lrrobust.report.worst_case import parse_budget, worst_cases, worst_cases_by_images
+
+PIXEL = 1 / 255
+LADDER = (PIXEL, 2 * PIXEL)
+
+
+def texts(found):
+    headings = [column.heading for column in found.table.columns]
+    return [dict(zip(headings, (cell.text for cell in row), strict=True)) for row in found.table.rows]
+
+
+class TestPooling:
+    def test_of_one_run_it_is_the_summarys_worst_case(self, make_run):
+        run = make_run("a")
+        (row,) = texts(worst_cases({"a": run}))
+        summary = summarise([run])
+        for of_norm in summary.groupby("norm"):
+            worst = of_norm[1][of_norm[1]["attack"] == "worst_case"]
+            worst = worst if len(worst) else of_norm[1]
+            for record in worst[worst["eps"] < math.inf].to_dict("records"):
+                eps = f"{record['eps'] * 255:.4g}/255" if record["norm"] == "linf" else f"{record['eps']:.4g}"
+                assert row[f"{record['norm']} {eps}"] == f"{100 * record['robust_accuracy']:.1f}"
+
+    def test_what_any_run_of_a_network_breaks_is_broken(self, make_run):
+        first = make_run("a", {"pgd": ("linf", LADDER, [0.5 * PIXEL, 9, 9, 9])})
+        second = make_run("b", {"apgd": ("linf", LADDER, [9, 1.5 * PIXEL, 9, 9])})
+        found = worst_cases({"a": first, "b": second})
+        (row,) = texts(found)
+        assert (row["n"], row["clean %"], row["linf 1/255"], row["linf 2/255"]) == ("4", "100.0", "75.0", "50.0")
+        assert "Attacks: apgd, pgd (linf)." in found.how_to_read and "attacks" not in row
+        # Wilson, 2 of 4: 15.0 to 85.0 %; 3 of 4: 30.1 to 95.4 %.
+        assert "reach at most 44.9 points" in found.how_to_read
+
+    def test_networks_of_one_name_are_rows_of_their_own(self, make_run):
+        runs = {name: make_run(name, {"pgd": ("linf", LADDER, [9, 9])}) for name in "ab"}
+        for name, run in runs.items():
+            run.manifest["model"]["state_sha256"] = name * 64
+        assert [row["parameters"] for row in texts(worst_cases(runs))] == ["a" * 8, "b" * 8]
+
+    def test_other_attacks_are_told_beside_each_model(self, make_run):
+        runs = {
+            "a": make_run("a", {"pgd": ("linf", LADDER, [9, 9])}),
+            "b": make_run("b", {"pgd": ("linf", LADDER[:1], [9, 9]), "fgsm": ("linf", LADDER[:1], [9, 9])}, model="other"),
+        }
+        found = worst_cases(runs)
+        rows = [(row["attacks"], row["linf 2/255"]) for row in texts(found)]
+        assert rows == [("pgd (linf)", "100.0"), ("fgsm, pgd (linf)", "-")]
+        assert "did not meet the same attacks" in found.how_to_read
+
+    def test_images_that_an_attack_has_not_finished_do_not_count(self, make_run):
+        run = make_run("a", {"pgd": ("linf", LADDER, [PIXEL, 9, 9]), "fgsm": ("linf", LADDER, [9, 9])}, planned=2)
+        (row,) = texts(worst_cases({"a": run}))
+        assert (row["n"], row["linf 1/255"]) == ("3*", "50.0")
+        run.manifest["attacks"].append({"name": "cw", "norm": "linf"})
+        assert texts(worst_cases({"a": run}))[0]["linf 1/255"] == "-"
+
+    def test_transfer_is_no_attack_on_the_model(self, make_run):
+        run = make_run("a")
+        run.manifest["surrogate"] = {"name": "other", "weights": "V1"}
+        assert not worst_cases({"a": run}).table.rows and not worst_cases_by_images([run])
+
+
+def test_doubts_about_the_attacks_are_said(make_run):
+    found = worst_cases({"a": make_run("a")})
+    assert "not looked into for all runs of tiny: robust accuracies may be too high" in found.how_to_read
+
+
+def test_budgets_choose_and_order_the_columns(make_run):
+    run = make_run("a", {"pgd": ("linf", LADDER, [9, 9]), "cw": ("l2", (0.5, math.inf), [1, 1])})
+    (found,) = worst_cases_by_images([run], [("l2", 0.5), ("linf", PIXEL)]).values()
+    assert [column.heading for column in found.table.columns][-2:] == ["l2 0.5", "linf 1/255"]
+    with pytest.raises(ConfigError, match="--budget linf:8/255: no run has rows of it"):
+        worst_cases_by_images([run], [("linf", 8 * PIXEL)])
+
+
+@pytest.mark.parametrize("text", ["8/255", "linf", "linf:", "linf:0", "l3:1", "linf:-1", "linf:x", "linf:1/0"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(ConfigError, match="expected a budget such as linf:8/255"):
+        parse_budget(text)
+
+
+def test_labels_take_the_place_of_names(make_run):
+    run = make_run("a")
+    run.manifest["model"]["state_sha256"] = "0a" * 32
+    found = worst_cases({"a": run}, labels={run: "Tiny (ours)"})
+    assert texts(found)[0]["model"] == "Tiny (ours)"
+    assert "Tiny (ours) is tiny with the parameters 0a0a0a0a (sha256)." in found.how_to_read
