@@ -152,11 +152,15 @@ def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
 def _same_configuration(evidence: Evidence) -> Safeguard:
     ours, theirs = (_configuration(side, evidence.claim.attacks) for side in (evidence.treatment, evidence.control))
     differing = sorted({key for key, _ in (ours - theirs) + (theirs - ours)})
-    if not differing:
+    # What one size leaves standing another may break, and runs of both would count as one.
+    mixed = sorted({key for side in (ours, theirs) for key in _INPUT_KEYS if sum(name == key for name, _ in side) > 1})
+    if mixed and not differing:
+        detail = f"The runs of one model differ among themselves in {', '.join(mixed)}: report those alike by themselves."
+    elif not differing:
         detail = "Both models were given images of one size and attacked with the same settings."
     else:
         detail = f"The evaluations of the two models differ in {', '.join(differing)}."
-    return Safeguard(name="same_configuration", passed=not differing, detail=detail, withholds=_BOTH)
+    return Safeguard(name="same_configuration", passed=not (differing or mixed), detail=detail, withholds=_BOTH)
 
 
 def _configuration(side: ModelOutcomes, attacks: tuple[str, ...] | None) -> Counter[tuple[str, str]]:

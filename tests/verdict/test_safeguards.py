@@ -79,6 +79,18 @@ def test_what_decides_which_images_a_model_sees_must_be_the_same(check, key, val
     assert f"differ in {key}" in named(safeguards, "same_configuration")[0].detail
 
 
+def test_runs_of_one_model_at_two_image_sizes_are_not_mixed(make_claim, make_run):
+    runs = [
+        make_run(model, {attack: dict(distances=[INF, PIXEL, PIXEL, 0])}, input_size=size)
+        for model in "AB"
+        for attack, size in (("pgd", 64), ("apgd", 96))
+    ]
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    (found,) = named(check_evidence(evidence), "same_configuration")
+    assert not found.passed and found.withholds == ("supported", "refuted")
+    assert "The runs of one model differ among themselves in input_size" in found.detail
+
+
 def test_attacks_must_have_the_same_settings(check, make_claim):
     def weaken(runs):
         runs[0].manifest["attacks"][0]["steps"] = 2
