@@ -51,13 +51,9 @@ if [ -n "$COSTLY" ]; then lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive"
 lrrobust report "$RUNS/photos" --out "$OUT/photos" --no-gallery
 
 # What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone, and of
-# adaptive/ the table.
-for set in val_a photos; do
-    (cd "$OUT/$set" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+# adaptive/ and photos/ the table.
+(cd "$OUT/val_a" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+sed -i.whole '/^!\[.*](passes_/d' "$OUT/val_a/robust_accuracy.md" && rm "$OUT/val_a/robust_accuracy.md.whole"
+for set in photos ${COSTLY:+adaptive}; do
+    sed -i.whole '/^!\[/d' "$OUT/$set/robust_accuracy.md" && rm "$OUT/$set/robust_accuracy.md.whole" "$OUT/$set"/*.png
 done
-for set in val_a photos; do
-    sed -i.whole '/^!\[.*](passes_/d' "$OUT/$set/robust_accuracy.md" && rm "$OUT/$set/robust_accuracy.md.whole"
-done
-if [ -n "$COSTLY" ]; then
-    sed -i.whole '/^!\[/d' "$OUT/adaptive/robust_accuracy.md" && rm "$OUT/adaptive/robust_accuracy.md.whole" "$OUT"/adaptive/*.png
-fi
