@@ -51,6 +51,8 @@ class _Spec(BaseModel):
 
     #: Whether the attack knows no budget, but looks for the nearest adversarial image of each image.
     minimises: ClassVar[bool] = False
+    #: Whether it follows gradients, rather than answers alone.
+    needs_gradient: ClassVar[bool] = True
 
     name: Name
     description: Description = ""
@@ -261,6 +263,8 @@ class SquareSpec(_Spec):
     Source: Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random
     search, 2020, section 3.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     kind: Literal["square"]
     norm: LinfOrL2

@@ -14,20 +14,13 @@ from lrrobust.diagnostics.own_attacks import plain_pgd
 from lrrobust.results import distances, texts
 from lrrobust.threat import Norm
 
-#: Attacks that see logits only: no gradient of theirs can vanish, and none of them is expected to beat the others.
-BLACK_BOX_KINDS = ("square",)
-
 #: A class is one that images are taken for from so many on, and from this share of the mean count.
 FEWEST_TAKEN, RARE = 2, 0.25
 
 
-def is_white_box(spec: AttackSpec) -> bool:
-    return spec.kind not in BLACK_BOX_KINDS
-
-
 def is_multi_step(spec: AttackSpec) -> bool:
     """Whether a white-box attack takes more than one gradient step."""
-    return is_white_box(spec) and getattr(spec, "steps", 1) > 1
+    return spec.needs_gradient and getattr(spec, "steps", 1) > 1
 
 
 def is_climber(spec: AttackSpec) -> bool:
@@ -112,7 +105,7 @@ class NormOutcomes:
     @property
     def by_gradient(self) -> NormOutcomes | None:
         """Those that see gradients and had a budget, without what black-box attacks broke; None where there are none."""
-        attacks = tuple(attack for attack in self.attacks if is_white_box(attack.spec) and attack.has_budget)
+        attacks = tuple(attack for attack in self.attacks if attack.spec.needs_gradient and attack.has_budget)
         return replace(self, attacks=attacks) if attacks else None
 
     def broke(self, eps: float) -> NDArray[np.bool_]:
@@ -154,7 +147,7 @@ class NormOutcomes:
         By gradients, unless all attacks are black-box ones, and towards no chosen class, unless all are. Where they minimise
         the distance, or take one step, plain PGD stands in for them.
         """
-        is_black = not any(is_white_box(attack.spec) for attack in self.attacks)
+        is_black = not any(attack.spec.needs_gradient for attack in self.attacks)
 
         def strength(attack: Outcomes) -> tuple[bool, float]:
             broken = attack.breaking_eps <= np.array(self.budgets)[:, None]

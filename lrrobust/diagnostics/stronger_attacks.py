@@ -67,6 +67,10 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, sections 4.4 and 4.5.
     """
     for norm in subject.norms:
+        if norm.by_gradient is None and not subject.has_gradient():
+            detail = "The model's logits carry no gradient, so whether attacks that follow one would break more is not known."
+            yield Diagnostic(name="convergence", passed=None, detail=detail, attack=norm.name, norm=norm.norm)
+            continue
         steps = max([PGD_STEPS, *(2 * attack.spec.steps for attack in norm.climbers)])
         attacks = new_starts(norm.norm, steps, "convergence")
         budgets = _struck_budgets(norm)

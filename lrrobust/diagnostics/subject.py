@@ -81,6 +81,13 @@ class Subject:
         has_budget = {outcomes.spec.norm for outcomes in self.outcomes if outcomes.has_budget}
         return [NormOutcomes(norm, tuple(attacks)) for norm, attacks in found.items() if norm in has_budget]
 
+    def has_gradient(self) -> bool:
+        """Whether the model's logits carry one to the images; black-box attacks need none."""
+        with torch.enable_grad():
+            image = self.images[:1].detach().clone().requires_grad_()
+            logits = self.judge.model(image)
+            return logits.requires_grad and torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
+
     def on(self, places: Sequence[int]) -> Subject:
         """The same with other images, by their places among all; to be struck only, as outcomes are in another order."""
         images, labels, keys = self.load(places)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lrrobust.diagnostics.decision import is_never_beaten, is_tolerable
 from lrrobust.diagnostics.noise import inner_radius
-from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, aims_at_one_class, is_multi_step, is_white_box
+from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, aims_at_one_class, is_multi_step
 from lrrobust.diagnostics.own_attacks import plain_pgd, single_step
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
@@ -36,7 +36,7 @@ def check_single_step(subject: Subject) -> Iterator[Diagnostic]:
     Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018, section 3.1.
     """
     for norm in subject.norms:
-        single = [one for one in norm.attacks if is_white_box(one.spec) and getattr(one.spec, "steps", 1) == 1]
+        single = [one for one in norm.attacks if one.spec.needs_gradient and getattr(one.spec, "steps", 1) == 1]
         for outcomes in norm.attacks:
             if not is_multi_step(outcomes.spec) or not outcomes.has_budget:
                 continue
@@ -144,7 +144,7 @@ def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
         # One step of a gradient may well be beaten by thousands of queries.
         if any(is_multi_step(attack.spec) for attack in norm.by_gradient.attacks):
             for attack in norm.attacks:
-                if not is_white_box(attack.spec):
+                if not attack.spec.needs_gradient:
                     yield _rows_of_black_box(subject, attack, norm.by_gradient)
 
 
@@ -232,7 +232,7 @@ def _rows_of_black_box(subject: Subject, attack: Outcomes, by_gradient: NormOutc
 
 def _meant(norm: NormOutcomes) -> str:
     """Which of a norm's attacks are compared with weaker ones."""
-    kinds = {is_white_box(attack.spec) for attack in norm.attacks}
+    kinds = {attack.spec.needs_gradient for attack in norm.attacks}
     return "the attacks by gradient" if len(kinds) > 1 else "the attacks"
 
 

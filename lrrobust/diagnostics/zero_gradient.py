@@ -1,4 +1,4 @@
-"""Has the attack a gradient to follow?"""
+"""Has the attack anything to follow: a gradient, or answers that change?"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lrrobust.attacks.ball import dual_length
 from lrrobust.attacks.losses import lead_of, likely_targets, log_odds, margin
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.diagnostics.decision import is_tolerable
-from lrrobust.diagnostics.outcomes import is_white_box
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
+from lrrobust.formatting import format_eps
 from lrrobust.threat import Norm
 
 #: What is climbed; "leads" are those of the likeliest other classes, one after the other.
@@ -23,6 +23,9 @@ Loss = Literal["log_odds", "cross_entropy", "margin", "leads"]
 #: A gradient counts as (near) zero when, across the largest ball, it promises less than this share of the rise of
 #: the loss that a misclassification takes. Sound networks are at 0.1 to 100; float32 resolves 1e-7.
 NEAR_ZERO = 1e-6
+
+#: Of the ball, at which black-box attacks are asked whether there is anything to follow.
+CORNERS = 4
 
 #: Share of images without a gradient that a sound attack may meet: a dead rectifier here and there.
 TOLERATED_ZEROS = 0.01
@@ -92,11 +95,12 @@ def _value_and_rise(logits: torch.Tensor, labels: torch.Tensor, loss: Loss, plac
 
 
 def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
-    """One result for each white-box attack.
+    """One result for each attack.
 
-    Each is asked for the gradient of what it climbs: the log odds, for "ce" too, see `lrrobust.attacks.losses.log_odds`, the
+    Those by gradient are asked for the gradient of what it climbs: the log odds, for "ce" too, see `lrrobust.attacks.losses.log_odds`, the
     margin, or the leads of several classes, of which one with a gradient is enough. Where the plain cross-entropy has none and
-    this does, the result says so and passes: nothing that was attacked suffered by it.
+    this does, the result says so and passes: nothing that was attacked suffered by it. Black-box attacks follow the margin, which
+    must not be the same at several corners of the ball, as behind a model that answers with nothing but its class.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, section 4.8; near zeros by saturation:
     Carlini and Wagner, Defensive Distillation is Not Robust to Adversarial Examples, 2016.
@@ -114,7 +118,10 @@ def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
     for outcomes in subject.outcomes:
         spec = outcomes.spec
         eps = max((each for each in outcomes.eps if math.isfinite(each)), default=0.0)
-        if not is_white_box(spec) or eps == 0:
+        if eps == 0:
+            continue
+        if not spec.needs_gradient:
+            yield _follows_answers(subject, spec, eps)
             continue
         start = spec.norm, eps, getattr(spec, "random_start", False)
         zeros = count(*climbed(spec), *start)
@@ -131,3 +138,23 @@ def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
                 "logits so large"
             )
         yield Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name, norm=spec.norm)
+
+
+@torch.no_grad()
+def _follows_answers(subject: Subject, spec: AttackSpec, eps: float) -> Diagnostic:
+    margins, is_own = [], torch.ones_like(subject.labels, dtype=torch.bool)
+    for draw in range(CORNERS):
+        corner = subject.noisy(spec.norm, eps, draw, is_corner=True)
+        prediction = subject.judge.predict(corner, subject.labels, subject.keys)
+        margins.append(prediction.margin)
+        is_own &= prediction.label == subject.labels
+    # Where one of them is another class the attack has found what it looks for.
+    constant = int(((torch.stack(margins).amax(0) == torch.stack(margins).amin(0)) & is_own).sum())
+    passed = is_tolerable(constant, len(subject), TOLERATED_ZEROS)
+    detail = (
+        f"At {CORNERS} corners of the ball of eps {format_eps(eps, spec.norm)} the margin that {spec.name} follows is one and the "
+        f"same for {constant} of {len(subject)} images"
+    )
+    if passed is False:
+        detail += ": there the model's answers tell it no more than the class, and what it leaves standing shows nothing"
+    return Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name, norm=spec.norm)

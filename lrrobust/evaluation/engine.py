@@ -111,7 +111,7 @@ def evaluate(
 
         told = on_begin or (lambda *_: None)
         run = RunSettings(Judge(model, num_classes, batch_size), fingerprint, heard, told, surrogate, real_pixels)
-        at_hand = _AtHand(run, reader, device)
+        at_hand = _AtHand(run, reader, device, any(task.spec.needs_gradient for task in tasks))
         # A resumed run computes one chunk of what it has again, to be sure it is the same model.
         if known := next((task for task in queue.drop_stored() if store.has_part(*task.part)), None):
             _check_same_model(store, known, *at_hand.load(known.chunk), at_hand.metadata)
@@ -137,12 +137,18 @@ def evaluate(
 class _AtHand:
     """The model, known to be one that can be judged, and the chunk that it is at.
 
+    Args:
+        needs_gradient: whether attacks follow gradients of what they attack.
+
     Attributes:
         metadata: what the results must say of the model, once a chunk is loaded.
     """
 
-    def __init__(self, run: RunSettings, reader: Prefetch[ChunkImages], device: torch.device) -> None:
+    def __init__(
+        self, run: RunSettings, reader: Prefetch[ChunkImages], device: torch.device, needs_gradient: bool
+    ) -> None:
         self.metadata: dict[str, str] = {}
+        self._needs_gradient = needs_gradient
         self._run = run
         self._reader = reader
         self._device = device
@@ -183,9 +189,9 @@ class _AtHand:
             # Fewer than the check takes by itself only where they do not fit.
             few = images[: max(judge.batch_size, TRIED) if judge.batch_size == wanted else judge.batch_size]
             surrogate = self._run.surrogate
-            found = check_model(judge.model, judge.num_classes, few, surrogate is None)
+            found = check_model(judge.model, judge.num_classes, few, self._needs_gradient and surrogate is None)
             if surrogate is not None:
-                check_model(surrogate.model, surrogate.num_classes, few)
+                check_model(surrogate.model, surrogate.num_classes, few, self._needs_gradient)
             return found, None if "randomised" in found else Constancy(judge.model, few[:2], RANDOMISED_TOLERANCE)
 
         self.metadata, self._constancy = self.fitting(check)

@@ -43,7 +43,7 @@ def check_model(
 
     Args:
         images: as many as go through it at once; most is tried on the first `TRIED`.
-        needs_gradient: the model is attacked itself; without, its logits need carry no gradient.
+        needs_gradient: attacks follow the model's gradient; without, as under black-box ones, its logits need carry none.
 
     Returns:
         What the results must say of the model: {"randomised": ...} where two forwards differ, {"probabilities": ...}
@@ -141,7 +141,7 @@ def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: i
     if gradient is None:
         raise ModelError(
             "the model's logits carry no gradient to the images (a detach, no_grad or rounding inside?): "
-            "gradient attacks cannot judge it"
+            "gradient attacks cannot judge it; --suite blackbox attacks by answers alone"
         )
     return logits.detach()
 

@@ -1,8 +1,11 @@
 """An attack without a gradient of what it climbs, where other losses have one."""
 
 import pytest
+import torch
+from torch import nn
 
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FmnSpec, PgdSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FmnSpec, PgdSpec, SquareSpec
+from lrrobust.diagnostics.stronger_attacks import check_convergence
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient, climbed
 from lrrobust.frozen import frozen
 
@@ -45,3 +48,36 @@ def test_one_class_whose_lead_has_a_gradient_is_enough_for_an_attack_on_several(
 )
 def test_what_attacks_climb(spec, loss):
     assert climbed(spec) == loss
+
+
+class Answering(nn.Module):
+    """A network whose answers say less than its logits do, and carry no gradient."""
+
+    def __init__(self, network, answer):
+        super().__init__()
+        self.network, self.answer = network, answer
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.answer(self.network(images))
+
+
+SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=LADDER, queries=20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        (lambda logits: logits, True),
+        (lambda logits: (100 * logits).round() / 100, True),
+        (lambda logits: nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float(), False),
+    ],
+    ids=["logits", "rounded", "class"],
+)
+def test_black_box_attacks_need_answers_that_change(subject_of, sound_cnn, answer, passed):
+    subject = subject_of(Answering(sound_cnn, answer).eval(), SQUARE)
+    assert results(subject) == {"square": passed}
+    with frozen(subject.judge.model):
+        assert not subject.has_gradient()
+        (convergence,) = check_convergence(subject)
+    assert convergence.passed is None and "carry no gradient" in convergence.detail

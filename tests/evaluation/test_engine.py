@@ -9,7 +9,7 @@ from torch import nn
 
 from lrrobust.attacks import build
 from lrrobust.attacks.pgd import pgd
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec, SquareSpec
 from lrrobust.errors import ModelError
 from lrrobust.results import load_run
 
@@ -229,6 +229,16 @@ def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, wrapper, me
             wrapper(problem.model).eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run",
             batch_size=5,
         )
+
+
+def test_attacks_by_answers_alone_need_no_gradient(problem, tmp_path, run, in_memory):
+    square = SquareSpec(name="square", kind="square", norm="linf", eps=(0.0005, 0.002), queries=20)
+    images = in_memory(problem.images, problem.labels)
+    whole = run(problem.model, 3, images, [square], tmp_path / "whole")
+    blind = run(Detached(problem.model).eval(), 3, images, [square], tmp_path / "blind")
+    assert drop_timings(blind).equals(drop_timings(whole)) and 0 < whole.is_broken.mean() < 1
+    with pytest.raises(ModelError, match="--suite blackbox attacks by answers alone"):
+        run(Detached(problem.model).eval(), 3, images, [square, FGSM], tmp_path / "both")
 
 
 def test_a_damaged_part_is_computed_again(problem, tmp_path, run, in_memory):
