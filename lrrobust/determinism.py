@@ -29,7 +29,8 @@ def arithmetic_kept() -> Iterator[None]:
     # By both sets of settings, as code inside may be the first to use the newer one.
     new, every = ([(place, name, getattr(place, name)) for place, name, _ in each] for each in (_new_settings(), _exact_products()))
     autocasts = {device_type: torch.is_autocast_enabled(device_type) for device_type in _AUTOCAST_TYPES}
-    device = torch.get_default_device()
+    # Not `torch.get_default_device`, which torch 2.6 has fail once a default was taken back.
+    device = torch.empty(0).device
     try:
         yield
     finally:
@@ -40,7 +41,7 @@ def arithmetic_kept() -> Iterator[None]:
         for device_type, is_enabled in autocasts.items():
             torch.set_autocast_enabled(device_type, is_enabled)
         # A named default, of the CPU too, is looked up at every call, and torch's compiler stumbles over it.
-        if torch.get_default_device() != device:
+        if torch.empty(0).device != device:
             torch.set_default_device(None if device.type == "cpu" else device)
 
 

@@ -99,7 +99,7 @@ def state():
         old = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:
         old = None
-    return old, kinds, torch.is_autocast_enabled("cpu"), torch.get_default_device()
+    return old, kinds, torch.is_autocast_enabled("cpu"), torch.empty(0).device
 
 def is_bf16():
     mkldnn = torch.backends.mkldnn

@@ -19,6 +19,7 @@ from lrrobust.attacks.deepfool import deepfool
 from lrrobust.attacks.expectation import Expectation
 from lrrobust.attacks.fab import fab_t
 from lrrobust.attacks.fmn import fmn
+from lrrobust.attacks.hop_skip_jump import hop_skip_jump
 from lrrobust.attacks.momentum import mi_fgsm
 from lrrobust.attacks.pgd import pgd
 from lrrobust.attacks.specs import (
@@ -29,6 +30,7 @@ from lrrobust.attacks.specs import (
     FabSpec,
     FgsmSpec,
     FmnSpec,
+    HopSkipJumpSpec,
     MiFgsmSpec,
     PgdAdaptiveSpec,
     PgdSpec,
@@ -183,6 +185,7 @@ _RUNNERS: dict[type[BaseModel], Callable[[Any, Assignment], Passes]] = {
     CwSpec: _run_carlini_wagner,
     ApgdSpec: _with_settings(apgd),
     SquareSpec: _with_settings(square),
+    HopSkipJumpSpec: _with_settings(hop_skip_jump),
     MiFgsmSpec: _with_settings(mi_fgsm),
     FabSpec: _with_settings(fab_t),
     FmnSpec: _with_settings(fmn),

@@ -51,8 +51,9 @@ class _Spec(BaseModel):
 
     #: Whether the attack knows no budget, but looks for the nearest adversarial image of each image.
     minimises: ClassVar[bool] = False
-    #: Whether it follows gradients, rather than answers alone.
+    #: Whether it follows gradients, rather than answers alone; and whether of answers it needs more than the class.
     needs_gradient: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
 
     name: Name
     description: Description = ""
@@ -278,6 +279,32 @@ class SquareSpec(_Spec):
         return len(self.eps) * self.queries * self.restarts
 
 
+class HopSkipJumpSpec(_Spec):
+    """HopSkipJump: small perturbations, by the class that the model answers alone.
+
+    Runs once, and `eps` says where its distances are read off.
+
+    Args:
+        queries: forward passes, at most.
+        initial_evaluations: random directions of the first estimate; later ones take more.
+
+    Source: Chen, Jordan and Wainwright, HopSkipJumpAttack: a query-efficient decision-based attack, 2020, algorithm 2.
+    """
+
+    minimises: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+
+    kind: Literal["hop_skip_jump"]
+    norm: LinfOrL2
+    queries: Annotated[int, Field(ge=1)] = 5000
+    initial_evaluations: Annotated[int, Field(ge=1)] = 100
+
+    @property
+    def max_forward_passes(self) -> int:
+        return self.queries
+
+
 class MiFgsmSpec(_Spec):
     """MI-FGSM: gradient sign steps with momentum.
 
@@ -388,6 +415,9 @@ class DeepFoolSpec(_Spec):
 
 
 AttackSpec = Annotated[
-    Union[FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, MiFgsmSpec, FabSpec, FmnSpec, DeepFoolSpec],
+    Union[
+        FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, HopSkipJumpSpec, MiFgsmSpec, FabSpec, FmnSpec,
+        DeepFoolSpec,
+    ],
     Field(discriminator="kind"),
 ]

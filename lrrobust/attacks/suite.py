@@ -42,6 +42,7 @@ _CALLED_ELSEWHERE = {
     "autoattack": "the suite strong (strong_l2 in l2)", "aa": "the suite strong (strong_l2 in l2)", "bim": "pgd", "ifgsm": "pgd",
     "pgd20": "pgd", "pgdl2": "pgd_l2", "mifgsm": "mi_fgsm", "carliniwagner": "cw", "cwl2": "cw", "cwlinf": "pgd_margin",
     "apgd": "apgd_ce", "apgddlr": "apgd_t", "apgdt": "apgd_t", "fab": "fab_t",
+    "hsj": "hop_skip_jump", "hsja": "hop_skip_jump", "hopskipjump": "hop_skip_jump", "boundary": "hop_skip_jump",
 }  # fmt: skip
 
 

@@ -121,7 +121,8 @@ def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
         if eps == 0:
             continue
         if not spec.needs_gradient:
-            yield _follows_answers(subject, spec, eps)
+            if spec.needs_logits:
+                yield _follows_answers(subject, spec, eps)
             continue
         start = spec.norm, eps, getattr(spec, "random_start", False)
         zeros = count(*climbed(spec), *start)
@@ -156,5 +157,5 @@ def _follows_answers(subject: Subject, spec: AttackSpec, eps: float) -> Diagnost
         f"same for {constant} of {len(subject)} images"
     )
     if passed is False:
-        detail += ": there the model's answers tell it no more than the class, and what it leaves standing shows nothing"
+        detail += ": there the model's answers tell it no more than the class, and what it leaves standing shows nothing; hop_skip_jump needs no more"
     return Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name, norm=spec.norm)

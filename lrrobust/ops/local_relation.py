@@ -14,6 +14,8 @@ from lrrobust.ops._unfold import local_relation_unfold
 
 Similarity = Literal["squared_difference", "absolute_difference", "multiplication"]
 Backend = Literal["auto", "reference", "unfold", "cpu", "triton"]
+#: Not asked of the types at every call, where torch's older compilers stumble over it.
+_SIMILARITIES, _BACKENDS = get_args(Similarity), get_args(Backend)
 
 #: Channels that share one aggregation in the paper (section 3.3).
 PAPER_CHANNELS_PER_GROUP = 8
@@ -108,8 +110,8 @@ def check_arguments(
     similarity: str,
 ) -> None:
     """Raises ValueError unless the arguments of `local_relation` fit together."""
-    if similarity not in get_args(Similarity):
-        raise ValueError(f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}")
+    if similarity not in _SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(_SIMILARITIES)}, got {similarity!r}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
     if stride < 1 or dilation < 1:
@@ -156,8 +158,8 @@ def choose_backend(backend: str, *tensors: torch.Tensor) -> str:
             return fused
         _warn_of_slow_backend(f"local_relation runs the slower backend 'unfold': {fused!r} cannot run, {reason}")
         return "unfold"
-    if backend not in get_args(Backend):
-        raise BackendError(f"unknown backend {backend!r} of local_relation: known are {', '.join(get_args(Backend))}")
+    if backend not in _BACKENDS:
+        raise BackendError(f"unknown backend {backend!r} of local_relation: known are {', '.join(_BACKENDS)}")
     reason = why_not(backend, *tensors)
     if reason is not None:
         raise BackendError(f"backend {backend!r} of local_relation cannot run: {reason}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FmnSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FmnSpec, HopSkipJumpSpec, PgdSpec, SquareSpec
 from lrrobust.diagnostics.stronger_attacks import check_convergence
 from lrrobust.diagnostics.zero_gradient import check_zero_gradient, climbed
 from lrrobust.frozen import frozen
@@ -63,6 +63,7 @@ class Answering(nn.Module):
 
 
 SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=LADDER, queries=20)
+HOP_SKIP_JUMP = HopSkipJumpSpec(name="hsj", kind="hop_skip_jump", norm="linf", eps=LADDER, queries=40)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,8 @@ SQUARE = SquareSpec(name="square", kind="square", norm="linf", eps=LADDER, queri
 def test_black_box_attacks_need_answers_that_change(subject_of, sound_cnn, answer, passed):
     subject = subject_of(Answering(sound_cnn, answer).eval(), SQUARE)
     assert results(subject) == {"square": passed}
+    # Which asks for no more than the class.
+    assert results(subject_of(subject.judge.model, HOP_SKIP_JUMP)) == {}
     with frozen(subject.judge.model):
         assert not subject.has_gradient()
         (convergence,) = check_convergence(subject)
