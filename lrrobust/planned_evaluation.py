@@ -42,6 +42,9 @@ class KnownImages(Images, Protocol):
 
     name: str
 
+    @property
+    def copies(self) -> int: ...
+
     def record(self) -> dict[str, Any]: ...
 
 
@@ -231,6 +234,7 @@ def plan_evaluation(
         **asked,
         # Of no consequence for the rows, but for what they show.
         **({"training": {"recipe": classifier.recipe, "followed": classifier.followed}} if classifier.recipe else {}),
+        **({"copies": copies} if (copies := images.copies) else {}),
         # In label order, so that reports can say what was predicted.
         "class_names": name_classes(classifier.classes, IMAGENET_1K),
         "provenance": describe_environment(device),

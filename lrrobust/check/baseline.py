@@ -30,7 +30,7 @@ BASELINE_SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
 #: What a manifest says about a session; all else decides rows, and is part of the comparison.
-_SESSION_KEYS = {"fingerprint", "created_at", "command", "class_names", "provenance", "sessions", "request", "position"}
+_SESSION_KEYS = {"fingerprint", "created_at", "command", "class_names", "provenance", "sessions", "request", "position", "copies"}
 
 #: What it says about one model, and no other.
 _MODEL_KEYS = {"model", "training"}

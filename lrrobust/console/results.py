@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 def report_subset(images: EvaluationSet) -> None:
     """Says what is evaluated, and aloud what is left out."""
     notice(f"{images.name}: {format_count(len(images), 'image')}")
+    if images.copies:
+        count = format_count(images.copies, "image")
+        notice(f"warning: {count} of the same contents as another: intervals and tests take all for different images")
     if images.left_out_count:
         unknown, without = (_name_some(names) for names in images.left_out_classes)
         also = f"; no image has its {without}" if without else ""

@@ -84,6 +84,11 @@ class EvaluationSet:
         """Side of the images in pixels, as the model takes them."""
         return self._preprocessing.input_size
 
+    @property
+    def copies(self) -> int:
+        """Images of the same bytes as an earlier one, under another name."""
+        return len(self._digests) - len(set(self._digests))
+
     def seen_by(self, classes: Sequence[str], preprocessing: Preprocessing) -> EvaluationSet:
         """The same images for another model that knows their classes; nothing is read or checked again."""
         label_of = {composed(wnid): label for label, wnid in enumerate(classes)}

@@ -42,6 +42,11 @@ class TensorImages:
         places = list(positions)
         return self._images[places], torch.tensor([self.labels[place] for place in places], dtype=torch.int64)
 
+    @property
+    def copies(self) -> int:
+        """Images of the same values as an earlier one."""
+        return len(self) - len({hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest() for image in self._images})
+
     def record(self) -> dict[str, Any]:
         """What a result has to say about its images, JSON-ready."""
         total = hashlib.sha256(repr((tuple(self._images.shape), self.wnids)).encode())

@@ -37,6 +37,9 @@ REJECTED_SHARE = 0.01
 #: Share of images that runs of one network may predict differently when clean, as other hardware makes them.
 CONTRADICTED_SHARE = 0.01
 
+#: Share of images that may be copies of others: too few to move a test.
+COPIED_SHARE = 0.01
+
 #: What of a model's manifest decides which images it sees, beside the data set.
 _INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
 
@@ -50,6 +53,7 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
     is_more = evidence.claim.direction == "more_robust"
     return (
         _same_images(evidence),
+        _distinct_images(evidence),
         _one_network(evidence),
         _same_training(evidence),
         _same_configuration(evidence),
@@ -80,6 +84,18 @@ def _same_images(evidence: Evidence) -> Safeguard:
         detail = f"{n} images were evaluated with both models; left out: "
         detail += ", ".join(f"{count} of {model} only" for model, count in lost.items() if count) + "."
     return Safeguard(name="same_images", passed=passed, detail=detail, withholds=_BOTH)
+
+
+def _distinct_images(evidence: Evidence) -> Safeguard:
+    """Tests count images as independent: whoever gives each of them ten times makes any difference significant."""
+    runs = (*evidence.treatment.runs, *evidence.control.runs)
+    # Those on more images may have copies that are not among these.
+    of_these = min(runs, key=lambda run: manifest_value(run, "dataset", "n"))
+    n, copies = manifest_value(of_these, "dataset", "n"), int(of_these.manifest.get("copies") or 0)
+    passed = copies <= COPIED_SHARE * n
+    detail = f"{copies} of {n} images have the same contents as another one"
+    detail += "." if passed else ": counted as images of their own, they make chance look like a difference; leave copies out."
+    return Safeguard(name="distinct_images", passed=passed, detail=detail, withholds=_BOTH)
 
 
 def _one_network(evidence: Evidence) -> Safeguard:

@@ -15,6 +15,7 @@ from lrrobust.report.summary import summarise
 
 def test_what_is_left_out_is_named(capsys):
     images = SimpleNamespace(
+        copies=0,
         name="cifar", left_out_count=8, left_out_classes=(("a", "b", "c", "d", "e"), ("plane",)), corrupt_keys=()
     )
 

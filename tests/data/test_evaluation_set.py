@@ -80,6 +80,11 @@ def test_hash_depends_on_keys_bytes_and_classes(tmp_path, pack_folder, pets, enc
     assert sha256("copy", pets) in variants
 
 
+def test_copies_under_other_names_are_counted(tmp_path, pack_folder, pets):
+    for name, files, copies in (("without", pets, 0), ("with", {**pets, "cat/9.jpg": pets["cat/1.jpg"]}, 1)):
+        assert build_evaluation_set(open_dataset(pack_folder(tmp_path / name, files)), CLASSES, EXACT).copies == copies
+
+
 def test_hash_is_pinned(tmp_path, pack_folder):
     # Results name the images by this hash; a change would orphan every stored result.
     bmp = b"BM" + (58).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")

@@ -43,3 +43,8 @@ def test_hash_tells_pixels_labels_and_shapes_apart(images, labels):
 def test_labels_of_no_class_are_refused(images, labels):
     with pytest.raises(ValueError, match="expected labels of 0 to 1, got 0 to 2"):
         TensorImages("mine", images, labels, CLASSES[:2])
+
+
+def test_copies_are_counted(images, labels):
+    assert TensorImages("mine", images, labels, CLASSES).copies == 0
+    assert TensorImages("mine", images[[0, 1, 0, 0]], labels, CLASSES).copies == 2

@@ -79,6 +79,17 @@ def test_what_decides_which_images_a_model_sees_must_be_the_same(check, key, val
     assert f"differ in {key}" in named(safeguards, "same_configuration")[0].detail
 
 
+@pytest.mark.parametrize(("copies", "passed"), [(0, True), (2, True), (3, False)])
+def test_copies_of_images_are_no_more_images(make_claim, make_run, copies, passed):
+    runs = [make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2))]
+    for run in runs:
+        run.manifest["copies"] = copies
+    (evidence,), _ = collect_evidence(make_claim(), runs)
+    (found,) = named(check_evidence(evidence), "distinct_images")
+    assert found.passed is passed and f"{copies} of 200 images have the same contents" in found.detail
+    assert judge(evidence).verdict == ("supported" if passed else "inconclusive")
+
+
 def test_runs_of_one_model_at_two_image_sizes_are_not_mixed(make_claim, make_run):
     runs = [
         make_run(model, {attack: dict(distances=[INF, PIXEL, PIXEL, 0])}, input_size=size)
