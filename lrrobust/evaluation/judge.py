@@ -184,9 +184,14 @@ def logit_scale(logits: torch.Tensor) -> float:
 
 def gap(logits: torch.Tensor, others: torch.Tensor) -> float:
     """The largest difference of two answers to the same images, among the leading logits of either."""
+    return float(gaps(logits, others).max())
+
+
+def gaps(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The same of each image, (N,)."""
     count = min(_LEADING, logits.shape[1])
     places = torch.cat([each.topk(count, dim=1).indices for each in (logits, others)], 1)
-    return float((logits - others).gather(1, places).abs().max())
+    return (logits - others).gather(1, places).abs().amax(1)
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -150,6 +150,27 @@ class RandomOffGrid(nn.Module):
         return self.linear(images + 0.02 * is_off[:, None, None, None] * torch.randn_like(images))
 
 
+class NoiseOfImage(nn.Module):
+    """Noise whose seed is made of the image: the same twice, and another one for the next image."""
+
+    def __init__(self, seed_of) -> None:
+        super().__init__()
+        self.linear, self.seed_of = build_linear(), seed_of
+
+    def forward(self, images):
+        draws = [torch.Generator().manual_seed(self.seed_of(image)) for image in images.detach()]
+        return self.linear(images + 0.05 * torch.stack([torch.randn(images.shape[1:], generator=draw) for draw in draws]))
+
+
+def seed_of_bits(image: torch.Tensor) -> int:
+    return int(image.view(torch.int32).sum())
+
+
+def seed_of_levels(image: torch.Tensor) -> int:
+    """Of the image rounded to 8 bits."""
+    return int((255 * image).round().sum())
+
+
 class WithDecoys(nn.Module):
     """A network with logits more that stay a hair below its leading one, whatever the image: no image is taken for theirs."""
 
@@ -187,6 +208,8 @@ UNSOUND = {
     "distilled": Distilled,
     "randomised": Randomised,
     "random_off_grid": RandomOffGrid,
+    "noise_of_bits": lambda: NoiseOfImage(seed_of_bits),
+    "noise_of_levels": lambda: NoiseOfImage(seed_of_levels),
     "cancelling": Cancelling,
 }
 

@@ -391,6 +391,19 @@ def test_a_model_that_is_random_only_where_attacks_go(diagnosed, unsound):
     assert found.passed is False and "of 24 images differ by at most 0, with noise on them by" in found.detail
 
 
+@pytest.mark.parametrize(
+    ("model", "what"), [("noise_of_bits", "noise of 1e-06"), ("noise_of_levels", "one value changed by 1/255")]
+)
+def test_noise_that_is_drawn_from_the_image(diagnosed, unsound, model, what):
+    found = diagnosed(unsound(model), FGSM)["determinism", None]
+    assert found.passed is False and "differ by at most 0, with noise on them by at most 0, but by" in found.detail
+    assert f"with {what}, as with noise of 2/255 on all: randomness drawn from the image" in found.detail
+
+
+def test_rounded_images_are_not_random(diagnosed, unsound):
+    assert diagnosed(unsound("rounded"), FGSM)["determinism", None].passed
+
+
 @pytest.mark.parametrize("specs", [(FGSM, PGD), (CW,)], ids=["within a budget", "minimal norm"])
 def test_logits_lost_to_rounding(diagnosed, unsound, specs):
     found = diagnosed(unsound("cancelling"), *specs)
