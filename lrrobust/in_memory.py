@@ -30,7 +30,7 @@ from lrrobust.data.tensor_images import TensorImages, check_images
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.judge import call_model
+from lrrobust.evaluation.judge import call_model, explain_one_logit
 from lrrobust.frozen import frozen
 from lrrobust.models import Classifier
 from lrrobust.models.layer_code import code_of_layers
@@ -221,9 +221,10 @@ def _named(
         module.to(where)
     with frozen(module), torch.no_grad():
         logits = call_model(module, images[:1].to(where))
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ModelError(f"expected logits (N, classes) of the model, got {found}")
+    is_tensor = isinstance(logits, torch.Tensor)
+    if not is_tensor or logits.ndim != 2 or logits.shape[1] < 2:
+        found = f"{tuple(logits.shape)}{explain_one_logit(logits)}" if is_tensor else type(logits).__name__
+        raise ModelError(f"expected logits (N, classes) of the model, of two classes or more, got {found}")
     if isinstance(model, Classifier):
         if classes is not None and tuple(classes) != model.classes:
             raise ValueError("classes differ from those of the Classifier: leave them out")

@@ -276,6 +276,7 @@ def test_shows_progress_on_standard_error(problem, capfd):
         ({"eps": [0.1, "x"]}, ConfigError, "eps"),
         ({"attacks": ["pgd", "pgd_l2"], "eps": 0.1}, ConfigError, "norm"),
         ({"model": "resnet50"}, ValueError, "torch.nn.Module"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 1))}, ModelError, r"got \(1, 1\); if its sigmoid is the probability"),
         ({"name": 3}, ValueError, "a name"),
         ({"dataset": "a\nb"}, ValueError, "a name"),
         ({"classes": "abcd"}, ValueError, "names of the classes"),

@@ -165,7 +165,15 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
     if not isinstance(logits, torch.Tensor):
         raise ModelError(f"the model returns {type(logits).__name__}: {expected}; let forward return them alone")
     if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
-        raise ModelError(f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}: {expected}")
+        found = f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}"
+        raise ModelError(f"{found}: {expected}{explain_one_logit(logits)}")
+
+
+def explain_one_logit(logits: torch.Tensor) -> str:
+    """What to return instead where each of some images has one number, as under a sigmoid, else nothing."""
+    if not logits.is_floating_point() or tuple(logits.shape[1:]) not in ((), (1,)):
+        return ""
+    return "; if its sigmoid is the probability of the second of two classes, return torch.stack([0 * z, z], 1), z of shape (N,)"
 
 
 #: Logits of an image that decide its class and how surely; others may be -1e9, as of classes that are masked.
