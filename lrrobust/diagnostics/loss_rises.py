@@ -56,7 +56,7 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
         detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
         if binomial_p_value(most, most, TOLERATED_FAILURES) * tested > SIGNIFICANCE:
             passed = None
-            detail += f"; {format_count(most, 'image')} are too few to say more"
+            detail += f"; of {format_count(most, 'image')} no more can be said"
         yield Diagnostic(
             name="loss_rises", passed=passed, detail=f"{detail}.", attack=outcomes.spec.name, norm=outcomes.spec.norm
         )
