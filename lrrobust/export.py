@@ -24,6 +24,7 @@ from PIL import Image
 from lrrobust.errors import StoreError
 from lrrobust.norm import NORMS
 from lrrobust.results import Run, load_adversarial, manifest_value, write_file
+from lrrobust.results.files import read_file
 
 INDEX_NAME = "index.parquet"
 
@@ -124,8 +125,10 @@ class _NoIndex(Exception):
 def _read_index(folder: Path) -> Exported:
     path = folder / INDEX_NAME
     try:
-        table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {})[_ABOUT])
+        table = pq.read_table(pa.BufferReader(read_file(path)))
+        if _ABOUT not in (table.schema.metadata or {}):
+            raise ValueError("it does not say of which run it is")
+        about = json.loads(table.schema.metadata[_ABOUT])
         if not table.schema.remove_metadata().equals(INDEX_SCHEMA):
             raise ValueError("it has other columns")
         rows = table.to_pylist()
@@ -178,7 +181,7 @@ def _read_png(folder: Path, file: str, sha256: str) -> np.ndarray:
     if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
         raise StoreError(f"{folder / INDEX_NAME} names {file!r}, which lies outside {folder}")
     try:
-        content = (folder / file).read_bytes()
+        content = read_file(folder / file)
     except OSError as error:
         raise StoreError(f"{folder / file} cannot be read ({error.strerror}): export the run again") from None
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -1,6 +1,7 @@
 """Transfer, 8 bits, export and reading back through the command line, on models where every outcome is known."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -254,6 +255,24 @@ def test_damage_is_said_in_one_line(run, exported, damage):
         "missing": "cannot be read", "outside": "lies outside", "model": "has 8 x 8 pixels, the model takes 16 x 16",
     }
     assert code == 2 and said[damage] in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("place", ["image", "index"])
+def test_nobody_waits_for_a_pipe_in_the_place_of_a_file(run, exported, place):
+    _, folder = exported
+    file = folder / "index.parquet" if place == "index" else next((folder / "adversarial" / "fgsm").iterdir())
+    file.unlink()
+    os.mkfifo(file)
+    code, _, err = run("verify", folder, *models("target"))
+    assert code == 2 and "not a regular file" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_table_that_is_no_index_is_said_to_be(run, exported):
+    _, folder = exported
+    pd.read_parquet(folder / "index.parquet").to_parquet(folder / "index.parquet")
+    code, _, err = run("verify", folder, *models("target"))
+    assert code == 2 and "it does not say of which run it is" in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
