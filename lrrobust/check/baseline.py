@@ -210,7 +210,7 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if not run.is_complete:
             raise StoreError(f"{run.folder} is not complete: repeat its `lrrobust eval` command, it goes on from there")
-        if "request" not in run.manifest:
+        if not (run.manifest.get("request") or {}).get("models") or "position" not in run.manifest:
             raise StoreError(
                 f"{run.folder} does not say how it was asked for (in Python, or an older lrrobust), so that it cannot be asked for again: "
                 "make it with `lrrobust eval`"

@@ -57,6 +57,12 @@ class _Dataset(_Some):
     n: Annotated[int, Field(ge=0, lt=10**12)] = 0
 
 
+class _Request(_Some):
+    models: list[str] = []
+    weights: list[str] | None = None
+    surrogates: list[str] | None = None
+
+
 class _Provenance(_Some):
     versions: dict[str, str | None] | None = None
     commit: str | None = None
@@ -74,7 +80,7 @@ class _Manifest(_Some):
     real_pixels: Literal["judged", "saved"] | None = None
     provenance: _Provenance | None = None
     class_names: list[str] | None = None
-    request: dict[str, Any] | None = None
+    request: _Request | None = None
     position: Annotated[int, Field(ge=0)] = 0
     command: list[str] | None = None
     created_at: str | None = None

@@ -187,6 +187,9 @@ def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
     assert [model.name for model in part.models] == part.request["models"] == ["b.py:build"]
     old = run_of(outcomes)
     del old.manifest["request"]
+    emptied, replaced, elsewhere = (run_of(outcomes) for _ in range(3))
+    emptied.manifest["request"], replaced.manifest["request"] = {}, None
+    del elsewhere.manifest["position"]
     matrix = run_of(outcomes)
     matrix.manifest["request"]["surrogates"] = ["a", "b"]
     other_seed = run_of(outcomes, models=models, position=1, seed=9)
@@ -195,7 +198,7 @@ def test_runs_must_be_complete_and_of_one_command(run_of, outcomes):
         ([first, run_of(outcomes)], BaselineError, "different `lrrobust eval` commands"),
         ([first, other_seed], BaselineError, "different images or attacks"),
         ([run_of(outcomes, is_complete=False)], StoreError, "not complete"),
-        ([old], StoreError, "older lrrobust"),
+        *(([unasked], StoreError, "older lrrobust") for unasked in (old, emptied, replaced, elsewhere)),
         ([matrix], BaselineError, "of one --surrogate at most"),
     ):
         with pytest.raises(error, match=message) as caught:
