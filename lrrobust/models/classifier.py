@@ -48,6 +48,9 @@ class Classifier:
         if isinstance(self.classes, str):
             raise ModelError(f"a Classifier needs the names of its classes, got the text {self.classes!r}: give them as a tuple")
         object.__setattr__(self, "classes", tuple(self.classes))
+        no_name = next((name for name in self.classes if not isinstance(name, str)), None)
+        if no_name is not None:
+            raise ModelError(f"a Classifier needs the names of its classes as texts, got {no_name!r} among them")
         if not isinstance(self.module, nn.Module):
             raise ModelError(f"a Classifier needs a torch.nn.Module, got {type(self.module).__name__}")
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:

@@ -20,6 +20,8 @@ def test_defaults():
     [
         ({"module": len}, "needs a torch.nn.Module, got builtin_function_or_method"),
         ({"classes": "cat"}, "names of its classes, got the text 'cat'"),
+        ({"classes": ("cat", ...)}, "names of its classes as texts, got Ellipsis among them"),
+        ({"classes": range(10)}, "names of its classes as texts, got 0 among them"),
         ({"classes": ("cat",)}, "at least two classes, all different, got 1"),
         ({"classes": ("cat", "dog", "cat")}, "at least two classes, all different, got 3"),
         ({"input_size": 0}, "1 <= input_size <= resize_size <= 1000000, got self.input_size=0, self.resize_size=None"),
