@@ -22,7 +22,7 @@ from lrrobust.frozen import frozen
 #: Forward passes of the same images, as AutoAttack's check makes.
 FORWARDS = 5
 
-#: Noise on all values, and a change of one value by a level of 8 bits: neither moves logits as much as noise of `OFF_GRID` on all.
+#: Noise on all values, and a change of one by a level of 8 bits: neither moves logits as much as noise of `OFF_GRID` on all.
 TINY, LEVEL = 1e-6, 1 / 255
 
 #: Share of what noise of `OFF_GRID` moves the logits by, at the median image, from which on less than that moves them without

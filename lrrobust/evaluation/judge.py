@@ -173,7 +173,7 @@ def explain_one_logit(logits: torch.Tensor) -> str:
     """What to return instead where each of some images has one number, as under a sigmoid, else nothing."""
     if not logits.is_floating_point() or tuple(logits.shape[1:]) not in ((), (1,)):
         return ""
-    return "; if its sigmoid is the probability of the second of two classes, return torch.stack([0 * z, z], 1), z of shape (N,)"
+    return "; if its sigmoid is the probability of the second of two classes, return torch.stack([0 * z, z], 1) of z (N,)"
 
 
 #: Logits of an image that decide its class and how surely; others may be -1e9, as of classes that are masked.
