@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Expectation(nn.Module):
-    """Images (N, C, H, W) -> the mean of the logits (N, K) of several forward passes, differentiable once.
+    """Images (N, C, H, W) -> the mean of the logits (N, K) of several forward passes, float32 at least, differentiable once.
 
     One pass of a randomised model shows one of many networks, and a step along its gradient may lead into the ball of luck of
     that one alone. The mean of logits is, up to a constant for each image, that of log probabilities: what is climbed is the
@@ -70,6 +70,8 @@ class _MeanOfDraws(torch.autograd.Function):
 def _mean(draws: Iterator[torch.Tensor]) -> torch.Tensor:
     total, count = None, 0
     for count, logits in enumerate(draws, start=1):
+        # A sum of many in half precision would be rounded by more than they differ.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = logits.clone() if total is None else total + logits
     assert total is not None
     return total / count

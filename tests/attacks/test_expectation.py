@@ -88,6 +88,13 @@ def test_passes_are_made_again_as_they_were_under_autocast(small_cnn, images):
     assert seen == [torch.bfloat16] * 4
 
 
+def test_many_logits_of_half_precision_are_averaged_as_they_are(images):
+    logits = torch.tensor([[1.0, 1.0078125, -3.0]], dtype=torch.bfloat16)
+    model = Expectation(lambda images: logits + 0 * images.flatten(1)[:, :3].bfloat16(), 100)
+    for attacked in (images[:1], images[:1].clone().requires_grad_()):
+        torch.testing.assert_close(model(attacked).detach(), logits.float(), rtol=1e-6, atol=0)
+
+
 def test_a_deterministic_model_is_attacked_alike(trained, attack_with):
     model, images, labels = trained
     spec = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.02, 0.05), steps=5)
