@@ -8,7 +8,7 @@ import posixpath
 import reprlib
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ class CifarTree(FileTree):
         content = self._tree.read(path)
         try:
             if self._edition.is_pickled:
-                names = [name.decode() for name in _unpickle(content)[self._edition.names_key]]
+                names = [_text(name) for name in _unpickle(content)[self._edition.names_key]]
             else:
                 names = content.decode().split()
         except Exception as error:  # unpickling raises whatever strikes it
@@ -181,24 +181,54 @@ class _Parts:
     def pixels(self, count: int) -> np.ndarray:
         """Those of an array (count, 3072) of uint8."""
         _, shape, kind, is_fortran, values = self.state
-        if shape != (count, _PIXELS) or kind.arguments[0] != b"u1" or len(values) != count * _PIXELS:
+        if shape != (count, _PIXELS) or _text(kind.arguments[0]) != "u1" or len(values) != count * _PIXELS:
             raise ValueError(f"expected {count} rows of {_PIXELS} bytes for as many labels, found {reprlib.repr(shape)}")
         return np.frombuffer(values, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes where Python 2 shall read them."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for text in {reprlib.repr(encoding)}")
+    return text.encode("latin1")
+
+
+def _from_buffer(values: bytes, kind: _Parts, shape: tuple[int, ...], order: str, *_: Any) -> _Parts:
+    """How protocol 5 writes arrays, as `_Parts` has others."""
+    array = _Parts()
+    array.state = (1, shape, kind, order == "F", values)
+    return array
+
+
+#: What is published was pickled by Python 2; copies may have been pickled anew, by any numpy.
+_STANDS_FOR = {
+    "numpy.core.multiarray._reconstruct": _Parts,
+    "numpy._core.multiarray._reconstruct": _Parts,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy._core.numeric._frombuffer": _from_buffer,
+    "numpy.ndarray": _Parts,
+    "numpy.dtype": _Parts,
+    "_codecs.encode": _encode,
+}
 
 
 class _Unpickler(pickle._Unpickler):
     """Python's own in Python, since the one in C takes any amount of memory where a few bytes ask for it."""
 
-    def find_class(self, module: str, name: str) -> type:
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
         asked = f"{module}.{name}"
-        if asked not in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+        if asked not in _STANDS_FOR:
             raise pickle.UnpicklingError(f"it asks for {asked!r}, and no code in pickles is run")
-        return _Parts
+        return _STANDS_FOR[asked]
 
 
 def _unpickle(content: bytes) -> dict[str, Any]:
     found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
+    return {_text(key): value for key, value in found.items()}
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _reason(error: Exception) -> str:

@@ -92,6 +92,18 @@ def test_both_splits_of_both_formats_in_every_container(tmp_path, container, pac
         assert sets[0].sha256 == sets[1].sha256
 
 
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_copies_pickled_anew_are_read(tmp_path, pack_folder, ten, protocol, order):
+    labels, pixels = draw(5)
+    entry = {"labels": labels, "data": np.asarray(pixels, order=order)}
+    copies = {"test_batch": entry, "batches.meta": {"label_names": [name.decode() for name in TEN]}}
+    copied = {f"cifar-10-batches-py/{file}": pickle.dumps(value, protocol) for file, value in copies.items()}
+    sources = [open_dataset(pack_folder(tmp_path / name, files)) for name, files in (("old", ten), ("new", ten | copied))]
+    old, new = [[(key, source.read_bytes(place)) for place, key in enumerate(source.keys)] for source in sources]
+    assert old == new
+
+
 def test_labels_are_positions_in_the_models_own_list(tmp_path, pack_folder, ten):
     classes = load_class_list("cifar-10")[::-1]
     found = build_evaluation_set(open_dataset(pack_folder(tmp_path / "x", ten)), classes, Preprocessing(32), n=2)
