@@ -157,8 +157,8 @@ def read_settings(name: str | Path) -> dict[str, Any]:
     specs = load_suite([name])
     if data["kind"] == "suite":
         return data
-    # A file has no name in it.
-    settings = specs[0].model_dump(mode="json", exclude={"name"})
+    # A file has no name in it; what came later is left out where it has its default.
+    settings = specs[0].model_dump(mode="json", exclude={"name"}) | {"eot_iter": specs[0].eot_iter}
     settings["eps"] = [write_eps(eps) for eps in specs[0].eps]
     first = {key: settings.pop(key) for key in ("kind", "description", "norm", "eps")}
     return first | settings

@@ -248,7 +248,7 @@ def test_averaging_over_passes_changes_no_identity_where_it_is_not_asked_for():
         assert all("eot_iter" not in spec.model_dump(mode="json") for spec in load_suite([name]))
     averaged = load_suite(["standard"], eot_iter=20)
     assert {spec.model_dump(mode="json")["eot_iter"] for spec in averaged} == {20}
-    assert read_settings("pgd")["steps"] == 20
+    assert read_settings("pgd")["steps"] == 20 and read_settings("pgd")["eot_iter"] == 1
     with pytest.raises(ConfigError, match="eot_iter"):
         load_suite(["pgd"], eot_iter=0)
 
