@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lrrobust.results import Run
+from lrrobust.results import Run, manifest_value
 from lrrobust.stats import wilson_interval
 
 if TYPE_CHECKING:
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 _WARNINGS = {
     "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
     "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
-    "randomised": "the model's logits are random: attacks that do not average over them (--eot-iter) overstate its robustness",
+    "randomised": "the model's logits are random: attacks overstate its robustness unless they average over enough passes",
 }
 
 
 def warnings_of(run: Run) -> list[str]:
     """What the engine noticed while it computed the run and readers of its numbers must know."""
     noticed = {key for part in run.part_metadata.values() for key in part}
-    return [text for key, text in _WARNINGS.items() if key in noticed]
+    averaged = min((spec.get("eot_iter", 1) for spec in manifest_value(run, "attacks")), default=1)
+    here = {"randomised": f" (--eot-iter; here {averaged})"}
+    return [text + here.get(key, "") for key, text in _WARNINGS.items() if key in noticed]
 
 
 def warnings_with_rejections(run: Run) -> list[str]:

@@ -5,7 +5,10 @@ from lrrobust.report.notices import mixed_metadata, warnings_of, warnings_with_r
 
 def test_says_what_the_engine_noticed(make_run):
     run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
-    assert warnings_of(run) == ["the model's logits are random: attacks that do not average over them (--eot-iter) overstate its robustness"]
+    said = "the model's logits are random: attacks overstate its robustness unless they average over enough passes (--eot-iter; here %d)"
+    assert warnings_of(run) == [said % 1]
+    averaging = replace(run, manifest={**run.manifest, "attacks": [{**spec, "eot_iter": 4} for spec in run.manifest["attacks"]]})
+    assert warnings_of(averaging) == [said % 4]
     assert warnings_of(make_run()) == []
 
 
