@@ -41,6 +41,9 @@ Precision = Literal["float32", "bf16"]
 #: The stem of the attack's file. Part of file names in the results, hence lower case and short.
 Name = Annotated[str, AfterValidator(_check_name)]
 
+#: Of steps, queries, starts, passes or classes; what nobody would wait for is a slip.
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
 Description = Annotated[str, StringConstraints(max_length=400)]
 
 
@@ -62,7 +65,7 @@ class _Spec(BaseModel):
     #: the suite: a worst case then costs less, but the rows of one attack no longer stand for it alone.
     survivors_only: bool = False
     #: Passes of whose mean logits the attack sees answer and gradient, for randomised models; see `lrrobust.attacks.expectation`.
-    eot_iter: Annotated[int, Field(ge=1)] = 1
+    eot_iter: Count = 1
 
     @property
     def max_forward_passes(self) -> int:
@@ -130,14 +133,14 @@ class PgdSpec(_Spec):
 
     kind: Literal["pgd"]
     norm: Norm
-    steps: Annotated[int, Field(ge=1)]
+    steps: Count
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
     random_start: bool = True
-    restarts: Annotated[int, Field(ge=1)] = 1
+    restarts: Count = 1
     precision: Precision = "float32"
     loss: Literal["ce", "margin"] = "ce"
     target: Literal["none", "random", "least_likely", "top_k"] | Annotated[int, Field(ge=0)] = "none"
-    targets: Annotated[int, Field(ge=1)] = 9
+    targets: Count = 9
     sparsity: Annotated[float, Field(gt=0, le=1)] = 0.01
     warm_start: bool = False
 
@@ -179,9 +182,9 @@ class PgdAdaptiveSpec(_Spec):
     norm: LinfOrL2
     gradients: Annotated[tuple[GradientOf, ...], Field(min_length=1), AfterValidator(_check_differ)]
     temperature: Annotated[float, Field(gt=0)]
-    steps: Annotated[int, Field(ge=1)]
+    steps: Count
     step_size_ratio: Annotated[float, Field(gt=0)] = 2.5
-    restarts: Annotated[int, Field(ge=1)] = 1
+    restarts: Count = 1
     precision: Precision = "float32"
 
     @property
@@ -208,8 +211,8 @@ class CwSpec(_Spec):
 
     kind: Literal["cw"]
     norm: Literal["l2"] = "l2"
-    binary_search_steps: Annotated[int, Field(ge=1)]
-    steps: Annotated[int, Field(ge=1)]
+    binary_search_steps: Count
+    steps: Count
     lr: Annotated[float, Field(gt=0)]
     initial_c: Annotated[float, Field(gt=0)]
     confidence: Annotated[float, Field(ge=0)] = 0.0
@@ -239,10 +242,10 @@ class ApgdSpec(_Spec):
     kind: Literal["apgd"]
     norm: LinfOrL2
     loss: Literal["ce", "dlr", "targeted_dlr"]
-    targets: Annotated[int, Field(ge=1)] = 9
-    steps: Annotated[int, Field(ge=1)] = 100
+    targets: Count = 9
+    steps: Count = 100
     rho: Annotated[float, Field(gt=0, le=1)] = 0.75
-    restarts: Annotated[int, Field(ge=1)] = 1
+    restarts: Count = 1
     warm_start: bool = False
 
     @property
@@ -269,10 +272,10 @@ class SquareSpec(_Spec):
 
     kind: Literal["square"]
     norm: LinfOrL2
-    queries: Annotated[int, Field(ge=1)] = 5000
+    queries: Count = 5000
     p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
     rescale_schedule: bool = False
-    restarts: Annotated[int, Field(ge=1)] = 1
+    restarts: Count = 1
 
     @property
     def max_forward_passes(self) -> int:
@@ -297,8 +300,8 @@ class HopSkipJumpSpec(_Spec):
 
     kind: Literal["hop_skip_jump"]
     norm: LinfOrL2
-    queries: Annotated[int, Field(ge=1)] = 5000
-    initial_evaluations: Annotated[int, Field(ge=1)] = 100
+    queries: Count = 5000
+    initial_evaluations: Count = 100
 
     @property
     def max_forward_passes(self) -> int:
@@ -318,7 +321,7 @@ class MiFgsmSpec(_Spec):
 
     kind: Literal["mi_fgsm"]
     norm: LinfOrL2
-    steps: Annotated[int, Field(ge=1)] = 10
+    steps: Count = 10
     step_size_ratio: Annotated[float, Field(gt=0)] = 1.0
     decay: Annotated[float, Field(ge=0)] = 1.0
 
@@ -348,8 +351,8 @@ class FabSpec(_Spec):
 
     kind: Literal["fab_t"]
     norm: LinfOrL2
-    targets: Annotated[int, Field(ge=1)] = 9
-    steps: Annotated[int, Field(ge=1)] = 100
+    targets: Count = 9
+    steps: Count = 100
     overshoot: Annotated[float, Field(ge=1)] = 1.05
     largest_pull: Annotated[float, Field(ge=0, lt=1)] = 0.1
     backward_share: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -377,7 +380,7 @@ class FmnSpec(_Spec):
 
     kind: Literal["fmn"]
     norm: Norm
-    steps: Annotated[int, Field(ge=1)] = 100
+    steps: Count = 100
     first_step_size: Annotated[float, Field(gt=0)] = 1.0
     last_step_size: Annotated[float, Field(gt=0)] = 0.01
     first_change: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -405,8 +408,8 @@ class DeepFoolSpec(_Spec):
 
     kind: Literal["deepfool"]
     norm: LinfOrL2
-    targets: Annotated[int, Field(ge=1)] = 9
-    steps: Annotated[int, Field(ge=1)] = 50
+    targets: Count = 9
+    steps: Count = 50
     overshoot: Annotated[float, Field(gt=0)] = 0.02
 
     @property

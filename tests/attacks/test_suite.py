@@ -118,6 +118,7 @@ def test_files_are_named_by_stem_and_suites_find_them_beside_themselves(folder):
         (PGD + "step_size: 1", "step_size: unknown key, did you mean step_size_ratio"),
         (PGD + "pgd: 1", "pgd: unknown key, expected one of description, eot_iter, eps"),
         (PGD + "step_size_ratio: 0", "step_size_ratio: expected more than 0, found 0"),
+        (PGD + "restarts: 1000000000000", "restarts: expected at most 1000000, found 1000000000000"),
         (PGD + "random_start: 1", "random_start: expected true or false, found 1"),
         (PGD + "restarts: 2024-01-01", "expected text, numbers, true, false and lists"),
         (PGD + "restarts: .nan", "restarts: expected a whole number, found nan"),
