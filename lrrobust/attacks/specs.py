@@ -69,8 +69,13 @@ class _Spec(BaseModel):
 
     @property
     def max_forward_passes(self) -> int:
-        """Upper bound of the forward passes for one image, each with one gradient at most, where one pass is one answer."""
+        """Upper bound of the forward passes for one image, where one pass is one answer."""
         return len(self.eps)
+
+    @property
+    def max_backward_passes(self) -> int:
+        """Upper bound of the gradients for one image, where one pass is one answer."""
+        return self.max_forward_passes
 
     @model_serializer(mode="wrap")
     def _leave_out_later_settings(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -281,6 +286,10 @@ class SquareSpec(_Spec):
     def max_forward_passes(self) -> int:
         return len(self.eps) * self.queries * self.restarts
 
+    @property
+    def max_backward_passes(self) -> int:
+        return 0
+
 
 class HopSkipJumpSpec(_Spec):
     """HopSkipJump: small perturbations, by the class that the model answers alone.
@@ -415,6 +424,10 @@ class DeepFoolSpec(_Spec):
     @property
     def max_forward_passes(self) -> int:
         return 2 + self.steps
+
+    @property
+    def max_backward_passes(self) -> int:
+        return self.targets * (1 + self.steps)
 
 
 AttackSpec = Annotated[

@@ -23,9 +23,11 @@ class Task:
     @property
     def cost(self) -> int:
         """Upper bound of the forward passes, all images of the chunk added up."""
-        draws = self.spec.eot_iter
-        # Of several draws each pass may be made again for its gradient.
-        return self.spec.max_forward_passes * (1 if draws == 1 else 2 * draws) * (self.chunk.stop - self.chunk.start)
+        spec, passes = self.spec, self.spec.max_forward_passes
+        if spec.eot_iter > 1:
+            # Of several draws all are made again for each gradient.
+            passes = spec.eot_iter * (passes + spec.max_backward_passes)
+        return passes * (self.chunk.stop - self.chunk.start)
 
 
 def plan_tasks(specs: Sequence[AttackSpec], n: int, chunk_size: int) -> list[Task]:

@@ -7,6 +7,8 @@ from torch import nn
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.expectation import Expectation
 from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FabSpec, FmnSpec, PgdSpec, SquareSpec
+from lrrobust.evaluation.chunks import Chunk
+from lrrobust.evaluation.tasks import Task
 
 
 class Noisy(nn.Module):
@@ -130,7 +132,7 @@ def test_gradients_of_noise_lead_somewhere_on_average(linear_problem, attack_wit
         CwSpec(kind="cw", name="a", eps=(1.0,), binary_search_steps=2, steps=4, lr=0.05, initial_c=1.0, eot_iter=3),
         FabSpec(kind="fab_t", name="a", norm="l2", eps=(1.0,), targets=2, steps=4, eot_iter=3),
         FmnSpec(kind="fmn", name="a", norm="l2", eps=(1.0,), steps=6, eot_iter=3),
-        DeepFoolSpec(kind="deepfool", name="a", norm="l2", eps=(1.0,), targets=2, eot_iter=3),
+        DeepFoolSpec(kind="deepfool", name="a", norm="l2", eps=(1.0,), targets=2, steps=1, overshoot=0.001, eot_iter=3),
         SquareSpec(kind="square", name="a", norm="linf", eps=(0.05,), queries=20, eot_iter=3),
     ],
     ids=lambda spec: spec.kind,
@@ -155,4 +157,5 @@ def test_every_attack_sees_the_mean(trained, spec):
     assert claimed and len(calls) % 3 == 0 and len(calls) >= 6
     # All passes are counted, those made again for gradients too.
     assert effort.forward_passes.sum() % 3 == 0 and effort.forward_passes.sum() >= sum(calls) * 0.9
-    assert effort.forward_passes.sum() <= spec.max_forward_passes * 6 * 6
+    assert effort.backward_passes.sum() <= 3 * 6 * spec.max_backward_passes
+    assert effort.forward_passes.sum() <= Task(spec, Chunk(0, 6)).cost
