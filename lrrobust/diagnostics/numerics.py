@@ -52,7 +52,7 @@ def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
         detail += ": the model is randomised, and "
         draws = min(outcomes.spec.eot_iter for outcomes in subject.outcomes)
         if draws == 1:
-            detail += "attacks that do not average over that (--eot-iter) overstate its robustness"
+            detail += "attacks that do not average over that (--eot-iter) may overstate its robustness"
         else:
             passed = None
             detail += f"attacks average over {draws} passes; whether these are enough is not known"

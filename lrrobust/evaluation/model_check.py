@@ -81,11 +81,11 @@ def check_model(
     if is_random or with_gradient > BATCH_TOLERANCE * scale:
         difference = max(difference, with_gradient)
         _log.warning(
-            "forward passes of the same images differ by %.2g: the model is randomised, and attacks overstate its "
-            "robustness unless they average over enough passes, such as --eot-iter 20",
+            "forward passes of the same images differ by %.2g: the model is randomised: images stand or break by "
+            "chance, and attacks that do not average over that (--eot-iter 20 does) may overstate its robustness",
             max(difference, difference_beside),
         )
-        found["randomised"] = "yes: attacks overstate robustness unless they average over enough passes"
+        found["randomised"] = "yes: attacks that do not average over it may overstate robustness"
     half = -(-len(few) // 2)
     apart = max(
         gap(_predict(model, few[:half].clone(), num_classes), before[:half]),

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _WARNINGS = {
     "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
     "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
-    "randomised": "the model's logits are random: attacks overstate its robustness unless they average over enough passes",
+    "randomised": "the model's logits are random: images stand or break by chance, and attacks may overstate its robustness unless "
+    "they average over enough passes",
 }
 
 

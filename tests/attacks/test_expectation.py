@@ -159,3 +159,20 @@ def test_every_attack_sees_the_mean(trained, spec):
     assert effort.forward_passes.sum() % 3 == 0 and effort.forward_passes.sum() >= sum(calls) * 0.9
     assert effort.backward_passes.sum() <= 3 * 6 * spec.max_backward_passes
     assert effort.forward_passes.sum() <= Task(spec, Chunk(0, 6)).cost
+
+
+def test_averages_break_fewer_images_by_chance(linear_problem, attack_with):
+    problem = linear_problem(80, 3)
+    distance = problem.nearest("l2")
+    is_far = distance > distance.median()
+    eps = 0.01 * problem.nearest("linf")[is_far].min().item()
+    model = Noisy(problem.model, scale=1.6 * distance.median().item())
+    spec = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(eps,), steps=20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Within eps there is no other class: what breaks does so by chance.
+        alone, mean = (
+            attack_with(spec.model_copy(update={"eot_iter": draws}), model, problem.images[is_far], problem.labels[is_far])
+            for draws in (1, 30)
+        )
+    assert alone.is_broken.sum() > 2 * mean.is_broken.sum()

@@ -5,7 +5,10 @@ from lrrobust.report.notices import mixed_metadata, warnings_of, warnings_with_r
 
 def test_says_what_the_engine_noticed(make_run):
     run = make_run(metadata=({"device": "cpu", "randomised": "yes: robustness is overstated"},))
-    said = "the model's logits are random: attacks overstate its robustness unless they average over enough passes (--eot-iter; here %d)"
+    said = (
+        "the model's logits are random: images stand or break by chance, and attacks may overstate its robustness unless they "
+        "average over enough passes (--eot-iter; here %d)"
+    )
     assert warnings_of(run) == [said % 1]
     averaging = replace(run, manifest={**run.manifest, "attacks": [{**spec, "eot_iter": 4} for spec in run.manifest["attacks"]]})
     assert warnings_of(averaging) == [said % 4]
