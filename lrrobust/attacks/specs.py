@@ -11,7 +11,13 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import (
-    AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer,
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -64,7 +70,7 @@ class _Spec(BaseModel):
     #: Leave out, at each eps, the images that an earlier attack of the run broke there in the same norm. Set by
     #: the suite: a worst case then costs less, but the rows of one attack no longer stand for it alone.
     survivors_only: bool = False
-    #: Passes of whose mean logits the attack sees answer and gradient, for randomised models; see `lrrobust.attacks.expectation`.
+    #: Passes whose mean logits the attack sees, and their gradient, for randomised models; see `lrrobust.attacks.expectation`.
     eot_iter: Count = 1
 
     @property
