@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from lrrobust.console.streams import FOLDED_WIDTH
 from lrrobust.report.summary_table import (
+    HOW_TO_READ_ANY,
     HOW_TO_READ_CUMULATIVE,
     IDENTITY_HEADINGS,
     NAME_HEADINGS,
@@ -33,6 +35,7 @@ def render_table(summary: pd.DataFrame) -> Table:
         title = ", ".join(filter(None, ("images made on other models", title)))
     unfinished = dict.fromkeys(row["run"] for row in rows if row["n"].endswith("*"))
     captions = [f"* incomplete, only the images finished so far: {', '.join(unfinished)}"] if unfinished else []
+    captions += [HOW_TO_READ_ANY] if (summary["eps"] == math.inf).any() else []
     captions += [HOW_TO_READ_CUMULATIVE] if summary["is_cumulative"].any() else []
     caption = "\n".join(captions)
     table = Table(padding=0, title=escape(title) or None, caption=escape(caption) or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ HOW_TO_READ = (
     "was spent on an image up to that eps. Time is what was spent at that eps alone; that of an attack which looks for the nearest "
     "adversarial image stands at eps any."
 )
+
+#: What rows of infinite eps mean, where there are any.
+HOW_TO_READ_ANY = "eps any: what attacks that look for the nearest adversarial image broke at whatever distance."
 
 #: What the column of rounded images means, where there is one.
 HOW_TO_READ_QUANTIZED = (
@@ -78,6 +82,8 @@ _SORT_COLUMNS = {
 def how_to_read(summary: pd.DataFrame) -> list[str]:
     """What a reader of the table of a summary must know, in paragraphs."""
     texts = [HOW_TO_READ]
+    if (summary["eps"] == math.inf).any():
+        texts.append(HOW_TO_READ_ANY)
     if summary["is_cumulative"].any():
         texts.append(HOW_TO_READ_CUMULATIVE)
     if (summary["effective_n"] < _EVEN_SHARE * summary["n"]).any():

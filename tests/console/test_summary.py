@@ -47,6 +47,12 @@ def test_marks_attacks_that_met_only_what_others_left(rendered, make_run):
     assert "pgd†" in rendered(summary) and "its robust accuracy counts what any of them broke" in rendered(summary)
 
 
+def test_says_what_an_eps_of_any_means(rendered, make_run):
+    summary = summarise([make_run()])
+    assert "eps any: what attacks that look for the nearest adversarial" in rendered(summary)
+    assert "eps any" not in rendered(summary[summary["eps"] < 1])
+
+
 def test_names_the_unfinished(rendered, make_run):
     text = rendered(summarise([make_run("done"), make_run("half", planned=2)]))
     assert "incomplete, only the images finished so far: half" in text and "5*" in text
