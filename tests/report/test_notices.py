@@ -10,7 +10,8 @@ def test_says_what_the_engine_noticed(make_run):
         "average over enough passes (--eot-iter; here %d)"
     )
     assert warnings_of(run) == [said % 1]
-    averaging = replace(run, manifest={**run.manifest, "attacks": [{**spec, "eot_iter": 4} for spec in run.manifest["attacks"]]})
+    attacks = [{**spec, "eot_iter": 4} for spec in run.manifest["attacks"]]
+    averaging = replace(run, manifest={**run.manifest, "attacks": attacks})
     assert warnings_of(averaging) == [said % 4]
     assert warnings_of(make_run()) == []
 
