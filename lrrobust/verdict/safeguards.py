@@ -211,7 +211,7 @@ def _clean_accuracy(evidence: Evidence) -> Safeguard:
     detail = (
         f"Clean accuracy is {100 * treatment:.1f} % for {evidence.claim.treatment} and {100 * control:.1f} % for "
         f"{evidence.claim.control}: {100 * abs(treatment - control):.1f} points apart, {'within' if passed else 'more than'} "
-        f"the {100 * limit:g} up to which they count as equally well trained."
+        f"the {100 * limit:g} up to which they count as equally well trained (largest_clean_difference)."
     )
     return Safeguard(name="clean_accuracy", passed=passed, detail=detail, withholds=_BOTH)
 

@@ -363,6 +363,7 @@ def test_different_clean_accuracy(make_claim, make_run):
         (evidence,), _ = collect_evidence(make_claim(largest_clean_difference=limit), runs)
         (found,) = named(check_evidence(evidence), "clean_accuracy")
         assert found.passed is passed and "97.0 % for A and 100.0 % for B" in found.detail
+        assert "(largest_clean_difference)" in found.detail
 
 
 def rise(model, count):
