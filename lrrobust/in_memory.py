@@ -38,6 +38,7 @@ from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evalua
 from lrrobust.processes import choose_device
 from lrrobust.report.notices import doubt_accuracy, warnings_with_rejections
 from lrrobust.report.summary import summarise
+from lrrobust.report.summary_table import IDENTITY_HEADINGS, format_row, unused_headings
 from lrrobust.results import Run, load_run
 from lrrobust.run import load_named
 
@@ -68,6 +69,11 @@ class Evaluated:
     checks: pd.DataFrame
     warnings: tuple[str, ...]
     folder: Path | None
+
+    def __str__(self) -> str:
+        """The summary as people read it, in percent."""
+        rows = [format_row(row) for row in self.summary.to_dict("records")]
+        return pd.DataFrame(rows).drop(columns=[*IDENTITY_HEADINGS, *unused_headings(rows)]).to_string(index=False)
 
 
 def evaluate(

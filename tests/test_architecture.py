@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "check": {"norm", "formatting", "report.notices", "results", "stats", "mistakes", "errors"},
     "testing": {"in_memory", "models", "evaluation.chunks"},
     "in_memory": {
-        "data.tensor_images", "attacks", "evaluation", "diagnostics", "models", "planned_evaluation", "processes", "report.summary", "report.notices", "results", "run",
+        "data.tensor_images", "attacks", "evaluation", "diagnostics", "models", "planned_evaluation", "processes", "report.summary", "report.summary_table", "report.notices", "results", "run",
         "frozen", "errors",
     },
     "run": {"data", "attacks", "evaluation", "models", "planned_evaluation", "processes", "mistakes", "errors"},

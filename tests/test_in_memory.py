@@ -54,6 +54,12 @@ def test_summary_counts_the_rows_and_equals_the_closed_form(problem):
         assert 1 - rows["is_broken"].mean() == pytest.approx(float(of_budget["robust_accuracy"].iloc[0]))
 
 
+def test_prints_as_people_read_it(problem):
+    found = evaluate(problem, eps=["2/255"])
+    heading, first, *_ = str(found).splitlines()
+    assert "robust %" in heading and "dataset" not in heading and first.split()[:3] == ["fgsm", "linf", "2/255"]
+
+
 class Shaken(nn.Module):
     """Answers of the network within it, and gradients that are mostly noise, other at each pass."""
 
