@@ -76,7 +76,8 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            "--dataset", "-d",
+            "--dataset",
+            "-d",
             help="`photos` (500 real 64x64 photos, fetched once), a folder of class folders, a zip or tar, "
             "or archives as a glob; PATH#SPLIT chooses a part.",
         ),
@@ -84,9 +85,7 @@ def evaluate(
     n: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many images, drawn by --seed; default all.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the subset and of the attacks.")] = 0,
     balanced: Annotated[bool, typer.Option(help="Draw equally many images of each class.")] = False,
-    indices: Annotated[
-        Optional[Path], typer.Option(help="File with one image number a line, instead of --n.")
-    ] = None,
+    indices: Annotated[Optional[Path], typer.Option(help="File with one image number a line, instead of --n.")] = None,
     skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and say which.")] = False,
     weights: Annotated[
         Optional[list[str]],
@@ -103,9 +102,7 @@ def evaluate(
             "A model that is its own surrogate is attacked itself.",
         ),
     ] = None,
-    surrogate_weights: Annotated[
-        Optional[list[str]], typer.Option(help="As --weights; once for each --surrogate.")
-    ] = None,
+    surrogate_weights: Annotated[Optional[list[str]], typer.Option(help="As --weights; once for each --surrogate.")] = None,
     classes: Annotated[
         Optional[str],
         typer.Option(
@@ -128,7 +125,9 @@ def evaluate(
     ] = None,
     eot_iter: Annotated[
         Optional[int],
-        typer.Option(min=1, help="For randomised models: let attacks follow the mean logits of this many passes, instead of one."),
+        typer.Option(
+            min=1, help="For randomised models: let attacks follow the mean logits of this many passes, instead of one."
+        ),
     ] = None,
     quantize: Annotated[
         bool,
@@ -306,8 +305,9 @@ def check(
     formats: Annotated[
         Optional[list[str]],
         typer.Option(
-            "--format", help="text, json, junit, markdown or github, or FORMAT=FILE; repeatable. "
-            "Default: text, and on GitHub Actions github (annotations and step summary)."
+            "--format",
+            help="text, json, junit, markdown or github, or FORMAT=FILE; repeatable. "
+            "Default: text, and on GitHub Actions github (annotations and step summary).",
         ),
     ] = None,
 ) -> None:
@@ -401,14 +401,16 @@ def report(
     claim: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="A shipped claim or a YAML file; repeatable.", show_default="lrnet_more_robust, where there are runs of its models"
+            help="A shipped claim or a YAML file; repeatable.",
+            show_default="lrnet_more_robust, where there are runs of its models",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where page, tables and figures go.")] = Path("reports/summary"),
     budget: Annotated[
         Optional[list[str]],
         typer.Option(
-            metavar="NORM:EPS", help="A column of the table of worst cases, such as linf:8/255; repeatable.",
+            metavar="NORM:EPS",
+            help="A column of the table of worst cases, such as linf:8/255; repeatable.",
             show_default="all that were attacked",
         ),
     ] = None,
@@ -466,7 +468,9 @@ def report(
                 f"nothing to report: no run in {', '.join(map(str, roots))} holds a result that can be read; "
                 "run its `lrrobust eval` command again, which computes what is missing"
             )
-        if not claim and not any(is_of(run, side) for run in loaded for each in claims for side in (each.treatment, each.control)):
+        if not claim and not any(
+            is_of(run, side) for run in loaded for each in claims for side in (each.treatment, each.control)
+        ):
             claims = []  # nobody asked for it
         warn_of_other_rules(loaded)
         worst = worst_cases_by_images(loaded, budgets, label_runs(label or (), loaded))
@@ -546,9 +550,7 @@ def train(
     precision: Annotated[
         Optional[str], typer.Option(help="float32 or bf16, instead of the recipe's; part of what the training is.")
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")
-    ] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images, where the recipe streams them.")] = 8,
     stop_after: Annotated[
         Optional[int],
         typer.Option(
@@ -569,7 +571,16 @@ def train(
 
     folder = out if out is not None else Path("reports/training") / model
     request = TrainingRequest(
-        model, recipe, data, folder, tuple(evaluate_on or ()), name, device, initial_weights, workers, precision,
+        model,
+        recipe,
+        data,
+        folder,
+        tuple(evaluate_on or ()),
+        name,
+        device,
+        initial_weights,
+        workers,
+        precision,
         stop_after,
     )
     with joined_ranks(choose_device(device)) as (ranks, own_device):
@@ -624,7 +635,8 @@ def bench(
     budget: Annotated[
         float,
         typer.Option(
-            min=0, help="About how many seconds the rounds of a benchmark may take: what is slow sits some out, but is timed twice."
+            min=0,
+            help="About how many seconds the rounds of a benchmark may take: what is slow sits some out, but is timed twice.",
         ),
     ] = 120,
     n: Annotated[int, typer.Option("--n", min=1, help="Images that attack-loop and harness take.")] = 32,
@@ -643,7 +655,8 @@ def bench(
     batch_size: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="Images passed through the model at once.",
+            min=1,
+            help="Images passed through the model at once.",
             show_default=f"operation: 8; gradient-step: 4 of 224 pixels, 32 of 64; else {DEFAULT_BATCH_SIZE}",
         ),
     ] = None,
@@ -668,8 +681,16 @@ def bench(
     for name, measure in chosen.items():
         with _models_on_stderr(), bench_progress(name) as on_turn:
             request = BenchRequest(
-                repeats, choose_device(device), budget, n, tuple(model or ["resnet50"]), attack, dataset,
-                tuple(image_size) if image_size else None, batch_size, on_turn,
+                repeats,
+                choose_device(device),
+                budget,
+                n,
+                tuple(model or ["resnet50"]),
+                attack,
+                dataset,
+                tuple(image_size) if image_size else None,
+                batch_size,
+                on_turn,
             )
             try:
                 result = measure(request)
@@ -701,7 +722,8 @@ def crosscheck(
         Optional[list[str]], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")
     ] = None,
     peer_eps: Annotated[
-        Optional[list[str]], typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all")
+        Optional[list[str]],
+        typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images passed through the model at once.")] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -725,10 +747,18 @@ def crosscheck(
 
     peers, missing = choose_peers(peer or ())
     request = EvaluationRequest(
-        models=tuple(model), attacks=attacks, weights=tuple(weights or ()),
-        dataset=dataset, classes=classes, input_size=input_size, n=n, seed=seed,
+        models=tuple(model),
+        attacks=attacks,
+        weights=tuple(weights or ()),
+        dataset=dataset,
+        classes=classes,
+        input_size=input_size,
+        n=n,
+        seed=seed,
         eps=_split(eps),
-        batch_size=batch_size, device=device, out=runs,
+        batch_size=batch_size,
+        device=device,
+        out=runs,
     )
     evaluations = _prepare(request)
     specs = [task.spec for task in evaluations[0].tasks]
@@ -750,7 +780,9 @@ def models() -> None:
 
 @app.command()
 def attacks(
-    name: Annotated[Optional[str], typer.Argument(help="Show this one: a name in the list, or a YAML file.", show_default="all")] = None,
+    name: Annotated[
+        Optional[str], typer.Argument(help="Show this one: a name in the list, or a YAML file.", show_default="all")
+    ] = None,
 ) -> None:
     """List the attacks and suites that come with the package, or print all settings of one, as a file to begin yours with."""
     from lrrobust.console.listings import print_attacks, print_settings

@@ -27,7 +27,9 @@ def deterministic_float32() -> Iterator[None]:
 def arithmetic_kept() -> Iterator[None]:
     """What code inside asks torch for, for the whole process, is taken back: precision, autocast, default device."""
     # By both sets of settings, as code inside may be the first to use the newer one.
-    new, every = ([(place, name, getattr(place, name)) for place, name, _ in each] for each in (_new_settings(), _exact_products()))
+    new, every = (
+        [(place, name, getattr(place, name)) for place, name, _ in each] for each in (_new_settings(), _exact_products())
+    )
     autocasts = {device_type: torch.is_autocast_enabled(device_type) for device_type in _AUTOCAST_TYPES}
     # Not `torch.get_default_device`, which torch 2.6 has fail once a default was taken back.
     device = torch.empty(0).device
@@ -76,7 +78,12 @@ def float32_settings() -> tuple[object, ...]:
     """What decides which kernels compute in float32, and how exactly: equal where the same ones run."""
     cudnn = torch.backends.cudnn
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    return is_deterministic, cudnn.deterministic, cudnn.benchmark, *(getattr(place, name) for place, name, _ in _exact_products())
+    return (
+        is_deterministic,
+        cudnn.deterministic,
+        cudnn.benchmark,
+        *(getattr(place, name) for place, name, _ in _exact_products()),
+    )
 
 
 def _exact_products() -> list[tuple[Any, str, object]]:

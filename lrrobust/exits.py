@@ -62,8 +62,8 @@ class Commands(TyperGroup):
                 raise _NobodyReads from None
             # No command ends so. With its exit code somebody else's code would speak for what was not done.
             raise LrRobustError(
-                f"something called sys.exit({done.code!r}) before the command was done{_place_of(done)}: take that call out and "
-                "run the same command again; what was finished is kept"
+                f"something called sys.exit({done.code!r}) before the command was done{_place_of(done)}: take that call out "
+                "and run the same command again; what was finished is kept"
             ) from None
 
 
@@ -119,14 +119,17 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
     except Exception as error:
         if isinstance(error, ImportError) and not (error.name or "").startswith("lrrobust"):
             print(
-                f"error: a library could not be loaded ({explain_in_brief(error)}); install the requirements again, or give the "
-                "process more memory where that is limited",
+                f"error: a library could not be loaded ({explain_in_brief(error)}); install the requirements again, or give "
+                "the process more memory where that is limited",
                 file=sys.stderr,
             )
             return 2
         if not is_out_of_memory(error):
             traceback.print_exc()
-            print("error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept", file=sys.stderr)
+            print(
+                "error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept",
+                file=sys.stderr,
+            )
             return _DEFECT
         print(
             f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "

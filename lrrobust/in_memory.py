@@ -1,10 +1,10 @@
 """A model and images that are in memory: what `lrrobust eval` does with names and files.
 
-    import lrrobust
+import lrrobust
 
-    found = lrrobust.evaluate(model, images, labels, attacks="strong", eps=["1/255", "2/255"])
-    found.summary                       # pandas: robust accuracy of each attack at each eps, with its interval
-    found.checks                        # did the attacks work?
+found = lrrobust.evaluate(model, images, labels, attacks="strong", eps=["1/255", "2/255"])
+found.summary                       # pandas: robust accuracy of each attack at each eps, with its interval
+found.checks                        # did the attacks work?
 """
 
 from __future__ import annotations
@@ -150,9 +150,17 @@ def evaluate(
         named, where = _named(model, images, classes, name, device)
         real_pixels: Literal["judged", "saved"] | None = "saved" if save_adversarial else "judged" if quantize else None
         evaluation = plan_evaluation(
-            named, TensorImages(dataset, images, labels, named.classifier.classes), specs, device=where,
-            out=Path(temporary if out is None else out).expanduser(), seed=seed, chunk_size=chunk_size, batch_size=batch_size,
-            real_pixels=real_pixels, asked={}, seeds_from=hashlib.sha256(f"in memory {seed}".encode()).hexdigest(),
+            named,
+            TensorImages(dataset, images, labels, named.classifier.classes),
+            specs,
+            device=where,
+            out=Path(temporary if out is None else out).expanduser(),
+            seed=seed,
+            chunk_size=chunk_size,
+            batch_size=batch_size,
+            real_pixels=real_pixels,
+            asked={},
+            seeds_from=hashlib.sha256(f"in memory {seed}".encode()).hexdigest(),
         )
         with _progress_of(evaluation, progress) as heard:
             evaluation.run(*heard)
@@ -170,7 +178,10 @@ def evaluate(
     if failed:
         _log.warning(
             "%s: %d of %d checks failed (%s): robust accuracies may be too high; see `checks`",
-            named.name, len(failed), len(checks), ", ".join(dict.fromkeys(failed)),
+            named.name,
+            len(failed),
+            len(checks),
+            ", ".join(dict.fromkeys(failed)),
         )
     found = pd.DataFrame(checks, columns=list(Diagnostic.model_fields))
     return Evaluated(run.rows, summary, found, warnings, None if out is None else run.folder)
@@ -212,7 +223,10 @@ def load_classifier(
 
 
 def _named(
-    model: nn.Module | Classifier, images: torch.Tensor, classes: Sequence[str] | None, name: str | None,
+    model: nn.Module | Classifier,
+    images: torch.Tensor,
+    classes: Sequence[str] | None,
+    name: str | None,
     device: torch.device | str | None,
 ) -> tuple[NamedClassifier, torch.device]:
     """The model as evaluations take it, on the device where they compute."""

@@ -204,7 +204,8 @@ def plan_evaluation(
         images: with labels of the model.
         specs: the attacks.
         device, out: where to compute, and the folder under which the run gets one of its own; neither decides a row.
-        seed, chunk_size, batch_size, surrogate, real_pixels: see `lrrobust.evaluation.engine.evaluate`; part of the run's identity.
+        seed, chunk_size, batch_size, surrogate, real_pixels: see `lrrobust.evaluation.engine.evaluate`; part of the run's
+            identity.
         asked: how it was asked for, for the manifest: nothing of it decides a row.
         seeds_from: hexadecimal; what random numbers follow from, instead of all that decides the rows.
     """

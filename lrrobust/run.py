@@ -130,7 +130,11 @@ def prepare_evaluations(
     models = _named_models("--model", request.models, "--weights", request.weights)
     surrogates = _named_models("--surrogate", request.surrogates, "--surrogate-weights", request.surrogate_weights)
     specs = load_suite(
-        request.attacks, eps=request.eps, steps=request.steps, restarts=request.restarts, precision=request.precision,
+        request.attacks,
+        eps=request.eps,
+        steps=request.steps,
+        restarts=request.restarts,
+        precision=request.precision,
         eot_iter=request.eot_iter,
     )
     classes = None if request.classes is None else load_class_list(request.classes)
@@ -166,9 +170,17 @@ def prepare_evaluations(
             asked = {"command": list(command), "request": request.record(), "position": len(evaluations)}
             evaluations.append(
                 plan_evaluation(
-                    loaded[model], images, specs, device=device, out=request.out, seed=request.seed,
-                    chunk_size=request.chunk_size, batch_size=request.batch_size, surrogate=attacked,
-                    real_pixels=request.real_pixels, asked=asked,
+                    loaded[model],
+                    images,
+                    specs,
+                    device=device,
+                    out=request.out,
+                    seed=request.seed,
+                    chunk_size=request.chunk_size,
+                    batch_size=request.batch_size,
+                    surrogate=attacked,
+                    real_pixels=request.real_pixels,
+                    asked=asked,
                 )
             )
     return evaluations

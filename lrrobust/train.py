@@ -71,7 +71,10 @@ def prepare_training(
         _log.warning(
             "training by recipe %s ends at %d pixels, and its networks are for %d: batch statistics depend on the size, so "
             "that they may be far better there than here; a last phase of %d pixels mends that",
-            recipe.name, last_size, recipe.image_size, recipe.image_size,
+            recipe.name,
+            last_size,
+            recipe.image_size,
+            recipe.image_size,
         )
     if request.model not in NETWORKS:
         raise UnknownNameError("network", request.model, NETWORKS)

@@ -26,7 +26,17 @@ ANY_SOURCE = "any of these"
 
 #: Columns of a transfer matrix; accuracies and interval are fractions over all n images, eps pixel units of [0, 1].
 MATRIX_COLUMNS = (
-    "dataset", "attack", "norm", "eps", "source", "target", "n", "clean_accuracy", "robust_accuracy", "ci_low", "ci_high",
+    "dataset",
+    "attack",
+    "norm",
+    "eps",
+    "source",
+    "target",
+    "n",
+    "clean_accuracy",
+    "robust_accuracy",
+    "ci_low",
+    "ci_high",
     "dataset_sha256",
 )
 
@@ -155,8 +165,12 @@ def _accuracies(eps_of_images: pd.Series, ladder: set[float]) -> Iterator[dict[s
         robust = int((eps_of_images > eps).sum() if np.isfinite(eps) else np.isinf(eps_of_images).sum())
         low, high = wilson_interval(robust, n)
         yield {
-            "eps": eps, "n": n, "clean_accuracy": float((eps_of_images > 0).mean()), "robust_accuracy": robust / n,
-            "ci_low": low, "ci_high": high,
+            "eps": eps,
+            "n": n,
+            "clean_accuracy": float((eps_of_images > 0).mean()),
+            "robust_accuracy": robust / n,
+            "ci_low": low,
+            "ci_high": high,
         }
 
 

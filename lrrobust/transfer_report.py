@@ -110,7 +110,9 @@ def write_transfer(runs: Sequence[Run], out_dir: Path) -> list[Path]:
         text += ["", f"## {name}, n = {of_dataset['n'].max()}", "", *to_markdown(table)]
         latex.append(to_latex(table, f"Transfer on {name}. {HOW_TO_READ_TRANSFER}"))
     contents = {
-        "csv": matrix.to_csv(index=False, lineterminator="\n"), "md": "\n".join(text) + "\n", "tex": "\n".join(latex),
+        "csv": matrix.to_csv(index=False, lineterminator="\n"),
+        "md": "\n".join(text) + "\n",
+        "tex": "\n".join(latex),
     }
     paths = []
     for suffix, content in contents.items():

@@ -161,8 +161,7 @@ def _build_run(name="run", distances=None, *, sha256="cd" * 32, model="tiny", pl
             "model": {"name": model, "weights": "V1"},
             "dataset": {"name": "sample", "sha256": sha256, "n": 5},
             "attacks": [
-                {"name": attack, "norm": norm, "kind": attack}
-                for attack, (norm, *_) in (distances or _DISTANCES).items()
+                {"name": attack, "norm": norm, "kind": attack} for attack, (norm, *_) in (distances or _DISTANCES).items()
             ],
             "plan": {"chunk_size": 5, "parts": [["x", 0, 5]] * planned},
             "provenance": {"versions": {"lrrobust": "0.1.0", "torch": "2.13.0"}, "commit": "1234abc"},

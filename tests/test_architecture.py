@@ -19,42 +19,175 @@ PACKAGE = Path(lrrobust.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
     # A default of the command line stands where it is used: in the plan of chunks, which imports nothing.
-    "cli": {"lrrobust", "attacks.suite", "console", "run", "train", "processes", "check", "report", "transfer_report", "page", "results", "verdict", "export", "verify", "errors", "evaluation.chunks", "exits", "interrupts", "process_settings"},
+    "cli": {
+        "lrrobust",
+        "attacks.suite",
+        "console",
+        "run",
+        "train",
+        "processes",
+        "check",
+        "report",
+        "transfer_report",
+        "page",
+        "results",
+        "verdict",
+        "export",
+        "verify",
+        "errors",
+        "evaluation.chunks",
+        "exits",
+        "interrupts",
+        "process_settings",
+    },
     "exits": {"errors", "interrupts", "out_of_memory"},
     "console": {"formatting", "report", "results", "stats", "verdict", "diagnostics.table", "diagnostics.records"},
     "check": {"norm", "formatting", "report.notices", "results", "stats", "mistakes", "errors"},
     "testing": {"in_memory", "models", "evaluation.chunks"},
     "in_memory": {
-        "data.tensor_images", "attacks", "evaluation", "diagnostics", "models", "planned_evaluation", "processes", "report.summary", "report.summary_table", "report.notices", "results", "run",
-        "frozen", "errors",
+        "data.tensor_images",
+        "attacks",
+        "evaluation",
+        "diagnostics",
+        "models",
+        "planned_evaluation",
+        "processes",
+        "report.summary",
+        "report.summary_table",
+        "report.notices",
+        "results",
+        "run",
+        "frozen",
+        "errors",
     },
     "run": {"data", "attacks", "evaluation", "models", "planned_evaluation", "processes", "mistakes", "errors"},
-    "planned_evaluation": {"data.class_lists", "attacks", "evaluation", "diagnostics", "models", "results", "provenance", "errors"},
+    "planned_evaluation": {
+        "data.class_lists",
+        "attacks",
+        "evaluation",
+        "diagnostics",
+        "models",
+        "results",
+        "provenance",
+        "errors",
+    },
     "train": {"data", "training", "models", "processes", "provenance", "config_file", "errors"},
     "processes": {"evaluation.task_queue", "mistakes", "errors"},
     "verify": {"planned_evaluation", "evaluation", "export", "data.class_lists", "threat", "determinism", "frozen", "errors"},
     "export": {"results", "norm", "errors"},
     # Neither models nor data: what is evaluated is given to it.
     "evaluation": {"attacks", "threat", "out_of_memory", "results", "errors", "determinism", "frozen"},
-    "diagnostics": {"attacks", "evaluation", "out_of_memory", "threat", "norm", "results", "stats", "formatting", "tables", "mistakes", "errors", "determinism", "frozen"},
+    "diagnostics": {
+        "attacks",
+        "evaluation",
+        "out_of_memory",
+        "threat",
+        "norm",
+        "results",
+        "stats",
+        "formatting",
+        "tables",
+        "mistakes",
+        "errors",
+        "determinism",
+        "frozen",
+    },
     "bench": {
-        "attacks", "crosscheck", "data", "determinism", "evaluation", "models", "ops", "out_of_memory", "results", "tables", "errors", "interrupts", "process_settings",
+        "attacks",
+        "crosscheck",
+        "data",
+        "determinism",
+        "evaluation",
+        "models",
+        "ops",
+        "out_of_memory",
+        "results",
+        "tables",
+        "errors",
+        "interrupts",
+        "process_settings",
         "torchvision_import",
     },
     # Of a run what it left; the model and the images are given to it.
-    "crosscheck": {"attacks", "evaluation", "results", "stats", "threat", "eps", "errors", "determinism", "frozen", "torchvision_import"},
+    "crosscheck": {
+        "attacks",
+        "evaluation",
+        "results",
+        "stats",
+        "threat",
+        "eps",
+        "errors",
+        "determinism",
+        "frozen",
+        "torchvision_import",
+    },
     # Of the attacks how a step goes and stays in the ball: training judges nothing. Of the results who may write to a folder.
-    "training": {"models", "tensor_file", "norm", "out_of_memory", "data", "attacks.ball", "results.folder_lock", "results.files", "threat", "eps", "determinism", "frozen", "interrupts", "provenance", "config_file", "errors"},
+    "training": {
+        "models",
+        "tensor_file",
+        "norm",
+        "out_of_memory",
+        "data",
+        "attacks.ball",
+        "results.folder_lock",
+        "results.files",
+        "threat",
+        "eps",
+        "determinism",
+        "frozen",
+        "interrupts",
+        "provenance",
+        "config_file",
+        "errors",
+    },
     # Of the verdict its records alone: what is shown is given to it.
-    "page": {"lrrobust", "formatting", "report", "transfer", "transfer_report", "tables", "plots", "results", "stats", "verdict.records", "diagnostics.table", "errors"},
-    "report": {"formatting", "eps", "norm", "results", "stats", "plots", "tables", "diagnostics.table", "process_settings", "provenance", "interrupts", "errors"},
+    "page": {
+        "lrrobust",
+        "formatting",
+        "report",
+        "transfer",
+        "transfer_report",
+        "tables",
+        "plots",
+        "results",
+        "stats",
+        "verdict.records",
+        "diagnostics.table",
+        "errors",
+    },
+    "report": {
+        "formatting",
+        "eps",
+        "norm",
+        "results",
+        "stats",
+        "plots",
+        "tables",
+        "diagnostics.table",
+        "process_settings",
+        "provenance",
+        "interrupts",
+        "errors",
+    },
     "transfer": {"results", "stats"},
     "transfer_report": {"transfer", "formatting", "tables", "results"},
     "tables": set(),
     # Of the report only how it names things.
     "verdict": {
-        "results", "report.naming", "formatting", "report.notices", "transfer", "transfer_report", "stats",
-        "diagnostics.records", "diagnostics.decision", "provenance", "config_file", "eps", "norm", "errors",
+        "results",
+        "report.naming",
+        "formatting",
+        "report.notices",
+        "transfer",
+        "transfer_report",
+        "stats",
+        "diagnostics.records",
+        "diagnostics.decision",
+        "provenance",
+        "config_file",
+        "eps",
+        "norm",
+        "errors",
     },
     "learning_curves": {"plots", "results", "errors"},
     "plots": {"results", "stats", "errors"},
@@ -235,7 +368,10 @@ finally:
 def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run(
         [sys.executable, "-c", _HELP, *arguments],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     imported = set(done.stdout.rpartition("imported:")[2].split())
@@ -245,5 +381,22 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_the_readme_shows_every_part_of_the_package():
     tree = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").split("## Where things are")[1]
-    parts = [f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and path.name[0] != "_"]
+    parts = [
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix in ("", ".py") and path.name[0] != "_"
+    ]
     assert [part for part in parts if not re.search(rf"(?<![\w.]){re.escape(part)}", tree)] == []
+
+
+def test_lines_end_within_the_columns_that_the_formatter_is_told():
+    settings = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    columns = int(re.search(r"^line-length = (\d+)$", settings, re.MULTILINE)[1])
+    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    beyond = [
+        f"{path.relative_to(PACKAGE.parent)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > columns
+    ]
+    assert len(files) > 300 and not beyond

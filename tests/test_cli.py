@@ -72,7 +72,10 @@ def start(*arguments, cwd):
     """A process of its own, for what only a process can suffer."""
     return subprocess.Popen(
         [sys.executable, "-m", "lrrobust", *map(str, arguments)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
     )
 
@@ -153,9 +156,10 @@ def test_a_factory_that_draws_anew_each_time_is_told_so(run, workplace, tmp_path
     assert len(find_runs(tmp_path / "runs")) == 2
     # So is one whose code changed while it was evaluated.
     (tmp_path / "drawn.py").write_text(f"{code}\n# changed")
-    assert "as code or parameters of the model are not" in run(
-        *arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace
-    )[2]
+    assert (
+        "as code or parameters of the model are not"
+        in run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace)[2]
+    )
     # Another attack is another run for a reason of its own.
     assert run(*EVAL, "--attack", "fgsm", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[0] == 0
     err = run(*EVAL, "--attack", "pgd", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[2]
@@ -188,7 +192,9 @@ def test_help_that_nobody_reads_to_its_end_is_no_failure(command, workplace):
 
 
 def test_several_models_see_the_same_images_and_report_draws_them(run, workplace, tmp_path):
-    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace)
+    code, _, err = run(
+        *EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace
+    )
     assert code == 0, err
     runs = [load_run(folder) for folder in find_runs(tmp_path / "runs")]
     assert len(runs) == 2
@@ -204,7 +210,10 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     assert "not judged" not in err
     assert json.loads((tmp_path / "summary" / "claim.json").read_text()).items() >= {"results": [], "not_judged": []}.items()
     code, _, err = run("report", tmp_path / "runs", "--claim", "lrnet_more_robust", "--out", tmp_path / "asked", cwd=workplace)
-    assert code == 2 and "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50 is among those given, which are of" in err
+    assert (
+        code == 2
+        and "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50 is among those given, which are of" in err
+    )
     assert "error: no verdict on lrnet_more_robust" in err and (tmp_path / "asked" / "report.html").exists()
 
 
@@ -267,7 +276,19 @@ def timeless(folder):
 
 
 def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
-    arguments = ("eval", "--model", "model.py:build_slow", "--dataset", "images", "--attack", "pgd", "--attack", "pgd_l2", "--chunk-size", 4)
+    arguments = (
+        "eval",
+        "--model",
+        "model.py:build_slow",
+        "--dataset",
+        "images",
+        "--attack",
+        "pgd",
+        "--attack",
+        "pgd_l2",
+        "--chunk-size",
+        4,
+    )
     code, _, err = run(*arguments, "--out", tmp_path / "whole", cwd=workplace)
     assert code == 0, err
     parts = tmp_path / "killed"
@@ -294,8 +315,18 @@ def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
 )
 def test_ctrl_c_and_schedulers_are_told_what_is_kept(workplace, tmp_path, signum, how):
     process = start(
-        "eval", "--model", "model.py:build_slow", "--dataset", "images", "--attack", "pgd", "--chunk-size", 4,
-        "--out", tmp_path / "runs", cwd=workplace,
+        "eval",
+        "--model",
+        "model.py:build_slow",
+        "--dataset",
+        "images",
+        "--attack",
+        "pgd",
+        "--chunk-size",
+        4,
+        "--out",
+        tmp_path / "runs",
+        cwd=workplace,
     )
     while process.poll() is None and not list(tmp_path.glob("runs/*/parts/*.parquet")):
         time.sleep(0.02)
@@ -325,9 +356,15 @@ def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch, error):
         (("eval", "--model", "model.py:build_number", "--dataset", "images"), "returned int.*Classifier"),
         (("eval", "--model", "model.py:build_failing", "--dataset", "images"), "model.py, line \\d+ failed with KeyError"),
         (("eval", "--model", "model.py:build_nan", "--dataset", "images", "--attack", "fgsm"), "NaN or infinite logits"),
-        (("eval", "--model", "model.py:build_wrong_shape", "--dataset", "images", "--attack", "fgsm"), r"expected logits of shape \(4, 2\)"),
+        (
+            ("eval", "--model", "model.py:build_wrong_shape", "--dataset", "images", "--attack", "fgsm"),
+            r"expected logits of shape \(4, 2\)",
+        ),
         ((*EVAL, "--attack", "pdg"), "'pdg'.*pgd"),
-        ((*EVAL, "--attack", "typo"), "unknown attack or suite 'typo': a file is given with its ending .yaml or .yml, found typo.yaml"),
+        (
+            (*EVAL, "--attack", "typo"),
+            "unknown attack or suite 'typo': a file is given with its ending .yaml or .yml, found typo.yaml",
+        ),
         (("eval", "--model", "lr.safetensors"), "unknown model 'lr.safetensors': weights are given with --weights"),
         ((*EVAL, "--n", 0), "'--n': expected greater than or equal to 1"),
         (("eval", "--model", "resnet50", "--weights", "V9"), "unknown weights of resnet50.*'V9'.*DEFAULT"),
@@ -447,8 +484,17 @@ def test_skip_corrupt_counts_aloud(run, workplace, tmp_path):
         good = (workplace / "images" / name / "0.png").read_bytes()
         (tmp_path / "images" / name / "0.png").write_bytes(good if name == "ant" else good[: len(good) // 2])
     code, _, err = run(
-        "eval", "--model", workplace / "model.py:build", "--dataset", tmp_path / "images", "--attack", "fgsm", "--skip-corrupt",
-        "--out", tmp_path / "runs", cwd=tmp_path,
+        "eval",
+        "--model",
+        workplace / "model.py:build",
+        "--dataset",
+        tmp_path / "images",
+        "--attack",
+        "fgsm",
+        "--skip-corrupt",
+        "--out",
+        tmp_path / "runs",
+        cwd=tmp_path,
     )
     assert code == 0, err
     assert "skipped, as they cannot be decoded: 1 image, 'bee/0.png'" in err

@@ -71,7 +71,9 @@ class _Bomb:
 
 def test_weights_run_no_code(packages, tmp_path):
     torch.save({"2.weight": _Bomb(str(tmp_path / "touched"))}, packages)
-    with pytest.raises(ModelError, match=r"efficientnet_lite0.py, line \d+ failed with UnpicklingError: Weights only load failed"):
+    with pytest.raises(
+        ModelError, match=r"efficientnet_lite0.py, line \d+ failed with UnpicklingError: Weights only load failed"
+    ):
         load()
     assert not (tmp_path / "touched").exists()
 

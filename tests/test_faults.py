@@ -291,7 +291,9 @@ def test_torchrun(workplace, alone, tmp_path):
     done = subprocess.run(
         [*command, *map(str, half(workplace, tmp_path))],
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     (folder,) = find_runs(tmp_path)

@@ -105,7 +105,9 @@ def test_rows_are_those_of_the_command(problem, tmp_path, monkeypatch):
     theirs["place"] = [int(key.split("/")[1].removesuffix(".png")) for key in theirs["key"]]
     ours = evaluate(problem, images=pixels.float() / 255, classes=CLASSES).rows
     ours["place"] = ours["index"]
-    both = [rows.sort_values(["place", "eps"])[["place", "eps", "wnid", "is_broken", "clean_margin"]] for rows in (ours, theirs)]
+    both = [
+        rows.sort_values(["place", "eps"])[["place", "eps", "wnid", "is_broken", "clean_margin"]] for rows in (ours, theirs)
+    ]
     assert len(both[0]) == len(both[1]) == 30 * 6 and 0 < both[0]["is_broken"].mean() < 1
     for column in ("place", "eps", "wnid", "is_broken"):
         assert both[0][column].tolist() == both[1][column].tolist()
@@ -155,7 +157,9 @@ def test_fingerprint_follows_images_parameters_and_seed(problem, tmp_path):
 
 def test_what_things_are_called_decides_no_number(problem):
     arguments = {"attacks": "pgd", "steps": 1, "eps": float(problem.nearest("linf").median())}
-    found = [evaluate(problem, **arguments, **names).rows for names in ({}, {"name": "a"}, {"dataset": "b"}, {"classes": CLASSES})]
+    found = [
+        evaluate(problem, **arguments, **names).rows for names in ({}, {"name": "a"}, {"dataset": "b"}, {"classes": CLASSES})
+    ]
     assert 0 < found[0]["is_broken"].mean() < 1
     assert all(rows["adversarial_margin"].equals(found[0]["adversarial_margin"]) for rows in found)
     assert not evaluate(problem, **arguments, seed=1).rows["adversarial_margin"].equals(found[0]["adversarial_margin"])
@@ -215,7 +219,9 @@ def test_an_accuracy_of_guesses_is_doubted(problem):
     found = lrrobust.evaluate(
         problem.model, problem.images, (problem.labels + 1) % 4, attacks="fgsm", diagnostics=False, progress=False
     )
-    assert len(found.warnings) == 1 and found.warnings[0].startswith("0 of 30 images are correct when clean, as guessing among 4")
+    assert len(found.warnings) == 1 and found.warnings[0].startswith(
+        "0 of 30 images are correct when clean, as guessing among 4"
+    )
 
 
 def test_leaves_the_model_as_it_was(problem):
@@ -282,7 +288,11 @@ def test_shows_progress_on_standard_error(problem, capfd):
         ({"eps": [0.1, "x"]}, ConfigError, "eps"),
         ({"attacks": ["pgd", "pgd_l2"], "eps": 0.1}, ConfigError, "norm"),
         ({"model": "resnet50"}, ValueError, "torch.nn.Module"),
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 1))}, ModelError, r"got \(1, 1\); if its sigmoid is the probability"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 1))},
+            ModelError,
+            r"got \(1, 1\); if its sigmoid is the probability",
+        ),
         ({"name": 3}, ValueError, "a name"),
         ({"dataset": "a\nb"}, ValueError, "a name"),
         ({"classes": "abcd"}, ValueError, "names of the classes"),
@@ -299,7 +309,12 @@ def test_what_does_not_fit_is_said(problem, change, error, message):
 
 def test_loads_the_networks_of_the_package():
     found = lrrobust.load_classifier("lr_resnet50")
-    assert found.name == "lr_resnet50" and found.weights == "TINY_IMAGENET_V1" and len(found.classes) == 200 and not found.module.training
+    assert (
+        found.name == "lr_resnet50"
+        and found.weights == "TINY_IMAGENET_V1"
+        and len(found.classes) == 200
+        and not found.module.training
+    )
     with torch.no_grad():
         assert found.module(torch.zeros(1, 3, found.input_size, found.input_size)).shape == (1, 200)
     with pytest.raises(UnknownNameError, match="lr_resnet50"):

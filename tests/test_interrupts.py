@@ -19,7 +19,8 @@ def test_signals_are_raised(name):
     done = run(
         "import os, signal, sys\nfrom lrrobust.interrupts import Stopped, raise_on_signals\nraise_on_signals()\n"
         "try:\n    os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n    signal.pause()\n"
-        "except KeyboardInterrupt as stopped:\n    print(stopped, isinstance(stopped, Stopped))\n", name,
+        "except KeyboardInterrupt as stopped:\n    print(stopped, isinstance(stopped, Stopped))\n",
+        name,
     )
     assert done.stdout == f"{name} True\n", done.stderr
 
@@ -29,7 +30,8 @@ def test_what_is_ignored_stays_ignored(name):
     """As nohup and shells do to what runs in the background."""
     done = run(
         "import os, signal, sys\nfrom lrrobust.interrupts import raise_on_signals\nsignum = getattr(signal, sys.argv[1])\n"
-        "signal.signal(signum, signal.SIG_IGN)\nraise_on_signals()\nos.kill(os.getpid(), signum)\nprint('on')\n", name,
+        "signal.signal(signum, signal.SIG_IGN)\nraise_on_signals()\nos.kill(os.getpid(), signum)\nprint('on')\n",
+        name,
     )
     assert done.stdout == "on\n"
 
@@ -38,7 +40,8 @@ def test_what_is_ignored_stays_ignored(name):
 def test_children_end_as_by_default():
     done = run(
         "import os, signal\nfrom lrrobust.interrupts import raise_on_signals\nraise_on_signals()\nend, begin = os.pipe()\n"
-        "child = os.fork()\nif not child:\n    os.write(begin, b'x')\n    signal.pause()\nos.read(end, 1)\nos.kill(child, signal.SIGTERM)\nprint(os.waitpid(child, 0)[1])\n"
+        "child = os.fork()\nif not child:\n    os.write(begin, b'x')\n    signal.pause()\nos.read(end, 1)\nos.kill(child, "
+        "signal.SIGTERM)\nprint(os.waitpid(child, 0)[1])\n"
     )
     assert done.stdout == f"{int(signal.SIGTERM)}\n", done.stderr
 

@@ -38,7 +38,10 @@ class Outer(BaseModel):
         ({"name": "a", "of_norm": {"l7": 1.0}}, "of_norm.l7: expected 'linf' or 'l2', found 'l7'"),
         ({"name": "a", "phases": "many"}, "phases: expected a list, as in [a, b], found 'many'"),
         ({"name": "a", "phases": ["many"]}, "phases.0: expected keys and values, as in {a: 1}, found 'many'"),
-        ({"name": "x" * 200, "target": "y" * 200}, f"target: expected 'none' or 'random' or a whole number, found '{'y' * 56}..."),
+        (
+            {"name": "x" * 200, "target": "y" * 200},
+            f"target: expected 'none' or 'random' or a whole number, found '{'y' * 56}...",
+        ),
     ],
 )
 def test_one_line_in_the_words_of_the_file(data, line):
@@ -50,10 +53,15 @@ def test_one_line_in_the_words_of_the_file(data, line):
 def test_keys_that_no_file_holds_are_not_told_of():
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate({"name": "stem", "pahses": []})
-    assert explain_mistakes(caught.value, {"name": "stem"}, Outer, given=["name"]) == "pahses: unknown key, did you mean phases?"
+    assert (
+        explain_mistakes(caught.value, {"name": "stem"}, Outer, given=["name"]) == "pahses: unknown key, did you mean phases?"
+    )
     with pytest.raises(ValidationError) as caught:
         Inner.model_validate({"size": 3})
-    assert explain_mistakes(caught.value, {"name": "stem", "size": 3}, Inner, given=["name"]) == "expected also epochs, found only size"
+    assert (
+        explain_mistakes(caught.value, {"name": "stem", "size": 3}, Inner, given=["name"])
+        == "expected also epochs, found only size"
+    )
 
 
 def test_mistakes_of_other_versions_are_told_in_their_words():

@@ -76,12 +76,26 @@ def test_identity_has_these_parts_and_no_others(request_for):
     (evaluation,) = prepare_evaluations(request_for("build"), ["test"])
     about_the_session = {"fingerprint", "created_at", "command", "class_names", "provenance", "request", "position"}
     assert set(evaluation.manifest) - about_the_session == {
-        "schema_version", "rows_version", "model", "dataset", "attacks", "plan", "seed", "precision",
+        "schema_version",
+        "rows_version",
+        "model",
+        "dataset",
+        "attacks",
+        "plan",
+        "seed",
+        "precision",
     }
     assert evaluation.manifest["fingerprint"] == fingerprint_of(identity_of(evaluation.manifest))
     assert set(evaluation.manifest["plan"]) == {"chunk_size", "batch_size", "parts"}
     assert set(evaluation.manifest["model"]) == {
-        "name", "weights", "state_sha256", "code_sha256", "classes_sha256", "num_classes", "input_size", "resize_size",
+        "name",
+        "weights",
+        "state_sha256",
+        "code_sha256",
+        "classes_sha256",
+        "num_classes",
+        "input_size",
+        "resize_size",
         "interpolation",
     }
 
@@ -97,7 +111,9 @@ def test_fingerprint_follows_the_code_of_the_model(request_for, tmp_path):
 
 def test_fingerprint_follows_the_code_of_its_layers_beside_it(request_for, tmp_path):
     model = (tmp_path / "model.py").read_text()
-    (tmp_path / "model.py").write_text("import unrelated\nfrom layers import Twice\n" + model.replace("nn.Flatten()", "nn.Flatten(), Twice()"))
+    (tmp_path / "model.py").write_text(
+        "import unrelated\nfrom layers import Twice\n" + model.replace("nn.Flatten()", "nn.Flatten(), Twice()")
+    )
     (tmp_path / "unrelated.py").write_text("")
     layers = tmp_path / "layers.py"
     layer = "from torch import nn\n\nclass Twice(nn.Module):\n    def forward(self, x):\n        return 2 * x\n"

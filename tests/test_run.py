@@ -52,7 +52,10 @@ def test_labels_follow_each_model_and_images_are_shared(request_for):
 
 def test_images_are_read_once_for_all_models(request_for, monkeypatch):
     scans = []
-    monkeypatch.setattr("lrrobust.run.build_evaluation_set", lambda *given, **options: scans.append(given) or build_evaluation_set(*given, **options))
+    monkeypatch.setattr(
+        "lrrobust.run.build_evaluation_set",
+        lambda *given, **options: scans.append(given) or build_evaluation_set(*given, **options),
+    )
     first, second = prepare_evaluations(request_for("build", "build_other_classes", n=4, balanced=True), ["test"])
     assert len(scans) == 1
     assert torch.equal(first.images.load(range(4))[0], second.images.load(range(4))[0])

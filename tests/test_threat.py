@@ -40,7 +40,9 @@ def test_nan_is_neither_in_ball_nor_in_box():
     assert not is_in_box(other).any()
 
 
-@pytest.mark.parametrize(("pixel", "is_inside"), [(0.0, True), (1.0, True), (-1e-5, False), (1 + 1e-5, False), (math.inf, False)])
+@pytest.mark.parametrize(
+    ("pixel", "is_inside"), [(0.0, True), (1.0, True), (-1e-5, False), (1 + 1e-5, False), (math.inf, False)]
+)
 def test_box(pixel, is_inside):
     assert is_in_box(torch.tensor([0.5, pixel]).view(1, 1, 1, 2)).tolist() == [is_inside]
 

@@ -29,17 +29,34 @@ def build_run(target, surrogate, distances, *, attack="pgd", ladder=LADDER, step
             found = {"linf_distance": distance, "l2_distance": 9.0, "l1_distance": 9.0} if is_found else {}
             rows.append(
                 {
-                    "index": index, "key": f"{index}.png", "label": 0, "wnid": "ant", "attack": attack, "norm": "linf",
-                    "eps": eps, "clean_prediction": 0 if distance else 1, "is_clean_correct": distance > 0,
-                    "adversarial_prediction": None, "is_broken": is_found or not distance,
+                    "index": index,
+                    "key": f"{index}.png",
+                    "label": 0,
+                    "wnid": "ant",
+                    "attack": attack,
+                    "norm": "linf",
+                    "eps": eps,
+                    "clean_prediction": 0 if distance else 1,
+                    "is_clean_correct": distance > 0,
+                    "adversarial_prediction": None,
+                    "is_broken": is_found or not distance,
                     "outcome": "broken" if is_found else "robust" if distance else "wrong_when_clean",
-                    "linf_distance": None, "l2_distance": None, "l1_distance": None, "is_broken_quantized": None,
-                    "clean_margin": 1.0, "adversarial_margin": None, "wall_s": 0.0, "forward_passes": None,
-                    "backward_passes": None, **found,
+                    "linf_distance": None,
+                    "l2_distance": None,
+                    "l1_distance": None,
+                    "is_broken_quantized": None,
+                    "clean_margin": 1.0,
+                    "adversarial_margin": None,
+                    "wall_s": 0.0,
+                    "forward_passes": None,
+                    "backward_passes": None,
+                    **found,
                 }
             )
     manifest = {
-        "schema_version": SCHEMA_VERSION, "fingerprint": "ab" * 32, "model": target,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": "ab" * 32,
+        "model": target,
         "dataset": {"name": "sample", "sha256": sha256, "n": len(distances)},
         "attacks": [{"name": attack, "norm": "linf", "steps": steps}],
     }

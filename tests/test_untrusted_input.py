@@ -32,7 +32,10 @@ from lrrobust.training.recipe import load_recipe
 
 #: The same cases on every machine: a failure in CI is one that everybody can repeat.
 fuzz = settings(
-    max_examples=250, derandomize=True, database=None, deadline=timedelta(seconds=10),
+    max_examples=250,
+    derandomize=True,
+    database=None,
+    deadline=timedelta(seconds=10),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -103,8 +103,15 @@ def models(*names):
 def test_transfer_breaks_what_the_gradients_have_in_common(run, workplace, tmp_path):
     _, distances = workplace
     runs = evaluate(
-        run, tmp_path / "runs", *models("target"), "--surrogate", "model.py:twin", "--surrogate", "model.py:stranger",
-        "--surrogate", "model.py:target",
+        run,
+        tmp_path / "runs",
+        *models("target"),
+        "--surrogate",
+        "model.py:twin",
+        "--surrogate",
+        "model.py:stranger",
+        "--surrogate",
+        "model.py:target",
     )
     wrong = {key for key, distance in distances.items() if distance == 0}
     names = {name: f"model.py:{name}" for name in ("target", "twin", "stranger")}
@@ -251,8 +258,11 @@ def test_damage_is_said_in_one_line(run, exported, damage):
         rewrite(folder, file="../model.py")
     code, _, err = run("verify", folder, *models("large" if damage == "model" else "target"))
     said = {
-        "image": "is not the file that the index describes", "index": "is not the index of an export",
-        "missing": "cannot be read", "outside": "lies outside", "model": "has 8 x 8 pixels, the model takes 16 x 16",
+        "image": "is not the file that the index describes",
+        "index": "is not the index of an export",
+        "missing": "cannot be read",
+        "outside": "lies outside",
+        "model": "has 8 x 8 pixels, the model takes 16 x 16",
     }
     assert code == 2 and said[damage] in err and len(err.strip().splitlines()) == 1
 
@@ -278,8 +288,13 @@ def test_a_table_that_is_no_index_is_said_to_be(run, exported):
 @pytest.mark.parametrize(
     "change",
     [
-        {"eps": 1.0, "is_resealed": False}, {"eps": -1.0}, {"eps": float("nan")}, {"norm": "l3"}, {"file": "a\0.png"},
-        {"about": {"model": []}}, {"about": {"is_complete": 1}},
+        {"eps": 1.0, "is_resealed": False},
+        {"eps": -1.0},
+        {"eps": float("nan")},
+        {"norm": "l3"},
+        {"file": "a\0.png"},
+        {"about": {"model": []}},
+        {"about": {"is_complete": 1}},
     ],
     ids=str,
 )

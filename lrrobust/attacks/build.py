@@ -65,8 +65,8 @@ class Attack:
     int64, on the model's device, how many images may pass through the model at once, and two
     callbacks: `claim` is told of proposals and says which images they broke, `draw` gives the random
     numbers of a start; see `lrrobust.attacks.assignment`. `levels` (N,), int64, says at how many budgets of
-    the ladder, from the smallest, each image is attacked; at all of them when not given. Proposals keep to box and budget up to float
-    rounding, see `lrrobust.threat.TOLERANCE`.
+    the ladder, from the smallest, each image is attacked; at all of them when not given. Proposals keep to box and budget up to
+    float rounding, see `lrrobust.threat.TOLERANCE`.
 
     FGSM and PGD climb the ladder of budgets image by image, claim every iterate that the model
     misclassifies and the last of every start, and leave an image alone once it is broken. Carlini

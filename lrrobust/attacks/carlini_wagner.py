@@ -95,9 +95,7 @@ def carlini_wagner_l2(
     for _ in range(binary_search_steps):
         # A step moves every pixel by up to lr / 2.
         largest_lr = _LARGEST_STEP * nearest_distance * 2 / math.sqrt(images[0].numel())
-        found, distance, taken = _search_at(
-            model, images, labels, c, steps, largest_lr.clamp_max(lr), confidence, abort_early
-        )
+        found, distance, taken = _search_at(model, images, labels, c, steps, largest_lr.clamp_max(lr), confidence, abort_early)
         steps_taken += taken
         is_nearer = distance < nearest_distance
         nearest = torch.where(is_nearer[:, None, None, None], found, nearest)
@@ -138,9 +136,7 @@ def _search_at(
     progress_at_check = lowest_loss.expand(2, -1)
 
     for step in range(1, steps + 1):
-        iterate, distance, is_success, loss, gradient = _evaluate(
-            model, w, images[rows], labels[rows], c[rows], confidence
-        )
+        iterate, distance, is_success, loss, gradient = _evaluate(model, w, images[rows], labels[rows], c[rows], confidence)
         taken[rows] += 1
         is_nearer = is_success & (distance < found_distance[rows])
         found[rows[is_nearer]] = iterate[is_nearer]

@@ -59,9 +59,7 @@ def fmn(
         steps=steps,
         line_search_steps=0,
         enough=enough,
-        search=_ShrinkingBall(
-            given, norm, steps, (first_step_size, last_step_size), (first_change, last_change)
-        ),
+        search=_ShrinkingBall(given, norm, steps, (first_step_size, last_step_size), (first_change, last_change)),
     )
     return taken, taken
 

@@ -94,9 +94,7 @@ def _ask(given: Assignment, asked: dict[int, torch.Tensor]) -> dict[int, torch.T
 class _Search:
     """The search of one image (C, H, W); its methods ask by `yield`."""
 
-    def __init__(
-        self, given: Assignment, row: int, norm: Norm, queries: int, initial_evaluations: int, enough: float
-    ) -> None:
+    def __init__(self, given: Assignment, row: int, norm: Norm, queries: int, initial_evaluations: int, enough: float) -> None:
         self._image, self._norm, self._enough = given.images[row], norm, enough
         self._left, self._initial, self._most_at_once = queries, initial_evaluations, given.batch_size
         self._generator = given.draw(row, math.inf, 0)
@@ -165,7 +163,7 @@ class _Search:
         return nearest
 
     def _estimate(self, point: torch.Tensor, length: float, count: int) -> _Estimate:
-        """Where misclassified images lie from a point on the boundary, of length 1 in the norm; and their share of those asked."""
+        """Where misclassified images lie from a point on the boundary, of length 1 in the norm, and their share."""
         along_wrong, along_all = torch.zeros_like(point), torch.zeros_like(point)
         wrong = 0
         for part in range(0, count, self._most_at_once):

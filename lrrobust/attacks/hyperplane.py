@@ -8,9 +8,7 @@ from lrrobust.attacks.piecewise_linear import find_crossing
 from lrrobust.norm import LinfOrL2
 
 
-def way_to_hyperplane(
-    images: torch.Tensor, normals: torch.Tensor, rises: torch.Tensor, norm: LinfOrL2
-) -> torch.Tensor:
+def way_to_hyperplane(images: torch.Tensor, normals: torch.Tensor, rises: torch.Tensor, norm: LinfOrL2) -> torch.Tensor:
     """The shortest d with <normal, d> = rise and images + d in [0, 1], for each image.
 
     Values that reach the end of the box stop there and the others go on, so the way is exact, not a projection that

@@ -64,12 +64,13 @@ def pgd(
     probability p_y rounds to 1, as the cross-entropy does on confident models. Where logits are small, all other classes
     share in it, and it leads away from their mean; "margin", max_{k != y} z_k - z_y, leads to the nearest whatever their scale.
 
-    With a target t "ce" is log p_t / (1 - p_t) instead, which rises as the target's probability does, and "margin" z_t - z_y. The
+    With a target t "ce" is log p_t / (1 - p_t) instead, which rises as the target's probability does, and "margin" z_t - z_y.
+    The
     target is where the search goes, not what it is asked for: an image is broken by any class but its own.
 
     Random starts are those of torchattacks: uniform in the linf ball; in l2 of a uniform direction and a uniform share
-    of eps as length, and in l1, which it does not have, likewise. They follow from `draw` alone: which images share a batch changes
-    nothing but the rounding of the model.
+    of eps as length, and in l1, which it does not have, likewise. They follow from `draw` alone: which images share a batch
+    changes nothing but the rounding of the model.
 
     Args:
         given: the images, and who judges; it draws random starts, and random targets.
@@ -321,9 +322,7 @@ def _take(claims: Sequence[_Claimed], count: int) -> tuple[list[_Claimed], list[
     return list(taken.values()), left
 
 
-def _judge(
-    claims: Sequence[_Claimed], ladder: Sequence[float], claim: Claim
-) -> tuple[list[tuple[_Climb, bool]], list[_Climb]]:
+def _judge(claims: Sequence[_Claimed], ladder: Sequence[float], claim: Claim) -> tuple[list[tuple[_Climb, bool]], list[_Climb]]:
     """Has the claims judged; those that broke nothing, with whether they were the last of their start, and the others."""
     climbs, proposals, is_last = zip(*claims, strict=True)
     is_broken = claim(

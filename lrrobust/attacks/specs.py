@@ -438,7 +438,16 @@ class DeepFoolSpec(_Spec):
 
 AttackSpec = Annotated[
     Union[
-        FgsmSpec, PgdSpec, PgdAdaptiveSpec, CwSpec, ApgdSpec, SquareSpec, HopSkipJumpSpec, MiFgsmSpec, FabSpec, FmnSpec,
+        FgsmSpec,
+        PgdSpec,
+        PgdAdaptiveSpec,
+        CwSpec,
+        ApgdSpec,
+        SquareSpec,
+        HopSkipJumpSpec,
+        MiFgsmSpec,
+        FabSpec,
+        FmnSpec,
         DeepFoolSpec,
     ],
     Field(discriminator="kind"),

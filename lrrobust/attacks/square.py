@@ -201,7 +201,9 @@ class _L2Squares(_Squares):
         # Each colour gets back what both squares held of it, and an equal share of what the box had cut off.
         unused = (eps.double().square() - l2_length(delta).square()).clamp_min(0)
         share = (l2_length(delta * (target | source), (2, 3)).square() + unused / self._channels).sqrt().to(delta)
-        shape = self._shapes(uniform[:, :2], sizes, uniform[:, 4] < 0.5).to(delta) * _signs(uniform[:, 5:, None, None]).to(delta)
+        shape = self._shapes(uniform[:, :2], sizes, uniform[:, 4] < 0.5).to(delta) * _signs(uniform[:, 5:, None, None]).to(
+            delta
+        )
         shape = shape + _normalised(delta * target, (2, 3))
         moved = torch.where(target, share * _normalised(shape * target, (2, 3)), delta.masked_fill(source, 0))
         return project(images, images + eps * _normalised(moved, (1, 2, 3)), eps, "l2")

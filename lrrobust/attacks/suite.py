@@ -32,15 +32,14 @@ from lrrobust.mistakes import brief, explain_mistakes
 _log = logging.getLogger(__name__)
 
 _ATTACK: TypeAdapter[AttackSpec] = TypeAdapter(AttackSpec)
-_SPEC_CLASSES = {
-    get_args(spec.model_fields["kind"].annotation)[0]: spec for spec in get_args(get_args(AttackSpec)[0])
-}
+_SPEC_CLASSES = {get_args(spec.model_fields["kind"].annotation)[0]: spec for spec in get_args(get_args(AttackSpec)[0])}
 _KINDS = (*_SPEC_CLASSES, "suite")
 
 #: What other libraries and papers call them, without hyphens.
 _CALLED_ELSEWHERE = {
-    "autoattack": "the suite strong (strong_l2 in l2)", "aa": "the suite strong (strong_l2 in l2)", "bim": "pgd", "ifgsm": "pgd",
-    "pgd20": "pgd", "pgdl2": "pgd_l2", "mifgsm": "mi_fgsm", "carliniwagner": "cw", "cwl2": "cw", "cwlinf": "pgd_margin",
+    "autoattack": "the suite strong (strong_l2 in l2)", "aa": "the suite strong (strong_l2 in l2)",
+    "bim": "pgd", "ifgsm": "pgd", "pgd20": "pgd",
+    "pgdl2": "pgd_l2", "mifgsm": "mi_fgsm", "carliniwagner": "cw", "cwl2": "cw", "cwlinf": "pgd_margin",
     "apgd": "apgd_ce", "apgddlr": "apgd_t", "apgdt": "apgd_t", "fab": "fab_t",
     "hsj": "hop_skip_jump", "hsja": "hop_skip_jump", "hopskipjump": "hop_skip_jump", "boundary": "hop_skip_jump",
 }  # fmt: skip
@@ -131,7 +130,10 @@ def override(
         ConfigError: attacks of this kind have no such setting, or the value is not valid.
     """
     given = {
-        "eps": None if eps is None else list(eps), "steps": steps, "restarts": restarts, "precision": precision,
+        "eps": None if eps is None else list(eps),
+        "steps": steps,
+        "restarts": restarts,
+        "precision": precision,
         "eot_iter": eot_iter,
     }
     changes = {key: value for key, value in given.items() if value is not None}
@@ -196,16 +198,16 @@ def _locate(name: str | Path, relative_to: Path) -> Path:
     if text not in _shipped():
         beside = next((name for name in (f"{text}.yaml", f"{text}.yml", text) if os.path.isfile(relative_to / name)), None)
         if beside is not None:
-            raise ConfigError(f"unknown attack or suite {text!r}: a file is given with its ending .yaml or .yml, found {beside}")
+            raise ConfigError(
+                f"unknown attack or suite {text!r}: a file is given with its ending .yaml or .yml, found {beside}"
+            )
         if (ours := _CALLED_ELSEWHERE.get(text.lower().replace("-", "").replace("_", ""))) is not None:
             raise ConfigError(f"unknown attack or suite {text!r}: what others call so is {ours} here")
         raise UnknownNameError("attack or suite", text, _shipped(), "a YAML file")
     return _shipped()[text]
 
 
-def _collect(
-    path: Path, found: dict[Path, AttackSpec], read_suites: set[Path], including: tuple[Path, ...]
-) -> None:
+def _collect(path: Path, found: dict[Path, AttackSpec], read_suites: set[Path], including: tuple[Path, ...]) -> None:
     """Add the attacks that `path` holds to `found`; `including` are the suites that led here."""
     if path in including:
         chain = " -> ".join(_display(suite) for suite in (*including[including.index(path) :], path))

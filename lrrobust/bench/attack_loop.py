@@ -67,13 +67,13 @@ def compare_attack_loops(
         ConfigError: peers cannot attack with this spec.
     """
     if spec.restarts != 1 or spec.eps[0] == 0:
-        raise ConfigError(f"{spec.name}: expected one restart and budgets above 0, which all peers have, got {spec.restarts=}, {spec.eps=}")
+        raise ConfigError(
+            f"{spec.name}: expected one restart and budgets above 0, which all peers have, got {spec.restarts=}, {spec.eps=}"
+        )
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     counting = _Counting(model)
 
-    def build_ways(
-        model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: PgdSpec
-    ) -> dict[str, _Way]:
+    def build_ways(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: PgdSpec) -> dict[str, _Way]:
         pixels, classes = (torch.cat(parts) for parts in zip(*batches, strict=True))
         ways = {
             OURS: build_evaluation(model, num_classes, pixels, classes, spec, batch_size, chunk_size, seed),
@@ -98,8 +98,15 @@ def compare_attack_loops(
 
     brief = spec.model_copy(update={"eps": spec.eps[:1], "steps": 1})
     rows = time_interleaved(
-        build_ways(counting, batches, spec), warm_ups=build_ways(model, batches[:1], brief), read=read, repeats=repeats,
-        budget_s=budget_s, baseline=OURS, device=images.device, case=case, on_turn=on_turn,
+        build_ways(counting, batches, spec),
+        warm_ups=build_ways(model, batches[:1], brief),
+        read=read,
+        repeats=repeats,
+        budget_s=budget_s,
+        baseline=OURS,
+        device=images.device,
+        case=case,
+        on_turn=on_turn,
     )
     for row in rows:
         yield {**row, "images_per_s": len(images) / row["wall_s"]}
@@ -118,7 +125,8 @@ class _Counting(nn.Module):
         super().__init__()
         self.model = model
         self.gradients = 0
-        # torchattacks gives back the mode that it found, to this and all in it: batch normalisation would learn of the attacked.
+        # torchattacks gives back the mode that it found, to this and all in it: batch normalisation would learn of the
+        # attacked.
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -152,9 +160,7 @@ def _torchattacks(
     return _seeded(run, batches[0][0].device, seed)
 
 
-def _foolbox(
-    model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: PgdSpec, seed: int
-) -> _Way:
+def _foolbox(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: PgdSpec, seed: int) -> _Way:
     from lrrobust.crosscheck.with_foolbox import build_pgd, build_victim
 
     attack = build_pgd(spec)

@@ -61,8 +61,13 @@ def compare_gradient_steps(
         for case, network in cases.items():
             ways = {name: build_step(name, size, count, device, is_recorded=case != EAGER) for name in (CONTROL, network)}
             rows = time_interleaved(
-                ways, repeats=repeats, device=device, baseline=CONTROL, budget_s=budget_s / len(sizes) / len(cases),
-                case=f"{size} pixels, {case}", on_turn=on_turn,
+                ways,
+                repeats=repeats,
+                device=device,
+                baseline=CONTROL,
+                budget_s=budget_s / len(sizes) / len(cases),
+                case=f"{size} pixels, {case}",
+                on_turn=on_turn,
             )
             for row in rows:
                 yield {"size": size, "batch_size": count, "case": case, **row, **peaks.get(row["name"], {})}

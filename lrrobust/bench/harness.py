@@ -95,9 +95,15 @@ def compare_with_bare_loop(
     for name, (attack, classes, bare) in cases.items():
         ours = build_evaluation(model, num_classes, images, classes, attack, batch_size, chunk_size, seed)
         rows = time_interleaved(
-            {HARNESS: model.clocked(ours), BARE: model.clocked(bare)}, read=lambda done: {"inside_s": done.inside_s},
-            warm_ups=warm_ups, repeats=repeats, budget_s=budget_s / len(cases), baseline=BARE, device=images.device,
-            case=f"{case}, {name}" if case else name, on_turn=on_turn,
+            {HARNESS: model.clocked(ours), BARE: model.clocked(bare)},
+            read=lambda done: {"inside_s": done.inside_s},
+            warm_ups=warm_ups,
+            repeats=repeats,
+            budget_s=budget_s / len(cases),
+            baseline=BARE,
+            device=images.device,
+            case=f"{case}, {name}" if case else name,
+            on_turn=on_turn,
         )
         for row in rows:
             inside_s = row.pop("inside_s")
@@ -130,8 +136,15 @@ def build_evaluation(
             RunStore.create_or_resume(Path(folder) / "run", manifest) as store,
         ):
             evaluate(
-                model, num_classes, _ImagesAtHand(images, labels), tasks, store,
-                fingerprint=manifest["fingerprint"], device=images.device, part_metadata={}, batch_size=batch_size,
+                model,
+                num_classes,
+                _ImagesAtHand(images, labels),
+                tasks,
+                store,
+                fingerprint=manifest["fingerprint"],
+                device=images.device,
+                part_metadata={},
+                batch_size=batch_size,
             )
             rows = store.read_rows()
         return [1 - float(rows[rows["eps"] == eps]["is_broken"].mean()) for eps in spec.eps]

@@ -72,7 +72,9 @@ def time_interleaved(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         others = ", and with it what is compared with it" if name == baseline else ""
-        _log.warning("%s%s is left out%s: it runs out of memory on %s; a smaller --batch-size needs less", told, name, others, device)
+        _log.warning(
+            "%s%s is left out%s: it runs out of memory on %s; a smaller --batch-size needs less", told, name, others, device
+        )
         return False
 
     for name, warm_up in list((ways if warm_ups is None else warm_ups).items()):
@@ -138,7 +140,9 @@ def collect(rows: Iterable[dict[str, object]]) -> tuple[pd.DataFrame, KeyboardIn
     except Exception as error:
         if not (collected and is_out_of_memory(error)):
             raise
-        _log.warning("memory ran out, which ends this benchmark (%s); what was measured until then is kept", explain_in_brief(error))
+        _log.warning(
+            "memory ran out, which ends this benchmark (%s); what was measured until then is kept", explain_in_brief(error)
+        )
     return pd.DataFrame(collected), None
 
 

@@ -29,7 +29,8 @@ DTYPES = {"cpu": {torch.float32: ""}, "cuda": {torch.float32: "", torch.bfloat16
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 SLICES = "49 slices"
 CONVOLUTION = "3x3 convolution"
-#: Neighbourhood attention with the same window and channels: scores are products of 8 numbers, and windows are moved into the image.
+#: Neighbourhood attention with the same window and channels: scores are products of 8 numbers, and windows are moved into the
+#: image.
 NATTEN = "natten"
 #: A copy that moves as many bytes as must be moved: forward the inputs and the output, backward the inputs and all gradients.
 COPY = "copy"
@@ -116,7 +117,12 @@ def compare_operations(
         if device.type == "cuda":
             ways = {name: _recorded(step, steps, f"{stage.name}: {name}") for name, step in ways.items()}
         rows = time_interleaved(
-            ways, repeats=repeats, device=device, baseline=fused, budget_s=budget_s / len(stages) / len(dtypes), case=stage.name,
+            ways,
+            repeats=repeats,
+            device=device,
+            baseline=fused,
+            budget_s=budget_s / len(stages) / len(dtypes),
+            case=stage.name,
             on_turn=on_turn,
         )
         for row in rows:

@@ -25,7 +25,7 @@ def resident_bytes(field: str, process: int | None = None) -> float:
 
 
 def keep_no_freed_memory() -> None:
-    """Has this process give back blocks of 64 KiB and more as it frees them, at the price of time; nothing where the system cannot.
+    """Has this process give back blocks of 64 KiB and more as it frees them, which takes time; nothing where it cannot.
 
     By default glibc keeps more and more of it in its heap, where pieces between blocks in use serve nobody: resident memory
     would tell of the heap's past, and not of what is needed.

@@ -67,12 +67,15 @@ def simulate_run(folder: Path, scale: Scale, seed: int = 0) -> pd.DataFrame:
         RuntimeError: a part was computed twice, or the run is not complete at the end.
     """
     specs = [
-        PgdSpec(kind="pgd", name=f"attack-{i:02d}", norm="linf", eps=tuple((1 + k) / 255 for k in range(scale.budgets)), steps=20)
+        PgdSpec(
+            kind="pgd", name=f"attack-{i:02d}", norm="linf", eps=tuple((1 + k) / 255 for k in range(scale.budgets)), steps=20
+        )
         for i in range(scale.attacks)
     ]
     tasks = plan_tasks(specs, scale.images, scale.chunk_size)
     manifest = {
-        "schema_version": SCHEMA_VERSION, "fingerprint": "0" * 64,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": "0" * 64,
         "model": {"name": "resnet50", "weights": "RANDOM", "input_size": 224},
         "dataset": {"name": "imagenet-val", "sha256": "0" * 64, "n": scale.images},
         "attacks": [{"name": spec.name, "kind": spec.kind, "norm": spec.norm} for spec in specs],

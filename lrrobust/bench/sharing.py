@@ -128,13 +128,23 @@ def _evaluate(work: SharedWork, folder: Path, rank: int, count: int, begin: Barr
     specs = load_suite(("pgd",), eps=("4/255",), steps=work.steps)
     tasks = plan_tasks(specs, len(images), work.chunk_size)
     manifest = {
-        "schema_version": SCHEMA_VERSION, "fingerprint": _FINGERPRINT,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": _FINGERPRINT,
         "attacks": [{"name": spec.name, "norm": spec.norm} for spec in specs],
         "plan": {"parts": [list(task.part) for task in tasks]},
     }
     begin.wait(timeout=300)
     with RunStore.create_or_resume(folder, manifest, is_shared=True) as store:
         evaluate(
-            network, _CLASSES, images, tasks, store, fingerprint=_FINGERPRINT, device=torch.device("cpu"), part_metadata={},
-            batch_size=work.chunk_size, surrogate=Surrogate(network, _CLASSES, images.labels), sharing=Sharing(rank, count),
+            network,
+            _CLASSES,
+            images,
+            tasks,
+            store,
+            fingerprint=_FINGERPRINT,
+            device=torch.device("cpu"),
+            part_metadata={},
+            batch_size=work.chunk_size,
+            surrogate=Surrogate(network, _CLASSES, images.labels),
+            sharing=Sharing(rank, count),
         )

@@ -87,7 +87,9 @@ def _measure(rows: Iterable[dict[str, object]], summarise: Callable[[pd.DataFram
     with deterministic_float32():
         times, interruption = collect(rows)
     if not len(times) and interruption is None:
-        raise ConfigError("nothing was measured: all that the others are compared with ran out of memory; give a smaller --batch-size")
+        raise ConfigError(
+            "nothing was measured: all that the others are compared with ran out of memory; give a smaller --batch-size"
+        )
     return BenchResult(times, summarise(times) if len(times) else times, interruption)
 
 
@@ -100,8 +102,8 @@ def _with_memory(times: pd.DataFrame, summary: pd.DataFrame, by: str) -> pd.Data
 def bench_operation(request: BenchRequest) -> BenchResult:
     """The local relation operation at the stages of LR-Net-50, forward and backward.
 
-    Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients. In float32, and on
-    a GPU in bfloat16 too.
+    Times as ratios to the fused backend's, peaks (`peak_ratio`) to the bytes of inputs, outputs and gradients. In float32, and
+    on a GPU in bfloat16 too.
     """
 
     def summarise(times: pd.DataFrame) -> pd.DataFrame:
@@ -130,23 +132,26 @@ def bench_gradient_step(request: BenchRequest) -> BenchResult:
         return summary
 
     steps = compare_gradient_steps(
-        request.sizes or SIZES, batch_size=request.batch_size, repeats=request.repeats, budget_s=request.budget_s,
-        device=request.device, on_turn=request.on_turn,
+        request.sizes or SIZES,
+        batch_size=request.batch_size,
+        repeats=request.repeats,
+        budget_s=request.budget_s,
+        device=request.device,
+        on_turn=request.on_turn,
     )
     return _measure(steps, summarise)
 
 
 def bench_attack_loop(request: BenchRequest) -> BenchResult:
     """PGD over its ladder of budgets: ours and its peers; ratios to ours."""
-    return _measure(
-        _on_models(compare_attack_loops, request), lambda times: summarise_attack_loops(times, ["model", "size"])
-    )
+    return _measure(_on_models(compare_attack_loops, request), lambda times: summarise_attack_loops(times, ["model", "size"]))
 
 
 def bench_harness(request: BenchRequest) -> BenchResult:
     """An evaluation beside a bare loop that makes the same passes; ratios to the bare loop."""
     return _measure(
-        _on_models(compare_with_bare_loop, request), lambda times: summarise_times(times, ["model", "size", "case"], BARE, ["outside"])
+        _on_models(compare_with_bare_loop, request),
+        lambda times: summarise_times(times, ["model", "size", "case"], BARE, ["outside"]),
     )
 
 
@@ -154,7 +159,9 @@ def _on_models(compare: Callable[..., Iterator[dict[str, object]]], request: Ben
     """The rows of a comparison on every model and size asked for, which have equal shares of the budget."""
     specs = load_suite((request.attack,))
     if len(specs) != 1 or not isinstance(specs[0], PgdSpec):
-        raise ConfigError(f"--attack: expected one attack of kind pgd, got {request.attack!r}: {', '.join(s.kind for s in specs)}")
+        raise ConfigError(
+            f"--attack: expected one attack of kind pgd, got {request.attack!r}: {', '.join(s.kind for s in specs)}"
+        )
     (spec,) = specs
     cases = [(name, size) for name in request.models for size in request.sizes or (None,)]
     for name, size in cases:
@@ -198,7 +205,7 @@ def bench_report(request: BenchRequest) -> BenchResult:
 
 
 def bench_sharing(request: BenchRequest) -> BenchResult:
-    """One evaluation by one process and by two that share it, on a thread each; ratios to one. Rows that differ are an error."""
+    """One evaluation by one process and by two that share it, on a thread each; ratios to one. Other rows are an error."""
     return _measure(
         compare_sharing(SharedWork(), repeats=request.repeats, on_turn=request.on_turn),
         lambda times: summarise_times(times.assign(case="PGD"), ["case"], "1 process"),
@@ -247,7 +254,9 @@ def markdown_page(title: str, summary: pd.DataFrame, environment: Mapping[str, o
         f"device {environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}."
     )
     meaning = (
-        "`repeats` says how often each was timed, in turns with the others; `ratio` is taken within rounds, `cpu_ratio` likewise of "
-        "CPU times; `spread` is the range of the times by their median."
+        "`repeats` says how often each was timed, in turns with the others; `ratio` is taken within rounds, `cpu_ratio` "
+        "likewise of CPU times; `spread` is the range of the times by their median."
     )
-    return "\n".join([f"# {title}", "", where, meaning if "spread" in summary else "", "", *to_markdown(Table(columns, rows)), ""])
+    return "\n".join(
+        [f"# {title}", "", where, meaning if "spread" in summary else "", "", *to_markdown(Table(columns, rows)), ""]
+    )

@@ -30,7 +30,17 @@ BASELINE_SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
 #: What a manifest says about a session; all else decides rows, and is part of the comparison.
-_SESSION_KEYS = {"fingerprint", "created_at", "command", "class_names", "provenance", "sessions", "request", "position", "copies"}
+_SESSION_KEYS = {
+    "fingerprint",
+    "created_at",
+    "command",
+    "class_names",
+    "provenance",
+    "sessions",
+    "request",
+    "position",
+    "copies",
+}
 
 #: What it says about one model, and no other.
 _MODEL_KEYS = {"model", "training"}
@@ -91,7 +101,11 @@ class Measurement(Record):
         bitmap = np.packbits(is_robust).tobytes().hex()
         accuracy = float(is_robust.mean())
         return cls(
-            attack=attack, norm=norm, eps=None if math.isinf(eps) else eps, n=len(is_robust), robust_accuracy=accuracy,
+            attack=attack,
+            norm=norm,
+            eps=None if math.isinf(eps) else eps,
+            n=len(is_robust),
+            robust_accuracy=accuracy,
             robust=bitmap,
         )
 
@@ -196,8 +210,12 @@ def build_baseline(runs: Sequence[Run], rule: Rule) -> Baseline:
     provenance = manifest.get("provenance") or {}
     made_with = {key: provenance.get(key) for key in ("lrrobust", "python", "platform", "device", "versions")}
     return Baseline(
-        rule=rule, request=_request_of(runs), config_sha256=fingerprint_of(protocol), protocol=protocol,
-        made_with=made_with, models=models,
+        rule=rule,
+        request=_request_of(runs),
+        config_sha256=fingerprint_of(protocol),
+        protocol=protocol,
+        made_with=made_with,
+        models=models,
     )
 
 
@@ -212,8 +230,8 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
             raise StoreError(f"{run.folder} is not complete: repeat its `lrrobust eval` command, it goes on from there")
         if not (run.manifest.get("request") or {}).get("models") or "position" not in run.manifest:
             raise StoreError(
-                f"{run.folder} does not say how it was asked for (in Python, or an older lrrobust), so that it cannot be asked for again: "
-                "make it with `lrrobust eval`"
+                f"{run.folder} does not say how it was asked for (in Python, or an older lrrobust), so that it cannot be "
+                "asked for again: make it with `lrrobust eval`"
             )
     ordered = sorted(runs, key=lambda run: run.manifest["position"])
     first = ordered[0]
@@ -227,8 +245,8 @@ def in_request_order(runs: Sequence[Run]) -> list[Run]:
     is_part = not request.get("surrogates") and len(set(found)) == len(found) and set(found) <= set(expected)
     if found != list(expected) and not is_part:
         raise BaselineError(
-            f"the command evaluated {len(expected)} models ({', '.join(request['models'])}), got the runs of {len(ordered)}: give "
-            "the run of each once"
+            f"the command evaluated {len(expected)} models ({', '.join(request['models'])}), got the runs of {len(ordered)}: "
+            "give the run of each once"
         )
     return ordered
 

@@ -147,7 +147,7 @@ def find_differences(baseline: Baseline, manifests: Sequence[Mapping[str, Any]])
 
 
 def _same_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The protocol of now with what of before lies around the images, where these are the same; and what is to be said of it."""
+    """The protocol of now with what of before lies around the images, where these are the same; and what to say of it."""
     was, found = before["dataset"], now["dataset"]
     if was["sha256"] != found["sha256"]:
         return now, []
@@ -178,9 +178,17 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
     adjusted = _adjust(p_values, [len(lost) + len(gained) for _, _, lost, gained, _ in flipped], baseline.rule)
     comparisons = tuple(
         Comparison(
-            model=model, attack=before.attack, norm=before.norm, eps=before.eps, n=before.n,
-            baseline_robust_accuracy=before.robust_accuracy, robust_accuracy=now.robust_accuracy, lost=lost, gained=gained,
-            p_value=float(p), p_holm=p_holm,
+            model=model,
+            attack=before.attack,
+            norm=before.norm,
+            eps=before.eps,
+            n=before.n,
+            baseline_robust_accuracy=before.robust_accuracy,
+            robust_accuracy=now.robust_accuracy,
+            lost=lost,
+            gained=gained,
+            p_value=float(p),
+            p_holm=p_holm,
             is_regression=p_holm is not None
             and p_holm <= baseline.rule.significance
             # Whole images, so that 2 of 200 is a fall of 0.01.
@@ -190,11 +198,18 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
     )
     verdict: Verdict = "regressed" if any(c.is_regression for c in comparisons) else "passed"
     return CheckResult(
-        baseline=baseline_file, verdict=verdict, reason=_reason(comparisons, baseline), rule=baseline.rule,
-        differences=(), notes=tuple(notes), comparisons=comparisons,
+        baseline=baseline_file,
+        verdict=verdict,
+        reason=_reason(comparisons, baseline),
+        rule=baseline.rule,
+        differences=(),
+        notes=tuple(notes),
+        comparisons=comparisons,
         clean=tuple(
             CleanAccuracy(
-                model=str(run.manifest["model"]["name"]), n=of_model.measurements[0].n, baseline=of_model.clean_accuracy,
+                model=str(run.manifest["model"]["name"]),
+                n=of_model.measurements[0].n,
+                baseline=of_model.clean_accuracy,
                 now=clean_accuracy(run),
             )
             for of_model, run in zip(baseline.models, runs, strict=True)
@@ -208,8 +223,14 @@ def another_comparison(baseline: Baseline, differences: Sequence[str], baseline_
     if all(" changed" in difference for difference in differences):
         advice = "add --weights-may-change if the model is what is under test, or rewrite the baseline with --update"
     return CheckResult(
-        baseline=baseline_file, verdict="another_comparison", rule=baseline.rule, differences=tuple(differences), notes=(),
-        reason=f"not the comparison of the baseline: {'; '.join(differences)}; {advice}", comparisons=(), clean=(),
+        baseline=baseline_file,
+        verdict="another_comparison",
+        rule=baseline.rule,
+        differences=tuple(differences),
+        notes=(),
+        reason=f"not the comparison of the baseline: {'; '.join(differences)}; {advice}",
+        comparisons=(),
+        clean=(),
     )
 
 
@@ -242,7 +263,8 @@ def require_sensitivity(baseline: Baseline, baseline_file: str) -> None:
             raise BaselineError(
                 f"a check against {baseline_file} could never fail: at most {most} of its {n} images are robust at any attack "
                 f"and eps for {of_model.name}, and so few may be lost (significance {baseline.rule.significance:g}, floor "
-                f"{100 * baseline.rule.floor:g} points); make a baseline of more images or smaller eps, or lower the floor{others}"
+                f"{100 * baseline.rule.floor:g} points); make a baseline of more images or smaller eps, or lower the "
+                f"floor{others}"
             )
 
 

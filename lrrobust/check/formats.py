@@ -258,7 +258,8 @@ def _clean(c: CleanAccuracy) -> str:
 def _sentence(c: Comparison) -> str:
     return (
         f"{c.model} under {c.attack}, {_eps(c)}: robust accuracy fell from {100 * c.baseline_robust_accuracy:.1f} % to "
-        f"{100 * c.robust_accuracy:.1f} % of {c.n} images ({len(c.lost)} lost, {len(c.gained)} gained, p = {c.p_holm:.2g} after Holm)"
+        f"{100 * c.robust_accuracy:.1f} % of {c.n} images ({len(c.lost)} lost, {len(c.gained)} gained, p = {c.p_holm:.2g} "
+        "after Holm)"
     )
 
 

@@ -49,4 +49,7 @@ def print_settings(name: str) -> None:
     from lrrobust.attacks.suite import read_settings
 
     # Not through rich, which would break lines where the terminal ends.
-    print(yaml.safe_dump(read_settings(name), sort_keys=False, default_flow_style=None, width=math.inf, allow_unicode=True), end="")
+    print(
+        yaml.safe_dump(read_settings(name), sort_keys=False, default_flow_style=None, width=math.inf, allow_unicode=True),
+        end="",
+    )

@@ -40,7 +40,10 @@ def print_verification(found: Sequence[Verification], is_same_model: bool) -> No
         table.add_row(each.attack, *map(str, counts))
     print_table(table)
     if not found:
-        notice("warning: there was no image to judge: the attacks found none that outlasts the rounding, or the run was not finished")
+        notice(
+            "warning: there was no image to judge: the attacks found none that outlasts the rounding, or the run was not "
+            "finished"
+        )
     if not is_same_model:
         notice("this is not the model that the images were verified with: they need not be adversarial for it")
 
@@ -107,15 +110,30 @@ def print_bench(name: str, result: BenchResult, request: BenchRequest, out: Path
 def print_crosscheck(evaluation: Evaluation, comparison: Comparison, missing: Sequence[str], path: Path) -> None:
     """Ours beside theirs, who could not take part and why; all of it as a CSV file."""
     table = Table(
-        "attack", "eps", "library", "ours", "theirs, judged", "theirs, claimed", "only ours breaks", "only theirs",
-        "difference (points)", "p", title=f"robust accuracy (%), {evaluation.manifest['model']['name']}",
+        "attack",
+        "eps",
+        "library",
+        "ours",
+        "theirs, judged",
+        "theirs, claimed",
+        "only ours breaks",
+        "only theirs",
+        "difference (points)",
+        "p",
+        title=f"robust accuracy (%), {evaluation.manifest['model']['name']}",
     )
     for row in comparison.table.itertuples():
         accuracies = (row.robust_accuracy, row.peer_robust_accuracy, row.peer_claimed)
         points = [f"{100 * value:+.1f}" for value in (row.difference, row.low, row.high)]
         table.add_row(
-            row.attack, f"{row.norm} {format_eps(row.eps, row.norm)}", row.peer, *(f"{100 * a:.1f}" for a in accuracies),
-            str(row.only_ours), str(row.only_peer), f"{points[0]} ({points[1]} to {points[2]})", f"{row.p_value:.3g}",
+            row.attack,
+            f"{row.norm} {format_eps(row.eps, row.norm)}",
+            row.peer,
+            *(f"{100 * a:.1f}" for a in accuracies),
+            str(row.only_ours),
+            str(row.only_peer),
+            f"{points[0]} ({points[1]} to {points[2]})",
+            f"{row.p_value:.3g}",
         )
     if len(comparison.table):
         print_table(table)

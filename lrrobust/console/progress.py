@@ -55,7 +55,11 @@ def _notice_slow_bf16(device: torch.device) -> None:
 def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading images, gone when it is done; yields the callback that moves it."""
     bar = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=streams.notices, transient=True,
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=streams.notices,
+        transient=True,
         disable=not streams.notices.is_terminal,
     )
     with bar:
@@ -66,8 +70,13 @@ def scanning(what: str) -> Iterator[Callable[[int, int], None]]:
 def _build_bar(*columns: ProgressColumn | str) -> Progress:
     """A bar for long work on a terminal; `state` of its task is free text."""
     return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}", markup=False), TimeElapsedColumn(), *columns,
-        console=streams.notices, disable=not streams.notices.is_terminal,
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeElapsedColumn(),
+        *columns,
+        console=streams.notices,
+        disable=not streams.notices.is_terminal,
     )
 
 

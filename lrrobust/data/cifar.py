@@ -57,9 +57,7 @@ _EDITIONS = (
 )
 
 #: What `find_batches` has to see of a tree.
-CIFAR_SUFFIXES = tuple(
-    f"/{file}" for edition in _EDITIONS for file in (*sum(edition.batches.values(), ()), edition.names)
-)
+CIFAR_SUFFIXES = tuple(f"/{file}" for edition in _EDITIONS for file in (*sum(edition.batches.values(), ()), edition.names))
 
 
 def find_batches(tree: FileTree) -> list[tuple[str, _Edition]]:

@@ -69,7 +69,9 @@ def match_classes(
         known = set(map(composed, known_classes))
         label_of = {wnid: label for wnid, label in label_of.items() if wnid in known}
     labels = [label_of.get(composed(wnid)) for wnid in wnids]
-    return [position for position, label in enumerate(labels) if label is not None], [label for label in labels if label is not None]
+    return [position for position, label in enumerate(labels) if label is not None], [
+        label for label in labels if label is not None
+    ]
 
 
 def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str]]) -> dict[str, str]:
@@ -92,8 +94,8 @@ def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str
     for classes in class_lists:
         if numbers != list(range(len(classes))):
             raise DataError(
-                "the classes are numbers, and no positions among those of the model: expected each of "
-                f"0 to {len(classes) - 1}, found {len(numbers)} from {numbers[0]} to {numbers[-1]}; take the whole data set, or "
+                "the classes are numbers, and no positions among those of the model: expected each of 0 to "
+                f"{len(classes) - 1}, found {len(numbers)} from {numbers[0]} to {numbers[-1]}; take the whole data set, or "
                 "call classes by their names"
             )
         if list(classes) != sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):

@@ -212,8 +212,11 @@ class FileTree(ABC):
         said = [name for name in lost if name.lower().endswith(self._suffixes) or "." not in posixpath.basename(name)]
         if said:
             _log.warning(
-                "%s: passed over %d links, such as %r: they lead to folders, to what is no image, or out of it; pack the files themselves",
-                self.path, len(said), said[0],
+                "%s: passed over %d links, such as %r: they lead to folders, to what is no image, or out of it; pack the "
+                "files themselves",
+                self.path,
+                len(said),
+                said[0],
             )
 
     def _check_size(self, name: str, size_bytes: int) -> None:
@@ -243,8 +246,11 @@ class FolderTree(FileTree):
         said = sorted(name for name in lost if name.lower().endswith(self._suffixes))
         if said:
             _log.warning(
-                "%s: passed over %d images that are no files, such as %r: links that lead nowhere, or pipes; mend or remove them",
-                path, len(said), said[0],
+                "%s: passed over %d images that are no files, such as %r: links that lead nowhere, or pipes; mend or remove "
+                "them",
+                path,
+                len(said),
+                said[0],
             )
 
     def read(self, name: str) -> bytes:

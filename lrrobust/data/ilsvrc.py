@@ -118,7 +118,5 @@ def _read_synsets(meta: bytes, devkit: Path) -> dict[int, str]:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         wnid_of = {int(id_): str(wnid) for id_, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
     except Exception as error:  # the reader raises whatever strikes it on damaged bytes
-        raise DataError(
-            f"{devkit}: cannot read {_META} ({type(error).__name__}: {error}); download the kit anew"
-        ) from error
+        raise DataError(f"{devkit}: cannot read {_META} ({type(error).__name__}: {error}); download the kit anew") from error
     return {id_: wnid for id_, wnid in wnid_of.items() if 1 <= id_ <= _CLASS_COUNT}

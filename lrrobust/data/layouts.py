@@ -78,9 +78,7 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
     """
     names = tree.names
     annotations = {
-        posixpath.dirname(name): _read_annotations(tree, name)
-        for name in names
-        if posixpath.basename(name) == _ANNOTATIONS
+        posixpath.dirname(name): _read_annotations(tree, name) for name in names if posixpath.basename(name) == _ANNOTATIONS
     }
     groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
     ignored_count = tree.ignored_count
@@ -235,9 +233,7 @@ def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if len(fields) < 2 or not fields[0] or not fields[1].strip():
-            raise DataError(
-                f"{tree.path}: {name!r}, line {number}: expected a file name, a tab and a class, found {line!r}"
-            )
+            raise DataError(f"{tree.path}: {name!r}, line {number}: expected a file name, a tab and a class, found {line!r}")
         wnid = fields[1].strip()
         if (before := wnid_of.setdefault(fields[0], wnid)) != wnid:
             raise DataError(

@@ -104,9 +104,7 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
             path_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count
             unread += labelling.unread
-            files += [
-                TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files
-            ]
+            files += [TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files]
         for other in sorted(path_of.keys() & set(SPLIT_FOLDERS) - {chosen_split}):
             if chosen_split is not None:
                 raise DataError(
@@ -117,7 +115,11 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
     if unread:
         _log.warning(
             "%s: passed over %d files in class folders (%s), as only those that end in %s are read: if they are images, "
-            "convert them to PNG", ",".join(names), unread.total(), describe_unread(unread), ", ".join(IMAGE_SUFFIXES),
+            "convert them to PNG",
+            ",".join(names),
+            unread.total(),
+            describe_unread(unread),
+            ", ".join(IMAGE_SUFFIXES),
         )
     name = ",".join(names)
     try:

@@ -65,7 +65,9 @@ def read_indices(path: str | Path) -> list[int]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"index file {path}: expected text with one integer a line, found {reason[:1].lower()}{reason[1:]}") from error
+        raise DataError(
+            f"index file {path}: expected text with one integer a line, found {reason[:1].lower()}{reason[1:]}"
+        ) from error
     line_of: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()

@@ -72,7 +72,9 @@ def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
     if images.layout != torch.strided or images.is_meta:
         raise ValueError("expected images with values in a dense tensor")
     if images.ndim != 4 or images.dtype != torch.float32 or not images.numel():
-        raise ValueError(f"expected at least one float32 image, (N, C, H, W), got {tuple(images.shape)}, {images.dtype}: images.float()")
+        raise ValueError(
+            f"expected at least one float32 image, (N, C, H, W), got {tuple(images.shape)}, {images.dtype}: images.float()"
+        )
     least, largest = (float(bound) for bound in images.aminmax())
     # Written so that NaN is refused.
     if not (least >= 0 and largest <= 1):

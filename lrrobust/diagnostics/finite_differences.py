@@ -29,11 +29,12 @@ TOLERANCE = 0.1
 
 #: The same in float32, where shorter changes are lost to rounding. Along them networks bend, and slopes may be nearly zero: the
 #: disagreement is then measured over several directions, by the size of the gradient, of which it is 0.03 to 0.1 on most sound
-#: networks, and at most 0.3 on a thousand images, behind a median. Where a tenth of the slopes stay the same by chance, as behind
-#: float16, three quarters of the images do so once in 10,000.
+#: networks, and at most 0.3 on a thousand images, behind a median. Where a tenth of the slopes stay the same by chance, as
+#: behind #: float16, three quarters of the images do so once in 10,000.
 ROUGH_LENGTHS, ROUGH_DIRECTIONS, ROUGH_TOLERANCE, ROUGH_SHARE = (2.5e-4, 1e-4), 8, 0.3, 0.75
 
-#: Share of images on which they may disagree by more: 3 of 4092 on small networks of rectifiers and pooling do. Two of eight fail.
+#: Share of images on which they may disagree by more: 3 of 4092 on small networks of rectifiers and pooling do. Two of eight
+#: fail.
 TOLERATED_DIFFERING = 0.01
 
 
@@ -91,9 +92,12 @@ def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
         f"{by}{how}"
     )
     if passed is False:
-        detail += ": attacks follow a gradient that is not the model's, or a part of it, and what they leave standing shows little"
+        detail += (
+            ": attacks follow a gradient that is not the model's, or a part of it, and what they leave standing shows little"
+        )
     elif passed is None:
-        detail += f"; of {len(labels)} images no more have a slope to compare with, and {fewest} are needed: it is left to other checks"
+        detail += f"; of {len(labels)} images no more have a slope to compare with, and {fewest} are needed"
+        detail += ": it is left to other checks"
     yield Diagnostic(name="finite_differences", passed=passed, detail=f"{detail}.")
 
 
@@ -164,5 +168,7 @@ class _Losses:
     def _of(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.network(images)
         if self.is_exact and logits.dtype != torch.float64:
-            raise TypeError(f"it answers in {logits.dtype} all the same, which hides differences so small".replace("torch.", ""))
+            raise TypeError(
+                f"it answers in {logits.dtype} all the same, which hides differences so small".replace("torch.", "")
+            )
         return log_odds(logits, labels)

@@ -41,7 +41,9 @@ def check_late_breaks(subject: Subject) -> Iterator[Diagnostic]:
     for outcomes in subject.outcomes:
         if is_climber(outcomes.spec) and any(eps > 0 for eps in outcomes.eps):
             passed, detail = _look(outcomes)
-            yield Diagnostic(name="late_breaks", passed=passed, detail=detail, attack=outcomes.spec.name, norm=outcomes.spec.norm)
+            yield Diagnostic(
+                name="late_breaks", passed=passed, detail=detail, attack=outcomes.spec.name, norm=outcomes.spec.norm
+            )
 
 
 def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
@@ -56,7 +58,8 @@ def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
             "they break images says nothing of convergence."
         )
         return None, detail
-    # At the smallest budget that breaks an image: on a GPU larger ones are attacked beside it, and their passes tell of nothing.
+    # At the smallest budget that breaks an image: on a GPU larger ones are attacked beside it, and their passes tell of
+    # nothing.
     is_broken_before = np.zeros_like(outcomes.is_broken)
     is_broken_before[1:] = np.logical_or.accumulate(outcomes.is_broken)[:-1]
     is_new = outcomes.is_broken & outcomes.is_attacked & ~is_broken_before

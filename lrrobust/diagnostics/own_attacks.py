@@ -68,6 +68,4 @@ def new_starts(norm: Norm, steps: int, name: str) -> tuple[NewStart, ...]:
 
 def single_step(norm: Norm) -> PgdSpec:
     """One gradient step across the whole ball, from the image."""
-    return PgdSpec(
-        name="single_step", kind="pgd", norm=norm, eps=(0.0,), steps=1, step_size_ratio=1.0, random_start=False
-    )
+    return PgdSpec(name="single_step", kind="pgd", norm=norm, eps=(0.0,), steps=1, step_size_ratio=1.0, random_start=False)

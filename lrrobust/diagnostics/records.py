@@ -89,8 +89,8 @@ def other_rules(run: Run) -> str | None:
     if version == DIAGNOSTICS_VERSION:
         return None
     return (
-        f"its diagnostics are of version {version}, and only those of version {DIAGNOSTICS_VERSION} count: the same eval command, "
-        "without --no-diagnostics, makes them anew"
+        f"its diagnostics are of version {version}, and only those of version {DIAGNOSTICS_VERSION} count: the same eval "
+        "command, without --no-diagnostics, makes them anew"
     )
 
 

@@ -124,9 +124,7 @@ def _is_made(attack: NewStart, subject: Subject) -> bool:
     return not attack.is_narrowed or len(subject.predicted) > 1
 
 
-def _strike_survivors(
-    subject: Subject, norm: NormOutcomes, eps: float, attacks: Sequence[NewStart], budgets: int
-) -> _Level:
+def _strike_survivors(subject: Subject, norm: NormOutcomes, eps: float, attacks: Sequence[NewStart], budgets: int) -> _Level:
     standing = np.flatnonzero(~norm.broke(eps))
     in_sample = int((standing < len(subject)).sum())
     done, end = 0, in_sample

@@ -55,7 +55,8 @@ class Subject:
         outcomes: of all images correct when clean; the sample's come first.
         load: images, labels and keys of some of all of these, by their places.
         fingerprint: of the run; random numbers derive from it.
-        eot_iter: passes that attacks average over at least: as many as the run's, so that none meets less of a randomised model.
+        eot_iter: passes that attacks average over at least: as many as the run's, so that none meets less of a randomised
+            model.
         predicted: classes that the model takes images for, ascending, see `lrrobust.diagnostics.outcomes.predicted_classes`.
     """
 
@@ -93,9 +94,7 @@ class Subject:
         images, labels, keys = self.load(places)
         return replace(self, images=images, labels=labels, keys=keys, outcomes=())
 
-    def strike(
-        self, spec: AttackSpec, eps: float, places: NDArray[np.int64], classes: Sequence[int] | None = None
-    ) -> Strike:
+    def strike(self, spec: AttackSpec, eps: float, places: NDArray[np.int64], classes: Sequence[int] | None = None) -> Strike:
         """Attacks some images of the sample at one eps; every claim is judged as in a run, the first success kept.
 
         Starts differ from those of the run, as they do from spec to spec: they depend on the spec's name.

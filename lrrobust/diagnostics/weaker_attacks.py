@@ -222,8 +222,8 @@ def _rows_of_black_box(subject: Subject, attack: Outcomes, by_gradient: NormOutc
         at = max(levels, key=lambda at: at.only / max(at.n, 1))
     passed = results[at.eps]
     detail = (
-        f"At eps {format_eps(at.eps, norm)}, where most are found, {name} breaks {at.only} of {at.n} images that the attacks by "
-        "gradient left standing"
+        f"At eps {format_eps(at.eps, norm)}, where most are found, {name} breaks {at.only} of {at.n} images that the attacks "
+        "by gradient left standing"
     )
     if at.looked_at:
         detail += f", the strongest of them and plain PGD on {at.looked_at} images that not all of these were let at"
@@ -238,5 +238,7 @@ def _meant(norm: NormOutcomes) -> str:
 
 def _if_masked(passed: bool | None) -> str:
     if passed is False:
-        return ": an attack without gradients must not beat those with them, so gradients are masked, or those attacks are weak."
+        return (
+            ": an attack without gradients must not beat those with them, so gradients are masked, or those attacks are weak."
+        )
     return "."

@@ -46,9 +46,7 @@ def climbed(spec: AttackSpec) -> tuple[Loss, int]:
     return ("margin" if is_margin and target == "none" else "log_odds"), 1
 
 
-def promised_rise(
-    subject: Subject, points: torch.Tensor, loss: Loss, norm: Norm, eps: float, targets: int = 1
-) -> torch.Tensor:
+def promised_rise(subject: Subject, points: torch.Tensor, loss: Loss, norm: Norm, eps: float, targets: int = 1) -> torch.Tensor:
     """Rise of the loss that its gradient at points promises within eps, as a share of the rise that it takes; float64 (N,).
 
     The log odds log sum_{k != y} exp(z_k) - z_y must rise by as much as the image's class leads; the cross-entropy
@@ -97,9 +95,11 @@ def _value_and_rise(logits: torch.Tensor, labels: torch.Tensor, loss: Loss, plac
 def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
     """One result for each attack.
 
-    Those by gradient are asked for the gradient of what it climbs: the log odds, for "ce" too, see `lrrobust.attacks.losses.log_odds`, the
+    Those by gradient are asked for the gradient of what it climbs: the log odds, for "ce" too, see
+        `lrrobust.attacks.losses.log_odds`, the
     margin, or the leads of several classes, of which one with a gradient is enough. Where the plain cross-entropy has none and
-    this does, the result says so and passes: nothing that was attacked suffered by it. Black-box attacks follow the margin, which
+    this does, the result says so and passes: nothing that was attacked suffered by it. Black-box attacks follow the margin,
+        which
     must not be the same at several corners of the ball, as behind a model that answers with nothing but its class.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, section 4.8; near zeros by saturation:
@@ -153,9 +153,10 @@ def _follows_answers(subject: Subject, spec: AttackSpec, eps: float) -> Diagnost
     constant = int(((torch.stack(margins).amax(0) == torch.stack(margins).amin(0)) & is_own).sum())
     passed = is_tolerable(constant, len(subject), TOLERATED_ZEROS)
     detail = (
-        f"At {CORNERS} corners of the ball of eps {format_eps(eps, spec.norm)} the margin that {spec.name} follows is one and the "
-        f"same for {constant} of {len(subject)} images"
+        f"At {CORNERS} corners of the ball of eps {format_eps(eps, spec.norm)} the margin that {spec.name} follows is one and "
+        f"the same for {constant} of {len(subject)} images"
     )
     if passed is False:
-        detail += ": there the model's answers tell it no more than the class, and what it leaves standing shows nothing; hop_skip_jump needs no more"
+        detail += ": there the model's answers tell it no more than the class, and what it leaves standing shows nothing"
+        detail += "; hop_skip_jump needs no more"
     return Diagnostic(name="zero_gradient", passed=passed, detail=f"{detail}.", attack=spec.name, norm=spec.norm)

@@ -87,7 +87,14 @@ def attack_chunk(
     ladder = [
         AtEps(*at_eps)
         for at_eps in zip(
-            attack.ladder, wall_s, forwarded, backwarded, outcomes.last_prediction, outcomes.last_margin, outcomes.is_rejected, strict=True
+            attack.ladder,
+            wall_s,
+            forwarded,
+            backwarded,
+            outcomes.last_prediction,
+            outcomes.last_margin,
+            outcomes.is_rejected,
+            strict=True,
         )
     ]
     if attack.ladder == (math.inf,):
@@ -100,8 +107,14 @@ def attack_chunk(
 
 
 def _run_attack(
-    run: RunSettings, attack: Attack, spec: AttackSpec, batch: ChunkImages, outcomes: Outcomes, rows: torch.Tensor,
-    levels: torch.Tensor, chunk: Chunk,
+    run: RunSettings,
+    attack: Attack,
+    spec: AttackSpec,
+    batch: ChunkImages,
+    outcomes: Outcomes,
+    rows: torch.Tensor,
+    levels: torch.Tensor,
+    chunk: Chunk,
 ) -> Effort:
     """Attacks some rows of a chunk, each at `levels` budgets; what the attack claims is judged and entered."""
     images, labels = batch.images[rows], batch.labels[rows]
@@ -132,7 +145,12 @@ def _run_attack(
 
 
 def _round_and_judge(
-    run: RunSettings, batch: ChunkImages, outcomes: Outcomes, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement,
+    run: RunSettings,
+    batch: ChunkImages,
+    outcomes: Outcomes,
+    rows: torch.Tensor,
+    proposed: torch.Tensor,
+    verdict: Judgement,
     threat: ThreatModel,
 ) -> torch.Tensor:
     """Judges what was found adversarial once more in 8 bits; which of `rows` are broken so within their eps, bool (M,)."""

@@ -55,7 +55,9 @@ class Constancy:
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor) and value.layout == torch.strided
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided
     }
 
 

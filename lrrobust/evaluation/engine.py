@@ -91,6 +91,7 @@ def evaluate(
         DataError: an image can no longer be read.
         StoreError: results cannot be written.
     """
+
     def on_stored(task: Task) -> None:
         if on_task is not None:
             on_task(task, False)
@@ -144,9 +145,7 @@ class _AtHand:
         metadata: what the results must say of the model, once a chunk is loaded.
     """
 
-    def __init__(
-        self, run: RunSettings, reader: Prefetch[ChunkImages], device: torch.device, needs_gradient: bool
-    ) -> None:
+    def __init__(self, run: RunSettings, reader: Prefetch[ChunkImages], device: torch.device, needs_gradient: bool) -> None:
         self.metadata: dict[str, str] = {}
         self._needs_gradient = needs_gradient
         self._run = run
@@ -202,9 +201,7 @@ class _AtHand:
             return self._run.judge.predict(batch.images, batch.labels, batch.keys)
 
 
-def _check_same_model(
-    store: RunStore, known: Task, batch: ChunkImages, clean: Prediction, metadata: Mapping[str, str]
-) -> None:
+def _check_same_model(store: RunStore, known: Task, batch: ChunkImages, clean: Prediction, metadata: Mapping[str, str]) -> None:
     """Raises ModelError unless the rows of a stored task were computed with this model."""
     if "randomised" in metadata:
         return

@@ -52,7 +52,8 @@ class FittingBatch:
                 _log.warning(
                     "out of memory on %s with %d images at once: done again, and gone on with, in batches of half the size, "
                     "halved again where needed; a smaller --batch-size is faster",
-                    self._device, self.size,
+                    self._device,
+                    self.size,
                 )
             self.size = (self.size + 1) // 2
             if self._device.type == "cuda":

@@ -36,9 +36,7 @@ _BEYOND_RANDOM = 10
 PROBABILITY_TOLERANCE = 1e-3
 
 
-def check_model(
-    model: nn.Module, num_classes: int, images: torch.Tensor, needs_gradient: bool = True
-) -> dict[str, str]:
+def check_model(model: nn.Module, num_classes: int, images: torch.Tensor, needs_gradient: bool = True) -> dict[str, str]:
     """Tries the model on a few images before the long work starts.
 
     Args:
@@ -137,7 +135,9 @@ def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: i
                 if is_out_of_memory(error):
                     raise
                 reason = " ".join(str(error).split())[:200]
-                raise ModelError(f"the gradient of the model's logits cannot be computed ({reason}): let forward be differentiable") from error
+                raise ModelError(
+                    f"the gradient of the model's logits cannot be computed ({reason}): let forward be differentiable"
+                ) from error
     if gradient is None:
         raise ModelError(
             "the model's logits carry no gradient to the images (a detach, no_grad or rounding inside?): "

@@ -19,9 +19,9 @@ class Outcomes:
 
     `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
     `prediction`, `margin` and the distances (N,) are its own, infinity where there is none. From budget `breaks_at` (N,) on
-    some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each budget, of the clean image where there was none. Of adversarial images
-    rounded to 8 bits, `quantized` is the nearest verified one, float64 `quantized_at` the budget from which on it counts,
-    infinity where there is none, and `quantized_prediction` its own.
+    some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each budget, of the
+    clean image where there was none. Of adversarial images rounded to 8 bits, `quantized` is the nearest verified one, float64
+    `quantized_at` the budget from which on it counts, infinity where there is none, and `quantized_prediction` its own.
     """
 
     def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
@@ -43,9 +43,7 @@ class Outcomes:
         """Of which images there is a verified adversarial one, bool (N,)."""
         return self.breaks_at.isfinite()
 
-    def enter(
-        self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel
-    ) -> torch.Tensor:
+    def enter(self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> torch.Tensor:
         """Keeps the nearest adversarial image of each row; which rows are broken within their eps by now, bool (M,)."""
         nearest, found = self.distance(threat.norm), verdict.distance(threat.norm)
         is_nearer = verdict.is_adversarial & (found < nearest[rows])
@@ -63,9 +61,7 @@ class Outcomes:
         self.breaks_at[rows] = torch.minimum(self.breaks_at[rows], reached)
         return self.is_broken[rows] & (self.breaks_at[rows] <= eps)
 
-    def enter_quantized(
-        self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel
-    ) -> None:
+    def enter_quantized(self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> None:
         """Keeps the nearest adversarial image of 8 bits of each row."""
         reached = verdict.distance(threat.norm).minimum(torch.as_tensor(threat.eps).to(self.quantized_at))
         is_nearer = verdict.is_adversarial & (reached < self.quantized_at[rows])

@@ -38,9 +38,7 @@ def quantize(images: torch.Tensor, adversarial: torch.Tensor, threat: ThreatMode
     return (levels.to(torch.float32) / 255).view(images.shape)
 
 
-def _shorten(
-    clean: torch.Tensor, found: torch.Tensor, levels: torch.Tensor, budget: torch.Tensor, order: int
-) -> torch.Tensor:
+def _shorten(clean: torch.Tensor, found: torch.Tensor, levels: torch.Tensor, budget: torch.Tensor, order: int) -> torch.Tensor:
     """Undoes as many roundings as it takes to come within the budget; all (N, D), in grey levels."""
     length = (levels - clean).abs()
     nearer = levels - (levels - clean).sign()

@@ -17,8 +17,13 @@ from lrrobust.threat import NORMS, distance
 
 
 def make_rows(
-    batch: ChunkImages, clean: Prediction, outcomes: Outcomes, task: Task, ladder: Sequence[AtEps],
-    earlier: torch.Tensor, in_8_bits: bool,
+    batch: ChunkImages,
+    clean: Prediction,
+    outcomes: Outcomes,
+    task: Task,
+    ladder: Sequence[AtEps],
+    earlier: torch.Tensor,
+    in_8_bits: bool,
 ) -> list[dict[str, Any]]:
     """One row per eps and image.
 
@@ -142,9 +147,16 @@ def make_adversarial_images(batch: ChunkImages, outcomes: Outcomes, task: Task) 
     reached, predictions = outcomes.quantized_at[rows].tolist(), outcomes.quantized_prediction[rows].tolist()
     return [
         AdversarialImage(
-            batch.indices[row], batch.keys[row], batch.wnids[row], int(batch.labels[row]), predictions[place], task.spec.norm,
+            batch.indices[row],
+            batch.keys[row],
+            batch.wnids[row],
+            int(batch.labels[row]),
+            predictions[place],
+            task.spec.norm,
             next((eps for eps in task.spec.eps if reached[place] <= eps), math.inf),
-            **{name: values[place] for name, values in lengths.items()}, clean=pixels[0][place], adversarial=pixels[1][place],
+            **{name: values[place] for name, values in lengths.items()},
+            clean=pixels[0][place],
+            adversarial=pixels[1][place],
         )
         for place, row in enumerate(rows.tolist())
     ]

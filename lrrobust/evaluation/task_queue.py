@@ -173,7 +173,7 @@ def _places(tasks: Sequence[Task], sharing: Sharing | None) -> dict[Chunk, int]:
 
 
 def _needed(tasks: Sequence[Task]) -> dict[str, list[Task]]:
-    """By name: the tasks before it on the same chunk and in the same norm, for those that leave alone what earlier attacks broke."""
+    """By name: the tasks before it on the same chunk and in the same norm, for those that meet survivors only."""
     before: dict[Chunk, list[Task]] = {}
     needed = {}
     for task in tasks:

@@ -46,7 +46,9 @@ class Classifier:
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
-            raise ModelError(f"a Classifier needs the names of its classes, got the text {self.classes!r}: give them as a tuple")
+            raise ModelError(
+                f"a Classifier needs the names of its classes, got the text {self.classes!r}: give them as a tuple"
+            )
         object.__setattr__(self, "classes", tuple(self.classes))
         no_name = next((name for name in self.classes if not isinstance(name, str)), None)
         if no_name is not None:

@@ -1,9 +1,9 @@
 """Names to networks, and names to classifiers ready to be evaluated.
 
-    lr_resnet50             one of ours, with the weights shipped in the package
-    vgg16, torchvision:NAME a torchvision model; its weights are downloaded by torchvision
-    timm:NAME               a timm model, of the optional extra; its weights are downloaded by timm
-    path/to/file.py:factory your own: a function without arguments that returns a `Classifier`
+lr_resnet50             one of ours, with the weights shipped in the package
+vgg16, torchvision:NAME a torchvision model; its weights are downloaded by torchvision
+timm:NAME               a timm model, of the optional extra; its weights are downloaded by timm
+path/to/file.py:factory your own: a function without arguments that returns a `Classifier`
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def load_classifier(
 # --- ours --------------------------------------------------------------------------------------------
 
 
-def _load_own(
-    name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None
-) -> Classifier:
+def _load_own(name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None) -> Classifier:
     if weights == NO_WEIGHTS:
         return _random_classifier(name, build_network(name, len(_need(classes, name))), _need(classes, name))
     shipped = SHIPPED_WEIGHTS.get(name, {})
@@ -192,7 +190,9 @@ def _load_torchvision(
         if ":" in name:
             raise ModelError(f"unknown model {name!r}: expected path/to/file.py:factory, timm:NAME or torchvision:NAME")
         if Path(name).suffix in (".safetensors", ".pt", ".pth"):
-            raise ModelError(f"unknown model {name!r}: weights are given with --weights, the network that they fit with --model")
+            raise ModelError(
+                f"unknown model {name!r}: weights are given with --weights, the network that they fit with --model"
+            )
         known = [*NETWORKS, *models.list_models(module=models)]
         raise UnknownNameError("model", name, known, "timm:NAME, or path/to/file.py:factory for your own")
     if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
@@ -220,9 +220,7 @@ def _load_torchvision(
     )
 
 
-def _load_timm(
-    name: str, weights: str | None, classes: Sequence[str] | None, imagenet_classes: Sequence[str]
-) -> Classifier:
+def _load_timm(name: str, weights: str | None, classes: Sequence[str] | None, imagenet_classes: Sequence[str]) -> Classifier:
     import_torchvision()
     try:
         import timm

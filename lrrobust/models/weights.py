@@ -214,7 +214,9 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach()
-        tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).cpu().contiguous().resolve_conj().resolve_neg()
+        tensor = (
+            (tensor if tensor.layout == torch.strided else tensor.to_dense()).cpu().contiguous().resolve_conj().resolve_neg()
+        )
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # Of torch's quantised types the scale belongs to the values; seen as bytes in place they are memory out of bounds.
         if tensor.is_quantized:
@@ -332,12 +334,16 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             # What has names of its own, such as means and deviations, is no other state of the network.
             states = [key for key in states if key == usual or _bare(content[key]) & _bare(content[usual])]
         if len(states) > 1:
-            raise WeightsError(f"{path} holds several state dicts ({', '.join(map(str, states))}): save the one that is meant alone")
+            raise WeightsError(
+                f"{path} holds several state dicts ({', '.join(map(str, states))}): save the one that is meant alone"
+            )
         if states:
             content = content[states[0]]
     if not _is_state(content):
         found = ", ".join(map(str, content))[:100] or "nothing" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise WeightsError(f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()")
+        raise WeightsError(
+            f"{path} holds no state dict: expected names mapped to tensors, found {found}; save the network's state_dict()"
+        )
     # DistributedDataParallel prefixes every key; where only some have it, others of their names may be there as well.
     is_prefixed = all(key.startswith("module.") for key in content)
     return {key.removeprefix("module." if is_prefixed else ""): tensor for key, tensor in content.items()}

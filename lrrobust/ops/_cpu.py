@@ -63,8 +63,8 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             if not _Cache._is_failure_said:
-                reason = f"{self.cache_path} cannot be written ({error.strerror})"
-                print(f"lrrobust: {reason}: the next start compiles again; NUMBA_CACHE_DIR can name another folder", file=sys.stderr)
+                reason = f"{self.cache_path} cannot be written ({error.strerror}): the next start compiles again"
+                print(f"lrrobust: {reason}; NUMBA_CACHE_DIR can name another folder", file=sys.stderr)
                 _Cache._is_failure_said = True
 
 
@@ -799,7 +799,8 @@ class _Announcement(event.Listener):
             which = "forward" if dispatcher is _forward_range else "backward"
             folder = dispatcher.stats.cache_path
             kept = f"kept in {folder}" if folder else "not kept: no folder can be written, NUMBA_CACHE_DIR can name one"
-            print(f"lrrobust: compiling the local relation's {which} pass for this processor ({kept})", file=sys.stderr, flush=True)
+            said = f"lrrobust: compiling the local relation's {which} pass for this processor ({kept})"
+            print(said, file=sys.stderr, flush=True)
 
     def on_end(self, event) -> None:
         pass

@@ -30,8 +30,8 @@ def build_operation(
     precision and float32 side by side and sum in float32.
 
     Args:
-        forward: (query, key, value, geometry, stride, dilation, similarity, per_group) -> (output, *saved), with annotations, of
-            which torch makes the operation's signature; `saved` is what the backward pass wants to have again.
+        forward: (query, key, value, geometry, stride, dilation, similarity, per_group) -> (output, *saved), with annotations,
+            of which torch makes the operation's signature; `saved` is what the backward pass wants to have again.
         backward: (query, key, value, geometry, *saved, grad_out, stride, dilation, similarity, per_group, needs_geometry) ->
             gradients of the four tensors; that of the geometry is empty where it is not needed.
         allocate_outputs: (query, value) -> what `forward` returns, by shape, dtype and layout.

@@ -184,9 +184,9 @@ def _backward_outputs_kernel(
     q = tl.load(query + (n * QN + y * QY + x * QX)[None, :] + alone[:, None] * QG, mask=exists_2d, other=0.0).to(tl.float32)
     largest = tl.load(maximum + at, mask=exists_2d, other=0.0)
     share = tl.load(normaliser + at, mask=exists_2d, other=0.0)
-    grad = tl.load(
-        grad_out + (n * ON + y * OY + x * OX)[None, :, None] + c[:, None, :] * OC, mask=exists_3d, other=0.0
-    ).to(tl.float32)
+    grad = tl.load(grad_out + (n * ON + y * OY + x * OX)[None, :, None] + c[:, None, :] * OC, mask=exists_3d, other=0.0).to(
+        tl.float32
+    )
     keys = key + (n * KN)[None, :] + alone[:, None] * KG
     values = value + (n * VN)[None, :, None] + c[:, None, :] * VC
     # d score / d query is needed up to what all neighbours have in common, since the weights' gradients sum to zero: keys
@@ -265,9 +265,9 @@ def _backward_inputs_kernel(
     exists_3d = exists_2d[:, :, None] & has_channel[:, None, :]
 
     k = tl.load(key + (n * KN + y * KY + x * KX)[None, :] + alone[:, None] * KG, mask=exists_2d, other=0.0).to(tl.float32)
-    v = tl.load(
-        value + (n * VN + y * VY + x * VX)[None, :, None] + c[:, None, :] * VC, mask=exists_3d, other=0.0
-    ).to(tl.float32)
+    v = tl.load(value + (n * VN + y * VY + x * VX)[None, :, None] + c[:, None, :] * VC, mask=exists_3d, other=0.0).to(
+        tl.float32
+    )
     queries = query + (n * QN)[None, :] + alone[:, None] * QG
     grads = grad_out + (n * ON)[None, :, None] + c[:, None, :] * OC
     outputs = (n * (OUT_HEIGHT * OUT_WIDTH * GROUPS))[None, :] + alone[:, None]
@@ -384,7 +384,8 @@ def _launch(kernel, positions: Tensor, arguments: dict[str, Any]) -> None:
     _run(kernel, grid, arguments | blocks, warps)
 
 
-#: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors, and numbers.
+#: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors, and
+#: numbers.
 _compiled: dict[tuple, Any] = {}
 
 #: From 3.3 on a compiled kernel takes the arguments of its source, constants among them.

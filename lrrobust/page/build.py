@@ -316,7 +316,9 @@ def _settings(spec: Mapping[str, Any]) -> str:
     """All that an attack was told, its name aside."""
     told = {key: value for key, value in spec.items() if key != "name" and value is not None}
     if isinstance(told.get("eps"), list):
-        told["eps"] = ", ".join(format_eps(eps, spec.get("norm")) if isinstance(eps, float) else str(eps) for eps in told["eps"])
+        told["eps"] = ", ".join(
+            format_eps(eps, spec.get("norm")) if isinstance(eps, float) else str(eps) for eps in told["eps"]
+        )
     return "; ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items())
 
 
@@ -343,7 +345,9 @@ def _provenance(name: str, run: Run) -> _Provenance:
         "threads": environment.get("threads"),
         "python": environment.get("python"),
     }
-    facts |= {f"attack {spec.get('name')}": _settings(spec) for spec in manifest.get("attacks", []) if isinstance(spec, Mapping)}
+    facts |= {
+        f"attack {spec.get('name')}": _settings(spec) for spec in manifest.get("attacks", []) if isinstance(spec, Mapping)
+    }
     versions = environment.get("versions")
     if isinstance(versions, Mapping):
         facts["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items() if version)

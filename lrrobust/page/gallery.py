@@ -90,9 +90,7 @@ def build_gallery(runs: Mapping[str, Run], labels: Mapping[str, str]) -> Gallery
     rows = {name: run.rows[run.rows["index"].isin(chosen)].to_dict("records") for name, run in runs.items()}
     shown = {}
     for attack in attacks:
-        of_attack = {
-            name: {e.index: e for e in examples[attack]} for name, examples in kept.items() if attack in examples
-        }
+        of_attack = {name: {e.index: e for e in examples[attack]} for name, examples in kept.items() if attack in examples}
         shown[attack] = [_show(index, attack, of_attack, runs, rows, labels) for index in chosen if _is_known(index, of_attack)]
     return Gallery(shown, missing, None)
 

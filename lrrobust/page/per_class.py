@@ -15,7 +15,18 @@ from lrrobust.stats import wilson_interval
 
 #: One row for each run, attack, eps and class; accuracies and interval as fractions over the class's images.
 PER_CLASS_COLUMNS = (
-    "run", "attack", "norm", "eps", "label", "wnid", "class", "n", "clean_accuracy", "robust_accuracy", "ci_low", "ci_high",
+    "run",
+    "attack",
+    "norm",
+    "eps",
+    "label",
+    "wnid",
+    "class",
+    "n",
+    "clean_accuracy",
+    "robust_accuracy",
+    "ci_low",
+    "ci_high",
 )
 
 
@@ -35,9 +46,11 @@ def summarise_classes(runs: Mapping[str, Run]) -> pd.DataFrame:
             }
         )
         keys = ["attack", "norm", "eps", "label"]
-        counts = rows.groupby(keys).agg(
-            wnid=("wnid", "first"), n=("clean", "size"), clean=("clean", "sum"), robust=("robust", "sum")
-        ).reset_index()
+        counts = (
+            rows.groupby(keys)
+            .agg(wnid=("wnid", "first"), n=("clean", "size"), clean=("clean", "sum"), robust=("robust", "sum"))
+            .reset_index()
+        )
         order = {attack: place for place, attack in enumerate(pd.unique(rows["attack"]))}
         counts = counts.sort_values(["attack", "eps", "label"], key=lambda c: c.map(order) if c.name == "attack" else c)
         frames.append(counts.assign(run=name, **{"class": [class_name(run, label) for label in counts["label"]]}))

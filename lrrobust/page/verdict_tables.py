@@ -37,10 +37,20 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         detectable = math.inf if c.smallest_detectable is None else c.smallest_detectable
         rows.append(
             [
-                _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), Cell(format_eps(c.eps, c.norm), c.eps),
-                _text(_POPULATIONS[c.population]), _count(c.n), _percent(c.treatment_accuracy), _percent(c.control_accuracy),
-                _points(c.difference), _interval(c.low, c.high), _count(c.treatment_only), _count(c.control_only),
-                _p(c.p_value), _p(c.p_holm), Cell("none" if math.isinf(detectable) else f"{100 * detectable:.1f}", detectable),
+                _text(name_attack(c.attack, c.is_cumulative)),
+                _text(c.norm),
+                Cell(format_eps(c.eps, c.norm), c.eps),
+                _text(_POPULATIONS[c.population]),
+                _count(c.n),
+                _percent(c.treatment_accuracy),
+                _percent(c.control_accuracy),
+                _points(c.difference),
+                _interval(c.low, c.high),
+                _count(c.treatment_only),
+                _count(c.control_only),
+                _p(c.p_value),
+                _p(c.p_holm),
+                Cell("none" if math.isinf(detectable) else f"{100 * detectable:.1f}", detectable),
             ]  # fmt: skip
         )
     return Table(columns, rows)
@@ -54,9 +64,16 @@ def area_table(result: ClaimResult) -> Table:
     ]  # fmt: skip
     rows = [
         [
-            _text(name_attack(c.attack, c.is_cumulative)), _text(c.norm), _text(_POPULATIONS[c.population]), _count(c.n),
-            Cell(format_eps(c.eps[0], c.norm), c.eps[0]), Cell(format_eps(c.eps[-1], c.norm), c.eps[-1]),
-            _percent(c.treatment_area), _percent(c.control_area), _points(c.difference), _interval(c.low, c.high),
+            _text(name_attack(c.attack, c.is_cumulative)),
+            _text(c.norm),
+            _text(_POPULATIONS[c.population]),
+            _count(c.n),
+            Cell(format_eps(c.eps[0], c.norm), c.eps[0]),
+            Cell(format_eps(c.eps[-1], c.norm), c.eps[-1]),
+            _percent(c.treatment_area),
+            _percent(c.control_area),
+            _points(c.difference),
+            _interval(c.low, c.high),
         ]  # fmt: skip
         for c in result.curves
     ]
@@ -72,10 +89,19 @@ def norm_table(result: ClaimResult) -> Table:
     ]  # fmt: skip
     rows = [
         [
-            _text(c.attack), _text(c.norm), _text(_POPULATIONS[c.population]), _count(c.n),
-            _distance(c.treatment_median, c.norm), _distance(c.control_median, c.norm), _count(c.treatment_failures),
-            _count(c.control_failures), _count(c.treatment_farther), _count(c.control_farther), _p(c.sign_p_value),
-            _p(c.wilcoxon_p_value), Cell(f"{c.rank_biserial:+.2f}", c.rank_biserial),
+            _text(c.attack),
+            _text(c.norm),
+            _text(_POPULATIONS[c.population]),
+            _count(c.n),
+            _distance(c.treatment_median, c.norm),
+            _distance(c.control_median, c.norm),
+            _count(c.treatment_failures),
+            _count(c.control_failures),
+            _count(c.treatment_farther),
+            _count(c.control_farther),
+            _p(c.sign_p_value),
+            _p(c.wilcoxon_p_value),
+            Cell(f"{c.rank_biserial:+.2f}", c.rank_biserial),
         ]  # fmt: skip
         for c in result.norms
     ]

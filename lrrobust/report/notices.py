@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _WARNINGS = {
     "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
     "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
-    "randomised": "the model's logits are random: images stand or break by chance, and attacks may overstate its robustness unless "
-    "they average over enough passes",
+    "randomised": "the model's logits are random: images stand or break by chance, and attacks may overstate its robustness "
+    "unless they average over enough passes",
 }
 
 
@@ -43,14 +43,14 @@ def warnings_with_rejections(run: Run) -> list[str]:
 
 
 def doubt_accuracy(summary: pd.DataFrame, num_classes: int) -> str | None:
-    """What to ask where a run's clean accuracy is no better than guessing: mostly labels or preprocessing are not the network's."""
+    """What to ask where a run's clean accuracy is no better than guessing: mostly labels are not the network's."""
     clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
     correct = round(clean_accuracy * n)
     if wilson_interval(correct, int(n))[0] > 1 / num_classes:
         return None
     return (
-        f"{correct} of {int(n)} images are correct when clean, as guessing among {num_classes} classes might be: is the class list "
-        "in the order of the logits, are the weights trained, does the network normalise as it did in training"
+        f"{correct} of {int(n)} images are correct when clean, as guessing among {num_classes} classes might be: is the class "
+        "list in the order of the logits, are the weights trained, does the network normalise as it did in training"
     )
 
 

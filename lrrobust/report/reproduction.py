@@ -23,7 +23,9 @@ class Reproduction(NamedTuple):
 
     @property
     def how(self) -> str:
-        evaluations = f"the code at commit {', '.join(map(name_commit, self.commits))}" if self.commits else "the versions given"
+        evaluations = (
+            f"the code at commit {', '.join(map(name_commit, self.commits))}" if self.commits else "the versions given"
+        )
         by_hand = f" Made in Python, by no command: {', '.join(self.without_command)}." if self.without_command else ""
         return f"The evaluations with {evaluations}, this report with {self.code}.{by_hand}"
 

@@ -21,11 +21,10 @@ from lrrobust.tables import Cell, Column, Table
 
 #: What the numbers of a summary mean.
 HOW_TO_READ = (
-    "Accuracies in percent of all images; an image misclassified without attack counts as broken. "
-    "Intervals are 95 % Wilson intervals. Distances are medians over the images correct when clean, "
-    "a failed attack counting as infinite. Passes are forward + backward passes through the network, the mean of what "
-    "was spent on an image up to that eps. Time is what was spent at that eps alone; that of an attack which looks for the nearest "
-    "adversarial image stands at eps any."
+    "Accuracies in percent of all images; an image misclassified without attack counts as broken. Intervals are 95 % Wilson "
+    "intervals. Distances are medians over the images correct when clean, a failed attack counting as infinite. Passes are "
+    "forward + backward passes through the network, the mean of what was spent on an image up to that eps. Time is what was "
+    "spent at that eps alone; that of an attack which looks for the nearest adversarial image stands at eps any."
 )
 
 #: What rows of infinite eps mean, where there are any.

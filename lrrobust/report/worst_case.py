@@ -94,9 +94,7 @@ def worst_cases_by_images(
     return found
 
 
-def worst_cases(
-    runs: Mapping[str, Run], budgets: Sequence[Budget] = (), labels: Mapping[Run, str] | None = None
-) -> WorstCases:
+def worst_cases(runs: Mapping[str, Run], budgets: Sequence[Budget] = (), labels: Mapping[Run, str] | None = None) -> WorstCases:
     """Of the runs on one set of images, by name; those that judge images made on another model are left out.
 
     Runs of one network count as one: an image is broken at eps once any attack of the norm, in any of them, has a verified
@@ -187,9 +185,7 @@ def _model(name: str, runs: Mapping[str, Run], labels: Mapping[Run, str]) -> _Mo
     )
 
 
-def _how_to_read(
-    runs: Mapping[str, Run], models: Sequence[_Model], alike: Mapping[str, bool], widest: float
-) -> list[str]:
+def _how_to_read(runs: Mapping[str, Run], models: Sequence[_Model], alike: Mapping[str, bool], widest: float) -> list[str]:
     texts = [
         "Accuracies in percent of all images; an image misclassified without attack counts as broken. Robust accuracy at a "
         "budget is under the worst case of all attacks of its norm in all runs of the model: what any of them breaks is broken."

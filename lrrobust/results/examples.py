@@ -60,9 +60,7 @@ def examples_to_table(examples: Sequence[Example]) -> pa.Table:
         columns["width"].append(width)
         columns["clean"].append(example.clean.astype(np.uint8, casting="safe").tobytes())
         perturbation = example.perturbation
-        columns["perturbation"].append(
-            None if perturbation is None else perturbation.astype("<f2", casting="equiv").tobytes()
-        )
+        columns["perturbation"].append(None if perturbation is None else perturbation.astype("<f2", casting="equiv").tobytes())
     return pa.table(columns, schema=EXAMPLE_SCHEMA)
 
 

@@ -22,7 +22,16 @@ ATTACK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 #: Keys that decide the rows: what the fingerprint of an evaluation covers, as far as they are there.
 IDENTITY_KEYS = (
-    "schema_version", "rows_version", "model", "surrogate", "dataset", "attacks", "plan", "seed", "precision", "real_pixels",
+    "schema_version",
+    "rows_version",
+    "model",
+    "surrogate",
+    "dataset",
+    "attacks",
+    "plan",
+    "seed",
+    "precision",
+    "real_pixels",
 )
 
 _AttackName = Annotated[str, Field(pattern=f"^{ATTACK_NAME}$", max_length=200)]
@@ -135,8 +144,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     # Others than evaluations choose their fingerprints themselves.
     if "rows_version" in manifest and manifest["fingerprint"] != fingerprint_of(identity_of(manifest)):
         raise StoreError(
-            f"{path} was edited: what it says does not have the fingerprint that it names; restore it from a copy, or evaluate anew "
-            "in another folder"
+            f"{path} was edited: what it says does not have the fingerprint that it names; restore it from a copy, or "
+            "evaluate anew in another folder"
         )
     return manifest
 

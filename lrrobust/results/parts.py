@@ -143,9 +143,7 @@ def _bounded(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
-def read_part(
-    path: Path, identity: Mapping[str, str], schema: pa.Schema = SCHEMA
-) -> tuple[pa.Table, dict[str, str]]:
+def read_part(path: Path, identity: Mapping[str, str], schema: pa.Schema = SCHEMA) -> tuple[pa.Table, dict[str, str]]:
     """Rows and metadata of a part.
 
     Raises:

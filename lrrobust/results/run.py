@@ -71,7 +71,9 @@ def load_run(folder: Path) -> Run:
     try:
         folder.resolve().name.encode()
     except UnicodeEncodeError:
-        raise StoreError(f"the name of the run in {str(folder)!r} is not UTF-8, as expected of runs: rename its folder") from None
+        raise StoreError(
+            f"the name of the run in {str(folder)!r} is not UTF-8, as expected of runs: rename its folder"
+        ) from None
     manifest = load_manifest(folder)
     planned = [PartId(*part) for part in manifest.get("plan", {}).get("parts", [])]
     order = {spec["name"]: place for place, spec in enumerate(manifest.get("attacks", []))}
@@ -185,7 +187,8 @@ def find_runs(root: Path) -> list[Path]:
 def _warn_unlisted(error: OSError) -> None:
     _log.warning(
         "cannot look for runs in %s (%s): what lies there is left out; change its permissions, or move it away",
-        error.filename, error.strerror,
+        error.filename,
+        error.strerror,
     )
 
 

@@ -32,9 +32,7 @@ _OUTCOMES_WITH_DISTANCE = ("broken", "broken_at_smaller_eps")
 _BROKEN_OUTCOMES = ("wrong_when_clean", *_OUTCOMES_WITH_DISTANCE, "broken_by_earlier_attack")
 
 
-def _column(
-    name: str, kind: pa.DataType, unit: str, meaning: str, *, nullable: bool = False
-) -> pa.Field:
+def _column(name: str, kind: pa.DataType, unit: str, meaning: str, *, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable, metadata={"unit": unit, "meaning": meaning})
 
 

@@ -102,13 +102,12 @@ class RunStore:
             has_parts = (folder / PARTS).exists()
             has_manifest = (folder / MANIFEST_NAME).exists()
             if has_parts and not has_manifest:
-                raise StoreError(
-                    f"{folder} holds parts of a run but no {MANIFEST_NAME}: restore it, or choose another folder"
-                )
+                raise StoreError(f"{folder} holds parts of a run but no {MANIFEST_NAME}: restore it, or choose another folder")
             manifest = _joined(folder, manifest) if has_manifest else {**manifest, "sessions": []}
             if lock.is_alone and has_manifest:
                 _remove_stale_files(folder)
-            # Of those that share a folder the first writes; all would where there are no locks, all the same but for the session.
+            # Of those that share a folder the first writes; all would where there are no locks, all the same but for the
+            # session.
             if lock.is_alone or not (is_shared and has_manifest):
                 write_file(folder / MANIFEST_NAME, json.dumps(manifest, indent=2).encode())
             with explaining("write", folder):
@@ -130,9 +129,7 @@ class RunStore:
         """Let other processes write to the folder. Closing twice does no harm."""
         self._lock.close()
 
-    def write_part(
-        self, attack: str, start: int, stop: int, table: pa.Table, metadata: Mapping[str, str]
-    ) -> None:
+    def write_part(self, attack: str, start: int, stop: int, table: pa.Table, metadata: Mapping[str, str]) -> None:
         """Commit the rows of one chunk; they survive a crash or power cut once this returns.
 
         Args:

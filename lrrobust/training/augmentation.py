@@ -121,9 +121,7 @@ def augment(images: torch.Tensor, size: int, views: Views, *, are_cropped: bool 
     return change_colours(floats.clamp_(0, 1), views.operation, views.strength)
 
 
-def crop_box(
-    area: float, aspect: float, x: float, y: float, width: int, height: int
-) -> tuple[float, float, float, float]:
+def crop_box(area: float, aspect: float, x: float, y: float, width: int, height: int) -> tuple[float, float, float, float]:
     """Left, upper, right and lower edge in pixels of the crop of an image of width x height; see `Views`."""
     wide = min(math.sqrt(area * aspect * width * height), width)
     high = min(math.sqrt(area / aspect * width * height), height)

@@ -27,8 +27,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
         found = state["identity"]
     except Exception as error:  # torch raises many types on damaged files
         raise WeightsError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): "
-            "delete it to start again, or choose another --out"
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): delete it to start again, or choose another --out"
         ) from None
     if found != identity:
         raise ConfigError(

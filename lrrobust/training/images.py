@@ -55,7 +55,9 @@ class TrainingImages(Protocol):
     def batches(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         """uint8 (n, 3, H, H) of each batch asked for, in order."""
 
-    def whole(self, positions: range, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def whole(
+        self, positions: range, preprocessing: Preprocessing, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of images without augmentation, uint8 (n, 3, H, H), and their labels (n,) on the CPU."""
 
 
@@ -96,7 +98,9 @@ class TrainingSet:
         for batch in batches:
             yield self.images[batch.positions.to(self.images.device, non_blocking=True)]
 
-    def whole(self, positions: range, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def whole(
+        self, positions: range, preprocessing: Preprocessing, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(positions), batch_size):
             part = positions[start : start + batch_size]
             # No list of positions, which a GPU would be waited for to look up.
@@ -186,7 +190,9 @@ class StreamedImages:
             for batch in batches
         )
 
-    def whole(self, positions: range, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def whole(
+        self, positions: range, preprocessing: Preprocessing, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         parts = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
         images = self._load(
             [_Wanted(self.positions[i], preprocessing.input_size, None, preprocessing) for i in part] for part in parts

@@ -44,9 +44,7 @@ def draw_mixing(count: int, spec: MixingSpec, generator: torch.Generator) -> tor
     return torch.stack([own, cut.float(), x, y], 1)
 
 
-def mix(
-    images: torch.Tensor, labels: torch.Tensor, num_classes: int, drawn: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(images: torch.Tensor, labels: torch.Tensor, num_classes: int, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mixes every image with its neighbour: the first with the second, the third with the fourth, and so on.
 
     The order of a batch is random, so neighbours are random partners; and both of a pair are in the same process

@@ -138,9 +138,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter].update(step=0, mean=zeros(parameter), square=zeros(parameter))
             self.state[parameter]["step"] += 1
         gradients = [parameter.grad for parameter in parameters]
-        steps, means, squares = (
-            [self.state[parameter][key] for parameter in parameters] for key in ("step", "mean", "square")
-        )
+        steps, means, squares = ([self.state[parameter][key] for parameter in parameters] for key in ("step", "mean", "square"))
         first, second = group["betas"]
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)

@@ -66,7 +66,9 @@ class RecordedPasses:
             return network.forward
         except RuntimeError as error:
             self._gave_up = True
-            _log.warning("training passes cannot be recorded on %s, and take longer so: %s", images.device, explain_in_brief(error))
+            _log.warning(
+                "training passes cannot be recorded on %s, and take longer so: %s", images.device, explain_in_brief(error)
+            )
             return None
         finally:
             network.__dict__.pop("forward", None)

@@ -100,8 +100,8 @@ class Training:
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{len(self.train_set.labels)} training images, without the {len(self.held_out.labels)} held out, do not fill a "
-                f"batch of {recipe.batch_size}: give more images, or a recipe with a smaller batch_size or holdout"
+                f"{len(self.train_set.labels)} training images, without the {len(self.held_out.labels)} held out, do not fill "
+                f"a batch of {recipe.batch_size}: give more images, or a recipe with a smaller batch_size or holdout"
             )
         self.steps = self.steps_per_epoch * self.epochs
         # The learning rates are those of the whole schedule, wherever this training ends.
@@ -272,9 +272,7 @@ class Training:
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What is left of the batches of an epoch; see `augmented_batches`."""
-        return augmented_batches(
-            self.train_set, self.recipe, len(self.classes), epoch, self.step, self.device, self.ranks
-        )
+        return augmented_batches(self.train_set, self.recipe, len(self.classes), epoch, self.step, self.device, self.ranks)
 
     def _advance(self, epoch: int, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
         """A burst of steps and its bookkeeping; the last loss, and images a second."""

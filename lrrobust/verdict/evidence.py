@@ -182,9 +182,7 @@ class PairedAttack:
         return ~(np.isnan(self.treatment) | np.isnan(self.control))
 
 
-def match_accuracy(
-    treatment: NDArray[np.bool_], control: NDArray[np.bool_], images: NDArray[np.object_]
-) -> NDArray[np.bool_]:
+def match_accuracy(treatment: NDArray[np.bool_], control: NDArray[np.bool_], images: NDArray[np.object_]) -> NDArray[np.bool_]:
     """Images on which both models are equally accurate when clean; (N,) for (N,) correct or not, and (N,) names.
 
     Of the images that only the more accurate model classifies correctly, as many are discarded as it has more than
@@ -223,7 +221,9 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     runs = [run for run in runs if surrogate_of(run) is None]
     treatment, control = _sides(claim, runs)
     if both := [run.folder.name for run in treatment if any(run is other for other in control)]:
-        return [], [NotJudged(claim=claim.name, reason=f"Treatment and control are the same: {', '.join(both)} is a run of both.")]
+        return [], [
+            NotJudged(claim=claim.name, reason=f"Treatment and control are the same: {', '.join(both)} is a run of both.")
+        ]
     missing = [name for name, found in ((claim.treatment, treatment), (claim.control, control)) if not found]
     if missing:
         reason = f"No run of {' or '.join(missing)} is among those given, which are of {_present(runs)}."
@@ -353,9 +353,7 @@ def _rises(rows: pd.DataFrame, image: NDArray[np.int64]) -> NDArray[np.int64]:
     return counts[:-1]
 
 
-def _subsets(
-    treatment: list[Run], control: list[Run]
-) -> list[tuple[str | None, frozenset[str] | None, list[Run], list[Run]]]:
+def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[str | None, frozenset[str] | None, list[Run], list[Run]]]:
     """Sets of images (None: all there are) of one data set that both models have runs on, and the runs that hold them.
 
     Before each its hash; None where the models share no set.

@@ -105,7 +105,8 @@ def judge(evidence: Evidence) -> ClaimResult:
         by_numbers = "refuted"
     # What fails only hinders the verdict that rests on it; where there is none, every failure is worth a word.
     failed = [
-        guard for guard in safeguards
+        guard
+        for guard in safeguards
         if guard.passed is False and (by_numbers == "inconclusive" or by_numbers in guard.withholds)
     ]
     return ClaimResult(
@@ -140,7 +141,9 @@ def _test(rows: Sequence[tuple[PairedAttack, float]], evidence: Evidence) -> Pai
         for row, population in enumerate(POPULATIONS):
             members = evidence.populations[population] & attack.is_finished
             counts[:, row, column] = (
-                (members & treatment & ~control).sum(), (members & control & ~treatment).sum(), members.sum(),
+                (members & treatment & ~control).sum(),
+                (members & control & ~treatment).sum(),
+                members.sum(),
             )
     return compare_pairs(*counts, evidence.claim.significance)
 
@@ -202,9 +205,7 @@ def _curves(evidence: Evidence) -> list[CurveComparison]:
             members = evidence.populations[population] & attack.is_finished
             if not members.any():
                 continue
-            treatment, control = (
-                side[members, None] > np.array(ladder) for side in (attack.treatment, attack.control)
-            )
+            treatment, control = (side[members, None] > np.array(ladder) for side in (attack.treatment, attack.control))
             # From whole numbers per image and eps, so that equal patterns give equal floats and fall together.
             patterns, counts = np.unique(treatment.astype(np.int8) - control, axis=0, return_counts=True)
             low, high = bootstrap_mean_interval(
@@ -389,9 +390,7 @@ def _reasons(
     return tuple(reasons)
 
 
-def _what_would_change(
-    by_numbers: Outcome, failed: Sequence[Safeguard], findings: Findings, more: str, less: str
-) -> str:
+def _what_would_change(by_numbers: Outcome, failed: Sequence[Safeguard], findings: Findings, more: str, less: str) -> str:
     """What a reader who doubts the verdict could do about it."""
     favoured = more if by_numbers == "supported" else less
     names = " and ".join(dict.fromkeys(guard.name.replace("_", " ") for guard in failed))
@@ -432,7 +431,7 @@ def _one_per_norm(rows: Sequence[Comparison], sign: int) -> list[Comparison]:
 
 
 def _power(claim: Claim, decisive: Sequence[Comparison]) -> list[str]:
-    """How small a difference could have been shown at each attack and budget, from where it is smallest to where it is largest."""
+    """How small a difference could have been shown at each attack and budget, from the smallest to the largest."""
     parts = []
     for population in POPULATIONS:
         rows = [row for row in decisive if row.population == population]
@@ -447,7 +446,8 @@ def _power(claim: Claim, decisive: Sequence[Comparison]) -> list[str]:
             text = "no difference at all"
         parts.append(f"{text} on {_IN_WORDS[population]} (n = {max(row.n for row in rows)})")
     return [
-        f"Smallest difference that would be shown with probability {100 * claim.power:g} %, from budget to budget: {', '.join(parts)}."
+        f"Smallest difference that would be shown with probability {100 * claim.power:g} %, from budget to budget: "
+        f"{', '.join(parts)}."
     ]
 
 
@@ -462,9 +462,10 @@ def _too_few(claim: Claim, decisive: Sequence[Comparison], more: str, sign: int)
     every = max(other.n for other in decisive)
     asked = f", of about {math.ceil(enough * every / row.n)} in all (now {every})" if row.n < every else ""
     return [
-        f"That alone is not enough for *supported*: that {more} is nowhere less robust by {_points(claim.smallest_difference)} must be "
-        f"shown in every row, and {len(rows)} of {len(decisive)} have too few images to show it without a lead there, such as the "
-        f"{row.n} of {_place(row)} on {_IN_WORDS[row.population]}: at least {enough} are needed{asked}, even where none tells the two apart."
+        f"That alone is not enough for *supported*: that {more} is nowhere less robust by "
+        f"{_points(claim.smallest_difference)} must be shown in every row, and {len(rows)} of {len(decisive)} have too few "
+        f"images to show it without a lead there, such as the {row.n} of {_place(row)} on {_IN_WORDS[row.population]}: at "
+        f"least {enough} are needed{asked}, even where none tells the two apart."
     ]
 
 

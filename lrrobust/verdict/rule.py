@@ -97,9 +97,7 @@ def compare_pairs(treatment_only: ArrayLike, control_only: ArrayLike, n: ArrayLi
     return PairedTests(n, b, c, (b - c) / np.maximum(n, 1), low, high, p_value, holm(p_value))
 
 
-def find(
-    tests: PairedTests, norms: ArrayLike, *, is_more: bool, significance: float, smallest_difference: float
-) -> Findings:
+def find(tests: PairedTests, norms: ArrayLike, *, is_more: bool, significance: float, smallest_difference: float) -> Findings:
     """Applies the rule to the decisive rows.
 
     Args:
@@ -125,13 +123,26 @@ def find(
     is_supported = in_every_norm & ~may_matter_against.any(axis=-1) & ~is_anywhere_worse
     is_refuted = ~may_matter_for.any(axis=-1) | (is_worse.any(axis=-1) & ~is_anywhere_better)
     return Findings(
-        is_better, is_worse, is_anywhere_better, is_anywhere_worse, may_matter_against, may_matter_for,
-        is_supported, is_refuted,
+        is_better,
+        is_worse,
+        is_anywhere_better,
+        is_anywhere_worse,
+        may_matter_against,
+        may_matter_for,
+        is_supported,
+        is_refuted,
     )
 
 
 def smallest_detectable(
-    n: int, discordant: int, *, rows: int, norms: int, populations: int, significance: float, power: float,
+    n: int,
+    discordant: int,
+    *,
+    rows: int,
+    norms: int,
+    populations: int,
+    significance: float,
+    power: float,
     smallest_difference: float,
 ) -> float | None:
     """Smallest true difference of one row that *supported* would have found; see `Comparison.smallest_detectable`.

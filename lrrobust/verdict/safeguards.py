@@ -111,8 +111,8 @@ def _one_network(evidence: Evidence) -> Safeguard:
     detail = "All runs of a model are of one network."
     if several:
         detail = (
-            f"The runs of {' and of '.join(several)} are of different parameters or code, which no number here tells apart: name "
-            "one network of each, as MODEL@ and eight digits of the state_sha256 in its manifest."
+            f"The runs of {' and of '.join(several)} are of different parameters or code, which no number here tells apart: "
+            "name one network of each, as MODEL@ and eight digits of the state_sha256 in its manifest."
         )
     elif shared:
         detail = f"{sides[0].name} and {sides[1].name} are one network, with the same parameters and code."
@@ -160,7 +160,8 @@ def _is_length_known(run: Run) -> bool:
 def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
     """Whoever learns faster may be stopped earlier, so that both are as accurate: `clean_accuracy` sees to that."""
     ours, theirs = (
-        " or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs})) for side in sides
+        " or ".join(sorted({str(run.manifest["training"].get("followed") or "not said") for run in side.runs}))
+        for side in sides
     )
     return "" if ours == theirs else f"; how far they followed it: {sides[0].name} {ours}; {sides[1].name} {theirs}"
 
@@ -294,8 +295,11 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
             else:
                 detail += ", where the two differ most: no difference that matters."
             yield Safeguard(
-                name="stronger_attacks", passed=False if undermined else None if uncertain else True, detail=detail,
-                withholds=undermined or uncertain or _BOTH, attack=besides[0] if len(besides) == 1 else None,
+                name="stronger_attacks",
+                passed=False if undermined else None if uncertain else True,
+                detail=detail,
+                withholds=undermined or uncertain or _BOTH,
+                attack=besides[0] if len(besides) == 1 else None,
             )
 
 
@@ -331,16 +335,21 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
             place = int(np.argmax(np.where(is_undermined, lead, -1.0))) if is_undermined.any() else int(taken.argmax())
             names = ", ".join(sorted(name for name, _ in alone))
             detail = (
-                f"{side.name} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy at eps "
-                f"{format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
+                f"{side.name} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy "
+                f"at eps {format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
             )
             if is_undermined.any():
-                detail += f", where it leads by {100 * lead[place]:.3g}: a verdict of {verdict} would rest on leaving them out, so "
+                detail += (
+                    f", where it leads by {100 * lead[place]:.3g}: a verdict of {verdict} would rest on leaving them out, so "
+                )
                 detail += "make them on both models."
             else:
                 detail += ": too little to matter to what it leads by."
             yield Safeguard(
-                name="stronger_attacks", passed=not is_undermined.any(), detail=detail, withholds=(verdict,),
+                name="stronger_attacks",
+                passed=not is_undermined.any(),
+                detail=detail,
+                withholds=(verdict,),
                 attack=names if len(alone) == 1 else None,
             )
 
@@ -419,9 +428,7 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
         yield from _attack_diagnostics(evidence, side, run, diagnostics, withholds)
 
 
-def _better_than_chance(
-    side: ModelOutcomes, places: NDArray[np.int64], significance: float, withholds: Withheld
-) -> Safeguard:
+def _better_than_chance(side: ModelOutcomes, places: NDArray[np.int64], significance: float, withholds: Withheld) -> Safeguard:
     """Whoever always says the same cannot be made to say anything else, and is right as often as that is true.
 
     By chance, a model that says each class as often as this one would be right on the sum over classes of what share
@@ -511,7 +518,9 @@ def _checked_at_large_eps(
             checked += [
                 found
                 for found in diagnostics or ()
-                if found.name == "large_eps" and found.norm == norm and (found.attack is None or found.attack in names)
+                if found.name == "large_eps"
+                and found.norm == norm
+                and (found.attack is None or found.attack in names)
                 and (found.passed is not False or find_stronger_run(evidence, side, run, found) is None)
             ]
     return checked
@@ -538,8 +547,8 @@ def _attack_diagnostics(
     if diagnostics is None:
         # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
         detail = (
-            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on {side.name} was "
-            "not looked into; the same eval command, without --no-diagnostics, does so."
+            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on "
+            f"{side.name} was not looked into; the same eval command, without --no-diagnostics, does so."
         )
         yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
     for found in diagnostics or ():

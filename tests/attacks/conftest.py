@@ -25,8 +25,13 @@ def trained():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(256, 5),
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(256, 5),
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(120):

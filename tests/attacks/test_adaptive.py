@@ -61,7 +61,10 @@ def test_without_such_layers_it_is_pgd_with_as_many_restarts(linear_problem, att
     problem = linear_problem(12, 5)
     eps = problem.nearest("linf").median().item()
     plain = attack_with(
-        PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(eps,), steps=10, restarts=8), problem.model, problem.images, problem.labels
+        PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(eps,), steps=10, restarts=8),
+        problem.model,
+        problem.images,
+        problem.labels,
     )
     found = attack_with(adaptive(eps, restarts=2), problem.model, problem.images, problem.labels)
     assert sorted(found.claims) == sorted(plain.claims) and 0 < found.is_broken.sum() < 12
@@ -76,7 +79,9 @@ def test_success_is_where_the_closed_form_says(linear_problem, attack_with):
         ladder = tuple(float(nearest.quantile(q)) for q in (0.2, 0.5, 0.8))
         found = attack_with(adaptive(*ladder, norm=norm), problem.model, problem.images, problem.labels)
         for level, eps in enumerate(ladder):
-            assert found.is_broken[level][nearest < 0.99 * eps].all() and not found.is_broken[level][nearest > 1.001 * eps].any()
+            assert (
+                found.is_broken[level][nearest < 0.99 * eps].all() and not found.is_broken[level][nearest > 1.001 * eps].any()
+            )
 
 
 def test_an_image_goes_only_to_budgets_at_which_earlier_gradients_left_it(linear_problem, attack_with):
@@ -109,7 +114,11 @@ def test_levels_are_kept_to(linear_problem):
     problem = linear_problem(3, 2)
     claimed = []
     effort = Attack(adaptive(1e-5, 2e-5))(
-        problem.model, problem.images, problem.labels, batch_size=2, levels=torch.tensor([0, 1, 2]),
+        problem.model,
+        problem.images,
+        problem.labels,
+        batch_size=2,
+        levels=torch.tensor([0, 1, 2]),
         claim=lambda rows, proposals, eps, is_last: claimed.extend(zip(rows, eps)) or [False] * len(rows),
         draw=lambda row, eps, restart: torch.Generator().manual_seed(restart),
     )
@@ -121,7 +130,11 @@ def test_starts_of_the_gradients_differ(linear_problem):
     problem = linear_problem(1, 2)
     drawn = []
     Attack(adaptive(1e-5, restarts=2))(
-        problem.model, problem.images, problem.labels, batch_size=2, claim=lambda rows, *_: [False] * len(rows),
+        problem.model,
+        problem.images,
+        problem.labels,
+        batch_size=2,
+        claim=lambda rows, *_: [False] * len(rows),
         draw=lambda row, eps, restart: drawn.append(restart) or torch.Generator().manual_seed(restart),
     )
     assert drawn == list(range(8))

@@ -70,7 +70,9 @@ class Then(nn.Module):
 @NORMS
 @LOSSES
 @pytest.mark.parametrize(
-    "change", [lambda z: 500 * z, lambda z: z - 1e3, lambda z: (100 * z).log_softmax(1)], ids=["x500", "negative", "log_softmax"]
+    "change",
+    [lambda z: 500 * z, lambda z: z - 1e3, lambda z: (100 * z).log_softmax(1)],
+    ids=["x500", "negative", "log_softmax"],
 )
 def test_sign_and_scale_of_logits_do_not_matter(norm, loss, change, trained, attack_with):
     model, images, labels = trained[0], trained[1][:40], trained[2][:40]
@@ -190,7 +192,7 @@ def test_a_warm_start_stretches_the_best_point_before(norm, attack_with):
 
 
 def auto_pgd(model, image, label, start, norm, eps, steps, rho=0.75):
-    """Algorithm 1 of the paper for one image, step by step; the points that the model is shown, and how often it turned back."""
+    """Algorithm 1 of the paper for one image, step by step; the points that the model is shown, and its turns back."""
 
     def project(point):
         delta = point - image

@@ -134,9 +134,7 @@ def test_the_model_is_left_as_it_was(spec, small_cnn, images, labels):
     trainable = [parameter.requires_grad for parameter in small_cnn.parameters()]
     state = copy.deepcopy(small_cnn.state_dict())
     seen = []
-    hook = small_cnn.register_forward_hook(
-        lambda module, *_: seen.append(any(inner.training for inner in module.modules()))
-    )
+    hook = small_cnn.register_forward_hook(lambda module, *_: seen.append(any(inner.training for inner in module.modules())))
 
     def check_unchanged():
         assert [module.training for module in small_cnn.modules()] == modes
@@ -147,8 +145,12 @@ def test_the_model_is_left_as_it_was(spec, small_cnn, images, labels):
 
     def attack():
         Attack(spec)(
-            small_cnn, images, labels, batch_size=4,
-            claim=lambda rows, *_: [False] * len(rows), draw=lambda *_: torch.Generator().manual_seed(0),
+            small_cnn,
+            images,
+            labels,
+            batch_size=4,
+            claim=lambda rows, *_: [False] * len(rows),
+            draw=lambda *_: torch.Generator().manual_seed(0),
         )
 
     attack()
@@ -234,7 +236,9 @@ def test_gradients_that_are_not_finite_are_counted_and_hurt_nobody_else(spec, sm
     if spec is CW:
         assert attacked.effort.nonfinite_gradients >= 1
     else:
-        assert attacked.effort.nonfinite_gradients == attacked.effort.forward_passes[0, -1] == {FGSM: 1, MI_FGSM: 10}.get(spec, 20)
+        assert (
+            attacked.effort.nonfinite_gradients == attacked.effort.forward_passes[0, -1] == {FGSM: 1, MI_FGSM: 10}.get(spec, 20)
+        )
 
 
 class NanLogits(nn.Module):

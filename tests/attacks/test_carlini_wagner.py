@@ -75,9 +75,7 @@ def test_sign_and_scale_of_logits_do_not_matter(change, linear_problem):
 def test_images_do_not_influence_each_other(linear_problem):
     problem = linear_problem(8, classes=5)
     together = attack(problem.model, problem.images, problem.labels)
-    alone = torch.cat(
-        [attack(problem.model, problem.images[i : i + 1], problem.labels[i : i + 1]) for i in range(8)]
-    )
+    alone = torch.cat([attack(problem.model, problem.images[i : i + 1], problem.labels[i : i + 1]) for i in range(8)])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
 
 

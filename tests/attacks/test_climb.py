@@ -46,8 +46,14 @@ def run(search, count, *, levels=None, starts=1, steps=5, batch_size=3, breaks=l
 
     levels = torch.full((count,), len(LADDER)) if levels is None else torch.tensor(levels)
     given = Assignment(
-        model=None, images=torch.zeros(count, 3, 1, 1), labels=None, ladder=LADDER, levels=levels, batch_size=batch_size,
-        claim=claim, draw=None,
+        model=None,
+        images=torch.zeros(count, 3, 1, 1),
+        labels=None,
+        ladder=LADDER,
+        levels=levels,
+        batch_size=batch_size,
+        claim=claim,
+        draw=None,
     )
     taken = climb(given, starts=starts, steps=steps, search=search)
     return taken, claims

@@ -10,7 +10,9 @@ from lrrobust.threat import distance
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_path_is_that_of_the_paper(norm, path_of):
-    spec = FabSpec(kind="fab_t", name="fab_t", norm=norm, eps=(0.1,), steps=2, overshoot=1.05, largest_pull=0.1, backward_share=0.9)
+    spec = FabSpec(
+        kind="fab_t", name="fab_t", norm=norm, eps=(0.1,), steps=2, overshoot=1.05, largest_pull=0.1, backward_share=0.9
+    )
     choice, first, beyond, back, again, *_ = path_of(spec)
     assert (choice, first, beyond, back) == pytest.approx((0, 0, 1.05, 0.9 * 1.05), rel=1e-4)
     # From there the boundary is 0.055 away, from the clean image 1: the weight of the way from the clean image is their share.

@@ -29,7 +29,12 @@ def shortest_by_scipy(image, normal, rise, norm):
         return found.fun
     meets = {"type": "eq", "fun": lambda way: normal @ way - rise, "jac": lambda way: normal}
     found = minimize(
-        lambda way: way @ way, np.zeros(12), jac=lambda way: 2 * way, bounds=bounds, constraints=meets, method="SLSQP",
+        lambda way: way @ way,
+        np.zeros(12),
+        jac=lambda way: 2 * way,
+        bounds=bounds,
+        constraints=meets,
+        method="SLSQP",
         options={"ftol": 1e-12, "maxiter": 500},
     )
     assert abs(normal @ found.x - rise) < 1e-9

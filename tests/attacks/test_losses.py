@@ -9,7 +9,6 @@ LABELS = torch.tensor([0, 3])
 TARGETS = torch.tensor([1, 0])
 
 
-
 def towards_next(logits, labels):
     return targeted_dlr(logits, labels, (labels + 1) % logits.shape[1])
 

@@ -9,8 +9,13 @@ SPEC = TypeAdapter(AttackSpec)
 FGSM = {"kind": "fgsm", "name": "fgsm", "eps": ["1/255"]}
 PGD = {"kind": "pgd", "name": "pgd", "norm": "linf", "eps": ["1/255"], "steps": 20}
 ADAPTIVE = {
-    "kind": "pgd_adaptive", "name": "pgd_adaptive", "norm": "l2", "eps": [1], "gradients": ["exact", "tempered"],
-    "temperature": 4, "steps": 20,
+    "kind": "pgd_adaptive",
+    "name": "pgd_adaptive",
+    "norm": "l2",
+    "eps": [1],
+    "gradients": ["exact", "tempered"],
+    "temperature": 4,
+    "steps": 20,
 }
 CW = {"kind": "cw", "name": "cw", "eps": [1], "binary_search_steps": 5, "steps": 100, "lr": 0.01, "initial_c": 1}
 FAB = {"kind": "fab_t", "name": "fab_t", "norm": "linf", "eps": ["1/255"]}
@@ -119,8 +124,15 @@ def test_specs_are_frozen():
 
 # What fingerprints hash: a change here invalidates stored results.
 RESOLVED = {
-    "fgsm": {"name": "fgsm", "description": "", "eps": [1 / 255], "survivors_only": False, "kind": "fgsm",
-             "norm": "linf", "precision": "float32"},
+    "fgsm": {
+        "name": "fgsm",
+        "description": "",
+        "eps": [1 / 255],
+        "survivors_only": False,
+        "kind": "fgsm",
+        "norm": "linf",
+        "precision": "float32",
+    },
     "pgd": {
         "name": "pgd",
         "description": "",
@@ -168,16 +180,41 @@ RESOLVED = {
         "abort_early": True,
     },
     "fab_t": {
-        "name": "fab_t", "description": "", "eps": [1 / 255], "survivors_only": False, "kind": "fab_t", "norm": "linf",
-        "targets": 9, "steps": 100, "overshoot": 1.05, "largest_pull": 0.1, "backward_share": 0.9,
+        "name": "fab_t",
+        "description": "",
+        "eps": [1 / 255],
+        "survivors_only": False,
+        "kind": "fab_t",
+        "norm": "linf",
+        "targets": 9,
+        "steps": 100,
+        "overshoot": 1.05,
+        "largest_pull": 0.1,
+        "backward_share": 0.9,
     },
     "fmn": {
-        "name": "fmn", "description": "", "eps": [1.0], "survivors_only": False, "kind": "fmn", "norm": "l1",
-        "steps": 100, "first_step_size": 1.0, "last_step_size": 0.01, "first_change": 0.05, "last_change": 0.001,
+        "name": "fmn",
+        "description": "",
+        "eps": [1.0],
+        "survivors_only": False,
+        "kind": "fmn",
+        "norm": "l1",
+        "steps": 100,
+        "first_step_size": 1.0,
+        "last_step_size": 0.01,
+        "first_change": 0.05,
+        "last_change": 0.001,
     },
     "deepfool": {
-        "name": "deepfool", "description": "", "eps": [1.0], "survivors_only": False, "kind": "deepfool", "norm": "l2",
-        "targets": 9, "steps": 50, "overshoot": 0.02,
+        "name": "deepfool",
+        "description": "",
+        "eps": [1.0],
+        "survivors_only": False,
+        "kind": "deepfool",
+        "norm": "l2",
+        "targets": 9,
+        "steps": 50,
+        "overshoot": 0.02,
     },
 }
 

@@ -53,7 +53,9 @@ def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
     made, labels = problem
     taken = []
     made.model.register_forward_hook(lambda module, inputs, output: taken.append(len(inputs[0]) * inputs[0].requires_grad))
-    frame = pd.DataFrame(compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12))
+    frame = pd.DataFrame(
+        compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
+    )
     gradients = frame.groupby("name").gradients.agg(set)
     assert gradients[USUAL] == {12 * 3 * 4} and gradients[CORRECT_ONLY] == {8 * 3 * 4}
     (ours,) = gradients[OURS]
@@ -81,7 +83,9 @@ def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkey
 
     monkeypatch.setattr(attack_loop, "_torchattacks", greedy)
     made, labels = problem
-    frame = pd.DataFrame(compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12))
+    frame = pd.DataFrame(
+        compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
+    )
     assert set(frame["name"]) == {OURS, CORRECT_ONLY}
     assert set(frame[frame["name"] == CORRECT_ONLY].gradients) == {8 * 3 * 4}
 

@@ -44,7 +44,9 @@ def test_both_do_the_same_work(counted, monkeypatch):
         return time_interleaved(ways, case=case, **options)
 
     monkeypatch.setattr(harness, "time_interleaved", noting)
-    frame = pd.DataFrame(compare_with_bare_loop(problem.model, 2, problem.images, labels, SPEC, repeats=2, batch_size=6, chunk_size=12))
+    frame = pd.DataFrame(
+        compare_with_bare_loop(problem.model, 2, problem.images, labels, SPEC, repeats=2, batch_size=6, chunk_size=12)
+    )
     assert frame["outside"].between(0, 1).all()
     assert list(frame["case"]) == 4 * [STAND] + 4 * [BREAK] and list(frame["name"]) == 4 * [HARNESS, BARE]
     accuracies, ours = found[STAND, HARNESS]
@@ -54,7 +56,9 @@ def test_both_do_the_same_work(counted, monkeypatch):
     # Clean, 4 steps and the outcome at each budget, in two batches.
     assert sorted(bare) == 2 * 3 * [(6, False)] + 2 * 2 * 4 * [(6, True)]
     # Ours checks the model beside that, on one batch and on few images.
-    assert [each for each in sorted(ours) if each[0] == 6] == sorted([*bare, (6, False)]) and sum(n for n, _ in ours) - sum(n for n, _ in bare) <= 60
+    assert [each for each in sorted(ours) if each[0] == 6] == sorted([*bare, (6, False)]) and sum(n for n, _ in ours) - sum(
+        n for n, _ in bare
+    ) <= 60
     accuracies, ours = found[BREAK, HARNESS]
     assert found[BREAK, BARE] == (None, ours)
     assert 1 > accuracies[0] > accuracies[-1]

@@ -28,7 +28,9 @@ def clock(monkeypatch):
 
 def test_ways_take_turns_and_the_first_round_is_not_counted(clock):
     turns = []
-    frame = pd.DataFrame(time_interleaved({"a": clock(1), "b": clock(2)}, repeats=2, device=CPU, baseline="a", on_turn=turns.append, case="x"))
+    frame = pd.DataFrame(
+        time_interleaved({"a": clock(1), "b": clock(2)}, repeats=2, device=CPU, baseline="a", on_turn=turns.append, case="x")
+    )
     assert turns == ["x: a, warming up", "x: b, warming up", *(f"x: {name}, round {r} of 2" for r in (1, 2) for name in "ab")]
     rows = [(row.name_, row.repeat, row.wall_s, row.cpu_s) for row in frame.rename(columns={"name": "name_"}).itertuples()]
     assert rows == [("a", 0, 1, 2), ("b", 0, 2, 4), ("a", 1, 1, 2), ("b", 1, 2, 4)]
@@ -37,8 +39,12 @@ def test_ways_take_turns_and_the_first_round_is_not_counted(clock):
 def test_warm_ups_and_what_was_read(clock):
     called = []
     rows = time_interleaved(
-        {"a": lambda: 7}, warm_ups={"a": lambda: called.append("short")}, read=lambda found: {"found": found}, repeats=1,
-        device=CPU, baseline="a",
+        {"a": lambda: 7},
+        warm_ups={"a": lambda: called.append("short")},
+        read=lambda found: {"found": found},
+        repeats=1,
+        device=CPU,
+        baseline="a",
     )
     # Nothing is done before it is asked for.
     assert called == []
@@ -114,7 +120,9 @@ def test_slow_ways_sit_rounds_out_but_are_never_timed_once(clock, budget_s, coun
 def test_rounds_end_with_the_budget_when_the_machine_slows_down(clock):
     seconds = iter([1, 1, *[10] * 99])
     base = lambda: clock(next(seconds))()  # noqa: E731
-    frame = pd.DataFrame(time_interleaved({"base": base, "slow": clock(20)}, repeats=9, device=CPU, baseline="base", budget_s=60))
+    frame = pd.DataFrame(
+        time_interleaved({"base": base, "slow": clock(20)}, repeats=9, device=CPU, baseline="base", budget_s=60)
+    )
     # Four rounds of 10 s were not foreseen; the last is for what was timed only once.
     assert frame.groupby("name")["repeat"].agg(list).to_dict() == {"base": [0, 1, 2, 3, 4, 5], "slow": [0, 5]}
 
@@ -134,9 +142,7 @@ def test_an_interruption_loses_nothing_measured(clock):
         if next(calls) == 2:
             raise KeyboardInterrupt
 
-    frame, interruption = collect(
-        time_interleaved({"a": clock(1), "b": interrupted}, repeats=3, device=CPU, baseline="a")
-    )
+    frame, interruption = collect(time_interleaved({"a": clock(1), "b": interrupted}, repeats=3, device=CPU, baseline="a"))
     assert isinstance(interruption, KeyboardInterrupt)
     assert list(zip(frame["name"], frame["repeat"], strict=True)) == [("a", 0), ("b", 0), ("a", 1)]
     whole, nothing = collect(time_interleaved({"a": clock(1)}, repeats=3, device=CPU, baseline="a"))
@@ -144,7 +150,8 @@ def test_an_interruption_loses_nothing_measured(clock):
 
 
 def test_ratios_are_taken_within_rounds():
-    # The machine is ten times slower in round 1: ratios within rounds do not notice. What sat rounds out is compared where it was.
+    # The machine is ten times slower in round 1: ratios within rounds do not notice. What sat rounds out is compared where it
+    # was.
     times = {"base": (1.0, 10.0, 1.0), "slow": (3.0, 30.0, 4.0), "rare": (6.0, 70.0), "once": (2.0,)}
     frame = pd.DataFrame(
         [

@@ -65,9 +65,7 @@ def test_natten_that_has_no_kernel_is_left_out_aloud(natten, monkeypatch, caplog
         raise NotImplementedError("no kernel for 8 channels")
 
     monkeypatch.setattr(natten, "na2d", refuse)
-    frame = pd.DataFrame(
-        compare_operations((Stage("small", 16, 8, 1, 16),), batch_size=2, repeats=1, with_memory=False)
-    )
+    frame = pd.DataFrame(compare_operations((Stage("small", 16, 8, 1, 16),), batch_size=2, repeats=1, with_memory=False))
     assert NATTEN not in set(frame.name) and COPY in set(frame.name)
     assert caplog.messages == ["small: without natten, which says NotImplementedError: no kernel for 8 channels"]
 

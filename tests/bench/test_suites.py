@@ -16,7 +16,9 @@ from lrrobust.models import Classifier
 
 def test_command_writes_times_with_the_hardware(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        suites, "compare_operations", lambda **options: compare_operations((Stage("tiny", 8, 6),), batch_size=1, with_memory=False, **options)
+        suites,
+        "compare_operations",
+        lambda **options: compare_operations((Stage("tiny", 8, 6),), batch_size=1, with_memory=False, **options),
     )
     assert cli.run(["bench", "operation", "--repeats", "3", "--out", str(tmp_path)]) == 0
     assert "operation: medians of interleaved rounds" in capsys.readouterr().out
@@ -27,7 +29,10 @@ def test_command_writes_times_with_the_hardware(tmp_path, monkeypatch, capsys):
     assert summary.median_s["cpu"] == times[times.name == "cpu"].wall_s.median()
     page = (tmp_path / "operation.md").read_text()
     assert summary.date.iloc[0] in page and summary.processor.iloc[0] in page and "the range of the times" in page
-    assert f"| tiny | unfold | 3 | {1e3 * summary.median_s['unfold']:.1f} ms | " in page and f" | {summary.ratio['unfold']:.2f} |" in page
+    assert (
+        f"| tiny | unfold | 3 | {1e3 * summary.median_s['unfold']:.1f} ms | " in page
+        and f" | {summary.ratio['unfold']:.2f} |" in page
+    )
 
 
 def test_peaks_are_set_beside_what_they_are_measured_by(monkeypatch):
@@ -125,11 +130,26 @@ def test_options_reach_the_measurement(tmp_path, monkeypatch):
 
     monkeypatch.setitem(BENCHES, "harness", measure)
     assert cli.run(["bench", "harness"]) == 0
-    assert (given[0].repeats, given[0].budget_s, given[0].n, given[0].models, given[0].sizes, given[0].batch_size) == (5, 120, 32, ("resnet50",), None, None)
-    options = "--repeats 3 --budget 7.5 --n 9 -m a -m b --image-size 64 --image-size 224 --batch-size 5 --attack fgsm --dataset folder"
+    assert (given[0].repeats, given[0].budget_s, given[0].n, given[0].models, given[0].sizes, given[0].batch_size) == (
+        5,
+        120,
+        32,
+        ("resnet50",),
+        None,
+        None,
+    )
+    options = "--repeats 3 --budget 7.5 --n 9 -m a -m b --image-size 64 --image-size 224 --batch-size 5"
+    options += " --attack fgsm --dataset folder"
     assert cli.run(["bench", "harness", *options.split()]) == 0
     found = given[1]
-    assert (found.repeats, found.budget_s, found.n, found.models, found.sizes, found.batch_size) == (3, 7.5, 9, ("a", "b"), (64, 224), 5)
+    assert (found.repeats, found.budget_s, found.n, found.models, found.sizes, found.batch_size) == (
+        3,
+        7.5,
+        9,
+        ("a", "b"),
+        (64, 224),
+        5,
+    )
     assert (found.attack, found.dataset) == ("fgsm", "folder")
 
 
@@ -171,8 +191,16 @@ def test_attack_loop_needs_no_more_than_names(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "column, value, text",
     [
-        ("median_s", 0.0123, "12.3 ms"), ("cpu_s", 23.45, "23.4 s"), ("images_per_s", 12.345, "12.35"), ("peak_bytes", 2.5e6, "2.5 MB"), ("io_bytes", 2500000, "2.5 MB"), ("gradients", 12, "12"),
-        ("spread", 0.125, "12.5 %"), ("robust_accuracy_0.1", 0.5, "50.0 %"), ("ratio", float("nan"), "-"), ("name", "cpu", "cpu"),
+        ("median_s", 0.0123, "12.3 ms"),
+        ("cpu_s", 23.45, "23.4 s"),
+        ("images_per_s", 12.345, "12.35"),
+        ("peak_bytes", 2.5e6, "2.5 MB"),
+        ("io_bytes", 2500000, "2.5 MB"),
+        ("gradients", 12, "12"),
+        ("spread", 0.125, "12.5 %"),
+        ("robust_accuracy_0.1", 0.5, "50.0 %"),
+        ("ratio", float("nan"), "-"),
+        ("name", "cpu", "cpu"),
     ],
 )
 def test_cells(column, value, text):

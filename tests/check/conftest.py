@@ -22,12 +22,27 @@ def run_of():
         keys = keys or [f"ant/{index:04d}.png" for index in range(n)]
         rows = [
             {
-                "index": index, "key": keys[index], "label": 0, "wnid": "ant", "attack": attack, "norm": norm, "eps": eps,
-                "clean_prediction": 0, "is_clean_correct": True, "adversarial_prediction": 0, "is_broken": not robust,
-                "outcome": "robust" if robust else "broken", "linf_distance": None if robust else 0.0,
-                "l2_distance": None if robust else 0.0, "clean_margin": 1.0, "adversarial_margin": 1.0, "wall_s": 0.1,
-                "l1_distance": None if robust else 0.0, "is_broken_quantized": None,
-                "forward_passes": None, "backward_passes": None,
+                "index": index,
+                "key": keys[index],
+                "label": 0,
+                "wnid": "ant",
+                "attack": attack,
+                "norm": norm,
+                "eps": eps,
+                "clean_prediction": 0,
+                "is_clean_correct": True,
+                "adversarial_prediction": 0,
+                "is_broken": not robust,
+                "outcome": "robust" if robust else "broken",
+                "linf_distance": None if robust else 0.0,
+                "l2_distance": None if robust else 0.0,
+                "clean_margin": 1.0,
+                "adversarial_margin": 1.0,
+                "wall_s": 0.1,
+                "l1_distance": None if robust else 0.0,
+                "is_broken_quantized": None,
+                "forward_passes": None,
+                "backward_passes": None,
             }
             for (attack, norm, eps), of_images in outcomes.items()
             for index, robust in enumerate(np.asarray(of_images, dtype=bool).tolist())
@@ -47,7 +62,10 @@ def run_of():
             "request": {"models": list(models), "attacks": list(attacks)},
             "position": position,
             "model": {
-                "name": models[position], "weights": "V1", "state_sha256": hashes[0] * 64, "code_sha256": hashes[1] * 64,
+                "name": models[position],
+                "weights": "V1",
+                "state_sha256": hashes[0] * 64,
+                "code_sha256": hashes[1] * 64,
                 "input_size": 8,
             },
             "dataset": {"name": "images", "sha256": "cd" * 32, "n": n, "subset": {"n": None, "seed": 0}},

@@ -355,15 +355,23 @@ def test_ctrl_c(workplace, tmp_path):
     """Interrupted while it evaluates: says so, leaves nothing behind."""
     shutil.copytree(workplace / "images", tmp_path / "images")
     model = (workplace / "model.py").read_text()
-    slow = model.replace("def build():", "class Slow(nn.Flatten):\n    def forward(self, images):\n        import time\n"
-                         "        time.sleep(0.05)\n        return super().forward(images)\n\n\ndef build():")
+    slow = model.replace(
+        "def build():",
+        "class Slow(nn.Flatten):\n    def forward(self, images):\n        import time\n"
+        "        time.sleep(0.05)\n        return super().forward(images)\n\n\ndef build():",
+    )
     (tmp_path / "model.py").write_text(slow.replace("nn.Sequential(nn.Flatten()", "nn.Sequential(Slow()"))
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "lrrobust", "check", workplace / "b.json", "--weights-may-change"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={
-            **os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
             "TMPDIR": str(tmp_path / "tmp"),
         },  # fmt: skip
     )

@@ -15,8 +15,7 @@ from lrrobust.report.summary import summarise
 
 def test_what_is_left_out_is_named(capsys):
     images = SimpleNamespace(
-        copies=0,
-        name="cifar", left_out_count=8, left_out_classes=(("a", "b", "c", "d", "e"), ("plane",)), corrupt_keys=()
+        copies=0, name="cifar", left_out_count=8, left_out_classes=(("a", "b", "c", "d", "e"), ("plane",)), corrupt_keys=()
     )
 
     class Images(list):
@@ -26,8 +25,6 @@ def test_what_is_left_out_is_named(capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "cifar: 32 images" in said
     assert "left out: 8 images of classes the model does not know ('a', 'b', 'c' and 2 more); no image has its 'plane'" in said
-
-
 
 
 @pytest.fixture

@@ -43,4 +43,6 @@ def test_tables_lose_nothing_on_a_narrow_terminal(width, monkeypatch):
     table.add_row("model" * 20, "12345678")
     streams.print_table(table)
     text = shown.getvalue()
-    assert text.count("m") + text.count("o") + text.count("d") + text.count("l") == 81 and "12345678" in text and "…" not in text
+    assert (
+        text.count("m") + text.count("o") + text.count("d") + text.count("l") == 81 and "12345678" in text and "…" not in text
+    )

@@ -162,7 +162,12 @@ def test_foolbox_gets_the_settings_of_the_attack(stand_in, attacked):
     assert made["LinfPGD"].given == made["L2PGD"].given == [((), {"rel_stepsize": 0.4, "steps": 5, "random_start": True})]
     assert made["LinfFastGradientAttack"].given == [((), {})]
     assert made["L2CarliniWagnerAttack"].given[0][1] == {
-        "binary_search_steps": 3, "steps": 20, "stepsize": 0.02, "initial_const": 1.5, "confidence": 0.1, "abort_early": True,
+        "binary_search_steps": 3,
+        "steps": 20,
+        "stepsize": 0.02,
+        "initial_const": 1.5,
+        "confidence": 0.1,
+        "abort_early": True,
     }
 
 
@@ -177,17 +182,27 @@ def test_adv_lib_gets_the_settings_of_the_attack(stand_in, attacked, monkeypatch
     proposal = adapter.find_attack(PGD["linf"])(model, images, labels, EPS)
     assert not proposal.is_claimed.any()
     adapter.find_attack(CW)(model, images, labels, math.inf)
-    (arguments, settings), = attacks.pgd_linf.given
+    ((arguments, settings),) = attacks.pgd_linf.given
     assert arguments[3] == EPS
     assert settings == {"steps": 5, "random_init": True, "relative_step_size": 0.4}
     assert attacks.carlini_wagner_l2.given[0][1] == {
-        "confidence": 0.1, "learning_rate": 0.02, "initial_const": 1.5, "binary_search_steps": 3, "max_iterations": 20,
+        "confidence": 0.1,
+        "learning_rate": 0.02,
+        "initial_const": 1.5,
+        "binary_search_steps": 3,
+        "max_iterations": 20,
         "abort_early": True,
     }
     for spec in (FAB, FMN):
         assert not adapter.find_attack(spec)(model, images, labels, math.inf).is_claimed.any()
     assert attacks.fab.given[0][1] == {
-        "norm": 2, "n_iter": 30, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9, "restarts": 3, "targeted_restarts": True,
+        "norm": 2,
+        "n_iter": 30,
+        "alpha_max": 0.1,
+        "eta": 1.05,
+        "beta": 0.9,
+        "restarts": 3,
+        "targeted_restarts": True,
     }
     assert attacks.fmn.given[0][1] == {"norm": math.inf, "steps": 30, "γ_init": 0.05, "γ_final": 0.001}
 
@@ -206,6 +221,8 @@ def test_autoattack_is_asked_as_each_package_wants_it(is_original, stand_in, att
     assert torch.equal(proposal.is_claimed, labels != 0)
     settings = made.given[0][1]
     assert isinstance(settings.pop("seed"), int)
-    assert settings == {"norm": "L2", "eps": EPS, "version": "standard", "device": "cpu"} | ({"verbose": False} if is_original else {})
+    assert settings == {"norm": "L2", "eps": EPS, "version": "standard", "device": "cpu"} | (
+        {"verbose": False} if is_original else {}
+    )
     asked = evaluation.run_standard_evaluation.given[0][1]
     assert asked == ({"bs": 6, "return_labels": True} if is_original else {"batch_size": 6})

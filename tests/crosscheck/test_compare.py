@@ -67,7 +67,14 @@ def rows(ladder, is_broken, attack="pgd"):
 
 def compare(problem, peer, specs, ours, **options):
     return crosscheck(
-        problem.model, 3, problem.images, problem.labels, range(100, 100 + N), specs, ours, [peer],
+        problem.model,
+        3,
+        problem.images,
+        problem.labels,
+        range(100, 100 + N),
+        specs,
+        ours,
+        [peer],
         **{"batch_size": 4, **options},
     )
 
@@ -138,7 +145,9 @@ def test_what_is_broken_stays_broken_and_counts_wherever_it_lies(problem):
 
 def test_minimal_norm_attacks_run_once_and_are_read_off_everywhere(problem):
     ladder = (0.0001, FAR)
-    ours = pd.concat([rows(ladder, lambda eps: ~problem.is_correct, "cw"), rows([math.inf], lambda eps: ~problem.is_correct, "cw")])
+    ours = pd.concat(
+        [rows(ladder, lambda eps: ~problem.is_correct, "cw"), rows([math.inf], lambda eps: ~problem.is_correct, "cw")]
+    )
     spec = CwSpec(kind="cw", name="cw", eps=ladder, binary_search_steps=1, steps=1, lr=0.01, initial_c=1.0)
 
     def shift(model, images, labels, eps):
@@ -200,7 +209,9 @@ def test_a_crash_is_no_robustness(problem):
 
     found = compare(problem, Library(fails), [pgd(0.1)], rows([0.1], lambda eps: ~problem.is_correct))
     assert found.table.empty and found.notes == ("library failed at pgd: RuntimeError: no such layer",)
-    found = compare(problem, Library(import_error=ImportError("libfoo")), [pgd(0.1)], rows([0.1], lambda eps: ~problem.is_correct))
+    found = compare(
+        problem, Library(import_error=ImportError("libfoo")), [pgd(0.1)], rows([0.1], lambda eps: ~problem.is_correct)
+    )
     assert found.table.empty and found.notes == ("library cannot be imported: ImportError: libfoo",)
     found = compare(problem, Library(), [pgd(0.1)], rows([0.1], lambda eps: ~problem.is_correct))
     assert found.table.empty and found.notes == ("library has no counterpart of pgd",)

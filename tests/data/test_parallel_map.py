@@ -8,9 +8,7 @@ from lrrobust.data.parallel_map import map_in_order
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 300])
 def test_results_are_in_order_and_progress_ends_at_the_count(count):
     seen = []
-    assert map_in_order(lambda i: i * i, count, lambda done, total: seen.append((done, total))) == [
-        i * i for i in range(count)
-    ]
+    assert map_in_order(lambda i: i * i, count, lambda done, total: seen.append((done, total))) == [i * i for i in range(count)]
     assert seen == sorted(seen)
     assert count == 0 or seen[-1] == (count, count)
 

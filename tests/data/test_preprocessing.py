@@ -33,9 +33,7 @@ def test_agrees_with_torchvision(size, input_size, resize_size, interpolation):
     resize = v2.Resize(resize_size or input_size, getattr(v2.InterpolationMode, interpolation.upper()))
     expected = v2.CenterCrop(input_size)(resize(image))
     assert tensor.shape == (3, input_size, input_size)
-    np.testing.assert_array_equal(
-        np.round(tensor.numpy() * 255).astype(np.uint8), np.asarray(expected).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(np.round(tensor.numpy() * 255).astype(np.uint8), np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_right_size_is_still_resized_where_the_recipe_asks_for_it():

@@ -290,8 +290,14 @@ def evaluated(tmp_path, images):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         with RunStore.create_or_resume(folder, json.loads(json.dumps(manifest))) as store:
             evaluate(
-                model, logits.shape[1], data, tasks, store,
-                fingerprint=manifest["fingerprint"], device=torch.device("cpu"), part_metadata={},
+                model,
+                logits.shape[1],
+                data,
+                tasks,
+                store,
+                fingerprint=manifest["fingerprint"],
+                device=torch.device("cpu"),
+                part_metadata={},
             )
         return data, load_run(folder)
 

@@ -25,8 +25,8 @@ ON_SURVIVORS = LONG_SQUARE.model_copy(update={"survivors_only": True})
 WEAK = PgdSpec(name="weak", kind="pgd", norm="linf", eps=LADDER, steps=2, step_size_ratio=0.2, random_start=False)
 
 NAMES = {
-    "zero_gradient", "finite_differences", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks", "convergence", "large_eps",
-    "determinism", "float64",
+    "zero_gradient", "finite_differences", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks",
+    "convergence", "large_eps", "determinism", "float64",
 }  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def test_passes_at_budgets_above_the_one_that_breaks_are_not_late_breaks():
     # As on a GPU, which attacks larger budgets beside smaller ones: all images break at the first step of the smallest.
     n, shape = 100, (2, 100)
     outcomes = Outcomes(
-        PGD.model_copy(update={"eps": LADDER[:2]}), LADDER[:2], np.ones(shape, bool), np.ones(shape, bool), np.full(n, LADDER[0]),
-        np.ones(n), np.full(shape, np.nan), np.array([[2.0] * n, [PGD.steps] * n]),
+        PGD.model_copy(update={"eps": LADDER[:2]}), LADDER[:2], np.ones(shape, bool), np.ones(shape, bool),
+        np.full(n, LADDER[0]), np.ones(n), np.full(shape, np.nan), np.array([[2.0] * n, [PGD.steps] * n]),
     )  # fmt: skip
     (found,) = check_late_breaks(SimpleNamespace(outcomes=[outcomes]))
     assert found.passed and "none of 100 images" in found.detail
@@ -171,7 +171,10 @@ def test_black_box_attacks_do_without_gradients_at_a_large_budget_too(diagnosed,
     found = diagnosed(unsound("rounded"), SQUARE)
     assert found["large_eps", "square"].passed and "withstand square with 100 queries" in found["large_eps", "square"].detail
     # The sample and all that the run left standing are struck.
-    assert " 0 of 42 images" in found["large_eps", "square"].detail and "the other 72 fell within" in found["large_eps", "square"].detail
+    assert (
+        " 0 of 42 images" in found["large_eps", "square"].detail
+        and "the other 72 fell within" in found["large_eps", "square"].detail
+    )
 
 
 @pytest.mark.parametrize(
@@ -446,7 +449,7 @@ class Scaled(nn.Module):
 
 
 def build_wide():
-    """Linear, with five classes of which two pairs are near each other: the mean of the others lies elsewhere than the nearest."""
+    """Linear, five classes, two pairs of which are near each other: the nearest lies elsewhere than the mean."""
     generator = torch.Generator().manual_seed(2)
     layer = nn.Linear(192, 5)
     with torch.no_grad():
@@ -459,7 +462,7 @@ def build_wide():
 
 
 class Bright(nn.Module):
-    """Of two classes, and three that no image is of, by the mean: an image of the class of grey that is dark cannot be made bright enough at 1/2."""
+    """By the mean, of two classes and three that no image is of: a dark image of grey's class stays dark at 1/2."""
 
     def forward(self, images):
         mean = images.flatten(1).mean(1) - 0.75

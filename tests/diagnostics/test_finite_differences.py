@@ -25,7 +25,12 @@ class Network(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.layers = nn.Sequential(
-                nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(6, 8, 3), nn.GELU(), nn.Flatten(),
+                nn.Conv2d(3, 6, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(4),
+                nn.Conv2d(6, 8, 3),
+                nn.GELU(),
+                nn.Flatten(),
                 nn.Linear(128, 5),
             )
         self.change = change
@@ -91,19 +96,27 @@ def found():
         images[:2] = images[:2].round()  # at the ends of the box
         with frozen(model):
             labels = model(images).argmax(1)
-            subject = Subject(Judge(model, 5, 5), images, labels, [str(i) for i in range(12)], (SimpleNamespace(spec=spec),), None, "f" * 16)
+            subject = Subject(
+                Judge(model, 5, 5), images, labels, [str(i) for i in range(12)], (SimpleNamespace(spec=spec),), None, "f" * 16
+            )
             return list(check_finite_differences(subject))
 
     return run
 
 
-@pytest.mark.parametrize("change", [lambda images: images, lambda images: (images - 0.4) / 0.2, lambda images: 1e-4 * images], ids=["as it is", "normalised", "small"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda images: images, lambda images: (images - 0.4) / 0.2, lambda images: 1e-4 * images],
+    ids=["as it is", "normalised", "small"],
+)
 def test_the_models_own_gradient_passes(found, change):
     (result,) = found(Network(change))
     assert result.passed is True and "of 0 of 8 images changes otherwise" in result.detail
 
 
-@pytest.mark.parametrize("model", [Network(part(0.25)), Network(part(0.6)), DetachedBranch()], ids=["quarter", "most", "branch"])
+@pytest.mark.parametrize(
+    "model", [Network(part(0.25)), Network(part(0.6)), DetachedBranch()], ids=["quarter", "most", "branch"]
+)
 def test_a_part_of_the_gradient_fails(found, model):
     (result,) = found(model)
     assert result.passed is False and "a gradient that is not the model's, or a part of it" in result.detail
@@ -112,7 +125,13 @@ def test_a_part_of_the_gradient_fails(found, model):
 @pytest.mark.parametrize("kind", [NoFloat64, AnswersInFloat32])
 @pytest.mark.parametrize(
     ("change", "passed"),
-    [(lambda images: images, True), (lambda images: 1e-2 * images, True), (part(0.25), False), (part(0.6), False), (part(0.85), False)],
+    [
+        (lambda images: images, True),
+        (lambda images: 1e-2 * images, True),
+        (part(0.25), False),
+        (part(0.6), False),
+        (part(0.85), False),
+    ],
     ids=["as it is", "small", "quarter", "most", "nearly all"],
 )
 def test_what_cannot_be_computed_in_float64_is_asked_in_float32(found, kind, change, passed):
@@ -122,7 +141,14 @@ def test_what_cannot_be_computed_in_float64_is_asked_in_float32(found, kind, cha
 
 @pytest.mark.parametrize(
     "model",
-    [Network(rounded), Network(rounded_with_a_gradient), NoFloat64(rounded), AnswersInFloat32(rounded_with_a_gradient), Noisy(), Half()],
+    [
+        Network(rounded),
+        Network(rounded_with_a_gradient),
+        NoFloat64(rounded),
+        AnswersInFloat32(rounded_with_a_gradient),
+        Noisy(),
+        Half(),
+    ],
     ids=["rounded", "bpda", "rounded in float32", "bpda in float32", "noisy", "float16"],
 )
 def test_what_has_no_slope_is_not_known(found, model):

@@ -69,7 +69,10 @@ def test_restarts_belong_to_one_search_and_targets_to_several():
     [
         (PGD.model_copy(update={"steps": 4}), "Rows do not tell which of its 4 steps"),
         (PGD.model_copy(update={"step_size_ratio": 1.0}), "All steps of pgd together are 1 eps long"),
-        (MiFgsmSpec(name="mi_fgsm", kind="mi_fgsm", norm="linf", eps=(1 / 255,)), "All steps of mi_fgsm together are 1 eps long"),
+        (
+            MiFgsmSpec(name="mi_fgsm", kind="mi_fgsm", norm="linf", eps=(1 / 255,)),
+            "All steps of mi_fgsm together are 1 eps long",
+        ),
     ],
 )
 def test_what_rows_cannot_say_is_not_known(spec, reason):

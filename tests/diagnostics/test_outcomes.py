@@ -26,7 +26,8 @@ def outcomes(*breaking_eps, spec=PGD):
     [((0.05, 0.1, 0.4, math.inf), 0.2), ((math.inf,) * 4, 0.4), ((0.01,) * 4, 0.05), ((0.3, 0.3, 0.3, 0.3), 0.2)],
 )
 def test_the_budget_looked_at_is_nearest_to_half(breaking, eps):
-    # Of equally near ones the largest. In the last case nothing is broken up to 0.2 and all at 0.4: equally far, the largest where nothing is broken.
+    # Of equally near ones the largest. In the last case nothing is broken up to 0.2 and all at 0.4: equally far, the largest
+    # where nothing is broken.
     assert NormOutcomes("l2", (outcomes(*breaking),)).choose_eps() == eps
 
 

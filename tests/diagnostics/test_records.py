@@ -48,14 +48,20 @@ def test_files_of_other_versions_count_as_none(run, version):
     # What they hold may be of another shape, and was found by other rules.
     found = [{"name": "large_eps", "passed": True, "detail": "0 of 24 withstand.", "effort": 3}]
     path = run.folder / DIAGNOSTICS_FILE
-    path.write_text(json.dumps({"version": version, "fingerprint": "ab" * 8, "sample": [3, 5], "wall_s": 1.5, "results": found}))
+    path.write_text(
+        json.dumps({"version": version, "fingerprint": "ab" * 8, "sample": [3, 5], "wall_s": 1.5, "results": found})
+    )
     assert load_diagnostics(run) is None
     # But nobody is left to wonder where they are.
     ((name, _, _, result, detail),) = diagnostics_table({"a": run}).rows
-    assert (name.text, result.text) == ("a", "not known") and detail.text.startswith(f"Its diagnostics are of version {version}")
+    assert (name.text, result.text) == ("a", "not known") and detail.text.startswith(
+        f"Its diagnostics are of version {version}"
+    )
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"fingerprint": "abababababababab", "sample": [], "wall_s": 1, "results": [{"name": "x"}]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"fingerprint": "abababababababab", "sample": [], "wall_s": 1, "results": [{"name": "x"}]}']
+)
 def test_damaged_ones_are_refused(run, text):
     (run.folder / DIAGNOSTICS_FILE).write_text(text)
     with pytest.raises(StoreError, match="diagnostics.json cannot be read .*: restore it, or delete it"):

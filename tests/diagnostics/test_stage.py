@@ -72,7 +72,9 @@ def workplace(tmp_path_factory):
         (folder / "images" / name).mkdir(parents=True)
         for i in range(20):
             pixels = 0.5 + 0.06 * (template - 0.5) + 0.1 * (generator.random((3, 8, 8)) - 0.5)
-            Image.fromarray((255 * pixels.transpose(1, 2, 0)).round().astype(np.uint8)).save(folder / "images" / name / f"{i}.png")
+            Image.fromarray((255 * pixels.transpose(1, 2, 0)).round().astype(np.uint8)).save(
+                folder / "images" / name / f"{i}.png"
+            )
     return folder
 
 
@@ -171,7 +173,11 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_half_file(run, workplace, tmp
     assert code == 130 and "the same command goes on" in err
     (folder,) = find_runs(tmp_path)
     assert load_run(folder).is_complete
-    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock")) == ["examples", "manifest.json", "parts"]
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock")) == [
+        "examples",
+        "manifest.json",
+        "parts",
+    ]
     assert run(*EVAL, "--out", tmp_path)[0] == 0
     assert load_diagnostics(load_run(folder)) is not None
 
@@ -190,7 +196,11 @@ def test_a_budget_of_nothing_leaves_nothing_to_find(evaluated, sound_linear):
     data, finished = evaluated(sound_linear, (spec,))
     found = diagnose(sound_linear, 5, data, (spec,), finished, torch.device("cpu"))
     # Where nothing was attacked no image is at the boundary.
-    assert {result.name: result.passed for result in found.results} == {"finite_differences": True, "determinism": True, "float64": None}
+    assert {result.name: result.passed for result in found.results} == {
+        "finite_differences": True,
+        "determinism": True,
+        "float64": None,
+    }
 
 
 def test_an_incomplete_run_is_refused(evaluated, sound_linear):

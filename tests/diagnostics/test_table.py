@@ -18,8 +18,8 @@ def test_doctests():
         (["passed", "not known"], "checks: 1 passed, 1 not known"),
         (
             ["FAILED"],
-            "checks: 1 FAILED: robust accuracies may be too high; --suite strong (strong_l2, in l1 --attack fmn_l1) finds more, and "
-            "--suite blackbox needs no gradients",
+            "checks: 1 FAILED: robust accuracies may be too high; --suite strong (strong_l2, in l1 --attack fmn_l1) finds "
+            "more, and --suite blackbox needs no gradients",
         ),
         (["not known"], "checks: 1 not known"),
     ],

@@ -59,8 +59,16 @@ def run():
             manifest["real_pixels"] = options["real_pixels"]
         with RunStore.create_or_resume(folder, manifest) as store:
             evaluate(
-                model, num_classes, images, tasks, store, fingerprint=FINGERPRINT, device=torch.device("cpu"),
-                part_metadata={"device": "cpu"}, batch_size=batch_size, **options,
+                model,
+                num_classes,
+                images,
+                tasks,
+                store,
+                fingerprint=FINGERPRINT,
+                device=torch.device("cpu"),
+                part_metadata={"device": "cpu"},
+                batch_size=batch_size,
+                **options,
             )
             return store.read_rows()
 
@@ -89,7 +97,9 @@ def attack_is(monkeypatch):
                 rows = list(range(len(images)))
                 for eps in self.ladder:
                     if rows:
-                        is_broken = claim(rows, function(model, images[rows], labels[rows]), [eps] * len(rows), [True] * len(rows))
+                        is_broken = claim(
+                            rows, function(model, images[rows], labels[rows]), [eps] * len(rows), [True] * len(rows)
+                        )
                         rows = [row for row, broken in zip(rows, is_broken, strict=True) if not broken]
                 return Effort(passes, passes, 0)
 

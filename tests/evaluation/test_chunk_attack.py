@@ -99,7 +99,11 @@ def test_minimal_norms_of_survivors(problem, tmp_path, run, in_memory):
 def test_forward_passes_and_time_are_those_of_the_attack(problem, tmp_path, run, in_memory):
     forwarded = []
     rows = run(
-        problem.model, 3, in_memory(problem.images, problem.labels), [PGD], tmp_path / "run",
+        problem.model,
+        3,
+        in_memory(problem.images, problem.labels),
+        [PGD],
+        tmp_path / "run",
         on_forward=forwarded.append,
     )
     assert rows.forward_passes.sum() == sum(forwarded) <= sum(task.cost for task in plan_tasks([PGD], 12, 5))

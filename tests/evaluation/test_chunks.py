@@ -26,6 +26,8 @@ def test_seeds_differ_in_every_argument():
     base = ("ab", "pgd", "a.png", 0.5, 0)
     others = [("ac", *base[1:]), ("ab", "fgsm", *base[2:]), (*base[:2], "b.png", 0.5, 0), (*base[:3], 0.25, 0), (*base[:4], 1)]
     seeds = {start_seed(*arguments) for arguments in [base, *others]}
-    seeds |= {chunk_seed(*arguments) for arguments in [("ab", "pgd", 0), ("ac", "pgd", 0), ("ab", "fgsm", 0), ("ab", "pgd", 32)]}
+    seeds |= {
+        chunk_seed(*arguments) for arguments in [("ab", "pgd", 0), ("ac", "pgd", 0), ("ab", "fgsm", 0), ("ab", "pgd", 32)]
+    }
     assert len(seeds) == 10
     assert all(0 <= seed < 2**63 for seed in seeds)

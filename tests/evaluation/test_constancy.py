@@ -47,7 +47,9 @@ def test_a_steady_model_passes_also_with_nan_in_a_buffer():
         constancy.check()
 
 
-@pytest.mark.parametrize("after, what", [(drift, "'layer.weight'"), (count, "'count'"), (replace, "'layer.weight'"), (shift, "logits")])
+@pytest.mark.parametrize(
+    "after, what", [(drift, "'layer.weight'"), (count, "'count'"), (replace, "'layer.weight'"), (shift, "logits")]
+)
 def test_a_model_that_changes_in_forward_is_refused(after, what):
     model = Model(after)
     constancy = Constancy(model, IMAGES, 1e-4)

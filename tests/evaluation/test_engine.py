@@ -19,7 +19,13 @@ L2_LADDER = (1e-3, 2e-3, 4e-3, 7e-3, 1.5e-2)
 FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
 PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
 PLAIN = PgdSpec(
-    name="plain", kind="pgd", norm="linf", eps=(1 / 255, 2 / 255, 4 / 255, 8 / 255), steps=10, step_size_ratio=2.5, random_start=False
+    name="plain",
+    kind="pgd",
+    norm="linf",
+    eps=(1 / 255, 2 / 255, 4 / 255, 8 / 255),
+    steps=10,
+    step_size_ratio=2.5,
+    random_start=False,
 )
 PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=L2_LADDER, steps=10)
 CW = CwSpec(name="cw", kind="cw", eps=L2_LADDER, binary_search_steps=6, steps=100, lr=0.0005, initial_c=1.0)
@@ -55,6 +61,7 @@ def test_resumed_run_equals_uninterrupted_one(problem, tmp_path, run, in_memory)
             done.append((task.part, is_new))
             if sum(new for _, new in done) == count:
                 raise KeyboardInterrupt
+
         return on_task
 
     for count in (1, 5):
@@ -98,7 +105,9 @@ def test_chunks_and_batches_change_nothing_but_rounding(problem, tmp_path, spec,
         (PLAIN, "judged", False),
     ],
 )
-def test_larger_budgets_ahead_take_nothing_from_smaller_ones(spec, real_pixels, is_double, linear_problem, tmp_path, monkeypatch, run, in_memory):
+def test_larger_budgets_ahead_take_nothing_from_smaller_ones(
+    spec, real_pixels, is_double, linear_problem, tmp_path, monkeypatch, run, in_memory
+):
     problem = linear_problem(40, 3)
     precision = torch.float64 if is_double else torch.float32
     pixels, labels = problem.images.to(precision), problem.labels
@@ -119,7 +128,9 @@ def test_larger_budgets_ahead_take_nothing_from_smaller_ones(spec, real_pixels, 
     if real_pixels is not None:
         assert 0 < found[0].is_broken_quantized.sum() < found[0].is_broken.sum() + (spec is PLAIN)
     stands = found[0].outcome == "robust"
-    np.testing.assert_allclose(found[0][stands].adversarial_margin, found[1][stands].adversarial_margin, rtol=1e-9 if is_double else 1e-3)
+    np.testing.assert_allclose(
+        found[0][stands].adversarial_margin, found[1][stands].adversarial_margin, rtol=1e-9 if is_double else 1e-3
+    )
     assert (found[1][stands].adversarial_margin > 0).all()
 
 
@@ -226,7 +237,11 @@ class NeedsMemory(nn.Module):
 def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, wrapper, message, run, in_memory):
     with pytest.raises(ModelError, match=message):
         run(
-            wrapper(problem.model).eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run",
+            wrapper(problem.model).eval(),
+            3,
+            in_memory(problem.images, problem.labels),
+            [FGSM],
+            tmp_path / "run",
             batch_size=5,
         )
 
@@ -285,7 +300,13 @@ def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attac
 
     attack_is(attack)
     with pytest.raises(ModelError, match=r"NaN or infinite logits for 5 of 5 images, the first is class/5.png"):
-        run(NanAway(problem.model).eval(), 3, images, [PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(1.0,), steps=1)], tmp_path / "run")
+        run(
+            NanAway(problem.model).eval(),
+            3,
+            images,
+            [PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(1.0,), steps=1)],
+            tmp_path / "run",
+        )
     assert len(list((tmp_path / "run" / "parts").glob("*.parquet"))) == 1
 
 

@@ -78,8 +78,11 @@ def test_out_of_memory_is_done_again_in_halves(problem, images, tmp_path, caplog
     assert rows.drop(columns=ROUNDED).equals(whole.drop(columns=ROUNDED))
     for column in ROUNDED:
         torch.testing.assert_close(
-            torch.tensor(rows[column].to_numpy(float)), torch.tensor(whole[column].to_numpy(float)),
-            rtol=1e-3, atol=1e-4, equal_nan=True,
+            torch.tensor(rows[column].to_numpy(float)),
+            torch.tensor(whole[column].to_numpy(float)),
+            rtol=1e-3,
+            atol=1e-4,
+            equal_nan=True,
         )
     assert {part["batch_size"] for part in found.part_metadata.values()} <= {"8", str(used)}
     assert str(used) in {part["batch_size"] for part in found.part_metadata.values()}
@@ -106,9 +109,13 @@ class Drifting(nn.Module):
         return logits + self.shift * torch.arange(3)
 
 
-@pytest.mark.parametrize(("how", "message"), [("weights", "'model.1.weight'"), ("count", "'count'"), ("unseen", "logits of the same images")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("weights", "'model.1.weight'"), ("count", "'count'"), ("unseen", "logits of the same images")]
+)
 @pytest.mark.parametrize("period", [17, 40])
-def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(problem, images, tmp_path, how, message, period, evaluate_in):
+def test_a_model_that_changes_is_refused_and_nothing_of_it_is_stored(
+    problem, images, tmp_path, how, message, period, evaluate_in
+):
     whole = evaluate_in(tmp_path / "whole", problem.model, images)
     with pytest.raises(ModelError, match=f"the model changes while it is evaluated: .*{message}") as caught:
         evaluate_in(tmp_path / "run", Drifting(problem.model, how, period).eval(), images)

@@ -83,7 +83,10 @@ class Answer(nn.Module):
         (lambda x: torch.full((len(x), 2), float("inf")), "NaN or infinite logits"),
         (lambda x: torch.zeros(len(x), 3), r"tensor \(4, 3\).*expected logits of shape \(4, 2\)"),
         (lambda x: torch.zeros(len(x)), r"expected logits of shape \(4, 2\)"),
-        (lambda x: torch.zeros(len(x), 1), r"tensor \(4, 1\).*if its sigmoid is the probability.*return torch.stack\(\[0 \* z, z\], 1\)"),
+        (
+            lambda x: torch.zeros(len(x), 1),
+            r"tensor \(4, 1\).*if its sigmoid is the probability.*return torch.stack\(\[0 \* z, z\], 1\)",
+        ),
         (lambda x: torch.zeros(len(x), 2, dtype=torch.int64), "int64"),
         (lambda x: (torch.zeros(len(x), 2),), "returns tuple"),
     ],

@@ -75,11 +75,27 @@ def rows(distances, eps, in_8_bits=None):
     """Rows of two images at one eps."""
     return [
         {
-            "index": index, "key": str(index), "label": 0, "wnid": "n0", "attack": "pgd", "norm": "linf", "eps": eps,
-            "clean_prediction": 0, "is_clean_correct": True, "adversarial_prediction": None, "is_broken": distance is not None,
-            "outcome": "robust" if distance is None else "broken", "linf_distance": distance, "l2_distance": distance,
-            "l1_distance": distance, "is_broken_quantized": in_8_bits, "clean_margin": 1.0, "adversarial_margin": None,
-            "wall_s": 0.0, "forward_passes": 0, "backward_passes": 0,
+            "index": index,
+            "key": str(index),
+            "label": 0,
+            "wnid": "n0",
+            "attack": "pgd",
+            "norm": "linf",
+            "eps": eps,
+            "clean_prediction": 0,
+            "is_clean_correct": True,
+            "adversarial_prediction": None,
+            "is_broken": distance is not None,
+            "outcome": "robust" if distance is None else "broken",
+            "linf_distance": distance,
+            "l2_distance": distance,
+            "l1_distance": distance,
+            "is_broken_quantized": in_8_bits,
+            "clean_margin": 1.0,
+            "adversarial_margin": None,
+            "wall_s": 0.0,
+            "forward_passes": 0,
+            "backward_passes": 0,
         }
         for index, distance in enumerate(distances)
     ]

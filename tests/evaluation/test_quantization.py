@@ -18,7 +18,9 @@ def within(images, eps, norm, seed=1):
     """Images exactly `eps` away, as far as the box lets them."""
     delta = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if norm == "linf":
-        delta = eps * delta.sign() * torch.rand(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        delta = (
+            eps * delta.sign() * torch.rand(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        )
     else:
         delta *= eps / torch.linalg.vector_norm(delta.flatten(1), 2 if norm == "l2" else 1, dim=1).view(-1, 1, 1, 1)
     return (images.double() + delta).clamp(0, 1).float()

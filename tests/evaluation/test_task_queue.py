@@ -229,7 +229,9 @@ def test_attacks_in_another_norm_are_not_waited_for(store):
 
 def test_what_builds_upon_earlier_attacks_waits_for_them(store):
     specs = [SPECS[0], SPECS[1].model_copy(update={"survivors_only": True})]
-    first, second = (iter(each) for each in (queue(store, Sharing(0, 1), 4, specs=specs), queue(store, Sharing(0, 1), 4, specs=specs)))
+    first, second = (
+        iter(each) for each in (queue(store, Sharing(0, 1), 4, specs=specs), queue(store, Sharing(0, 1), 4, specs=specs))
+    )
     assert next(first).part == ("fgsm", 0, 2)
     # The other attack on these images has to wait, those on others have not.
     assert next(second).part == ("fgsm", 2, 4)

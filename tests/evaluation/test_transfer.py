@@ -118,11 +118,17 @@ class Detached(nn.Module):
 def test_a_target_without_gradient_can_be_judged_by_transfer_alone(evaluated, target, surrogate):
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
     whole = evaluated(target.model, target.images, target.labels, [FGSM], surrogate=attacked, name="whole").rows
-    blind = evaluated(Detached(target.model).eval(), target.images, target.labels, [FGSM], surrogate=attacked, name="blind").rows
+    blind = evaluated(
+        Detached(target.model).eval(), target.images, target.labels, [FGSM], surrogate=attacked, name="blind"
+    ).rows
     assert blind.is_broken.tolist() == whole.is_broken.tolist()
     with pytest.raises(ModelError, match="carry no gradient"):
         evaluated(
-            target.model, target.images, target.labels, [FGSM], name="no",
+            target.model,
+            target.images,
+            target.labels,
+            [FGSM],
+            name="no",
             surrogate=Surrogate(Detached(surrogate).eval(), 2, target.labels.tolist()),
         )
 

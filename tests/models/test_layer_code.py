@@ -45,7 +45,10 @@ def test_what_is_computed_is_seen_and_how_it_is_written_is_not():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("by * images", "by + images"), ("by=2", "by=3"), ("else images", "else -images"), ('"d"}', '"e"}'),
+        ("by * images", "by + images"),
+        ("by=2", "by=3"),
+        ("else images", "else -images"),
+        ('"d"}', '"e"}'),
         ("lambda: 3", "lambda: 4"),
     ],
 )

@@ -60,7 +60,10 @@ def test_names_of_our_networks():
         (lambda: load("lr_resnt50"), "unknown model 'lr_resnt50': did you mean lr_resnet50"),
         (lambda: load("vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
         (lambda: load("torchvision:vgg61"), "unknown model 'vgg61': did you mean .*vgg16"),
-        (lambda: load("zzzzzz"), "unknown model 'zzzzzz': known: .*lr_resnet26.*; or give timm:NAME, or path/to/file.py:factory"),
+        (
+            lambda: load("zzzzzz"),
+            "unknown model 'zzzzzz': known: .*lr_resnet26.*; or give timm:NAME, or path/to/file.py:factory",
+        ),
         (lambda: load("VGG16"), "unknown model 'VGG16': did you mean vgg16"),
         # Models of torchvision for other tasks are no classifiers.
         (lambda: load("fcn_resnet50"), "unknown model 'fcn_resnet50'"),
@@ -93,7 +96,9 @@ def test_checkpoint_without_classes(tmp_path, tiny_networks, seeded):
     path = tmp_path / "checkpoint.pt"
     network = tiny_networks(3)
     torch.save({"state_dict": network.state_dict()}, path)
-    with pytest.raises(ModelError, match="tiny with checkpoint.pt, which carries no class list, needs a class list: add --classes"):
+    with pytest.raises(
+        ModelError, match="tiny with checkpoint.pt, which carries no class list, needs a class list: add --classes"
+    ):
         load("tiny", weights=str(path))
     with pytest.raises(ModelError, match="checkpoint.pt does not state the size of its images: add --input-size"):
         load("tiny", weights=str(path), classes=CLASSES)
@@ -101,12 +106,17 @@ def test_checkpoint_without_classes(tmp_path, tiny_networks, seeded):
     assert (classifier.classes, classifier.weights) == (CLASSES, "checkpoint.pt")
     assert (classifier.input_size, classifier.resize_size) == (48, None)
     torch.testing.assert_close(dict(classifier.module.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
-    with pytest.raises(WeightsError, match=r"checkpoint.pt does not fit the network: 7.weight is \(3, 32\), the network has \(2, 32\)"):
+    with pytest.raises(
+        WeightsError, match=r"checkpoint.pt does not fit the network: 7.weight is \(3, 32\), the network has \(2, 32\)"
+    ):
         load("tiny", weights=str(path), classes=CLASSES[:2], input_size=48)
 
 
 def test_random_weights_need_classes(tiny_networks):
-    with pytest.raises(ModelError, match="tiny needs a class list: add --classes tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file"):
+    with pytest.raises(
+        ModelError,
+        match="tiny needs a class list: add --classes tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file",
+    ):
         load("tiny", weights="none")
     classifier = load("tiny", weights="none", classes=CLASSES)
     assert (classifier.classes, classifier.weights) == (CLASSES, "random")
@@ -180,12 +190,16 @@ def test_torchvision_weights_without_network(torchvision_models, monkeypatch):
         raise URLError(OSError("Temporary failure\nin name resolution"))
 
     monkeypatch.setattr(torchvision_models, "get_model", fail)
-    with pytest.raises(WeightsError, match=r"^the weights of vgg16 could not be downloaded or loaded \(URLError: [^\n]*\): connect [^\n]*$"):
+    with pytest.raises(
+        WeightsError, match=r"^the weights of vgg16 could not be downloaded or loaded \(URLError: [^\n]*\): connect [^\n]*$"
+    ):
         load("vgg16")
 
 
 def test_unknown_torchvision_weights():
-    with pytest.raises(UnknownNameError, match=r"weights of resnet50 \(nor is there such a file\) 'IMAGENET1K_V3': did you mean"):
+    with pytest.raises(
+        UnknownNameError, match=r"weights of resnet50 \(nor is there such a file\) 'IMAGENET1K_V3': did you mean"
+    ):
         load("torchvision:resnet50", weights="IMAGENET1K_V3")
 
 
@@ -367,7 +381,10 @@ def test_a_user_file_may_lie_below_any_name(tmp_path, monkeypatch):
 def test_user_module_with_classes(user_file):
     classifier = load(f"{user_file}:bare", classes=CLASSES[:2])
     assert (classifier.classes, classifier.input_size) == (CLASSES[:2], 20)
-    with pytest.raises(ModelError, match="bare returned Linear: expected a lrrobust.models.Classifier, or a torch.nn.Module together with --classes"):
+    with pytest.raises(
+        ModelError,
+        match="bare returned Linear: expected a lrrobust.models.Classifier, or a torch.nn.Module together with --classes",
+    ):
         load(f"{user_file}:bare")
     # At another size than it was trained at it would seem worse than it is.
     with pytest.raises(ModelError, match="returned a Linear that does not state the size of its images: add --input-size"):
@@ -453,7 +470,9 @@ def test_user_factory_with_weights(user_file, tmp_path):
 
 
 def test_a_colon_without_a_file_is_no_model():
-    with pytest.raises(ModelError, match="unknown model 'model:build': expected path/to/file.py:factory, timm:NAME or torchvision:NAME"):
+    with pytest.raises(
+        ModelError, match="unknown model 'model:build': expected path/to/file.py:factory, timm:NAME or torchvision:NAME"
+    ):
         load("model:build")
 
 

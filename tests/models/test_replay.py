@@ -100,7 +100,8 @@ def test_a_gradient_is_of_all_uses_of_the_images(network):
 
 
 @pytest.mark.parametrize(
-    "case", ["too many", "too large", "float64", "training", "autocast", "rule"],
+    "case",
+    ["too many", "too large", "float64", "training", "autocast", "rule"],
 )
 def test_computed_as_it_is_where_a_recording_would_not_hold(network, monkeypatch, case):
     recorded = ReplayedNetwork(network, RecordingOnCpu)
@@ -167,7 +168,11 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(network, caplog)
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
 )
 def test_where_memory_runs_out_recordings_are_given_up(network, error, caplog):
     tried = []
@@ -208,7 +213,9 @@ def test_memory_that_runs_out_in_a_pass_itself_takes_that_of_recordings(network,
     with torch.autocast("cpu", torch.bfloat16):
         recorded(images)
     assert calls == [True, False]
-    monkeypatch.setattr(type(network), "forward", lambda network, images: (_ for _ in ()).throw(torch.OutOfMemoryError("again")))
+    monkeypatch.setattr(
+        type(network), "forward", lambda network, images: (_ for _ in ()).throw(torch.OutOfMemoryError("again"))
+    )
     with pytest.raises(torch.OutOfMemoryError, match="again"), torch.autocast("cpu", torch.bfloat16):
         recorded(images)
 

@@ -76,7 +76,12 @@ def test_network_normalises_images_itself(seeded):
 
 def test_strides_halve_from_the_second_stage_on(seeded):
     network = ResidualNetwork(
-        stem=nn.Conv2d(3, 4, 1), stem_outputs=4, widths=(2,) * 4, blocks=(2, 1, 1, 1), spatial_layer=_spatial_layer, num_classes=3
+        stem=nn.Conv2d(3, 4, 1),
+        stem_outputs=4,
+        widths=(2,) * 4,
+        blocks=(2, 1, 1, 1),
+        spatial_layer=_spatial_layer,
+        num_classes=3,
     ).eval()
     features, sizes = network.stem(torch.rand(1, 3, 33, 16)), []
     for stage in network.stages:

@@ -52,8 +52,17 @@ def test_descriptions_tell_stems_apart(name):
 def test_weights_bring_their_stem_along(name, tmp_path, seeded):
     network = build_network(name, 3, "small").eval()
     metadata = WeightsMetadata(
-        name="SMALL", model=name, stem="small", description="", classes=("a", "b", "c"), input_size=32, resize_size=32,
-        interpolation="bilinear", recipe={}, training={}, accuracy=(),
+        name="SMALL",
+        model=name,
+        stem="small",
+        description="",
+        classes=("a", "b", "c"),
+        input_size=32,
+        resize_size=32,
+        interpolation="bilinear",
+        recipe={},
+        training={},
+        accuracy=(),
     )
     path = tmp_path / "small.safetensors"
     save_weights(path, quantise(network.state_dict()), metadata)

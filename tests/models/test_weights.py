@@ -188,7 +188,9 @@ def test_truncated_file(file, length):
 
 
 @pytest.mark.parametrize(
-    "header", ["{}", "not json", json.dumps({**METADATA.model_dump(mode="json"), "format_version": 2})], ids=["empty", "text", "newer"]
+    "header",
+    ["{}", "not json", json.dumps({**METADATA.model_dump(mode="json"), "format_version": 2})],
+    ids=["empty", "text", "newer"],
 )
 def test_header_that_is_not_ours(tmp_path, header):
     path = tmp_path / "weights.safetensors"
@@ -293,7 +295,9 @@ def test_a_state_beside_other_things_whatever_its_name(tmp_path, state):
         read_weights(path)
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"epoch": 3}, {0: torch.zeros(2)}, {"state_dict": {}}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(2)], {}, {"epoch": 3}, {0: torch.zeros(2)}, {"state_dict": {}}, torch.zeros(2)]
+)
 def test_checkpoint_without_a_state(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
     torch.save(content, path)
@@ -309,16 +313,22 @@ class _Bomb:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"]
+)
 def test_code_in_a_pickle_is_not_run(tmp_path, save):
     target, path = tmp_path / "touched", tmp_path / "checkpoint.pt"
     save({"weight": _Bomb(str(target))}, path)
-    with pytest.raises(WeightsError, match=r"^[^\n]*neither a safetensors file nor a checkpoint of tensors only[^\n]*$") as caught:
+    with pytest.raises(
+        WeightsError, match=r"^[^\n]*neither a safetensors file nor a checkpoint of tensors only[^\n]*$"
+    ) as caught:
         read_weights(path)
     assert "save the network's state_dict()" in str(caught.value) and "False" not in str(caught.value)
     assert not target.exists()
     # The file would have run its code where code is allowed: the test can fail.
-    torch.load(path, weights_only=False)["weight"].close() if save is torch.save else pickle.loads(path.read_bytes())["weight"].close()
+    torch.load(path, weights_only=False)["weight"].close() if save is torch.save else pickle.loads(path.read_bytes())[
+        "weight"
+    ].close()
     assert target.exists()
 
 
@@ -382,7 +392,9 @@ def test_weights_of_other_precision_are_loaded(dtype):
 
 
 def test_many_differences_are_counted():
-    with pytest.raises(WeightsError, match=r"0.weight is missing; 0.bias is missing; 1.weight is missing and 2 more differences$"):
+    with pytest.raises(
+        WeightsError, match=r"0.weight is missing; 0.bias is missing; 1.weight is missing and 2 more differences$"
+    ):
         fit_weights(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), {"x": torch.zeros(1)}, "file.pt")
 
 
@@ -417,7 +429,13 @@ def test_who_went_on_from_unknown_weights_has_no_known_recipe(unknown):
 
 @pytest.mark.parametrize(
     "training",
-    [{"images": "many"}, {"images": 0}, {"initial_weights": {"stages": [1]}}, {"initial_weights": {"stages": [[1, -2]]}}, {"averaged": 3}],
+    [
+        {"images": "many"},
+        {"images": 0},
+        {"initial_weights": {"stages": [1]}},
+        {"initial_weights": {"stages": [[1, -2]]}},
+        {"averaged": 3},
+    ],
 )
 def test_a_header_with_a_wrong_account_of_the_training_is_refused(tmp_path, training):
     path = tmp_path / "weights.safetensors"
@@ -462,11 +480,15 @@ def test_how_far_recipes_were_followed(training, followed):
 
 
 def test_the_shipped_pair_is_by_one_recipe_and_as_accurate():
-    pair = [read_metadata(TRAINED_FOLDER / SHIPPED_WEIGHTS[name]["TINY_IMAGENET_V1"].file) for name in ("lr_resnet50", "resnet50")]
+    pair = [
+        read_metadata(TRAINED_FOLDER / SHIPPED_WEIGHTS[name]["TINY_IMAGENET_V1"].file) for name in ("lr_resnet50", "resnet50")
+    ]
     ours, theirs = pair
     assert ours.recipe_identity == theirs.recipe_identity != ""
     assert all(len(metadata.stages) == 2 for metadata in pair)
-    top1 = [{accuracy.dataset_sha256: accuracy.top1 for accuracy in metadata.accuracy if accuracy.n == 5000} for metadata in pair]
+    top1 = [
+        {accuracy.dataset_sha256: accuracy.top1 for accuracy in metadata.accuracy if accuracy.n == 5000} for metadata in pair
+    ]
     assert top1[0].keys() == top1[1].keys() != set()
     assert all(abs(top1[0][key] - top1[1][key]) <= 0.01 for key in top1[0])
 
@@ -498,7 +520,9 @@ def test_shipped_weights(name, weights):
 
 def test_no_file_of_weights_is_shipped_unlisted():
     found = {path.name for path in TRAINED_FOLDER.glob("*")} if TRAINED_FOLDER.is_dir() else set()
-    assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {SHIPPED_WEIGHTS[name][weights].file for name, weights in SHIPPED}
+    assert {name for name in found if name.endswith((".safetensors", ".pt"))} == {
+        SHIPPED_WEIGHTS[name][weights].file for name, weights in SHIPPED
+    }
 
 
 @pytest.mark.parametrize("module", [torch.nn.LazyLinear(3), torch.nn.Linear(2, 3, device="meta")], ids=["lazy", "meta"])

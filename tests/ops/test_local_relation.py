@@ -256,7 +256,9 @@ def test_geometry_entry_belongs_to_its_offset(backend):
 @pytest.mark.parametrize("channels, groups, per_group", [(16, 2, 8), (100, 13, 8), (10, 4, 3), (40, 3, 16)])
 def test_default_grouping_is_that_of_the_paper_where_it_fits(channels, groups, per_group):
     assert choose_channels_per_group(channels, groups, None) == (8 if -(-channels // 8) == groups else -(-channels // groups))
-    case = Case(channels=channels, height=3, width=3, kernel_size=3, per_group=choose_channels_per_group(channels, groups, None))
+    case = Case(
+        channels=channels, height=3, width=3, kernel_size=3, per_group=choose_channels_per_group(channels, groups, None)
+    )
     inputs = make_inputs(case, torch.float32)
     torch.testing.assert_close(
         local_relation(*inputs, kernel_size=3), local_relation(*inputs, **case.options()), rtol=0, atol=0
@@ -347,7 +349,10 @@ def test_result_has_the_dtype_of_value(backend):
     leaves = [x.requires_grad_() for x in mixed]
     out = local_relation(*leaves, **case.options(), backend=backend)
     assert out.dtype == torch.bfloat16
-    assert local_relation(query, key.bfloat16(), value, geometry.bfloat16(), **case.options(), backend=backend).dtype == torch.float32
+    assert (
+        local_relation(query, key.bfloat16(), value, geometry.bfloat16(), **case.options(), backend=backend).dtype
+        == torch.float32
+    )
     out.sum().backward()
     assert [leaf.grad.dtype for leaf in leaves] == [leaf.dtype for leaf in leaves]
 
@@ -370,7 +375,10 @@ def _slice_of_larger(x):
 @pytest.mark.parametrize(
     "case",
     # A row of one channel is one stride from end to end, and still not without gaps.
-    [Case(batch=2, channels=12, height=5, width=4, kernel_size=3, stride=2), Case(channels=1, height=1, width=6, kernel_size=3)],
+    [
+        Case(batch=2, channels=12, height=5, width=4, kernel_size=3, stride=2),
+        Case(channels=1, height=1, width=6, kernel_size=3),
+    ],
     ids=["map", "row"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -489,7 +497,9 @@ def test_first_call_says_that_it_compiles(capsys):
             pass
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith(f"lrrobust: compiling the local relation's {p} pass") for line, p in zip(lines, ("forward", "backward")))
+    assert all(
+        line.startswith(f"lrrobust: compiling the local relation's {p} pass") for line, p in zip(lines, ("forward", "backward"))
+    )
 
 
 # --- threads and processes ---------------------------------------------------------------------------
@@ -696,7 +706,12 @@ def test_without_numba_auto_takes_the_tiled_backend_and_cpu_says_why(broken_numb
 
 
 def test_why_not_never_raises(broken_numba):
-    odd = [torch.zeros(0), torch.zeros((), dtype=torch.int8), torch.zeros(2, device="meta"), torch.zeros(1, dtype=torch.complex64)]
+    odd = [
+        torch.zeros(0),
+        torch.zeros((), dtype=torch.int8),
+        torch.zeros(2, device="meta"),
+        torch.zeros(1, dtype=torch.complex64),
+    ]
     for backend in ("reference", "unfold", "cpu", "auto", "nonsense", ""):
         for tensor in [*odd, *make_inputs(Case(), torch.float32)]:
             reason = why_not(backend, tensor)

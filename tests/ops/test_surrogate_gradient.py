@@ -80,9 +80,7 @@ def test_tempered_gradient_is_that_of_scores_divided_by_the_temperature(similari
 
 
 def test_absolute_difference_replaces_the_squared_one(tensors):
-    found = local_relation_with_gradient(
-        GradientRule("absolute_difference"), *tensors, kernel_size=KERNEL, backend="reference"
-    )
+    found = local_relation_with_gradient(GradientRule("absolute_difference"), *tensors, kernel_size=KERNEL, backend="reference")
     surrogate = by_pairs(*tensors, lambda q, k, g: g - (q - k).abs())
     torch.testing.assert_close(gradients(found, tensors), gradients(surrogate, tensors))
 
@@ -112,7 +110,9 @@ def test_a_saturated_softmax_hides_what_a_tempered_one_shows(tensors):
     assert hidden < 1e-30 and shown > 1e-4
 
 
-@pytest.mark.parametrize("rule", [GradientRule("tempered", 0.0), GradientRule("tempered", float("nan")), GradientRule("smooth")])
+@pytest.mark.parametrize(
+    "rule", [GradientRule("tempered", 0.0), GradientRule("tempered", float("nan")), GradientRule("smooth")]
+)
 def test_rules_that_mean_nothing_are_refused(rule, tensors):
     with pytest.raises(ValueError, match="temperature above 0|unknown rule 'smooth'"):
         local_relation_with_gradient(rule, *tensors, kernel_size=KERNEL, backend="reference")

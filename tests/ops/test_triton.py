@@ -326,12 +326,14 @@ for kernel in (kernels._forward_kernel, kernels._backward_outputs_kernel, kernel
         elif name in ("batch", "ONE", "QN", "KN", "VN", "ON"):
             types[name] = "i32"
         else:
-            types[name] = "*fp32" if name in ("geometry", "maximum", "normaliser", "mean_key", "delta", "grad_geometry") else sys.argv[1]
+            is_single = name in ("geometry", "maximum", "normaliser", "mean_key", "delta", "grad_geometry")
+            types[name] = "*fp32" if is_single else sys.argv[1]
         if types[name].startswith("*") or name in ("QN", "KN", "VN", "ON"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): number for name, number in CONSTANTS.items() if name in kernel.arg_names}
     source = ASTSource(kernel, types, constants, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.BLOCKS[value.element_size()][1]}).asm["ptx"]
+    options = {"num_warps": kernels.BLOCKS[value.element_size()][1]}
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     print(kernel.fn.__name__, "synchronisations", ptx.count("bar.sync"), "wide loads", ptx.count("ld.global.v4"))
 """
 
@@ -349,7 +351,9 @@ def test_kernels_compile_for_a_gpu(dtype, tmp_path):
     # What the interpreter accepts is more than what the compiler does.
     script = tmp_path / "compile_kernels.py"
     script.write_text(_COMPILE, encoding="utf-8")
-    done = subprocess.run([sys.executable, script, dtype], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, script, dtype], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3
@@ -437,7 +441,9 @@ for dtype, offset in ((torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 
 
 
 def test_what_is_compiled_is_launched_without_a_search_and_for_any_batch_size(tmp_path):
-    done = subprocess.run([sys.executable, "-c", _LAUNCH], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -2,8 +2,8 @@
 
     python browser.py PAGE.html OUT.json [--dark] [--width W] [--screenshot OUT.png] [--pdf OUT.pdf] [--script JS [--then JS]]
 
-OUT.json holds the value of the script, an expression, or of the one after `--then` half a second later, the console's messages, and every address that was asked for. A crash of
-Chromium is then a failed process, not the end of the test run.
+OUT.json holds the value of the script, an expression, or of the one after `--then` half a second later, the console's messages,
+and every address that was asked for. A crash of Chromium is then a failed process, not the end of the test run.
 """
 
 import argparse

@@ -104,12 +104,14 @@ def verdicts():
         smallest_difference=0.02, largest_clean_difference=0.02,
     )  # fmt: skip
     comparison = records.Comparison(
-        attack="pgd", norm="linf", eps=1 / 255, population="all", is_decisive=True, is_cumulative=False, n=6, treatment_accuracy=0.25,
+        attack="pgd", norm="linf", eps=1 / 255, population="all", is_decisive=True, is_cumulative=False, n=6,
+        treatment_accuracy=0.25,
         control_accuracy=0.5, difference=-0.25, low=-0.6, high=0.2, treatment_only=1, control_only=3, p_value=0.625,
         p_holm=1.0, smallest_detectable=None,
     )  # fmt: skip
     curve = records.CurveComparison(
-        attack="pgd", norm="linf", population="all", is_cumulative=False, n=6, eps=LADDER, treatment_robust=(0.25, 0.1), control_robust=(0.5, 0.2),
+        attack="pgd", norm="linf", population="all", is_cumulative=False, n=6, eps=LADDER,
+        treatment_robust=(0.25, 0.1), control_robust=(0.5, 0.2),
         treatment_area=0.175, control_area=0.35, difference=-0.175, low=-0.3, high=0.1, resamples=1000,
     )  # fmt: skip
     norms = records.NormComparison(
@@ -126,8 +128,16 @@ def verdicts():
     )
     runs = tuple(
         records.RunReference(
-            role=role, folder="run", fingerprint="ab" * 32, model=model, weights=None, state_sha256=None, attacks=("pgd",),
-            is_complete=True, commit=None, diagnostics=None,
+            role=role,
+            folder="run",
+            fingerprint="ab" * 32,
+            model=model,
+            weights=None,
+            state_sha256=None,
+            attacks=("pgd",),
+            is_complete=True,
+            commit=None,
+            diagnostics=None,
         )  # fmt: skip
         for role, model in (("treatment", "tiny"), ("control", "other"))
     )
@@ -140,4 +150,8 @@ def verdicts():
         claim=claim, verdict="refuted", reasons=("The control is more robust.", "At eps 1/255 by 25 points."), pairing=pairing,
         comparisons=(comparison, other), curves=(curve,), norms=(norms,), safeguards=guards, runs=runs,
     )  # fmt: skip
-    return records.Verdicts(made_with="lrrobust 1.2, commit 56", results=(result,), not_judged=(records.NotJudged(claim="another", reason="No run of vgg16."),))
+    return records.Verdicts(
+        made_with="lrrobust 1.2, commit 56",
+        results=(result,),
+        not_judged=(records.NotJudged(claim="another", reason="No run of vgg16."),),
+    )

@@ -26,7 +26,10 @@ from lrrobust.verdict.judge import judge_claims
 
 HOSTILE = "<script>alert('x')</script>&\"'</style><img src=x onerror=alert(1)>"
 fuzz = settings(
-    max_examples=25, derandomize=True, database=None, deadline=timedelta(seconds=20),
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    deadline=timedelta(seconds=20),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SCALARS = (
@@ -156,7 +159,11 @@ def test_no_file_has_us_wait_or_never_ends(folder, kind, name):
     else:
         (run / name).symlink_to("/dev/zero" if kind == "device" else run / "nothing")
     found = read_all(run)
-    assert (found is not None and found.is_complete == (name[0] == "e")) if kind == "dangling" and name[0] != "m" else found is None
+    assert (
+        (found is not None and found.is_complete == (name[0] == "e"))
+        if kind == "dangling" and name[0] != "m"
+        else found is None
+    )
 
 
 def test_a_part_that_unpacks_to_more_than_anybody_has(folder, caplog, monkeypatch):
@@ -179,7 +186,9 @@ def with_a_row_less(table):
 
 def with_another_label(table):
     labels = table["label"].to_pylist()
-    return table.set_column(table.schema.get_field_index("label"), table.schema.field("label"), pa.array([9, *labels[1:]], pa.int32()))
+    return table.set_column(
+        table.schema.get_field_index("label"), table.schema.field("label"), pa.array([9, *labels[1:]], pa.int32())
+    )
 
 
 def with_rows_twice(table):
@@ -216,15 +225,22 @@ def resealed(path, change):
 def test_any_value_in_a_sealed_part(folder, data):
     run = folder()
     path = data.draw(st.sampled_from(sorted((run / "parts").iterdir()) + sorted((run / "examples").iterdir())))
-    kinds = {pa.string(): st.text(max_size=5).filter(lambda t: not any("\ud800" <= c <= "\udfff" for c in t)) | st.just(HOSTILE),
-             pa.int64(): st.integers(-(2**63), 2**63 - 1), pa.int32(): st.integers(-(2**31), 2**31 - 1),
-             pa.float64(): st.floats(), pa.bool_(): st.booleans(), pa.binary(): st.binary(max_size=9)}
+    kinds = {
+        pa.string(): st.text(max_size=5).filter(lambda t: not any("\ud800" <= c <= "\udfff" for c in t)) | st.just(HOSTILE),
+        pa.int64(): st.integers(-(2**63), 2**63 - 1),
+        pa.int32(): st.integers(-(2**31), 2**31 - 1),
+        pa.float64(): st.floats(),
+        pa.bool_(): st.booleans(),
+        pa.binary(): st.binary(max_size=9),
+    }
 
     def change(table):
         place = data.draw(st.integers(0, table.num_columns - 1))
         field = table.schema.field(place)
         values = table[field.name].to_pylist()
-        values[data.draw(st.integers(0, len(values) - 1))] = data.draw(kinds[field.type] | (st.none() if field.nullable else st.nothing()))
+        values[data.draw(st.integers(0, len(values) - 1))] = data.draw(
+            kinds[field.type] | (st.none() if field.nullable else st.nothing())
+        )
         return table.set_column(place, field, pa.array(values, type=field.type))
 
     resealed(path, change)
@@ -236,7 +252,9 @@ def test_text_that_is_none_in_a_sealed_part(folder, caplog):
     path = run / "parts" / "pgd-000000-000006.parquet"
 
     def change(table):
-        bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "i4").tobytes()), pa.py_buffer(b"\xff\xfe")])
+        bad = pa.Array.from_buffers(
+            pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "i4").tobytes()), pa.py_buffer(b"\xff\xfe")]
+        )
         keys = pa.concat_arrays([bad] * table.num_rows)
         return table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), keys)
 
@@ -246,8 +264,16 @@ def test_text_that_is_none_in_a_sealed_part(folder, caplog):
 
 
 @fuzz
-@given(document=st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(
-    st.sampled_from(["name", "passed", "detail", "attack"]), v, max_size=4), max_leaves=10) | st.binary(max_size=30))
+@given(
+    document=st.recursive(
+        SCALARS,
+        lambda v: (
+            st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["name", "passed", "detail", "attack"]), v, max_size=4)
+        ),
+        max_leaves=10,
+    )
+    | st.binary(max_size=30)
+)
 def test_any_diagnostics(folder, document):
     run = folder()
     (run / "diagnostics.json").write_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
@@ -291,8 +317,12 @@ def test_no_text_of_a_run_becomes_part_of_the_page(folder):
                 hostile = replaced(hostile, path, TEXTS[(number + shift) % len(TEXTS)])
         (run / "manifest.json").write_text(json.dumps(hostile))
         for path in (run / "parts").iterdir():
-            resealed(path, lambda table: table.set_column(
-                table.schema.get_field_index("wnid"), table.schema.field("wnid"), pa.array([TEXTS[shift]] * table.num_rows)))
+            resealed(
+                path,
+                lambda table: table.set_column(
+                    table.schema.get_field_index("wnid"), table.schema.field("wnid"), pa.array([TEXTS[shift]] * table.num_rows)
+                ),
+            )
         loaded = [load_run(run), load_run(run.parent / "other")]
         drawings = draw_runs(loaded, ["svg"]) if drawings is None else drawings
         path, *_ = write_page(loaded, run.parent.parent / "page", ["lrrobust", "report", TEXTS[shift]], None, lambda: drawings)

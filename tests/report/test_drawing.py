@@ -10,7 +10,9 @@ from lrrobust.report.drawing import Drawers, Drawing, Sketch, draw
 
 
 def sketch(number, render=dict, arguments=None):
-    return Sketch("cd", f"figure_{number}", "A figure.", render, ([("png", bytes([number]))],) if arguments is None else arguments)
+    return Sketch(
+        "cd", f"figure_{number}", "A figure.", render, ([("png", bytes([number]))],) if arguments is None else arguments
+    )
 
 
 def expected(count):
@@ -42,7 +44,9 @@ def test_what_is_begun_later_is_shared_as_well(monkeypatch):
     monkeypatch.setattr(drawing, "count_cores", lambda: 2)
     with Drawers() as drawers:
         # The other process is busy with the first for as long as it takes to draw all others.
-        first = drawers.begin([sketch(0, name_process, (2.0,)), *(sketch(number, name_process, (0.0,)) for number in range(1, 9))])
+        first = drawers.begin(
+            [sketch(0, name_process, (2.0,)), *(sketch(number, name_process, (0.0,)) for number in range(1, 9))]
+        )
         later = [drawers.begin([sketch(number, name_process, (0.02,)) for number in range(3)]) for _ in range(4)]
         pids = [[each.files for each in collect()] for collect in (first, *later)]
         assert [[each.files for each in collect()] for collect in (first, *later)] == pids

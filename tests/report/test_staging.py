@@ -90,7 +90,9 @@ def test_what_somebody_changed_or_took_away_since_is_left_alone(tmp_path):
     assert names(tmp_path) == {"edited.md", "linked.png", "target.png", "new.png"}
 
 
-@pytest.mark.parametrize("record", ["", "[1]", '{"../outside.txt": "SHA"}', '{"": "SHA", ".": "SHA", "sub/x": "SHA"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "record", ["", "[1]", '{"../outside.txt": "SHA"}', '{"": "SHA", ".": "SHA", "sub/x": "SHA"}', "[" * 100_000]
+)
 def test_records_from_elsewhere_remove_nothing(tmp_path, record):
     (tmp_path / "outside.txt").write_text("outside.txt")
     folder = tmp_path / "report"
@@ -105,7 +107,15 @@ def test_what_is_no_file_of_the_reports_is_left_alone(tmp_path):
     (tmp_path / "target.txt").write_text("mine")
     (tmp_path / "link.png").symlink_to("target.txt")
     (tmp_path / "folder").mkdir()
-    record = {"link.png": None, "folder": None, "..": None, "absent.png": None, "a\0b": None, "a\0c": "0" * 64, RECORD_NAME: "0" * 64}
+    record = {
+        "link.png": None,
+        "folder": None,
+        "..": None,
+        "absent.png": None,
+        "a\0b": None,
+        "a\0c": "0" * 64,
+        RECORD_NAME: "0" * 64,
+    }
     (tmp_path / RECORD_NAME).write_text(json.dumps(record))
     assert report(tmp_path, "new.png").removed == []
     assert names(tmp_path) == {"target.txt", "link.png", "folder", "new.png"}

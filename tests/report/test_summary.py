@@ -69,7 +69,9 @@ class TestSummary:
         run.rows.loc[is_earlier, ["is_broken", "outcome"]] = [True, "broken_by_earlier_attack"]
         summary = summarise_run(run)
         assert summary.drop_duplicates("attack").set_index("attack")["is_cumulative"].to_dict() == {
-            "apgd": False, "square": True, "worst_case": False
+            "apgd": False,
+            "square": True,
+            "worst_case": False,
         }
         # Of three images one was broken before and one is broken by squares: no median distance of two thirds failed.
         assert numbers(summary, "square", LADDER[0])["robust_accuracy"] == 1 / 3

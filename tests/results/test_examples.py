@@ -21,7 +21,9 @@ def test_tables_hold_every_value():
     np.testing.assert_array_equal(found.perturbation, perturbation)
 
 
-@pytest.mark.parametrize("clean, perturbation", [(np.zeros((2, 2, 3)), None), (np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3)))])
+@pytest.mark.parametrize(
+    "clean, perturbation", [(np.zeros((2, 2, 3)), None), (np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3)))]
+)
 def test_other_types_are_refused_rather_than_rounded(clean, perturbation):
     with pytest.raises(TypeError, match="cast"):
         examples_to_table([Example(0, clean, perturbation)])

@@ -29,8 +29,14 @@ BROKEN = {
     "forward_passes": 20,
     "backward_passes": 20,
 }
-NOTHING_FOUND = {"adversarial_prediction": None, "linf_distance": None, "l2_distance": None, "adversarial_margin": None,
-    "l1_distance": None, "is_broken_quantized": None}
+NOTHING_FOUND = {
+    "adversarial_prediction": None,
+    "linf_distance": None,
+    "l2_distance": None,
+    "adversarial_margin": None,
+    "l1_distance": None,
+    "is_broken_quantized": None,
+}
 ROBUST = BROKEN | NOTHING_FOUND | {"index": 1, "is_broken": False, "outcome": "robust", "forward_passes": None}
 WRONG = BROKEN | NOTHING_FOUND | {"index": 2, "is_clean_correct": False, "outcome": "wrong_when_clean"}
 

@@ -44,9 +44,7 @@ def test_no_images():
 UNEVEN = np.array([91, 40, 30, *[12] * 10, *[5] * 30, *[1] * 69])
 
 
-@pytest.mark.parametrize(
-    "of_many, of_few", [(0.5, 0.5), (0.05, 0.5), (0.5, 0.05), (0.9, 0.1), (0.02, 0.02), (0.1, 0.9)]
-)
+@pytest.mark.parametrize("of_many, of_few", [(0.5, 0.5), (0.05, 0.5), (0.5, 0.05), (0.9, 0.1), (0.02, 0.02), (0.1, 0.9)])
 def test_covers_as_often_as_it_says(of_many, of_few):
     shares = np.where(UNEVEN >= 12, of_many, of_few)
     generator = np.random.default_rng(0)

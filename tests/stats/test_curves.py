@@ -33,8 +33,13 @@ def test_bootstrap_agrees_with_scipys(monkeypatch, batch_numbers):
     values = np.random.default_rng(3).choice([-0.5, -0.25, 0, 0.25, 1], p=[0.1, 0.1, 0.6, 0.1, 0.1], size=150)
     found = bootstrap_mean_interval(values, 0.9, resamples=20_000)
     expected = scipy_stats.bootstrap(
-        (values,), np.mean, confidence_level=0.9, method="percentile", n_resamples=20_000,
-        rng=np.random.default_rng(5), batch=1000,
+        (values,),
+        np.mean,
+        confidence_level=0.9,
+        method="percentile",
+        n_resamples=20_000,
+        rng=np.random.default_rng(5),
+        batch=1000,
     ).confidence_interval
     # The quantiles of 20,000 draws have a standard error of 1.5 % of the mean's.
     assert found == pytest.approx((expected.low, expected.high), abs=0.06 * values.std() / np.sqrt(150))

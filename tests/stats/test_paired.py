@@ -57,9 +57,7 @@ def score_by_likelihood(b, c, n, difference):
     def loss(q):  # q = P(control only), P(treatment only) = q + difference
         return -(xlogy(b, q + difference) + xlogy(c, q) + xlogy(n - b - c, 1 - 2 * q - difference))
 
-    q = minimize_scalar(
-        loss, bounds=(max(0, -difference), (1 - difference) / 2), method="bounded", options={"xatol": 1e-13}
-    ).x
+    q = minimize_scalar(loss, bounds=(max(0, -difference), (1 - difference) / 2), method="bounded", options={"xatol": 1e-13}).x
     return (b - c - n * difference) / math.sqrt(n * (2 * q + difference - difference**2))
 
 

@@ -121,8 +121,14 @@ def test_adversarial_training_makes_robust(monkeypatch, recipe, tmp_path, seeded
     for name, adversarial in (("natural", None), ("adversarial", spec)):
         changes = {
             # Below the smallest size a recipe takes: the network sees every pixel by itself.
-            "classes": str(classes), "phases": (Phase.model_construct(epochs=6, size=8),), "batch_size": 50, "holdout": 0,
-            "crop_scale_min": 1.0, "horizontal_flip": False, "adversarial": adversarial, "label_smoothing": 0.0,
+            "classes": str(classes),
+            "phases": (Phase.model_construct(epochs=6, size=8),),
+            "batch_size": 50,
+            "holdout": 0,
+            "crop_scale_min": 1.0,
+            "horizontal_flip": False,
+            "adversarial": adversarial,
+            "label_smoothing": 0.0,
         }
         training = Training("cells", recipe.model_copy(update=changes), fragile_problem(600, seed=1), tmp_path / name)
         training.run()

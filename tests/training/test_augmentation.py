@@ -11,9 +11,7 @@ def noise(count=4, size=16):
 
 def run(images, size=16, seed=0, crop_scale_min=0.5, horizontal_flip=True):
     generator = torch.Generator().manual_seed(seed)
-    views = draw_views(
-        len(images), crop_scale_min=crop_scale_min, horizontal_flip=horizontal_flip, generator=generator
-    )
+    views = draw_views(len(images), crop_scale_min=crop_scale_min, horizontal_flip=horizontal_flip, generator=generator)
     return augment(images, size, views)
 
 

@@ -79,7 +79,13 @@ def test_the_mean_by_shares(tmp_path, images):
         torch.testing.assert_close(parameter.data, (0.25 * states[0][name].double() + 0.75 * states[1][name].double()).float())
     assert metadata.name == "B" and metadata.accuracy == ()
     averaged = [
-        {"name": name, "sha256": tensors_sha256(state), "share": share, "recipe": read_metadata(file).recipe_identity, "followed": ""}
+        {
+            "name": name,
+            "sha256": tensors_sha256(state),
+            "share": share,
+            "recipe": read_metadata(file).recipe_identity,
+            "followed": "",
+        }
         for name, state, share, file in zip("AB", states, (0.25, 0.75), files)
     ]
     assert metadata.training == {
@@ -232,7 +238,10 @@ def test_command_writes_weights_that_say_what_they_are(tmp_path, capfd, caplog):
     # Others than those of the training: what was held out there would be looked at here.
     Image.new("RGB", (16, 16)).save(folder / "another.png")
     assert run(["average", *arguments]) == 2
-    assert "expected the 6 images that" in (err := capfd.readouterr().err) and "found 7: give the same as to `lrrobust train`" in err
+    assert (
+        "expected the 6 images that" in (err := capfd.readouterr().err)
+        and "found 7: give the same as to `lrrobust train`" in err
+    )
     unknown = [str(write(tmp_path, name, classes=classes)) for name in "CD"]
     assert run(["average", *unknown, "--data", data]) == 2
     assert "the recipe in" in (err := capfd.readouterr().err) and "D.safetensors: expected also description" in err

@@ -33,7 +33,9 @@ def streamed(photos):
 
 def batch_of(positions, size=16):
     generator = torch.Generator().manual_seed(0)
-    return Batch(torch.tensor(positions), draw_views(len(positions), crop_scale_min=0.3, horizontal_flip=True, generator=generator), size)
+    return Batch(
+        torch.tensor(positions), draw_views(len(positions), crop_scale_min=0.3, horizontal_flip=True, generator=generator), size
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

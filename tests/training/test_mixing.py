@@ -33,7 +33,9 @@ def test_mixup_blends_neighbours_and_their_labels(batch):
 
 def test_cutmix_pastes_a_box_and_shares_by_its_area(batch):
     images, labels = batch
-    drawn = torch.tensor([[0.75, 1.0, x, y] for x, y in [(0.5, 0.5), (0.0, 0.0), (1.0, 0.5), (0.5, 0.25), (0.5, 0.5), (0.5, 0.5)]])
+    drawn = torch.tensor(
+        [[0.75, 1.0, x, y] for x, y in [(0.5, 0.5), (0.0, 0.0), (1.0, 0.5), (0.5, 0.25), (0.5, 0.5), (0.5, 0.5)]]
+    )
     mixed, targets = mix(images, labels, 5, drawn)
     assert sorted(mixed[0].unique().tolist()) == [0, 1]
     assert (mixed[0, 0] == 1).nonzero().amin(0).tolist() == [5, 8] and (mixed[0, 0] == 1).nonzero().amax(0).tolist() == [14, 21]

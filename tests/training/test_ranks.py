@@ -49,10 +49,16 @@ def two_processes(everything, colours, tmp_path):
         subprocess.Popen(
             [sys.executable, Path(__file__).with_name("processes.py"), *map(str, arguments)],
             env={
-                **os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[2]), "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
+                **os.environ,
+                "PYTHONPATH": str(Path(trainer.__file__).parents[2]),
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
             },
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -122,7 +128,9 @@ def test_shared_statistics_of_one_process_are_torchs_own(group_of_one, autocast)
     shared.load_state_dict(own.state_dict())
     parameters = list(shared.parameters())
     share_batch_statistics(shared)
-    assert isinstance(shared[1], SharedBatchNorm2d) and all(a is b for a, b in zip(shared.parameters(), parameters, strict=True))
+    assert isinstance(shared[1], SharedBatchNorm2d) and all(
+        a is b for a, b in zip(shared.parameters(), parameters, strict=True)
+    )
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
     for _ in range(3):
         images = torch.rand(4, 3, 8, 8) * 3 + 5

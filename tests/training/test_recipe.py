@@ -47,7 +47,9 @@ def test_what_yaml_takes_for_a_date_is_text(tmp_path, recipe):
 
 
 def test_phases(recipe):
-    longer = recipe.model_copy(update={"phases": (Phase(epochs=2, size=16), Phase(epochs=1, size=20), Phase(epochs=2, size=24))})
+    longer = recipe.model_copy(
+        update={"phases": (Phase(epochs=2, size=16), Phase(epochs=1, size=20), Phase(epochs=2, size=24))}
+    )
     assert longer.epochs == 5
     assert [longer.size_of_epoch(epoch) for epoch in range(5)] == [16, 16, 20, 24, 24]
     with pytest.raises(ValueError, match="the recipe colours has 5 epochs, there is no epoch 6"):

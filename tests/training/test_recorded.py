@@ -108,7 +108,9 @@ def test_on_a_gpu(build, precision, tolerance):
         if name.endswith("expand.1.weight"):  # residual branches start at zero, and would take no part
             nn.init.uniform_(parameter, 0.5, 1)
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    batches = [torch.rand(8, 3, side, side, device="cuda").contiguous(memory_format=torch.channels_last) for side in (64, 48, 48)]
+    batches = [
+        torch.rand(8, 3, side, side, device="cuda").contiguous(memory_format=torch.channels_last) for side in (64, 48, 48)
+    ]
 
     def plain(images):
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):

@@ -57,8 +57,21 @@ def photos(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_from_images_to_weights(name, smaller, photos, tmp_path, capsys):
     arguments = [
-        "train", "--model", "tiny", "--recipe", str(smaller(name)), "--data", str(photos(name)),
-        "--evaluate-on", str(photos(name)), "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "0",
+        "train",
+        "--model",
+        "tiny",
+        "--recipe",
+        str(smaller(name)),
+        "--data",
+        str(photos(name)),
+        "--evaluate-on",
+        str(photos(name)),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
     ]
     with torch.random.fork_rng():
         assert run(arguments) == 0, capsys.readouterr().err
@@ -103,8 +116,17 @@ def test_stop_after_at_the_command_line(smaller, photos, tmp_path, capsys):
     settings = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**settings, "phases": [{"epochs": 2, "size": 16}]}))
     arguments = [
-        "train", "--model", "tiny", "--recipe", str(path), "--data", str(photos("tiny_imagenet_short")),
-        "--out", str(tmp_path / "out"), "--device", "cpu",
+        "train",
+        "--model",
+        "tiny",
+        "--recipe",
+        str(path),
+        "--data",
+        str(photos("tiny_imagenet_short")),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
     ]
     for options, code, said in (
         (["--stop-after", "3"], 2, "error: --stop-after: expected 1 to 2"),

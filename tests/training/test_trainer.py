@@ -261,7 +261,9 @@ def test_weight_decay_is_for_matrices_and_kernels(start):
     names = {id(p): name for name, p in training.network.named_parameters()}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
     assert {names[id(p)] for p in others["params"]} == {
-        name for name, module in training.network.named_modules() if isinstance(module, nn.BatchNorm2d)
+        name
+        for name, module in training.network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
         for name in (f"{name}.weight", f"{name}.bias")
     } | {"2.geometry.hidden.bias", "2.geometry.output.bias", "7.bias"}
     assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - {names[id(p)] for p in others["params"]}
@@ -441,7 +443,10 @@ def test_killed_process(start, uninterrupted, recipe, colours, tmp_path):
     root = Path(trainer.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = start()
@@ -471,11 +476,18 @@ def test_finished_run_does_nothing_more(start, uninterrupted):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"learning_rate": 0.02}, "recipe.learning_rate"), ({"model": "other"}, "model"), ({"holdout": 0}, "recipe.holdout"), ({"seed": 4}, "recipe.seed")],
+    [
+        ({"learning_rate": 0.02}, "recipe.learning_rate"),
+        ({"model": "other"}, "model"),
+        ({"holdout": 0}, "recipe.holdout"),
+        ({"seed": 4}, "recipe.seed"),
+    ],
 )
 def test_folder_of_another_training(start, uninterrupted, change, named):
     content = uninterrupted.checkpoint_path.read_bytes()
-    with pytest.raises(ConfigError, match=rf"checkpoint.pt belongs to another training \({named} differ\): choose another --out"):
+    with pytest.raises(
+        ConfigError, match=rf"checkpoint.pt belongs to another training \({named} differ\): choose another --out"
+    ):
         start("uninterrupted", **change)
     assert uninterrupted.checkpoint_path.read_bytes() == content
 
@@ -502,7 +514,9 @@ def _with_a_flipped_bit(path):
 )
 def test_damaged_checkpoint(start, uninterrupted, damage):
     damage(uninterrupted.checkpoint_path)
-    with pytest.raises(WeightsError, match=r"^the checkpoint [^\n]*checkpoint.pt cannot be read \(\w+\): delete it to start again[^\n]*$"):
+    with pytest.raises(
+        WeightsError, match=r"^the checkpoint [^\n]*checkpoint.pt cannot be read \(\w+\): delete it to start again[^\n]*$"
+    ):
         start("uninterrupted")
 
 

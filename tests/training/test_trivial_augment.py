@@ -36,8 +36,10 @@ def with_pillow(photo, function):
 
 
 ENHANCERS = {
-    "brightness": ImageEnhance.Brightness, "colour": ImageEnhance.Color,
-    "contrast": ImageEnhance.Contrast, "sharpness": ImageEnhance.Sharpness,
+    "brightness": ImageEnhance.Brightness,
+    "colour": ImageEnhance.Color,
+    "contrast": ImageEnhance.Contrast,
+    "sharpness": ImageEnhance.Sharpness,
 }
 
 
@@ -113,7 +115,9 @@ def test_only_warps_move_pixels():
 
 def test_warps_move_points_as_their_names_say():
     def source(name, strength, x, y):
-        return (warps(torch.tensor([OPERATIONS.index(name)]), torch.tensor([strength]))[0] @ torch.tensor([x, y, 1.0]))[:2].tolist()
+        return (warps(torch.tensor([OPERATIONS.index(name)]), torch.tensor([strength]))[0] @ torch.tensor([x, y, 1.0]))[
+            :2
+        ].tolist()
 
     assert source("translate_x", 0.5, 0.0, 0.2) == pytest.approx([MAX_SHIFT, 0.2])
     assert source("translate_y", -1.0, 0.0, 0.0) == pytest.approx([0.0, -2 * MAX_SHIFT])
@@ -124,7 +128,9 @@ def test_warps_move_points_as_their_names_say():
 
 def test_a_warp_is_sampled_together_with_the_crop(photo, monkeypatch):
     monkeypatch.setattr("lrrobust.training.augmentation.ASPECT_RATIOS", (1.0, 1.0))
-    views = draw_views(1, crop_scale_min=1.0, horizontal_flip=False, generator=torch.Generator().manual_seed(0), trivial_augment=True)
+    views = draw_views(
+        1, crop_scale_min=1.0, horizontal_flip=False, generator=torch.Generator().manual_seed(0), trivial_augment=True
+    )
     quarter = OPERATIONS.index("rotate"), torch.pi / 2 / MAX_TURN
     views.operation[0], views.strength[0] = quarter[0], quarter[1]
     turned = augment(photo[None], 24, views)[0]

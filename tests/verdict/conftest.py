@@ -99,9 +99,7 @@ def build_run(
     specs = {name: Attack(**attack) for name, attack in attacks.items()}
     n = max(len(attack.distances) for attack in specs.values())
     images = range(n) if images is None else images
-    tables = [
-        rows_to_table(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()
-    ]
+    tables = [rows_to_table(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()]
     rows = pd.concat([table.to_pandas(types_mapper=pd.ArrowDtype) for table in tables], ignore_index=True)
     return Run(
         folder=folder or Path("/results") / f"{model}-{dataset}-{weights}-{n}-{'-'.join(attacks)}",
@@ -111,8 +109,13 @@ def build_run(
             "model": {"name": model, "weights": weights, "state_sha256": "ef" * 32, "input_size": input_size},
             "dataset": {"name": dataset, "sha256": hashlib.sha256(repr(list(images)).encode()).hexdigest(), "n": n},
             "attacks": [
-                {"name": name, "norm": attack.norm, "kind": name, "eps": [e for e in attack.eps if math.isfinite(e)],
-                 "steps": attack.steps}
+                {
+                    "name": name,
+                    "norm": attack.norm,
+                    "kind": name,
+                    "eps": [e for e in attack.eps if math.isfinite(e)],
+                    "steps": attack.steps,
+                }
                 for name, attack in specs.items()
             ],
             "plan": {"chunk_size": 50},
@@ -135,7 +138,9 @@ def make_run(tmp_path):
         run = build_run(model, attacks, folder=folder, **options)
         if folder is None:
             run = replace(run, folder=tmp_path / run.folder.relative_to("/results"))
-            write_results(run, [SOUND, *(build_large_eps(name, norm=attack.get("norm", "linf")) for name, attack in attacks.items())])
+            write_results(
+                run, [SOUND, *(build_large_eps(name, norm=attack.get("norm", "linf")) for name, attack in attacks.items())]
+            )
         return run
 
     return make
@@ -156,8 +161,15 @@ def note():
 def make_claim():
     def make(**changes: Any) -> Claim:
         settings = {
-            "name": "tested", "statement": "A is more robust than B.", "source": "a test", "treatment": "A", "control": "B",
-            "direction": "more_robust", "significance": 0.05, "power": 0.8, "smallest_difference": 0.02,
+            "name": "tested",
+            "statement": "A is more robust than B.",
+            "source": "a test",
+            "treatment": "A",
+            "control": "B",
+            "direction": "more_robust",
+            "significance": 0.05,
+            "power": 0.8,
+            "smallest_difference": 0.02,
             "largest_clean_difference": 0.02,
         }
         return Claim(**settings | changes)

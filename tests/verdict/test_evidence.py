@@ -92,7 +92,9 @@ class TestCollect:
         assert [side.name for side in (found[0].treatment, found[0].control)] == ["A", "B"]
         assert len(found) == 1 and not refused
         assert {name: members.sum() for name, members in found[0].populations.items()} == {
-            "all": 3, "both_correct": 2, "matched_accuracy": 3
+            "all": 3,
+            "both_correct": 2,
+            "matched_accuracy": 3,
         }
 
     def test_rows_meet_by_image_not_by_place(self, make_claim, make_run):
@@ -140,10 +142,15 @@ class TestCollect:
     def test_weights_that_are_named_meet_all_others(self, make_claim, make_run):
         runs = [make_run("A", {"pgd": dict(distances=[INF])}, weights=f"V{i}") for i in (1, 2, 3)]
         found, refused = collect_evidence(make_claim(treatment="A@V2", control="A"), runs)
-        assert not refused and [(of.treatment.runs, of.control.runs) for of in found] == [((runs[1],), (runs[i],)) for i in (0, 2)]
+        assert not refused and [(of.treatment.runs, of.control.runs) for of in found] == [
+            ((runs[1],), (runs[i],)) for i in (0, 2)
+        ]
 
     def test_a_model_whose_name_looks_like_weights_is_a_model(self, make_claim, make_run):
-        ours, theirs = make_run("A", {"pgd": dict(distances=[INF])}, weights="V1"), make_run("A@V1", {"pgd": dict(distances=[INF])})
+        ours, theirs = (
+            make_run("A", {"pgd": dict(distances=[INF])}, weights="V1"),
+            make_run("A@V1", {"pgd": dict(distances=[INF])}),
+        )
         (found,), refused = collect_evidence(make_claim(treatment="A", control="A@V1"), [ours, theirs])
         assert not refused and (found.treatment.runs, found.control.runs) == ((ours,), (theirs,))
 
@@ -154,13 +161,20 @@ class TestCollect:
 
     def test_attacks_on_more_images_judge_a_subset_too(self, make_claim, make_run):
         """A cheap attack on all images, a costly one on the first two."""
-        runs = [run for model in "AB" for run in (
-            make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}),
-            make_run(model, {"cw": dict(distances=[0.3, 0.1], norm="l2", eps=(0.2, INF))}, images=[0, 1]),
-        )]
+        runs = [
+            run
+            for model in "AB"
+            for run in (
+                make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}),
+                make_run(model, {"cw": dict(distances=[0.3, 0.1], norm="l2", eps=(0.2, INF))}, images=[0, 1]),
+            )
+        ]
         found, refused = collect_evidence(make_claim(), runs)
         assert not refused
-        judged = [([attack.name for attack in evidence.attacks], len(evidence.treatment.images), len(evidence.treatment.runs)) for evidence in found]
+        judged = [
+            ([attack.name for attack in evidence.attacks], len(evidence.treatment.images), len(evidence.treatment.runs))
+            for evidence in found
+        ]
         assert judged == [(["pgd"], 3, 1), (["pgd", "cw"], 2, 2)]
         assert [len(evidence.on_fewer) for evidence in found] == [1, 0] and len(found[0].on_fewer[0].treatment.images) == 2
         assert found[1].attacks[0].treatment == pytest.approx([INF, PIXEL])
@@ -176,14 +190,19 @@ class TestCollect:
             assert len(found.treatment_places) == 4 and [attack.name for attack in found.attacks] == ["pgd"]
             # What the others show of the attacks is still seen.
             assert [len(evidence.treatment_places) for evidence in found.on_fewer] == [2]
-            assert refused.reason.startswith("On sample, the claim asks for the subset ") and "these 2 images (sha256 " in refused.reason
+            assert (
+                refused.reason.startswith("On sample, the claim asks for the subset ")
+                and "these 2 images (sha256 " in refused.reason
+            )
         for subset in ({"n": 3}, {"seed": 4}, {"n": 4, "balanced": True}, {"sha256": "0" * 8}):
             found, refused = collect_evidence(make_claim(subset=Subset(**subset)), runs)
             assert not found and len(refused) == 2
         # What is not finished yet is no other draw.
         for run in runs:
             unfinished = replace(run, rows=run.rows[run.rows["index"] != 1], is_complete=False)
-            found, _ = collect_evidence(make_claim(subset=Subset(n=4, seed=3)), [unfinished if each is run else each for each in runs])
+            found, _ = collect_evidence(
+                make_claim(subset=Subset(n=4, seed=3)), [unfinished if each is run else each for each in runs]
+            )
             assert len(found) == 1
         # Any seed draws the same where all are drawn.
         for run in runs:
@@ -195,12 +214,19 @@ class TestCollect:
         assert not found and "the models were evaluated on two others" in refused.reason
 
     def test_overlapping_subsets_do_not_lend_each_other_attacks(self, make_claim, make_run):
-        runs = [run for model in "AB" for run in (
-            make_run(model, {"pgd": dict(distances=[INF, PIXEL, INF])}),
-            make_run(model, {"fgsm": dict(distances=[INF, PIXEL])}, images=[2, 7]),
-        )]
+        runs = [
+            run
+            for model in "AB"
+            for run in (
+                make_run(model, {"pgd": dict(distances=[INF, PIXEL, INF])}),
+                make_run(model, {"fgsm": dict(distances=[INF, PIXEL])}, images=[2, 7]),
+            )
+        ]
         found, _ = collect_evidence(make_claim(), runs)
-        assert [([attack.name for attack in evidence.attacks], evidence.on_fewer) for evidence in found] == [(["pgd"], ()), (["fgsm"], ())]
+        assert [([attack.name for attack in evidence.attacks], evidence.on_fewer) for evidence in found] == [
+            (["pgd"], ()),
+            (["fgsm"], ()),
+        ]
 
     def test_images_of_the_same_names_are_no_larger_set(self, make_claim, make_run):
         runs = [*self.pair(make_run), *self.pair(make_run)]

@@ -24,7 +24,8 @@ def attacks_of(images, seed, gain=1.0, rate=0.9):
     distance = gain * own * generator.lognormal(0, 0.1, images) * (generator.random(images) < rate)
     weaker = distance * generator.uniform(1, 1.5, images)
     return {
-        "fgsm": dict(distances=weaker * PIXEL), "pgd": dict(distances=distance * PIXEL),
+        "fgsm": dict(distances=weaker * PIXEL),
+        "pgd": dict(distances=distance * PIXEL),
         "pgd_l2": dict(distances=0.15 * weaker, norm="l2", eps=L2[:3]),
         "cw": dict(distances=0.1 * distance, norm="l2", eps=L2),
     }
@@ -55,7 +56,9 @@ class TestVerdicts:
         assert "all intervals lie above" in supported.reasons[2]
         assert "with probability 80 %" in supported.reasons[-2]
         found = [row.smallest_detectable for row in supported.comparisons if row.is_decisive and row.population == "all"]
-        assert f"{100 * min(found):.3g} points to {100 * max(found):.3g} points on all images (n = 1500)" in supported.reasons[-2]
+        assert (
+            f"{100 * min(found):.3g} points to {100 * max(found):.3g} points on all images (n = 1500)" in supported.reasons[-2]
+        )
         assert "attacks that break more of A than those made here" in supported.reasons[-1]
 
     def test_the_mirrored_claim_is_supported_by_mirrored_evidence(self, judged, supported):
@@ -166,9 +169,7 @@ class TestVerdicts:
         assert any(guard.passed is False for guard in result.safeguards)
 
     def test_better_on_all_images_by_clean_accuracy_alone_is_not_supported(self, judged):
-        result = judged(
-            attacks_of(1500, 1, rate=0.97), attacks_of(1500, 2, rate=0.85), {"largest_clean_difference": 0.5}
-        )
+        result = judged(attacks_of(1500, 1, rate=0.97), attacks_of(1500, 2, rate=0.85), {"largest_clean_difference": 0.5})
         on_all = [row for row in result.comparisons if row.is_decisive and row.population == "all"]
         assert all(row.difference > 0.02 and row.p_holm < 0.05 for row in on_all if row.eps < PIXEL)
         assert result.verdict == "inconclusive"
@@ -188,9 +189,15 @@ class TestNumbers:
             for row in result.comparisons
         }
         assert found == {
-            ("all", 0.5): (6, 3, 1), ("all", 1.0): (6, 3, 1), ("all", 2.0): (6, 1, 0),
-            ("both_correct", 0.5): (4, 2, 0), ("both_correct", 1.0): (4, 2, 0), ("both_correct", 2.0): (4, 1, 0),
-            ("matched_accuracy", 0.5): (6, 3, 1), ("matched_accuracy", 1.0): (6, 3, 1), ("matched_accuracy", 2.0): (6, 1, 0),
+            ("all", 0.5): (6, 3, 1),
+            ("all", 1.0): (6, 3, 1),
+            ("all", 2.0): (6, 1, 0),
+            ("both_correct", 0.5): (4, 2, 0),
+            ("both_correct", 1.0): (4, 2, 0),
+            ("both_correct", 2.0): (4, 1, 0),
+            ("matched_accuracy", 0.5): (6, 3, 1),
+            ("matched_accuracy", 1.0): (6, 3, 1),
+            ("matched_accuracy", 2.0): (6, 1, 0),
         }
         row = result.comparisons[0]
         assert (row.treatment_accuracy, row.control_accuracy) == (4 / 6, 2 / 6)
@@ -289,7 +296,9 @@ def test_attacks_that_a_claim_leaves_out_are_named(judged):
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (INF, 0), (0, INF), (INF, INF), (PIXEL, PIXEL)])
 @pytest.mark.parametrize("images", [1, 4, 300])
 def test_models_perfect_or_hopeless_are_not_supported_without_a_lead(judged, images, ours, theirs):
-    result = judged({"pgd": dict(distances=[ours] * images)}, {"pgd": dict(distances=[theirs] * images)}, {"largest_clean_difference": 0.99})
+    result = judged(
+        {"pgd": dict(distances=[ours] * images)}, {"pgd": dict(distances=[theirs] * images)}, {"largest_clean_difference": 0.99}
+    )
     assert result.verdict != "supported"
 
 

@@ -122,9 +122,7 @@ class TestErrors:
     def test_a_lead_in_clean_accuracy_alone_is_no_robustness(self):
         counts, images = simulate(2000, 400, dropped=0.15)
         on_all_images = compare_pairs(counts[0][:, :1], counts[1][:, :1], images[:, :1], ALPHA)
-        assert find(
-            on_all_images, NORMS, is_more=True, significance=ALPHA, smallest_difference=DELTA
-        ).is_supported.mean() > 0.5
+        assert find(on_all_images, NORMS, is_more=True, significance=ALPHA, smallest_difference=DELTA).is_supported.mean() > 0.5
         assert verdicts(counts, images, NORMS).is_supported.mean() <= ALPHA
 
     def test_family_of_rows_keeps_the_level(self):
@@ -164,7 +162,13 @@ class TestPower:
         # Independent populations and norms are the hardest: what one misses the others do not miss with it.
         n, discordance = 1500, 0.12
         promised = smallest_detectable(
-            n, round(n * discordance), rows=4, norms=2, populations=3, significance=ALPHA, power=power,
+            n,
+            round(n * discordance),
+            rows=4,
+            norms=2,
+            populations=3,
+            significance=ALPHA,
+            power=power,
             smallest_difference=DELTA,
         )
         shares = [(discordance + promised) / 2, (discordance - promised) / 2, 1 - discordance]

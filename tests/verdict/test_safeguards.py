@@ -43,7 +43,9 @@ def test_sound_evidence_passes_and_says_what_was_not_looked_into(check):
     assert not failed(safeguards)
     assert {guard.name for guard in safeguards if guard.passed is None} == {"transfer"}
     linf, l2 = named(safeguards, "unbounded_attack")[:2]
-    assert linf.detail.endswith("is without a budget, but diagnostics tried one that holds plain grey: 0 of 32 images withstand pgd.")
+    assert linf.detail.endswith(
+        "is without a budget, but diagnostics tried one that holds plain grey: 0 of 32 images withstand pgd."
+    )
     assert "Without a budget, 0 of 4 images of A withstand cw" in l2.detail
     assert all(guard.detail.endswith(".") for guard in safeguards)
 
@@ -198,7 +200,10 @@ def test_who_learns_faster_may_be_stopped_earlier(check, followed, text):
 
 
 def test_recipes_named_by_another_version_are_not_known_to_differ(make_claim, make_run):
-    for recipes, passed, text in ((("short 1", "short 2"), None, "as older versions did"), (("short 1", "long 2"), False, "different")):
+    for recipes, passed, text in (
+        (("short 1", "short 2"), None, "as older versions did"),
+        (("short 1", "long 2"), False, "different"),
+    ):
         runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}, recipe=recipe) for model, recipe in zip("AB", recipes)]
         del runs[0].manifest["training"]["followed"]
         (evidence,), _ = collect_evidence(make_claim(), runs)
@@ -208,7 +213,9 @@ def test_recipes_named_by_another_version_are_not_known_to_differ(make_claim, ma
 
 def test_a_claim_may_mean_the_trainings(make_claim, make_run):
     distances = {"pgd": dict(distances=[INF] * 200)}, {"pgd": dict(distances=[PIXEL / 2] * 200)}
-    runs = [make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))]
+    runs = [
+        make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))
+    ]
     for same_training, passed, verdict in ((True, False, "inconclusive"), (False, None, "supported")):
         (evidence,), _ = collect_evidence(make_claim(same_training=same_training), runs)
         (found,) = named(check_evidence(evidence), "same_training")
@@ -251,7 +258,7 @@ class TestStrongerAttacks:
         runs = []
         for model, count in zip("AB", strong):
             runs.append(make_run(model, {"pgd": dict(distances=[INF] * 200)}))
-            distances = ([PIXEL] * count + [INF] * 200)[:few or 200]
+            distances = ([PIXEL] * count + [INF] * 200)[: few or 200]
             runs.append(make_run(model, {"strong": dict(distances=distances)}))
         found, refused = collect_evidence(make_claim(**claim), runs)
         assert not refused
@@ -285,7 +292,8 @@ class TestStrongerAttacks:
     def test_attacks_that_one_model_alone_has_met(self, make_claim, make_run, count, passed, direction):
         """A leads by 100 of 200 images, of which 4 matter; `strong`, made on A alone, breaks `count` of those that stand."""
         runs = [
-            make_run("A", {"pgd": dict(distances=[INF] * 200)}), make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
+            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
             make_run("A", {"strong": dict(distances=[PIXEL] * count + [INF] * (200 - count))}),
         ]  # fmt: skip
         (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",), direction=direction), runs)
@@ -437,10 +445,22 @@ def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_c
         ([("unjudged", True)], False),
         ([], False),
     ],
-    ids=["broken", "not in every run", "not known", "of another norm", "by what stands in for several", "of another attack", "nothing"],
+    ids=[
+        "broken",
+        "not in every run",
+        "not known",
+        "of another norm",
+        "by what stands in for several",
+        "of another attack",
+        "nothing",
+    ],
 )
-def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(make_claim, make_run, large_eps, note, noted, passed):
-    ours, theirs = (make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2)))
+def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(
+    make_claim, make_run, large_eps, note, noted, passed
+):
+    ours, theirs = (
+        make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2))
+    )
     note(ours, [large_eps(*each) for each in noted])
     (evidence,), _ = collect_evidence(make_claim(), [ours, theirs])
     found, of_control = named(check_evidence(evidence), "unbounded_attack")
@@ -464,7 +484,10 @@ def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(make_cla
 
 def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
     for distances, telling in (
-        ([PIXEL / 3] * 400, 0), ([INF] * 400, 0), ([PIXEL] * 400, 0), ([PIXEL] * 200 + [PIXEL / 3] * 200, 1),
+        ([PIXEL / 3] * 400, 0),
+        ([INF] * 400, 0),
+        ([PIXEL] * 400, 0),
+        ([PIXEL] * 200 + [PIXEL / 3] * 200, 1),
         ([PIXEL / 3] * 390 + [INF] * 10, 3),
     ):
         attacks, passed = {"pgd": dict(distances=distances)}, telling > 0

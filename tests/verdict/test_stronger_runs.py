@@ -28,7 +28,12 @@ def verdict(make_run, make_claim, large_eps, note):
     """Of a claim on A, whose PGD failed a check beside a stronger attack, and on B, which nothing protects."""
 
     def judged(
-        standing=120, weaker=180, stronger_notes=(convergence(True),), failed=convergence(False), stronger="apgd", claim=None,
+        standing=120,
+        weaker=180,
+        stronger_notes=(convergence(True),),
+        failed=convergence(False),
+        stronger="apgd",
+        claim=None,
         **attack,
     ):
         runs = []
