@@ -33,7 +33,7 @@ from lrrobust.check.baseline import (
     protocol_of,
 )
 from lrrobust.errors import BaselineError
-from lrrobust.formatting import format_eps
+from lrrobust.formatting import format_count, format_eps
 from lrrobust.norm import Norm
 from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run
@@ -316,7 +316,8 @@ def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
     if noticed is not None:
         able = f"a fall of {100 * noticed / comparisons[0].n:.1f} points"
     return (
-        f"no fall beyond chance in {len(comparisons)} comparisons on {comparisons[0].n} images, {flips} flips "
+        f"no fall beyond chance in {format_count(len(comparisons), 'comparison')} on "
+        f"{format_count(comparisons[0].n, 'image')}, {flips} flips "
         f"({how}; sure to notice {able})"
     )
 

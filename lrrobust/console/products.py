@@ -60,10 +60,12 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
     for of_model in now.models:
         accuracies = [measurement.robust_accuracy for measurement in of_model.measurements]
         clean = "not known" if of_model.clean_accuracy is None else f"{100 * of_model.clean_accuracy:.1f} %"
-        notice(
-            f"{of_model.name}: {len(accuracies)} robust accuracies from {100 * min(accuracies):.1f} to "
-            f"{100 * max(accuracies):.1f} % on {format_count(of_model.measurements[0].n, 'image')}, clean accuracy {clean}"
+        low, high = (f"{100 * extreme(accuracies):.1f}" for extreme in (min, max))
+        robust = (
+            f"{len(accuracies)} robust accuracies from {low} to {high}" if len(accuracies) > 1 else f"robust accuracy {low}"
         )
+        n = format_count(of_model.measurements[0].n, "image")
+        notice(f"{of_model.name}: {robust} % on {n}, clean accuracy {clean}")
     noticed = smallest_noticed_fall(now)
     if noticed is None:
         logging.warning(

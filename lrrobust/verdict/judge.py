@@ -379,7 +379,9 @@ def _reasons(
                 f"its largest lead there is {_seen(best, sign)}."
             )
         if findings.may_matter_against.any():
-            reasons.append(f"It is not ruled out that {more} is less robust by {matters} or more: {_seen(lowest, sign)}.")
+            reasons.append(
+                f"It is not ruled out that {more} is less robust by {matters} or more: its lead is {_seen(lowest, sign)}."
+            )
         if findings.may_matter_for.any() and not shown:
             reasons.append(f"It is not ruled out that {more} is more robust by {matters} or more.")
         reasons += [f"Besides, a safeguard failed: {guard.detail}" for guard in failed]
