@@ -111,21 +111,21 @@ class _Search:
         if point is None:
             return None
         nearest = point = yield from self._to_boundary(point)
-        probe = _PROBE
-        for step in itertools.count(1):
+        probe, steps = _PROBE, 0
+        while self._distance(nearest) > self._enough:
+            steps += 1
+            count = min(int(self._initial * math.sqrt(steps)), self._left - self._bisections - _HALVINGS)
+            if count < _FEWEST_DIRECTIONS:
+                break
             length = self._distance(point)
-            count = min(int(self._initial * math.sqrt(step)), self._left - self._bisections - _HALVINGS)
-            if count < _FEWEST_DIRECTIONS or self._distance(nearest) <= self._enough:
-                return nearest
             direction, share = yield from self._estimate(point, probe * length * self._direction_length, count)
             # On a plain boundary half of the directions cross it.
             probe = probe * _GROWTH if max(share, 1 - share) > _ALIKE else max(probe / _GROWTH, _PROBE)
-            moved = yield from self._leap(point, direction, length / math.sqrt(step))
-            if moved is None:
-                continue
-            point = yield from self._to_boundary(moved)
-            nearest = min(nearest, point, key=self._distance)
-        raise AssertionError("unreachable")
+            moved = yield from self._leap(point, direction, length / math.sqrt(steps))
+            if moved is not None:
+                point = yield from self._to_boundary(moved)
+                nearest = min(nearest, point, key=self._distance)
+        return nearest
 
     def _ask(self, points: torch.Tensor) -> _Answers:
         self._left -= len(points)

@@ -81,7 +81,7 @@ class _Spec(BaseModel):
     @property
     def max_backward_passes(self) -> int:
         """Upper bound of the gradients for one image, where one pass is one answer."""
-        return self.max_forward_passes
+        return self.max_forward_passes if self.needs_gradient else 0
 
     @model_serializer(mode="wrap")
     def _leave_out_later_settings(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -291,10 +291,6 @@ class SquareSpec(_Spec):
     @property
     def max_forward_passes(self) -> int:
         return len(self.eps) * self.queries * self.restarts
-
-    @property
-    def max_backward_passes(self) -> int:
-        return 0
 
 
 class HopSkipJumpSpec(_Spec):

@@ -6,7 +6,7 @@ from torch import nn
 
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.expectation import Expectation
-from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FabSpec, FmnSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import ApgdSpec, CwSpec, DeepFoolSpec, FabSpec, FmnSpec, HopSkipJumpSpec, PgdSpec, SquareSpec
 from lrrobust.evaluation.chunks import Chunk
 from lrrobust.evaluation.tasks import Task
 
@@ -134,6 +134,7 @@ def test_gradients_of_noise_lead_somewhere_on_average(linear_problem, attack_wit
         FmnSpec(kind="fmn", name="a", norm="l2", eps=(1.0,), steps=6, eot_iter=3),
         DeepFoolSpec(kind="deepfool", name="a", norm="l2", eps=(1.0,), targets=2, steps=1, overshoot=0.001, eot_iter=3),
         SquareSpec(kind="square", name="a", norm="linf", eps=(0.05,), queries=20, eot_iter=3),
+        HopSkipJumpSpec(kind="hop_skip_jump", name="a", norm="l2", eps=(1.0,), queries=200, eot_iter=3),
     ],
     ids=lambda spec: spec.kind,
 )  # fmt: skip
