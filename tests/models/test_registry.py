@@ -371,11 +371,13 @@ def test_torchvision_is_mended_before_a_user_file_imports_it(user_file, monkeypa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take no such names")
-def test_a_user_file_may_lie_below_any_name(tmp_path, monkeypatch):
-    (tmp_path / "caf\udce9").mkdir()
-    monkeypatch.chdir(tmp_path / "caf\udce9")
-    Path("mine.py").write_text(GOOD)
-    assert load("mine.py:build").input_size == 40
+def test_a_user_file_may_lie_below_any_name(user_file, monkeypatch):
+    folder = user_file.parent / "caf\udce9"
+    folder.mkdir()
+    for path in (user_file, user_file.with_name("helper_of_the_user.py")):
+        path.rename(folder / path.name)
+    monkeypatch.chdir(folder)
+    assert load("my_model.py:build").input_size == 40
 
 
 def test_user_module_with_classes(user_file):
