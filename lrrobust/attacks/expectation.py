@@ -11,9 +11,9 @@ from torch import nn
 class Expectation(nn.Module):
     """Images (N, C, H, W) -> the mean of the logits (N, K) of several forward passes, float32 at least, differentiable once.
 
-    One pass of a randomised model shows one of many networks, and a step along its gradient may lead into the ball of luck of
-    that one alone. The mean of logits is, up to a constant for each image, that of log probabilities: what is climbed is the
-    expected answer, and its gradient is the expectation over the model's transformations.
+    One pass of a randomised model shows one of many networks, and a step along its gradient may lead nowhere for the others.
+    The mean of logits is, up to a constant for each image, that of log probabilities: attacks climb their loss of the
+    expected answer, not the expectation of their loss.
 
     The backward pass makes the forward passes once more, one after the other, so that the memory of a single one is enough.
     Random numbers of torch are then the same again; a model that draws elsewhere shows other networks of the same kind.
