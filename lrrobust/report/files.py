@@ -39,7 +39,7 @@ def write_report(
         runs: at least one.
         out_dir: created where missing.
         drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
-        command: of the report itself, as in `sys.argv`, for the head of the Markdown; None leaves that out.
+        command: of the report itself, as in `sys.argv`, for the heads of the Markdown; None leaves them out.
         worst: made by `worst_cases_by_images` of the same runs; None makes them.
 
     Returns:
@@ -69,7 +69,7 @@ def write_report(
         return [table, text, latex, *figures]
     short, short_latex = (out_dir / f"worst_case.{suffix}" for suffix in ("md", "tex"))
     titles = dict(zip(summary["dataset_sha256"], summary["dataset"], strict=True))
-    lines = ["# Robust accuracy under the worst case"]
+    lines = _head("Robust accuracy under the worst case", runs, command)
     for sha256, found in worst.items():
         lines += ["", f"## {titles[sha256]}", "", found.how_to_read, "", *to_markdown(found.table)]
     write_file(short, ("\n".join(lines) + "\n").encode())
@@ -86,10 +86,7 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
 
-    lines = ["# Robust accuracy"]
-    if command is not None:
-        again = reproduction(runs, command)
-        lines += ["", again.how, "", *(f"    {line}" for line in again.commands)]
+    lines = _head("Robust accuracy", runs, command)
     lines += [*(line for text in how_to_read(summary) for line in ("", text))]
     for sha256, of_dataset in by_dataset.items():
         any_run = next(iter(of_dataset.values()))
@@ -104,6 +101,14 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
         if diagnostics.rows:
             lines += ["", "### Did the attacks work?", "", HOW_TO_READ_DIAGNOSTICS, "", *to_markdown(diagnostics)]
     return "\n".join(lines) + "\n"
+
+
+def _head(title: str, runs: Sequence[Run], command: Sequence[str] | None) -> list[str]:
+    """Lines of Markdown: the title, and how to make the numbers again."""
+    if command is None:
+        return [f"# {title}"]
+    again = reproduction(runs, command)
+    return [f"# {title}", "", again.how, "", *(f"    {line}" for line in again.commands)]
 
 
 def _latex(summary: pd.DataFrame) -> str:

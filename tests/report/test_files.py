@@ -39,6 +39,13 @@ class TestWriteReport:
         for path in paths:
             assert path.suffix != ".png" or f"]({path.name})" in text
 
+    def test_markdown_begins_with_how_to_make_it_again(self, make_run, tmp_path):
+        command = ["lrrobust", "report", "reports/runs"]
+        write_report([make_run("a")], tmp_path, command=command)
+        heads = [(tmp_path / name).read_text().splitlines()[:6] for name in ("robust_accuracy.md", "worst_case.md")]
+        assert [head[0] for head in heads] == ["# Robust accuracy", "# Robust accuracy under the worst case"]
+        assert heads[0][1:] == heads[1][1:] and any("lrrobust report" in line for line in heads[0])
+
     def test_latex(self, make_run, tmp_path):
         write_report([make_run("a_1"), make_run("b", model="100 %")], tmp_path)
         text = (tmp_path / "robust_accuracy.tex").read_text()
