@@ -24,6 +24,9 @@ _RANDOM_STARTS = 64
 #: than that share of the answers is the same, as of models that round their images.
 _PROBE, _GROWTH, _ALIKE = 0.01, 2.0, 0.9
 
+#: Points that are drawn and asked about together, whatever passes through the model at once.
+_BLOCK = 16
+
 #: An estimate by fewer directions leads nowhere.
 _FEWEST_DIRECTIONS = 10
 
@@ -129,7 +132,10 @@ class _Search:
 
     def _ask(self, points: torch.Tensor) -> _Answers:
         self._left -= len(points)
-        return (yield points)
+        answers = []
+        for part in points.split(self._most_at_once):
+            answers.append((yield part))
+        return torch.cat(answers)
 
     def _distance(self, point: torch.Tensor) -> float:
         return float(distance(self._image[None], point[None], self._norm))
@@ -140,7 +146,7 @@ class _Search:
         plain = torch.tensor([(0.5,) * channels, *itertools.islice(itertools.product((0.0, 1.0), repeat=channels), 8)])
         noise = torch.rand(_RANDOM_STARTS, *self._image.shape, generator=self._generator)
         starts = torch.cat([noise, plain[:, :, None, None].expand(-1, *self._image.shape)])
-        for points in starts.to(self._image)[: self._left].split(self._most_at_once):
+        for points in starts.to(self._image)[: self._left].split(_BLOCK):
             is_wrong = yield from self._ask(points)
             if is_wrong.any():
                 return points[is_wrong.nonzero()[0, 0]]
@@ -166,8 +172,8 @@ class _Search:
         """Where misclassified images lie from a point on the boundary, of length 1 in the norm, and their share."""
         along_wrong, along_all = torch.zeros_like(point), torch.zeros_like(point)
         wrong = 0
-        for part in range(0, count, self._most_at_once):
-            drawn = torch.randn(min(self._most_at_once, count - part), *point.shape, generator=self._generator).to(point)
+        for first in range(0, count, _BLOCK):
+            drawn = torch.randn(min(_BLOCK, count - first), *point.shape, generator=self._generator).to(point)
             directions = drawn / l2_length(drawn).to(drawn)
             points = (point + length * directions).clamp(0, 1)
             # What the box cut off was not asked.

@@ -84,8 +84,8 @@ def test_batches_change_nothing_but_rounding(spec, trained, attack_with):
     try:
         whole = attack_with(spec, model, images, labels)
         parts = attack_with(spec, model, images[3:5], labels[3:5], batch_size=7, names=range(3, 5))
-        # Starts are asked for in batches.
-        torch.testing.assert_close(whole.proposals[:, 3:5], parts.proposals, atol=0.1, rtol=0)
+        torch.testing.assert_close(whole.proposals[:, 3:5], parts.proposals, atol=1e-7, rtol=0)
+        assert torch.equal(whole.effort.forward_passes[:, 3:5], parts.effort.forward_passes)
         again = attack_with(spec, model, images[3:5], labels[3:5], names=range(3, 5))
         torch.testing.assert_close(whole.proposals[:, 3:5], again.proposals, atol=1e-7, rtol=0)
         assert torch.equal(whole.effort.forward_passes[:, 3:5], again.effort.forward_passes)
