@@ -1,8 +1,10 @@
 """Adversarial images of a run as PNG files with a Parquet index, for any other program to read.
 
-<folder>/index.parquet                      one row for each adversarial image
-<folder>/clean/<index>.png                  the clean images, as the model takes them
-<folder>/adversarial/<attack>/<index>.png   the adversarial ones
+Files of an export:
+
+    <folder>/index.parquet                      one row for each adversarial image
+    <folder>/clean/<index>.png                  the clean images, as the model takes them
+    <folder>/adversarial/<attack>/<index>.png   the adversarial ones
 """
 
 from __future__ import annotations

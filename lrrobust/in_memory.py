@@ -1,10 +1,12 @@
 """A model and images that are in memory: what `lrrobust eval` does with names and files.
 
-import lrrobust
+For example:
 
-found = lrrobust.evaluate(model, images, labels, attacks="strong", eps=["1/255", "2/255"])
-found.summary                       # pandas: robust accuracy of each attack at each eps, with its interval
-found.checks                        # did the attacks work?
+    import lrrobust
+
+    found = lrrobust.evaluate(model, images, labels, attacks="strong", eps=["1/255", "2/255"])
+    found.summary                       # pandas: robust accuracy of each attack at each eps, with its interval
+    found.checks                        # did the attacks work?
 """
 
 from __future__ import annotations

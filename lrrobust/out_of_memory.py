@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 #: How allocators say so that raise no error of their own kind.
-#: Drivers and Triton do not raise the allocator's type either: "CUDA error: out of memory", "Triton Error [CUDA]: out of
-#: memory".
+#: Drivers and Triton do not raise the allocator's type either: "CUDA error: out of memory", "Triton Error [CUDA]:
+#: out of memory".
 _SIGNS = (
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -114,6 +114,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
+SLOW = ("eval", "--model", "model.py:build_slow", "--dataset", "images")
 EVAL = ("eval", "--model", "model.py:build", "--dataset", "images")
 
 
@@ -276,19 +277,7 @@ def timeless(folder):
 
 
 def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
-    arguments = (
-        "eval",
-        "--model",
-        "model.py:build_slow",
-        "--dataset",
-        "images",
-        "--attack",
-        "pgd",
-        "--attack",
-        "pgd_l2",
-        "--chunk-size",
-        4,
-    )
+    arguments = (*SLOW, "--attack", "pgd", "--attack", "pgd_l2", "--chunk-size", 4)
     code, _, err = run(*arguments, "--out", tmp_path / "whole", cwd=workplace)
     assert code == 0, err
     parts = tmp_path / "killed"
@@ -314,20 +303,7 @@ def test_killed_and_called_again_equals_uninterrupted(run, workplace, tmp_path):
     ("signum", "how"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")], ids=["SIGINT", "SIGTERM"]
 )
 def test_ctrl_c_and_schedulers_are_told_what_is_kept(workplace, tmp_path, signum, how):
-    process = start(
-        "eval",
-        "--model",
-        "model.py:build_slow",
-        "--dataset",
-        "images",
-        "--attack",
-        "pgd",
-        "--chunk-size",
-        4,
-        "--out",
-        tmp_path / "runs",
-        cwd=workplace,
-    )
+    process = start(*SLOW, "--attack", "pgd", "--chunk-size", 4, "--out", tmp_path / "runs", cwd=workplace)
     while process.poll() is None and not list(tmp_path.glob("runs/*/parts/*.parquet")):
         time.sleep(0.02)
     process.send_signal(signum)

@@ -168,14 +168,14 @@ class _Search:
                 inside = share
         return nearest
 
-    def _estimate(self, point: torch.Tensor, length: float, count: int) -> _Estimate:
+    def _estimate(self, point: torch.Tensor, reach: float, count: int) -> _Estimate:
         """Where misclassified images lie from a point on the boundary, of length 1 in the norm, and their share."""
         along_wrong, along_all = torch.zeros_like(point), torch.zeros_like(point)
         wrong = 0
         for first in range(0, count, _BLOCK):
             drawn = torch.randn(min(_BLOCK, count - first), *point.shape, generator=self._generator).to(point)
             directions = drawn / l2_length(drawn).to(drawn)
-            points = (point + length * directions).clamp(0, 1)
+            points = (point + reach * directions).clamp(0, 1)
             # What the box cut off was not asked.
             directions = points - point
             is_wrong = yield from self._ask(points)
@@ -185,7 +185,10 @@ class _Search:
         share = wrong / count
         # Signs less their mean: estimates of directions that are asked anyway have less variance so.
         direction = 2 * (along_wrong - share * along_all) if 0 < wrong < count else (2 * share - 1) * along_all
-        return (direction.sign() if self._norm == "linf" else direction / l2_length(direction[None])[0].to(direction)), share
+        if self._norm == "linf":
+            return direction.sign(), share
+        length = l2_length(direction[None])[0].clamp_min(torch.finfo(direction.dtype).tiny)
+        return direction / length.to(direction), share
 
     def _leap(self, point: torch.Tensor, direction: torch.Tensor, length: float) -> _Point:
         """As far along a direction as a halved length stays misclassified, or None."""

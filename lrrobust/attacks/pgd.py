@@ -65,8 +65,7 @@ def pgd(
     share in it, and it leads away from their mean; "margin", max_{k != y} z_k - z_y, leads to the nearest whatever their scale.
 
     With a target t "ce" is log p_t / (1 - p_t) instead, which rises as the target's probability does, and "margin" z_t - z_y.
-    The
-    target is where the search goes, not what it is asked for: an image is broken by any class but its own.
+    The target is where the search goes, not what it is asked for: an image is broken by any class but its own.
 
     Random starts are those of torchattacks: uniform in the linf ball; in l2 of a uniform direction and a uniform share
     of eps as length, and in l1, which it does not have, likewise. They follow from `draw` alone: which images share a batch

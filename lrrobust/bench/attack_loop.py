@@ -125,8 +125,8 @@ class _Counting(nn.Module):
         super().__init__()
         self.model = model
         self.gradients = 0
-        # torchattacks gives back the mode that it found, to this and all in it: batch normalisation would learn of the
-        # attacked.
+        # torchattacks gives back the mode that it found, to this and all in it: batch normalisation would learn of
+        # the attacked.
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

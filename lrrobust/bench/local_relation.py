@@ -29,8 +29,8 @@ DTYPES = {"cpu": {torch.float32: ""}, "cuda": {torch.float32: "", torch.bfloat16
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 SLICES = "49 slices"
 CONVOLUTION = "3x3 convolution"
-#: Neighbourhood attention with the same window and channels: scores are products of 8 numbers, and windows are moved into the
-#: image.
+#: Neighbourhood attention with the same window and channels: scores are products of 8 numbers, and windows are moved
+#: into the image.
 NATTEN = "natten"
 #: A copy that moves as many bytes as must be moved: forward the inputs and the output, backward the inputs and all gradients.
 COPY = "copy"

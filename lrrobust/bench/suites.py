@@ -205,7 +205,7 @@ def bench_report(request: BenchRequest) -> BenchResult:
 
 
 def bench_sharing(request: BenchRequest) -> BenchResult:
-    """One evaluation by one process and by two that share it, on a thread each; ratios to one. Other rows are an error."""
+    """One evaluation by one process and by two that share it, a thread each; ratios to one. Rows that differ are an error."""
     return _measure(
         compare_sharing(SharedWork(), repeats=request.repeats, on_turn=request.on_turn),
         lambda times: summarise_times(times.assign(case="PGD"), ["case"], "1 process"),

@@ -87,7 +87,7 @@ class Peer:
 
 
 def is_plain_pgd(spec: AttackSpec) -> TypeGuard[PgdSpec]:
-    """Whether an attack is PGD as libraries have it: away from the label by the cross-entropy, in linf or l2."""
+    """Whether an attack is PGD as libraries have it: by the cross-entropy, from the label, in linf or l2, each start anew."""
     is_pgd = isinstance(spec, PgdSpec) and spec.norm in ("linf", "l2")
     return is_pgd and spec.loss == "ce" and spec.target == "none" and not spec.warm_start
 

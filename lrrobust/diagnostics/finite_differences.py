@@ -30,11 +30,11 @@ TOLERANCE = 0.1
 #: The same in float32, where shorter changes are lost to rounding. Along them networks bend, and slopes may be nearly zero: the
 #: disagreement is then measured over several directions, by the size of the gradient, of which it is 0.03 to 0.1 on most sound
 #: networks, and at most 0.3 on a thousand images, behind a median. Where a tenth of the slopes stay the same by chance, as
-#: behind #: float16, three quarters of the images do so once in 10,000.
+#: behind float16, three quarters of the images do so once in 10,000.
 ROUGH_LENGTHS, ROUGH_DIRECTIONS, ROUGH_TOLERANCE, ROUGH_SHARE = (2.5e-4, 1e-4), 8, 0.3, 0.75
 
-#: Share of images on which they may disagree by more: 3 of 4092 on small networks of rectifiers and pooling do. Two of eight
-#: fail.
+#: Share of images on which they may disagree by more: 3 of 4092 on small networks of rectifiers and pooling do. Two of
+#: eight fail.
 TOLERATED_DIFFERING = 0.01
 
 

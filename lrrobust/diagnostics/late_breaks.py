@@ -58,8 +58,8 @@ def _look(outcomes: Outcomes) -> tuple[bool | None, str]:
             "they break images says nothing of convergence."
         )
         return None, detail
-    # At the smallest budget that breaks an image: on a GPU larger ones are attacked beside it, and their passes tell of
-    # nothing.
+    # At the smallest budget that breaks an image: on a GPU larger ones are attacked beside it, and their passes tell
+    # of nothing.
     is_broken_before = np.zeros_like(outcomes.is_broken)
     is_broken_before[1:] = np.logical_or.accumulate(outcomes.is_broken)[:-1]
     is_new = outcomes.is_broken & outcomes.is_attacked & ~is_broken_before

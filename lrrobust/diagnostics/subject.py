@@ -55,8 +55,7 @@ class Subject:
         outcomes: of all images correct when clean; the sample's come first.
         load: images, labels and keys of some of all of these, by their places.
         fingerprint: of the run; random numbers derive from it.
-        eot_iter: passes that attacks average over at least: as many as the run's, so that none meets less of a randomised
-            model.
+        eot_iter: passes that attacks average over at least, as many as the run's: none meets less of a randomised model.
         predicted: classes that the model takes images for, ascending, see `lrrobust.diagnostics.outcomes.predicted_classes`.
     """
 

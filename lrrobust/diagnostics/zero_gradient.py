@@ -95,12 +95,12 @@ def _value_and_rise(logits: torch.Tensor, labels: torch.Tensor, loss: Loss, plac
 def check_zero_gradient(subject: Subject) -> Iterator[Diagnostic]:
     """One result for each attack.
 
-    Those by gradient are asked for the gradient of what it climbs: the log odds, for "ce" too, see
-        `lrrobust.attacks.losses.log_odds`, the
-    margin, or the leads of several classes, of which one with a gradient is enough. Where the plain cross-entropy has none and
-    this does, the result says so and passes: nothing that was attacked suffered by it. Black-box attacks follow the margin,
-        which
-    must not be the same at several corners of the ball, as behind a model that answers with nothing but its class.
+    Those by gradient are asked for that of what they climb: the log odds, for "ce" too (`lrrobust.attacks.losses.log_odds`),
+    the margin, or the leads of several classes, of which one with a gradient is enough. Where the plain cross-entropy has none
+    and this does, the result says so and passes: nothing that was attacked suffered by it.
+
+    Black-box attacks follow the margin, which must not be the same at several corners of the ball, as behind a model that
+    answers with nothing but its class. Attacks that need no more than the class have no result.
 
     Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, section 4.8; near zeros by saturation:
     Carlini and Wagner, Defensive Distillation is Not Robust to Adversarial Examples, 2016.

@@ -1,9 +1,11 @@
 """Names to networks, and names to classifiers ready to be evaluated.
 
-lr_resnet50             one of ours, with the weights shipped in the package
-vgg16, torchvision:NAME a torchvision model; its weights are downloaded by torchvision
-timm:NAME               a timm model, of the optional extra; its weights are downloaded by timm
-path/to/file.py:factory your own: a function without arguments that returns a `Classifier`
+A name is one of these:
+
+    lr_resnet50             one of ours, with the weights shipped in the package
+    vgg16, torchvision:NAME a torchvision model; its weights are downloaded by torchvision
+    timm:NAME               a timm model, of the optional extra; its weights are downloaded by timm
+    path/to/file.py:factory your own: a function without arguments that returns a `Classifier`
 """
 
 from __future__ import annotations

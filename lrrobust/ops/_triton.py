@@ -384,8 +384,8 @@ def _launch(kernel, positions: Tensor, arguments: dict[str, Any]) -> None:
     _run(kernel, grid, arguments | blocks, warps)
 
 
-#: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors, and
-#: numbers.
+#: What Triton compiled, by all that it looks at to tell whether it has: the device, types and alignment of tensors,
+#: and numbers.
 _compiled: dict[tuple, Any] = {}
 
 #: From 3.3 on a compiled kernel takes the arguments of its source, constants among them.

@@ -45,8 +45,8 @@ class Cut(NamedTuple):
     largest_chunk: float
 
 
-#: A 7x7 window costs 80 scores for 49; smaller tiles save less of that than their products and copies cost. Chunks fit the
-#: caches.
+#: A 7x7 window costs 80 scores for 49; smaller tiles save less of that than their products and copies cost. Chunks fit
+#: the caches.
 CPU_CUT = Cut(64, (2, 4), 2**16, 2**20)
 #: An accelerator has the arithmetic to spare, and waits for every call: large tiles, 196 scores for 49, and few chunks.
 ACCELERATOR_CUT = Cut(256, (8, 8), 2**24, math.inf)

@@ -43,7 +43,7 @@ def warnings_with_rejections(run: Run) -> list[str]:
 
 
 def doubt_accuracy(summary: pd.DataFrame, num_classes: int) -> str | None:
-    """What to ask where a run's clean accuracy is no better than guessing: mostly labels are not the network's."""
+    """What to ask where a run's clean accuracy is no better than guessing: mostly labels or preprocessing are wrong."""
     clean_accuracy, n = summary[["clean_accuracy", "n"]].iloc[0]
     correct = round(clean_accuracy * n)
     if wilson_interval(correct, int(n))[0] > 1 / num_classes:

@@ -119,21 +119,21 @@ def worst_cases(runs: Mapping[str, Run], budgets: Sequence[Budget] = (), labels:
     rows, widest = [], 0.0
     for model in models:
         texts = {"model": model.name, "weights": model.weights, "parameters": model.parameters, "attacks": _list(model.attacks)}
+        cells = {heading: Cell(text, text) for heading, text in texts.items()}
         n = len(model.is_clean_correct)
-        numbers = [Cell(f"{n}" if model.is_complete else f"{n}*", n), _percent(model.is_clean_correct.mean())]
+        cells["n"] = Cell(f"{n}" if model.is_complete else f"{n}*", n)
+        cells["clean %"] = _percent(model.is_clean_correct.mean())
         for norm, eps in columns:
             breaking = model.breaking_eps.get(norm, np.empty(0))
             breaking = breaking[~np.isnan(breaking)]
             if (norm, eps) not in model.budgets or not len(breaking):
-                numbers.append(Cell("-", np.inf))
+                cells[_heading(norm, eps)] = Cell("-", np.inf)
                 continue
             robust = int((breaking > eps).sum())
             low, high = wilson_interval(robust, len(breaking))
             widest = max(widest, robust / len(breaking) - low, high - robust / len(breaking))
-            numbers.append(_percent(robust / len(breaking)))
-        before = [Cell(texts[column.heading], texts[column.heading]) for column in shown if column.heading in texts]
-        after = [before.pop()] if shown[-1].heading == "attacks" else []
-        rows.append([*before, *numbers, *after])
+            cells[_heading(norm, eps)] = _percent(robust / len(breaking))
+        rows.append([cells[column.heading] for column in shown])
     return WorstCases(Table(shown, rows), " ".join(_how_to_read(runs, models, alike, widest)))
 
 

@@ -106,8 +106,8 @@ class RunStore:
             manifest = _joined(folder, manifest) if has_manifest else {**manifest, "sessions": []}
             if lock.is_alone and has_manifest:
                 _remove_stale_files(folder)
-            # Of those that share a folder the first writes; all would where there are no locks, all the same but for the
-            # session.
+            # Of those that share a folder the first writes; all would where there are no locks, all the same but
+            # for the session.
             if lock.is_alone or not (is_shared and has_manifest):
                 write_file(folder / MANIFEST_NAME, json.dumps(manifest, indent=2).encode())
             with explaining("write", folder):

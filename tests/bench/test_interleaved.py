@@ -150,8 +150,8 @@ def test_an_interruption_loses_nothing_measured(clock):
 
 
 def test_ratios_are_taken_within_rounds():
-    # The machine is ten times slower in round 1: ratios within rounds do not notice. What sat rounds out is compared where it
-    # was.
+    # The machine is ten times slower in round 1: ratios within rounds do not notice. What sat rounds out is compared
+    # where it was.
     times = {"base": (1.0, 10.0, 1.0), "slow": (3.0, 30.0, 4.0), "rare": (6.0, 70.0), "once": (2.0,)}
     frame = pd.DataFrame(
         [
