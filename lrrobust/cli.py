@@ -78,7 +78,7 @@ def evaluate(
         typer.Option(
             "--dataset",
             "-d",
-            help="`photos` (500 real 64x64 photos, fetched once), a folder of class folders, a zip or tar, "
+            help="`photos` (500 real 64x64 photos, fetched once), a folder of class folders, a zip or tar, a CSV of labels, "
             "or archives as a glob; PATH#SPLIT chooses a part.",
         ),
     ] = "photos",

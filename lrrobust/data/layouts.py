@@ -7,19 +7,20 @@ import logging
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lrrobust.data.file_trees import FileTree, Spool
 from lrrobust.data.ilsvrc import FLAT_NAME, HUB_NAME, TRAIN_NAME, load_validation_wnids, wnids_in
 from lrrobust.data.image_source import IMAGE_SUFFIXES
+from lrrobust.data.label_tables import TABLE_SUFFIXES, read_table
 from lrrobust.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 #: What `label_files` has to see of a tree.
-LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, ".txt", ".cls", ".json")
+LAYOUT_SUFFIXES = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".cls", ".json")
 
 #: Folders of these names hold a split and no class, unless class folders lie beside them (CIFAR-100 has a class "train"): so
 #: the unlabelled `test/images` of Tiny-ImageNet does not become a class "test".
@@ -51,6 +52,7 @@ class Labelling(NamedTuple):
 
     They lie in class folders in `folder`, `is_choice` where the tree offered several, or images outside of it without a
     class, or one was asked for; `unread` counts by suffix the files in its class folders that are of no format that is read.
+    `said`: all classes of a table, of images elsewhere, too.
     """
 
     files: list[LabelledFile]
@@ -58,6 +60,7 @@ class Labelling(NamedTuple):
     is_choice: bool
     ignored_count: int
     unread: Counter[str]
+    said: Collection[str] = ()
 
 
 def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
@@ -70,15 +73,17 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
 
     Args:
         tree: opened with `LAYOUT_SUFFIXES`.
-        split: name of the folder right above the class folders, or None to choose.
+        split: name of the folder right above the class folders, or of a table, or None to choose.
         spool: passed on when a compressed development kit has to be read.
 
     Raises:
         DataError: there is no labelled image, or it is unclear which folder is meant.
     """
     names = tree.names
+    if split is not None and split.lower().endswith(TABLE_SUFFIXES):
+        return _label_by_table(tree, split)
     annotations = {
-        posixpath.dirname(name): _read_annotations(tree, name) for name in names if posixpath.basename(name) == _ANNOTATIONS
+        posixpath.dirname(name): read_table(tree, name)[0] for name in names if posixpath.basename(name) == _ANNOTATIONS
     }
     groups: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # by the folder above the classes
     ignored_count = tree.ignored_count
@@ -93,8 +98,8 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         is_class = beside.are_classes(folder)
         if posixpath.basename(folder) == _IMAGES:
             above = posixpath.dirname(folder)
-            if above in annotations and file in annotations[above]:
-                groups[above].append((annotations[above][file], name))
+            if above in annotations and name in annotations[above]:
+                groups[above].append((annotations[above][name], name))
                 continue
             if not is_class:
                 folder = above
@@ -132,6 +137,22 @@ def label_files(tree: FileTree, split: str | None, spool: Spool) -> Labelling:
         ignored_count,
         _unread_below(tree, chosen),
     )
+
+
+def _label_by_table(tree: FileTree, split: str) -> Labelling:
+    tables = [name for name in tree.names if f"/{name}".endswith(f"/{split}")]
+    if len(tables) != 1:
+        raise DataError(f"{tree.path}: expected one table {split!r}, found {tables[:3] or 'none'}; give its whole path")
+    wnid_of, said = read_table(tree, tables[0])
+    if not wnid_of:
+        raise DataError(f"{tree.path}: {tables[0]!r} names none of the images beside it or below")
+    folders = {posixpath.dirname(name) for name in wnid_of}
+    images = [name for name in tree.names if name.lower().endswith(IMAGE_SUFFIXES)]
+    missed = [name for name in images if name not in wnid_of and posixpath.dirname(name) in folders]
+    if missed:
+        _log.warning("%s: passed over %d images that %r lacks, such as %r", tree.path, len(missed), split, missed[0])
+    files = [LabelledFile(wnid, name) for name, wnid in wnid_of.items()]
+    return Labelling(files, split, True, tree.ignored_count + len(images) - len(files), Counter(), said)
 
 
 class _Neighbours:
@@ -174,6 +195,9 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
     if not groups:
         found = "images outside of any class folder" if has_unlabelled else "no image"
         hint = ""
+        # Of texts, most are something else.
+        if has_unlabelled and (tables := [name for suffix in TABLE_SUFFIXES for name in tree.names if name.endswith(suffix)]):
+            hint = f"; where a table says their classes, name it, as in {f'{path.name}#{tables[0]}'!r}"
         if not has_unlabelled and (unread := _unread_below(tree, "")):
             found = f"none that ends in {', '.join(IMAGE_SUFFIXES)}, but {describe_unread(unread)}"
         suffixes = {suffix for _, suffix in tree.unread}
@@ -221,26 +245,6 @@ def _read_class_files(tree: FileTree) -> dict[str, str]:
         paths.append(path if isinstance(path, str) and path else name)
         labels.append(label)
     return dict(zip(images, wnids_in(paths, labels) or labels, strict=True))
-
-
-def _read_annotations(tree: FileTree, name: str) -> dict[str, str]:
-    """File name -> class, from the tab-separated lines `file class x0 y0 x1 y1`."""
-    try:
-        lines = tree.read(name).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{tree.path}: {name!r} is not text: {error}") from error
-    wnid_of: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        fields = line.split("\t")
-        if len(fields) < 2 or not fields[0] or not fields[1].strip():
-            raise DataError(f"{tree.path}: {name!r}, line {number}: expected a file name, a tab and a class, found {line!r}")
-        wnid = fields[1].strip()
-        if (before := wnid_of.setdefault(fields[0], wnid)) != wnid:
-            raise DataError(
-                f"{tree.path}: {name!r}, line {number}: {fields[0]!r} is of class {wnid!r}, and was of class {before!r} "
-                "before; remove one line"
-            )
-    return wnid_of
 
 
 def _label_flat(path: Path, names: Sequence[str], spool: Spool) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from lrrobust.data.cifar import CIFAR_SUFFIXES, CifarTree, find_batches
 from lrrobust.data.class_lists import classes_by_number
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
+from lrrobust.data.label_tables import TABLE_SUFFIXES
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
@@ -62,13 +63,10 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
     """Find the images of a data set; none is decoded yet.
 
     Args:
-        spec: "photos" (500 labelled photos, fetched once), or the path of a folder, a zip or a tar
-            (.tar, .tar.gz, .tar.xz, .tar.bz2) with one folder of images a class; the layouts of
-            Tiny-ImageNet and of ImageNet's validation tar are understood too, and Parquet files of the
-            Hugging Face hub, where `PATH#COLUMN` names the column of the classes, and CIFAR-10 and CIFAR-100
-            as they are published. Several paths are separated by commas, and a path may be a pattern, as in
-            `train-*.tar.xz`. Where there are several splits `val` is read, of CIFAR `test`; `PATH#train` reads
-            another. A Path object always means a file or folder, never "photos".
+        spec: "photos" (500 labelled photos, fetched once), or paths of what the table in README names, separated by commas; a
+            path may be a pattern, as in `train-*.tar.xz`. Where there are several splits `val` is read, of CIFAR `test`;
+            `PATH#train` reads another, `PATH#COLUMN` takes classes from that column of a Parquet file, and `PATH#labels.csv`
+            or `DIR/labels.csv` from that table. A Path object always means a file or folder, never "photos".
         class_lists: of each model all classes in label order: what the numbers 0, 1, ... mean where these are all
             the classes of the data set, which a warning says.
 
@@ -84,15 +82,20 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
     names: list[str] = []
     files: list[TreeFile] = []
     ignored_count = 0
+    said: set[str] = set()
     unread: Counter[str] = Counter()
     for part in _split_parts(str(spec)):
         pattern, split = _split_fragment(part)
+        table = os.path.expanduser(pattern)
+        if split is None and table.lower().endswith(TABLE_SUFFIXES) and os.path.isfile(table):
+            # Which says the classes of the images below its folder.
+            pattern, split = os.path.split(os.path.abspath(table))
         chosen_split = None
         path_of: dict[str, str] = {}
         for path in _expand(pattern):
             if path.suffix.lower() == SUFFIX and path.is_file():
-                table = ParquetTree(path, split, spool)
-                files += [TreeFile(f"{wnid}/{name}", wnid, name, table) for wnid, name in table.labelled()]
+                parquet = ParquetTree(path, split, spool)
+                files += [TreeFile(f"{wnid}/{name}", wnid, name, parquet) for wnid, name in parquet.labelled()]
                 continue
             tree = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
             if batches := find_batches(tree):
@@ -104,6 +107,7 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
             path_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count
             unread += labelling.unread
+            said.update(labelling.said)
             files += [TreeFile(f"{wnid}/{posixpath.basename(name)}", wnid, name, tree) for wnid, name in labelling.files]
         for other in sorted(path_of.keys() & set(SPLIT_FOLDERS) - {chosen_split}):
             if chosen_split is not None:
@@ -123,7 +127,7 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
         )
     name = ",".join(names)
     try:
-        name_of = classes_by_number({file.wnid for file in files}, class_lists)
+        name_of = classes_by_number({file.wnid for file in files} | said, class_lists)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     if name_of:

@@ -370,26 +370,6 @@ def test_file_that_is_no_archive_is_refused(tmp_path, encode):
         open_dataset(tmp_path / "1.jpg")
 
 
-def test_bad_annotation_line_is_named(tmp_path, pack_zip, pets):
-    files = _tiny(pets)
-    files["tiny-imagenet-200/val/val_annotations.txt"] = b"a.JPEG\tcat\nb.JPEG cat\n"
-    with pytest.raises(DataError, match=r"val_annotations.txt', line 2: expected a file name, a tab"):
-        open_dataset(pack_zip(tmp_path / "tiny.zip", files))
-
-
-def test_annotations_may_begin_with_a_mark_of_their_encoding(tmp_path, pack_zip, pets):
-    files = _tiny(pets)
-    files["tiny-imagenet-200/val/val_annotations.txt"] = b"\xef\xbb\xbf" + files["tiny-imagenet-200/val/val_annotations.txt"]
-    assert len(open_dataset(pack_zip(tmp_path / "tiny.zip", files))) == len(pets)
-
-
-def test_annotations_that_contradict_themselves_are_refused(tmp_path, pack_zip, pets):
-    files = _tiny(pets)
-    files["tiny-imagenet-200/val/val_annotations.txt"] += b"cat_1.jpg\tcat\ncat_1.jpg\tdog\n"
-    with pytest.raises(DataError, match="line 7: 'cat_1.jpg' is of class 'dog', and was of class 'cat' before; remove one"):
-        open_dataset(pack_zip(tmp_path / "tiny.zip", files))
-
-
 def test_corrupt_image_is_named_when_read(tmp_path, pack_zip, pets):
     source = open_dataset(pack_zip(tmp_path / "pets.zip", {**pets, "cat/2.jpg": pets["cat/2.jpg"][:200]}))
     source.read(0)
