@@ -243,6 +243,8 @@ class FolderTree(FileTree):
                     lost.append(name)
         except OSError as error:
             raise DataError(f"cannot list folder {path}: {error.strerror}: {error.filename!r}") from error
+        if deep := [name for name in lost if name.endswith("/")]:
+            _log.warning("%s: passed over %d folders as too deep, such as %r: give a longer path", path, len(deep), deep[0])
         said = sorted(name for name in lost if name.lower().endswith(self._suffixes))
         if said:
             _log.warning(
@@ -420,7 +422,7 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
 
 
 def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:
-    """What lies in a folder but for folders, and whether it is a file: links may lead nowhere, pipes may never end."""
+    """What lies in a folder, of folders the too deep, and whether it is a file: links may lead nowhere, pipes may never end."""
     with os.scandir(root / below) as entries:
         for entry in entries:
             try:
@@ -430,8 +432,12 @@ def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:
                     raise
                 is_folder = is_file = False
             if is_folder:
-                if depth > 0 and not entry.name.startswith("."):
+                if entry.name.startswith("."):
+                    continue
+                if depth > 0:
                     yield from _walk(root, f"{below}{entry.name}/", depth - 1)
+                else:
+                    yield f"{below}{entry.name}/", False
             else:
                 yield f"{below}{entry.name}", is_file
 

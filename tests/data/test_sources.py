@@ -142,6 +142,12 @@ def test_archives_of_different_splits_are_not_mixed(tmp_path, pack_zip, pets, lo
     assert open_dataset(f"{tmp_path}/part-*.zip#train").keys == tuple(sorted(pets))
 
 
+def test_folders_too_deep_are_passed_over_aloud(tmp_path, pack_folder, caplog):
+    files = {f"1/2/3/4/{folder}/1.jpg": b"" for folder in ("cat", "dog/images/x")}
+    source = open_dataset(pack_folder(tmp_path, files))
+    assert source.wnids == ("cat",) and "passed over 1 folders as too deep, such as '1/2/3/4/dog/images/'" in caplog.text
+
+
 def test_several_archives_by_pattern_and_by_comma(tmp_path, pack_tar, pets):
     names = sorted(pets)
     for i, part in enumerate([names[:2], names[2:3], names[3:]]):
