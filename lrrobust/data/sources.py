@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,11 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
             pattern, split = os.path.split(os.path.abspath(table))
         chosen_split = None
         path_of: dict[str, str] = {}
-        for path in _expand(pattern):
+        paths = _expand(pattern)
+        named = {"-".join(word for word in re.findall("[a-z]+", path.name.lower()) if word in SPLIT_FOLDERS) for path in paths}
+        if len(named := sorted(named - {""})) > 1:
+            raise DataError(f"data set {part!r} takes in {' and '.join(named)}: narrow the pattern to one")
+        for path in paths:
             if path.suffix.lower() == SUFFIX and path.is_file():
                 parquet = ParquetTree(path, split, spool)
                 files += [TreeFile(f"{wnid}/{name}", wnid, name, parquet) for wnid, name in parquet.labelled()]

@@ -142,6 +142,14 @@ def test_archives_of_different_splits_are_not_mixed(tmp_path, pack_zip, pets, lo
     assert open_dataset(f"{tmp_path}/part-*.zip#train").keys == tuple(sorted(pets))
 
 
+@pytest.mark.parametrize("names", [("train-0.parquet", "validation-0.parquet"), ("x_val.tar", "x_train.tar"), ("val", "test")])
+def test_patterns_that_take_in_several_splits_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"takes in t.* and v.*: narrow the pattern"):
+        open_dataset(f"{tmp_path}/*")
+
+
 def test_folders_too_deep_are_passed_over_aloud(tmp_path, pack_folder, caplog):
     files = {f"1/2/3/4/{folder}/1.jpg": b"" for folder in ("cat", "dog/images/x")}
     source = open_dataset(pack_folder(tmp_path, files))
