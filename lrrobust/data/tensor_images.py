@@ -75,9 +75,11 @@ def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
         raise ValueError(
             f"expected at least one float32 image, (N, C, H, W), got {tuple(images.shape)}, {images.dtype}: images.float()"
         )
-    least, largest = (float(bound) for bound in images.aminmax())
+    least, largest = (float(bound) for bound in images.detach().aminmax())
     # Written so that NaN is refused.
     if not (least >= 0 and largest <= 1):
-        raise ValueError(f"expected images in [0, 1], got {least:g} to {largest:g}: let the model normalise by itself")
+        hint = "images / 255" if least >= 0 and 2 < largest <= 255 else "let the model normalise by itself"
+        raise ValueError(f"expected images in [0, 1], got {least:g} to {largest:g}: {hint}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"expected int64 labels ({len(images)},), got {tuple(labels.shape)}, {labels.dtype}: labels.long()")
+        hint = "labels.long()" if labels.ndim < 2 else "labels.argmax(1)" if labels.shape[1] > 1 else "labels.flatten().long()"
+        raise ValueError(f"expected int64 labels ({len(images)},), got {tuple(labels.shape)}, {labels.dtype}: {hint}")

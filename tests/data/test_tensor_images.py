@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lrrobust.data.tensor_images import TensorImages
+from lrrobust.data.tensor_images import TensorImages, check_images
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -48,3 +48,13 @@ def test_labels_of_no_class_are_refused(images, labels):
 def test_copies_are_counted(images, labels):
     assert TensorImages("mine", images, labels, CLASSES).copies == 0
     assert TensorImages("mine", images[[0, 1, 0, 0]], labels, CLASSES).copies == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_wrong_says_what_to_do(images, labels):
+    check_images(images.requires_grad_(), labels)
+    with pytest.raises(ValueError, match="images / 255$"):
+        check_images(images * 255, labels)
+    for given, hint in ((torch.eye(4), r"labels.argmax\(1\)$"), (labels[:, None], r"labels.flatten\(\).long\(\)$")):
+        with pytest.raises(ValueError, match=hint):
+            check_images(images, given)
