@@ -38,6 +38,7 @@ from lrrobust.verdict.records import (
     Safeguard,
     SurvivalPoint,
     Verdicts,
+    is_unbounded,
 )
 from lrrobust.verdict.rule import Findings, PairedTests, compare_pairs, find, smallest_detectable
 from lrrobust.verdict.safeguards import check_evidence
@@ -414,10 +415,20 @@ def _answered(safeguards: Sequence[Safeguard]) -> list[str]:
 
 
 def _left_out(evidence: Evidence) -> list[str]:
-    """A claim may name its attacks; that stronger ones were left out must be seen."""
+    """A claim may name its attacks and budgets; that others were left out must be seen."""
     ours, theirs = ({attack.name for attack in side.attacks} for side in (evidence.treatment, evidence.control))
     others = sorted((ours & theirs) - {attack.name for attack in evidence.attacks})
-    return [f"The claim leaves out attacks that both models were evaluated with: {', '.join(others)}."] if others else []
+    budgets = [
+        f"{attack.norm} {format_eps(eps, attack.norm)}"
+        for attack in evidence.decisive
+        for eps in attack.eps
+        if eps > 0 and not is_unbounded(eps, attack.norm) and eps not in evidence.ladder(attack)
+    ]
+    return [
+        f"The claim leaves out {what} that both models were evaluated {how}: {', '.join(left)}."
+        for what, how, left in (("attacks", "with", others), ("budgets", "at", budgets))
+        if left
+    ]
 
 
 def _in_every_population(more: str, less: str, row: Comparison, sign: int) -> str:

@@ -293,6 +293,13 @@ def test_attacks_that_a_claim_leaves_out_are_named(judged):
     assert not any("leaves out" in reason for reason in judged(ours, theirs).reasons)
 
 
+def test_budgets_that_a_claim_leaves_out_are_named(judged):
+    ours, theirs = attacks_of(100, 1), attacks_of(100, 2)
+    assert judged(ours, theirs, {"attacks": ("pgd",), "eps": {"linf": (PIXEL,)}}).reasons[-1] == (
+        "The claim leaves out budgets that both models were evaluated at: linf 0.5/255, linf 2/255."
+    )
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (INF, 0), (0, INF), (INF, INF), (PIXEL, PIXEL)])
 @pytest.mark.parametrize("images", [1, 4, 300])
 def test_models_perfect_or_hopeless_are_not_supported_without_a_lead(judged, images, ours, theirs):
