@@ -100,8 +100,10 @@ class Evidence:
     control_places: NDArray[np.int64]
     #: Runs that judge images made on other models; no comparison rests on them.
     transfer: tuple[Run, ...] = ()
-    #: Evidence on some of these images alone, where more attacks were made.
+    #: Evidence on some of these images, where more attacks were made.
     on_fewer: tuple[Evidence, ...] = ()
+    #: All runs of the treatment and of the control on the data set, also those on images that the other has none on.
+    all_runs: tuple[tuple[Run, ...], tuple[Run, ...]] = ((), ())
 
     @cached_property
     def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
@@ -255,7 +257,8 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
                 else:
                     refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
                 idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
-            found += [replace(evidence, on_fewer=_on_fewer(evidence, of_pair)) for evidence in of_claim]
+            all_runs = tuple(map(tuple, pair))
+            found += [replace(each, on_fewer=_on_fewer(each, of_pair), all_runs=all_runs) for each in of_claim]
     if idle:
         names = ", ".join(run.folder.name for run in idle)
         reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."
@@ -384,8 +387,10 @@ def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[str | None,
 
 
 def _on_fewer(evidence: Evidence, others: Sequence[Evidence]) -> tuple[Evidence, ...]:
+    """On some of its images, and maybe others; whoever holds all of them made no attack that it lacks."""
     images = set(evidence.treatment.images[evidence.treatment_places])
-    return tuple(other for other in others if images > set(other.treatment.images[other.treatment_places]))
+    held = ((other, set(other.treatment.images[other.treatment_places])) for other in others)
+    return tuple(other for other, theirs in held if images & theirs and not images <= theirs)
 
 
 def is_of(run: Run, side: str) -> bool:

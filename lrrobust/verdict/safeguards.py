@@ -23,7 +23,7 @@ from lrrobust.report.notices import warnings_of
 from lrrobust.results import Run, manifest_value
 from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_p_value
 from lrrobust.transfer_report import find_transfer
-from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes
+from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, gather
 from lrrobust.verdict.records import Claim, Safeguard, is_unbounded
 from lrrobust.verdict.stronger_runs import find_stronger_run
 
@@ -244,23 +244,31 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
     claim = evidence.claim
     favoured = _favoured(claim)
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
+    judged = evidence.treatment.images[evidence.treatment_places]
     for attack in evidence.decisive:
         for source in (evidence, *evidence.on_fewer):
             sides = ((source.treatment, source.treatment_places), (source.control, source.control_places))
             made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side, _ in sides))
-            besides = sorted(name for name, norm in made - judging if norm == attack.norm)
-            # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
-            if not besides or not any(norm == attack.norm for _, norm in made & judging):
-                continue
             of_norm = {key for key in made if key[1] == attack.norm}
-            own, of_all = (
-                [
-                    np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in chosen])
-                    for side, places in sides
-                ]
-                for chosen in (of_norm & judging, of_norm)
+            # One of a name that judges may be another there, such as of more steps.
+            again = set.intersection(
+                *(
+                    {(name, norm) for name, norm, _ in _settings(there.runs) - _settings(here.runs)}
+                    for (there, _), here in zip(sides, (evidence.treatment, evidence.control))
+                )
             )
-            finished = ~np.isnan(of_all[0] + of_all[1])
+            besides = sorted(name for name, _ in of_norm - judging | of_norm & again)
+            # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
+            if not besides or not of_norm & judging:
+                continue
+            of_source = source.treatment.images[source.treatment_places]
+            _, ours, theirs = np.intersect1d(judged, of_source, assume_unique=True, return_indices=True)
+            own = [attack.treatment[ours], attack.control[ours]]
+            of_all = [
+                np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in of_norm])[theirs]
+                for side, places in sides
+            ]
+            finished = ~np.isnan(own[0] + own[1] + of_all[0] + of_all[1])
             n, ladder = int(finished.sum()), evidence.ladder(attack)
             if not n:
                 continue
@@ -309,49 +317,103 @@ def _favoured(claim: Claim) -> dict[Literal["supported", "refuted"], int]:
 
 
 def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
-    """Attacks that a claim leaves out and that one model alone has met: what they would break of the other is not known.
+    """Attacks that do not judge and that one model alone has met, if on some images only: what they would break of the other
+    is not known.
 
     A verdict that rests on the robustness of that model cannot stand where, with what they break of it, less of its lead
-    would be left than matters. Where a claim leaves none out, `same_configuration` asks for the same attacks on both.
+    would be left than matters, and on some of the images no chance leaves more. On all images, where a claim leaves none
+    out, `same_configuration` asks for the same attacks on both.
     """
     claim = evidence.claim
-    if claim.attacks is None:
-        return
     sides = ((evidence.treatment, evidence.treatment_places), (evidence.control, evidence.control_places))
-    met = [{(each.name, each.norm) for each in side.attacks} for side, _ in sides]
     for attack in evidence.decisive:
         ladder = np.array(evidence.ladder(attack))[:, None]
         robust = [side[attack.is_finished] > ladder for side in (attack.treatment, attack.control)]
         for verdict, number in _favoured(claim).items():
-            alone = {(name, norm) for name, norm in met[number] - met[1 - number] if norm == attack.norm}
-            if not alone or not len(ladder):
-                continue
             side, places = sides[number]
-            reached = np.fmin.reduce([each.breaking_eps[places] for each in side.attacks if (each.name, each.norm) in alone])
-            # Images that none of them has met stay what they are.
-            taken = (robust[number] & (np.nan_to_num(reached[attack.is_finished], nan=np.inf) <= ladder)).mean(axis=1)
-            lead = robust[number].mean(axis=1) - robust[1 - number].mean(axis=1)
+            found = _met_alone(evidence, number, attack.norm)
+            if not found or not len(ladder):
+                continue
+            reached = np.fmin.reduce([breaking_eps for _, breaking_eps in found])[places][attack.is_finished]
+            standing = robust[number] & ~np.isnan(reached)
+            fallen = (standing & (reached <= ladder)).sum(axis=1)
+            share = robust[number].mean(axis=1)
+            lead = share - robust[1 - number].mean(axis=1)
+            taken = share * fallen / np.maximum(standing.sum(axis=1), 1)
             is_undermined = (lead >= claim.smallest_difference) & (lead - taken < claim.smallest_difference)
-            place = int(np.argmax(np.where(is_undermined, lead, -1.0))) if is_undermined.any() else int(taken.argmax())
-            names = ", ".join(sorted(name for name, _ in alone))
+            n, by_chance = int((~np.isnan(reached)).sum()), np.zeros(len(ladder))
+            if n < len(reached):
+                # The share of those that stand, that may fall.
+                may_fall = np.clip((lead - claim.smallest_difference) / np.maximum(share, 1e-12), 1e-12, 1 - 1e-12)
+                counts = zip(fallen.tolist(), standing.sum(axis=1).tolist(), may_fall.tolist())
+                by_chance = np.array([binomial_p_value(*of_eps) for of_eps in counts])
+            is_certain = is_undermined & (by_chance <= claim.significance / len(ladder))
+            shown = is_certain if is_certain.any() else is_undermined
+            place = int(np.argmax(np.where(shown, lead, -1.0))) if shown.any() else int(taken.argmax())
+            names = ", ".join(sorted({name for name, _ in found}))
+            where = "" if n == len(reached) else f" on {n} of these images"
             detail = (
-                f"{side.name} alone has met {names}, which would take {100 * taken[place]:.3g} points of its robust accuracy "
-                f"at eps {format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
+                f"{side.name} alone has met {names}{where}, which would take {100 * taken[place]:.3g} points of its robust "
+                f"accuracy at eps {format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
             )
-            if is_undermined.any():
+            if is_certain.any():
                 detail += (
                     f", where it leads by {100 * lead[place]:.3g}: a verdict of {verdict} would rest on leaving them out, so "
                 )
                 detail += "make them on both models."
+            elif is_undermined.any():
+                detail += f", where it leads by {100 * lead[place]:.3g}; on so few that may be chance."
             else:
                 detail += ": too little to matter to what it leads by."
             yield Safeguard(
                 name="stronger_attacks",
-                passed=not is_undermined.any(),
+                passed=False if is_certain.any() else None if is_undermined.any() else True,
                 detail=detail,
                 withholds=(verdict,),
-                attack=names if len(alone) == 1 else None,
+                attack=names if len(found) == 1 else None,
             )
+
+
+def _met_alone(evidence: Evidence, number: int, norm: str) -> list[tuple[str, NDArray[np.float64]]]:
+    """Names of the attacks in a norm that one side alone has met and that do not judge, and what they broke of its images."""
+    side, other = (evidence.treatment, evidence.control)[:: 1 if number == 0 else -1]
+    found = []
+    if evidence.claim.attacks is not None:
+        theirs = {(each.name, each.norm) for each in other.attacks}
+        found += [
+            (each.name, each.breaking_eps)
+            for each in side.attacks
+            if each.norm == norm and each.name not in evidence.claim.attacks and (each.name, norm) not in theirs
+        ]
+    images = frozenset(side.images)
+    both = {(_images(run), *made) for run in evidence.all_runs[1 - number] for made in _settings([run])}
+    for run in evidence.all_runs[number]:
+        if any(run is each for each in side.runs) or _sees_as(run) != _sees_as(side.runs[0]):
+            continue
+        alone = {made[0] for made in _settings([run]) if (_images(run), *made) not in both}
+        outcomes = gather([run], images)
+        places = np.searchsorted(side.images, outcomes.images)
+        for each in outcomes.attacks:
+            if each.norm == norm and each.name in alone:
+                breaking_eps = np.full(len(side.images), np.nan)
+                breaking_eps[places] = each.breaking_eps
+                found.append((each.name, breaking_eps))
+    return found
+
+
+def _images(run: Run) -> str:
+    return manifest_value(run, "dataset", "sha256")
+
+
+def _settings(runs: Sequence[Run]) -> set[tuple[str, str, str]]:
+    """Name, norm and all settings of the attacks."""
+    specs = (spec for run in runs for spec in manifest_value(run, "attacks"))
+    return {(spec["name"], spec["norm"], json.dumps(spec, sort_keys=True)) for spec in specs}
+
+
+def _sees_as(run: Run) -> tuple[Any, ...]:
+    """Which network a run is of, and at which size it sees images."""
+    return tuple(manifest_value(run, "model").get(key) for key in (*_NETWORK_KEYS, *_INPUT_KEYS))
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,59 @@ class TestStrongerAttacks:
         assert f"A alone has met strong, which would take {count / 2:.3g} points" in found.detail
         assert judge(evidence).verdict == (verdict if passed else "inconclusive")
 
+    @pytest.mark.parametrize(
+        ("images", "broken", "passed", "judged"),
+        [
+            (range(100), 100, False, "inconclusive"),
+            (range(150, 250), 50, False, "inconclusive"),  # half of another draw
+            (range(100), 0, True, "supported"),
+            (range(5), 3, None, "supported"),  # by chance as many of the 5 that stand fall where half of all may
+            (range(300, 400), 100, None, "supported"),
+        ],
+    )
+    @pytest.mark.parametrize("beside", ["square", "pgd"])
+    def test_attacks_that_one_model_alone_has_met_on_some_images(
+        self, make_claim, make_run, images, broken, passed, judged, beside
+    ):
+        """A leads by 100 of 200 images; it alone has met another attack, or the same with more steps."""
+        strong = dict(distances=[PIXEL] * broken + [INF] * (len(images) - broken), steps=200)
+        runs = [
+            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
+            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", {beside: strong}, images=images),
+        ]  # fmt: skip
+        (evidence,), _ = collect_evidence(make_claim(), runs)
+        found = named(check_evidence(evidence), "stronger_attacks")
+        shared = len([image for image in images if image < 200])
+        if shared:
+            (found,) = found
+            assert found.passed is passed and found.withholds == ("supported",)
+            assert f"A alone has met {beside} on {shared} of these images" in found.detail
+        assert judge(evidence).verdict == judged
+
+    def test_the_same_attack_made_stronger_on_some_images_of_both(self, make_claim, make_run):
+        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
+        runs += [
+            make_run(model, {"pgd": dict(distances=[PIXEL] * count + [INF] * (100 - count), steps=200)}, images=range(50, 150))
+            for model, count in (("A", 100), ("B", 0))
+        ]
+        on_all = collect_evidence(make_claim(), runs)[0][0]
+        (found,) = named(check_evidence(on_all), "stronger_attacks")
+        assert found.passed is False and found.withholds == ("supported",)
+        assert "On 100 of these images pgd was made too" in found.detail and "broke 100 more images of A and 0" in found.detail
+
+    def test_attacks_made_on_another_draw_count_where_they_share_images(self, make_claim, make_run):
+        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
+        runs += [
+            make_run(model, {name: dict(distances=[reach] * 100) for name, reach in (("pgd", INF), ("square", of_square))},
+                     images=range(150, 250))
+            for model, of_square in (("A", PIXEL), ("B", INF))
+        ]  # fmt: skip
+        first, _ = collect_evidence(make_claim(), runs)[0]
+        (found,) = named(check_evidence(first), "stronger_attacks")
+        assert found.passed is False
+        assert "On 50 of these images square was made too" in found.detail and "broke 50 more images of A" in found.detail
+
     def test_attacks_made_on_some_of_the_images(self, make_claim, make_run):
         all_images, some = self.found(make_claim, make_run, (6, 0), few=100)
         (found,) = named(check_evidence(all_images), "stronger_attacks")
