@@ -410,8 +410,8 @@ def _what_would_change(by_numbers: Outcome, failed: Sequence[Safeguard], finding
 
 
 def _answered(safeguards: Sequence[Safeguard]) -> list[str]:
-    """That a check failed must be seen, also where it does not matter."""
-    return [f"A check failed that a stronger run answers: {guard.detail}" for guard in safeguards if guard.answered_by]
+    """That a check failed, or is missing, must be seen, also where it does not matter."""
+    return [f"Another run answers what would be doubted: {guard.detail}" for guard in safeguards if guard.answered_by]
 
 
 def _left_out(evidence: Evidence) -> list[str]:

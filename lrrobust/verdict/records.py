@@ -18,7 +18,7 @@ from lrrobust.eps import Ladder
 from lrrobust.norm import Norm
 
 #: Raised whenever a field is added, dropped or changes its meaning.
-VERDICT_SCHEMA_VERSION = 5
+VERDICT_SCHEMA_VERSION = 6
 
 #: The images that a number is over:
 #: all               every image both models were evaluated on; wrong when clean counts as broken;
@@ -242,7 +242,8 @@ class Safeguard(Record):
     attack: str | None = None
     """The attack concerned, where it is one."""
     answered_by: str | None = None
-    """Folder of the stronger run that made a failed check of another one immaterial, which then counts as passed."""
+    """Folder of the run that made a failed check of another, or that it has none, immaterial, which then counts as passed;
+    with commas, of several."""
 
 
 class RunReference(Record):

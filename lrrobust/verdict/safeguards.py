@@ -25,7 +25,7 @@ from lrrobust.stats import binomial_p_value, discrete_bonferroni_level, mcnemar_
 from lrrobust.transfer_report import find_transfer
 from lrrobust.verdict.evidence import AttackOutcomes, Evidence, ModelOutcomes, gather
 from lrrobust.verdict.records import Claim, Safeguard, is_unbounded
-from lrrobust.verdict.stronger_runs import find_stronger_run
+from lrrobust.verdict.stronger_runs import find_checked_runs, find_stronger_run
 
 Withheld = tuple[Literal["supported", "refuted"], ...]
 
@@ -608,11 +608,15 @@ def _attack_diagnostics(
         yield Safeguard(name=name, passed=False, detail=f"{run.folder.name}: {warning}.", withholds=withholds)
     if diagnostics is None:
         # Not knowing is no reason to believe: an attack that failed looks like a model that is robust.
-        detail = (
-            f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on "
-            f"{side.name} was not looked into; the same eval command, without --no-diagnostics, does so."
-        )
-        yield Safeguard(name=name, passed=False, detail=detail, withholds=withholds)
+        checked = find_checked_runs(evidence, side, run)
+        detail = f"{run.folder.name} carries no diagnostics by the rules of this version: whether its attacks worked on "
+        detail += f"{side.name} was not looked into; "
+        if checked:
+            detail += f"it does not matter: {'; '.join(each.detail for each in checked)}."
+        else:
+            detail += "the same eval command, without --no-diagnostics, does so."
+        answered_by = ", ".join(dict.fromkeys(each.run.folder.name for each in checked)) or None
+        yield Safeguard(name=name, passed=bool(checked), detail=detail, withholds=withholds, answered_by=answered_by)
     for found in diagnostics or ():
         detail, passed, answered_by = f"{run.folder.name}, {found.name}: {found.detail}", found.passed, None
         if passed is False and (stronger := find_stronger_run(evidence, side, run, found)) is not None:

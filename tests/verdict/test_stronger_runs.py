@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lrrobust.diagnostics.records import Diagnostic
+from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, Diagnostic
 from lrrobust.verdict.judge import judge_claims
 
 N = 200
@@ -61,7 +61,7 @@ def test_a_run_that_found_what_the_other_missed_answers_its_failed_check(verdict
     result = verdict()
     assert result.verdict == "supported"
     assert answers(result) == ["A-sample-V1-200-apgd"]
-    (reason,) = [reason for reason in result.reasons if reason.startswith("A check failed that a stronger run answers: ")]
+    (reason,) = [reason for reason in result.reasons if reason.startswith("Another run answers what would be doubted: ")]
     assert "A-sample-V1-200-pgd, convergence: At eps 1/255" in reason
     assert reason.endswith(
         "It no longer matters: A-sample-V1-200-apgd passed this check, and at eps 1/255 in linf broke 60 of 200 images that "
@@ -129,3 +129,34 @@ def test_a_run_on_fewer_images_answers_for_those_alone(make_run, make_claim, lar
     assert (on_all.pairing.n, on_fewer.pairing.n) == (200, 150)
     assert on_all.verdict == "inconclusive" and not answers(on_all)
     assert answers(on_fewer) == ["A-sample-V1-150-apgd"]
+
+
+@pytest.mark.parametrize(
+    ("notes", "broken", "options", "answered"),
+    [
+        ((convergence(True),), 0, {}, True),
+        ((), 0, {}, False),
+        ((convergence(False),), 0, {}, False),
+        ((convergence(True),), 20, {}, False),
+        ((convergence(True),), 0, {"eps": (PIXEL,)}, False),
+        ((convergence(True, "l2"),), 0, {}, False),
+    ],
+)
+def test_a_checked_run_answers_for_one_without_diagnostics(
+    make_run, make_claim, large_eps, note, notes, broken, options, answered
+):
+    """`cw` of A was not looked into, and breaks `broken` images that `pgd` leaves standing."""
+    runs = []
+    for model, reach in (("A", INF), ("B", PIXEL / 4)):
+        of_cw = [0.9 * PIXEL] * (broken if model == "A" else 0)
+        runs.append(make_run(model, {"cw": dict(distances=of_cw + [reach] * (N - len(of_cw)))}))
+        runs.append(make_run(model, {"pgd": dict(distances=[reach] * N, **options)}))
+    (runs[0].folder / DIAGNOSTICS_FILE).unlink()
+    note(runs[1], [*notes, large_eps("pgd")])
+    (result,) = judge_claims([make_claim()], runs).results
+    assert result.verdict == ("supported" if answered else "inconclusive")
+    assert answers(result) == ["A-sample-V1-200-pgd"] * answered
+    assert (
+        any("cw carries no diagnostics" in reason and "pgd passed its checks" in reason for reason in result.reasons)
+        == answered
+    )
