@@ -11,7 +11,7 @@ A file holds the fields of `Claim` but the name, which is the file's own:
     eps: {linf: [1/255, 2/255]}       # without: all that both have
     dataset: photos                   # without: any
     subset: {n: 500, seed: 0}         # without: any; also `balanced`; `sha256`, which reports tell, for --indices
-    significance: 0.05
+    significance: 0.05                # this and the next three: without, as here, which the verdict says
     power: 0.8
     smallest_difference: 0.02
     largest_clean_difference: 0.02

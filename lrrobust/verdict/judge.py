@@ -117,6 +117,7 @@ def judge(evidence: Evidence) -> ClaimResult:
             *_reasons(claim, by_numbers, failed, findings, [row for row in comparisons if row.is_decisive]),
             *_answered(safeguards),
             *_left_out(evidence),
+            *_not_said(claim),
         ),
         pairing=_pairing(evidence),
         comparisons=tuple(comparisons),
@@ -429,6 +430,13 @@ def _left_out(evidence: Evidence) -> list[str]:
         for what, how, left in (("attacks", "with", others), ("budgets", "at", budgets))
         if left
     ]
+
+
+def _not_said(claim: Claim) -> list[str]:
+    """What a verdict rests on and the claim's file leaves to the defaults."""
+    settings = ("significance", "power", "smallest_difference", "largest_clean_difference")
+    taken = [f"{key} {getattr(claim, key):g}" for key in settings if key not in claim.model_fields_set]
+    return [f"The claim does not say, so that the usual is taken: {', '.join(taken)}."] if taken else []
 
 
 def _in_every_population(more: str, less: str, row: Comparison, sign: int) -> str:

@@ -76,7 +76,10 @@ class Subset(Record):
 
 
 class Claim(Record):
-    """A claim that one model is more (or less) robust than another, and what would show it."""
+    """A claim that one model is more (or less) robust than another, and what would show it.
+
+    What a file does not say is as in the claim that comes with the package.
+    """
 
     # As any configuration: `significance: "0.05"` is no number.
     model_config = ConfigDict(strict=True)
@@ -101,13 +104,13 @@ class Claim(Record):
     """Name of the data set that judges the claim; None: any, each judged by itself."""
     subset: Subset | None = None
     """The draw of images that judges the claim; None: any, each judged by itself."""
-    significance: float = Field(gt=0, le=0.2)
+    significance: float = Field(default=0.05, gt=0, le=0.2)
     """Bound on the probability of a wrong *supported*, and of a wrong *refuted*."""
-    power: float = Field(ge=0.5, lt=1)
+    power: float = Field(default=0.8, ge=0.5, lt=1)
     """Probability with which the smallest detectable difference is found."""
-    smallest_difference: float = Field(gt=0, lt=1)
+    smallest_difference: float = Field(default=0.02, gt=0, lt=1)
     """Smallest difference of robust accuracy that matters."""
-    largest_clean_difference: float = Field(ge=0, lt=1)
+    largest_clean_difference: float = Field(default=0.02, ge=0, lt=1)
     """Largest difference of clean accuracy at which the two count as equally well trained."""
     same_training: bool = True
     """Both must have been trained by the same recipe; false for claims about trainings, or about models as they are."""

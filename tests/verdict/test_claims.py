@@ -34,6 +34,12 @@ def test_a_file_may_narrow_the_evidence(tmp_path):
     assert claim.eps == {"linf": (1 / 255, 0.4)}
 
 
+def test_what_a_file_does_not_say_is_as_in_the_shipped_claim(tmp_path):
+    settings = ("significance", "power", "smallest_difference", "largest_clean_difference")
+    claim = load_claim(write(tmp_path, **dict.fromkeys(settings, "absent")))
+    assert {key: getattr(claim, key) for key in settings} == {key: CONTENT[key] for key in settings}
+
+
 def test_a_file_may_name_a_draw_of_images(tmp_path):
     subset = load_claim(write(tmp_path, subset={"n": 500, "seed": 3})).subset
     assert (subset.n, subset.seed, subset.balanced, subset.sha256, str(subset)) == (500, 3, None, None, "n = 500, seed = 3")
@@ -47,7 +53,7 @@ def test_a_file_may_name_a_draw_of_images(tmp_path):
         ({"subset": {"size": 3}}, "subset.size: unknown key, expected one of balanced, n, seed, sha256"),
         ({"subset": {"sha256": "ab"}}, "subset.sha256: "),
         ({"tretment": "x"}, "mine.yaml: tretment: unknown key, did you mean treatment?"),
-        ({"source": "absent", "power": "absent"}, "mine.yaml: expected also source, power, found only "),
+        ({"source": "absent", "control": "absent"}, "mine.yaml: expected also source, control, found only "),
         ({"name": "other"}, "mine.yaml: name: unexpected key"),
         ({"direction": "better"}, "direction: .*more_robust"),
         ({"significance": "0.05"}, "significance: expected a number"),

@@ -7,7 +7,7 @@ import pytest
 from lrrobust.stats import paired_difference_interval
 from lrrobust.verdict import judge as judge_module
 from lrrobust.verdict.judge import judge_claims, write_verdicts
-from lrrobust.verdict.records import POPULATIONS, Verdicts
+from lrrobust.verdict.records import POPULATIONS, Claim, Verdicts
 
 INF = math.inf
 PIXEL = 1 / 255
@@ -285,19 +285,21 @@ def test_the_best_of_several_verdicts_is_said_to_be_one_of_several(make_run, mak
     assert not any("one of" in reason for reason in alone.reasons)
 
 
-def test_attacks_that_a_claim_leaves_out_are_named(judged):
+def test_attacks_and_budgets_that_a_claim_leaves_out_are_named(judged):
     ours, theirs = attacks_of(100, 1), attacks_of(100, 2)
     assert judged(ours, theirs, {"attacks": ("fgsm", "pgd_l2")}).reasons[-1] == (
         "The claim leaves out attacks that both models were evaluated with: cw, pgd."
     )
     assert not any("leaves out" in reason for reason in judged(ours, theirs).reasons)
+    narrow = judged(ours, theirs, {"attacks": ("pgd",), "eps": {"linf": (PIXEL,)}})
+    assert narrow.reasons[-1].endswith("leaves out budgets that both models were evaluated at: linf 0.5/255, linf 2/255.")
 
 
-def test_budgets_that_a_claim_leaves_out_are_named(judged):
-    ours, theirs = attacks_of(100, 1), attacks_of(100, 2)
-    assert judged(ours, theirs, {"attacks": ("pgd",), "eps": {"linf": (PIXEL,)}}).reasons[-1] == (
-        "The claim leaves out budgets that both models were evaluated at: linf 0.5/255, linf 2/255."
-    )
+def test_what_a_claim_leaves_to_the_defaults_is_said(make_run, make_claim):
+    said = make_claim().model_dump(exclude={"power", "smallest_difference"})
+    runs = [make_run(model, {"pgd": dict(distances=[PIXEL] * 20)}) for model in "AB"]
+    (result,) = judge_claims([Claim(**said)], runs).results
+    assert result.reasons[-1] == "The claim does not say, so that the usual is taken: power 0.8, smallest_difference 0.02."
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (INF, 0), (0, INF), (INF, INF), (PIXEL, PIXEL)])
