@@ -379,9 +379,7 @@ def check(
                 if before is not None:
                     doubt += f"; the one before is kept as {keep_copy(baseline)}"
             write_baseline(baseline, now)
-            print_baseline(baseline, before, now)
-            if doubt is not None:
-                logging.warning("%s", doubt)
+            print_baseline(baseline, before, now, doubt)
             return
         if result is None:
             result = compare(before, runs, str(baseline))

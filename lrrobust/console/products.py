@@ -48,8 +48,8 @@ def print_verification(found: Sequence[Verification], is_same_model: bool) -> No
         notice("this is not the model that the images were verified with: they need not be adversarial for it")
 
 
-def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
-    """What a baseline now holds, and what it no longer says of the evaluation."""
+def print_baseline(path: Path, before: Baseline | None, now: Baseline, doubt: str | None = None) -> None:
+    """What a baseline now holds, what it no longer says of the evaluation, and why no check against it could fail."""
     from lrrobust.check.compare import find_differences, smallest_noticed_fall
 
     if before is not None:
@@ -67,7 +67,9 @@ def print_baseline(path: Path, before: Baseline | None, now: Baseline) -> None:
         n = format_count(of_model.measurements[0].n, "image")
         notice(f"{of_model.name}: {robust} % on {n}, clean accuracy {clean}")
     noticed = smallest_noticed_fall(now)
-    if noticed is None:
+    if doubt is not None:
+        logging.warning("%s", doubt)
+    elif noticed is None:
         logging.warning(
             "%s is not sure to notice a fall of every model: the loss of all its robust images may pass as chance; take more "
             "images, or a smaller eps",
