@@ -174,8 +174,9 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
     for run in runs:
         notes += [f"{run.manifest['model']['name']}: {warning}" for warning in warnings_of(run)]
     flipped = list(_find_flips(baseline, runs))
-    p_values = mcnemar_p_value([len(f[2]) for f in flipped], [len(f[3]) for f in flipped], alternative="greater")
-    adjusted = _adjust(p_values, [len(lost) + len(gained) for _, _, lost, gained, _ in flipped], baseline.rule)
+    lost, gained = ([len(found[place]) for found in flipped] for place in (2, 3))
+    p_values, adjusted = _test(lost, gained, baseline.rule)
+    _, of_rises = _test(gained, lost, baseline.rule)
     comparisons = tuple(
         Comparison(
             model=model,
@@ -196,6 +197,7 @@ def compare(baseline: Baseline, runs: Sequence[Run], baseline_file: str) -> Chec
         )
         for (model, before, lost, gained, now), p, p_holm in zip(flipped, p_values, adjusted, strict=True)
     )
+    notes += _rises([c for c, p in zip(comparisons, of_rises) if p is not None and p <= baseline.rule.significance])
     verdict: Verdict = "regressed" if any(c.is_regression for c in comparisons) else "passed"
     return CheckResult(
         baseline=baseline_file,
@@ -291,11 +293,23 @@ def _find_flips(
             yield str(run.manifest["model"]["name"]), before, lost, gained, now
 
 
-def _adjust(p_values: np.ndarray, flipped: Sequence[int], rule: Rule) -> list[float | None]:
-    """Holm over the comparisons that could fail at all: k flipped images give no p-value below 2^-k."""
-    is_tested = [2.0**-count <= rule.significance for count in flipped]
+def _test(lost: Sequence[int], gained: Sequence[int], rule: Rule) -> tuple[np.ndarray, list[float | None]]:
+    """Of more lost than gained: p-values, and Holm over those that could fail at all: k flips give none below 2^-k."""
+    p_values = mcnemar_p_value(lost, gained, alternative="greater")
+    is_tested = [2.0 ** -(ours + theirs) <= rule.significance for ours, theirs in zip(lost, gained, strict=True)]
     adjusted = iter(holm(p_values[is_tested]) if any(is_tested) else ())
-    return [float(next(adjusted)) if tested else None for tested in is_tested]
+    return p_values, [float(next(adjusted)) if tested else None for tested in is_tested]
+
+
+def _rises(risen: Sequence[Comparison]) -> Iterator[str]:
+    """Gains never fail a check, but whoever makes attacks fail gains too."""
+    for model in dict.fromkeys(c.model for c in risen):
+        most = min((c for c in risen if c.model == model), key=lambda c: c.fall)
+        eps = format_eps(math.inf if most.eps is None else most.eps, most.norm)
+        yield (
+            f"robust accuracy of {model} rose beyond chance, by {-100 * most.fall:.1f} points under {most.attack} at eps {eps} "
+            "(as where attacks fail): see the checks of `lrrobust eval` before --update"
+        )
 
 
 def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:

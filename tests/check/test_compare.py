@@ -135,6 +135,14 @@ def test_gains_never_fail(run_of, baseline_of):
     assert result.comparisons[0].p_value == 1
 
 
+@pytest.mark.parametrize(("gained", "lost", "said"), [(20, 0, 1), (20, 10, 0), (3, 0, 0)])
+def test_gains_beyond_chance_are_said_as_attacks_that_fail_make_them_too(run_of, baseline_of, gained, lost, said):
+    key, place = ("pgd", "linf", LADDER[0]), np.arange(200)
+    now = (place >= 100 - gained) & (place < 200 - lost)
+    notes = compare(baseline_of({key: place >= 100}), [run_of({key: now})], "b.json").notes
+    assert [" rose beyond chance, by 10.0 points under pgd at eps" in note for note in notes] == [True] * said
+
+
 def test_flipped_images_are_named(run_of, baseline_of):
     key = ("pgd", "linf", LADDER[0])
     before, now = np.ones(50, bool), np.ones(50, bool)
