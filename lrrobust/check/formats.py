@@ -185,7 +185,7 @@ def render_github(result: CheckResult) -> str:
     """Workflow commands: an error for each regression, or for another comparison; a notice where all is well."""
     clean = "".join(f"; {_clean(c)}" for c in result.clean)
     if result.verdict == "passed":
-        return _annotation("notice", "Robustness", result.reason + clean)
+        return _annotation("notice", "Robustness", "; ".join((result.reason + clean, *result.notes)))
     if result.verdict == "another_comparison":
         return _annotation("error", "Robustness not compared", result.reason)
     fallen = [c for c in result.comparisons if c.is_regression]
