@@ -30,9 +30,9 @@ def write_report(
     command: Sequence[str] | None = None,
     worst: Mapping[str, WorstCases] | None = None,
 ) -> list[Path]:
-    """Write `robust_accuracy.csv`, `.md` and `.tex`, `worst_case.md` and `.tex`, and the figures of each dataset and norm.
+    """Write `robust_accuracy` and `worst_case` as `.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
-    The CSV holds a summary at full precision, Markdown and LaTeX what people read, Markdown with the
+    The CSV holds numbers at full precision (accuracies as fractions), Markdown and LaTeX what people read, Markdown with the
     dataset, fingerprints and versions above the numbers; `worst_case` has one row a model. Figures come as PNG, SVG and PDF.
 
     Args:
@@ -67,8 +67,10 @@ def write_report(
     worst = worst_cases_by_images(runs) if worst is None else worst
     if not worst:
         return [table, text, latex, *figures]
-    short, short_latex = (out_dir / f"worst_case.{suffix}" for suffix in ("md", "tex"))
+    short_table, short, short_latex = (out_dir / f"worst_case.{suffix}" for suffix in ("csv", "md", "tex"))
     titles = dict(zip(summary["dataset_sha256"], summary["dataset"], strict=True))
+    numbers = [_numbers(found).assign(dataset=titles[sha256], dataset_sha256=sha256) for sha256, found in worst.items()]
+    write_file(short_table, pd.concat(numbers).to_csv(index=False, lineterminator="\n").encode())
     lines = _head("Robust accuracy under the worst case", runs, command)
     for sha256, found in worst.items():
         lines += ["", f"## {titles[sha256]}", "", found.how_to_read, "", *to_markdown(found.table)]
@@ -78,7 +80,12 @@ def write_report(
         for sha256, found in worst.items()
     )
     write_file(short_latex, "\n".join(tables).encode())
-    return [table, text, latex, short, short_latex, *figures]
+    return [table, text, latex, short_table, short, short_latex, *figures]
+
+
+def _numbers(worst: WorstCases) -> pd.DataFrame:
+    rows = [[None if cell.text == "-" else cell.value for cell in row] for row in worst.table.rows]
+    return pd.DataFrame(rows, columns=[column.heading for column in worst.table.columns]).rename(columns={"clean %": "clean"})
 
 
 def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str] | None) -> str:

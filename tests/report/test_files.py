@@ -28,10 +28,16 @@ class TestWriteReport:
             told = ["" if pd.isna(record[column]) else str(record[column]) for record in expected]
             assert [record[column] for record in found] == told, column
 
+    def test_worst_cases_come_as_numbers_too(self, make_run, tmp_path):
+        write_report([make_run("a"), make_run("b", sha256="ef" * 32)], tmp_path)
+        found = pd.read_csv(tmp_path / "worst_case.csv")
+        assert found[["n", "clean", "linf 1/255", "linf 2/255"]].values.tolist() == [[5, 0.8, 0.4, 0.2]] * 2
+        assert found["dataset_sha256"].tolist() == ["cd" * 32, "ef" * 32]
+
     def test_files_and_text(self, make_run, tmp_path):
         paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)
         assert sorted(paths) == sorted(tmp_path.iterdir())
-        assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 11
+        assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 12
         text = (tmp_path / "robust_accuracy.md").read_text()
         assert "## sample, n = 5" in text and "ab" * 32 in text and "torch 2.13.0" in text and "1234abc" in text
         assert "| tiny | V1 | pgd | linf | 1/255 | 5 | 80.0 | 40.0 | 11.8-76.9 | inf | 2.5 s | - | a |" in text
