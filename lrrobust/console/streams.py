@@ -12,6 +12,9 @@ from rich.table import Table
 #: Without a terminal nothing is wrapped or cut: files and logs scroll, and programs read lines.
 _UNBOUNDED_WIDTH = 100_000
 
+#: The longest line under headings there: what is written in a column may be far longer.
+_RULE_WIDTH = 128
+
 #: The narrowest that a column of texts is folded to, where it says nothing else.
 FOLDED_WIDTH = 10
 
@@ -58,4 +61,5 @@ def print_table(table: Table) -> None:
     with tables.capture() as captured:
         tables.print(table, crop=False)
     for line in captured.get().splitlines():
+        line = line if line.strip("─") else line[:_RULE_WIDTH]
         tables.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)

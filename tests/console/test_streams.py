@@ -32,6 +32,8 @@ def test_without_a_terminal_no_row_is_filled_up_with_blanks(capsys):
     streams.print_table(table)
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split() == ["short", "one", "[word]"] and not any(line.endswith(" ") for line in shown)
+    # Nor is the rule below the headings as long as the longest text.
+    assert shown[1] == 128 * "─" and shown[2].endswith("word word")
 
 
 @pytest.mark.parametrize("width", [20, 60])
