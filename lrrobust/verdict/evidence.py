@@ -102,8 +102,8 @@ class Evidence:
     transfer: tuple[Run, ...] = ()
     #: Evidence on some of these images, where more attacks were made.
     on_fewer: tuple[Evidence, ...] = ()
-    #: All runs of the treatment and of the control on the data set, also those on images that the other has none on.
-    all_runs: tuple[tuple[Run, ...], tuple[Run, ...]] = ((), ())
+    #: All runs on the data set, also on images that the other model has none on.
+    all_runs: tuple[Run, ...] = ()
 
     @cached_property
     def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
@@ -257,8 +257,8 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
                 else:
                     refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
                 idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
-            all_runs = tuple(map(tuple, pair))
-            found += [replace(each, on_fewer=_on_fewer(each, of_pair), all_runs=all_runs) for each in of_claim]
+            of_data = tuple(run for run in runs if dataset_of(run) == dataset)
+            found += [replace(each, on_fewer=_on_fewer(each, of_pair), all_runs=of_data) for each in of_claim]
     if idle:
         names = ", ".join(run.folder.name for run in idle)
         reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."

@@ -251,12 +251,8 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
             made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side, _ in sides))
             of_norm = {key for key in made if key[1] == attack.norm}
             # One of a name that judges may be another there, such as of more steps.
-            again = set.intersection(
-                *(
-                    {(name, norm) for name, norm, _ in _settings(there.runs) - _settings(here.runs)}
-                    for (there, _), here in zip(sides, (evidence.treatment, evidence.control))
-                )
-            )
+            pairs = ((source.treatment, evidence.treatment), (source.control, evidence.control))
+            again = set.intersection(*({made[:2] for made in _settings(of.runs) - _settings(own.runs)} for of, own in pairs))
             besides = sorted(name for name, _ in of_norm - judging | of_norm & again)
             # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
             if not besides or not of_norm & judging:
@@ -317,12 +313,11 @@ def _favoured(claim: Claim) -> dict[Literal["supported", "refuted"], int]:
 
 
 def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
-    """Attacks that do not judge and that one model alone has met, if on some images only: what they would break of the other
+    """Attacks that do not judge and that one model alone has met, on some images at least: what they would break of the other
     is not known.
 
     A verdict that rests on the robustness of that model cannot stand where, with what they break of it, less of its lead
-    would be left than matters, and on some of the images no chance leaves more. On all images, where a claim leaves none
-    out, `same_configuration` asks for the same attacks on both.
+    would be left than matters, by more than chance on some images. Of those that judge `same_configuration` sees to it.
     """
     claim = evidence.claim
     sides = ((evidence.treatment, evidence.treatment_places), (evidence.control, evidence.control_places))
@@ -331,7 +326,7 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
         robust = [side[attack.is_finished] > ladder for side in (attack.treatment, attack.control)]
         for verdict, number in _favoured(claim).items():
             side, places = sides[number]
-            found = _met_alone(evidence, number, attack.norm)
+            found = list(_met_alone(evidence, number, attack.norm))
             if not found or not len(ladder):
                 continue
             reached = np.fmin.reduce([breaking_eps for _, breaking_eps in found])[places][attack.is_finished]
@@ -351,18 +346,17 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
             shown = is_certain if is_certain.any() else is_undermined
             place = int(np.argmax(np.where(shown, lead, -1.0))) if shown.any() else int(taken.argmax())
             names = ", ".join(sorted({name for name, _ in found}))
-            where = "" if n == len(reached) else f" on {n} of these images"
+            eps = format_eps(float(ladder[place, 0]), attack.norm)
             detail = (
-                f"{side.name} alone has met {names}{where}, which would take {100 * taken[place]:.3g} points of its robust "
-                f"accuracy at eps {format_eps(float(ladder[place, 0]), attack.norm)} in {attack.norm}"
+                f"{side.name} alone has met {names}{'' if n == len(reached) else f' on {n} of these images'}, which would take "
+                f"{100 * taken[place]:.3g} points of its robust accuracy at eps {eps} in {attack.norm}"
             )
-            if is_certain.any():
-                detail += (
-                    f", where it leads by {100 * lead[place]:.3g}: a verdict of {verdict} would rest on leaving them out, so "
+            if is_undermined.any():
+                detail += f", where it leads by {100 * lead[place]:.3g}: " + (
+                    f"a verdict of {verdict} would rest on leaving them out, so make them on both models."
+                    if is_certain.any()
+                    else "on so few that may be chance."
                 )
-                detail += "make them on both models."
-            elif is_undermined.any():
-                detail += f", where it leads by {100 * lead[place]:.3g}; on so few that may be chance."
             else:
                 detail += ": too little to matter to what it leads by."
             yield Safeguard(
@@ -374,31 +368,22 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
             )
 
 
-def _met_alone(evidence: Evidence, number: int, norm: str) -> list[tuple[str, NDArray[np.float64]]]:
-    """Names of the attacks in a norm that one side alone has met and that do not judge, and what they broke of its images."""
+def _met_alone(evidence: Evidence, number: int, norm: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Attacks that do not judge and that one side alone has met, and what they broke of its images, NaN where not made."""
     side, other = (evidence.treatment, evidence.control)[:: 1 if number == 0 else -1]
-    found = []
-    if evidence.claim.attacks is not None:
-        theirs = {(each.name, each.norm) for each in other.attacks}
-        found += [
-            (each.name, each.breaking_eps)
-            for each in side.attacks
-            if each.norm == norm and each.name not in evidence.claim.attacks and (each.name, norm) not in theirs
-        ]
-    images = frozenset(side.images)
-    both = {(_images(run), *made) for run in evidence.all_runs[1 - number] for made in _settings([run])}
-    for run in evidence.all_runs[number]:
-        if any(run is each for each in side.runs) or _sees_as(run) != _sees_as(side.runs[0]):
+    ours, theirs = ([run for run in evidence.all_runs if _network(run) == _network(of.runs[0])] for of in (side, other))
+    both = {(_images(run), *made) for run in theirs for made in _settings([run])}
+    for run in ours:
+        judge = evidence.claim.attacks if any(run is each for each in side.runs) else ()
+        if judge is None:
             continue
-        alone = {made[0] for made in _settings([run]) if (_images(run), *made) not in both}
-        outcomes = gather([run], images)
-        places = np.searchsorted(side.images, outcomes.images)
+        alone = {made[0] for made in _settings([run]) if made[0] not in judge and (_images(run), *made) not in both}
+        outcomes = gather([run], frozenset(side.images))
         for each in outcomes.attacks:
             if each.norm == norm and each.name in alone:
                 breaking_eps = np.full(len(side.images), np.nan)
-                breaking_eps[places] = each.breaking_eps
-                found.append((each.name, breaking_eps))
-    return found
+                breaking_eps[np.searchsorted(side.images, outcomes.images)] = each.breaking_eps
+                yield each.name, breaking_eps
 
 
 def _images(run: Run) -> str:
@@ -411,9 +396,9 @@ def _settings(runs: Sequence[Run]) -> set[tuple[str, str, str]]:
     return {(spec["name"], spec["norm"], json.dumps(spec, sort_keys=True)) for spec in specs}
 
 
-def _sees_as(run: Run) -> tuple[Any, ...]:
-    """Which network a run is of, and at which size it sees images."""
-    return tuple(manifest_value(run, "model").get(key) for key in (*_NETWORK_KEYS, *_INPUT_KEYS))
+def _network(run: Run) -> tuple[Any, ...]:
+    """Which network a run is of, whatever its weights are called, and at which size it sees images."""
+    return tuple(manifest_value(run, "model").get(key) for key in ("name", *_NETWORK_KEYS, *_INPUT_KEYS))
 
 
 @dataclass(frozen=True)

@@ -304,57 +304,35 @@ class TestStrongerAttacks:
         assert judge(evidence).verdict == (verdict if passed else "inconclusive")
 
     @pytest.mark.parametrize(
-        ("images", "broken", "passed", "judged"),
-        [
-            (range(100), 100, False, "inconclusive"),
-            (range(150, 250), 50, False, "inconclusive"),  # half of another draw
-            (range(100), 0, True, "supported"),
-            (range(5), 3, None, "supported"),  # by chance as many of the 5 that stand fall where half of all may
-            (range(300, 400), 100, None, "supported"),
-        ],
+        ("images", "broken", "passed"),
+        [(range(100), 100, False), (range(150, 250), 50, False), (range(100), 0, True), (range(5), 3, None)],
     )
-    @pytest.mark.parametrize("beside", ["square", "pgd"])
+    @pytest.mark.parametrize(("beside", "weights"), [("square", "V1"), ("pgd", "V1"), ("square", "mine.safetensors")])
     def test_attacks_that_one_model_alone_has_met_on_some_images(
-        self, make_claim, make_run, images, broken, passed, judged, beside
+        self, make_claim, make_run, images, broken, passed, beside, weights
     ):
-        """A leads by 100 of 200 images; it alone has met another attack, or the same with more steps."""
-        strong = dict(distances=[PIXEL] * broken + [INF] * (len(images) - broken), steps=200)
+        """Another attack or one of more steps, on A, which leads by 100 of 200; of 5 images chance breaks 3."""
+        distances = [PIXEL] * broken + [INF] * (len(images) - broken)
         runs = [
             make_run("A", {"pgd": dict(distances=[INF] * 200)}),
             make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
-            make_run("A", {beside: strong}, images=images),
-        ]  # fmt: skip
-        (evidence,), _ = collect_evidence(make_claim(), runs)
-        found = named(check_evidence(evidence), "stronger_attacks")
-        shared = len([image for image in images if image < 200])
-        if shared:
-            (found,) = found
-            assert found.passed is passed and found.withholds == ("supported",)
-            assert f"A alone has met {beside} on {shared} of these images" in found.detail
-        assert judge(evidence).verdict == judged
-
-    def test_the_same_attack_made_stronger_on_some_images_of_both(self, make_claim, make_run):
-        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
-        runs += [
-            make_run(model, {"pgd": dict(distances=[PIXEL] * count + [INF] * (100 - count), steps=200)}, images=range(50, 150))
-            for model, count in (("A", 100), ("B", 0))
+            make_run("A", {beside: dict(distances=distances, steps=200)}, images=images, weights=weights),
         ]
-        on_all = collect_evidence(make_claim(), runs)[0][0]
-        (found,) = named(check_evidence(on_all), "stronger_attacks")
-        assert found.passed is False and found.withholds == ("supported",)
-        assert "On 100 of these images pgd was made too" in found.detail and "broke 100 more images of A and 0" in found.detail
+        (evidence,), _ = collect_evidence(make_claim(treatment="A@V1"), runs)
+        (found,) = named(check_evidence(evidence), "stronger_attacks")
+        shared = sum(image < 200 for image in images)
+        assert found.passed is passed and f"has met {beside} on {shared} of these images" in found.detail
+        assert judge(evidence).verdict == ("inconclusive" if passed is False else "supported")
 
-    def test_attacks_made_on_another_draw_count_where_they_share_images(self, make_claim, make_run):
+    @pytest.mark.parametrize(("images", "beside"), [(range(50, 150), "pgd"), (range(100, 220), "square")])
+    def test_attacks_made_stronger_on_some_images_of_both(self, make_claim, make_run, images, beside):
         runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
-        runs += [
-            make_run(model, {name: dict(distances=[reach] * 100) for name, reach in (("pgd", INF), ("square", of_square))},
-                     images=range(150, 250))
-            for model, of_square in (("A", PIXEL), ("B", INF))
-        ]  # fmt: skip
-        first, _ = collect_evidence(make_claim(), runs)[0]
-        (found,) = named(check_evidence(first), "stronger_attacks")
-        assert found.passed is False
-        assert "On 50 of these images square was made too" in found.detail and "broke 50 more images of A" in found.detail
+        for model, reach in (("A", PIXEL), ("B", INF)):
+            attacks = {"pgd": dict(distances=[INF] * len(images)), beside: dict(distances=[reach] * len(images), steps=200)}
+            runs.append(make_run(model, attacks, images=images))
+        (found,) = named(check_evidence(collect_evidence(make_claim(), runs)[0][0]), "stronger_attacks")
+        assert found.passed is False and f"On 100 of these images {beside} was made too" in found.detail
+        assert "broke 100 more images of A and 0" in found.detail
 
     def test_attacks_made_on_some_of_the_images(self, make_claim, make_run):
         all_images, some = self.found(make_claim, make_run, (6, 0), few=100)
