@@ -52,7 +52,7 @@ lrrobust report "$RUNS/photos" --out "$OUT/photos" --no-gallery
 
 # What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone, of
 # adaptive/ the table and of photos/ that of worst cases.
-(cd "$OUT/val_a" && python3 -m tarfile -c report.tar.xz report.html claim.json comparisons.md robust_accuracy.csv robust_accuracy.tex)
+(cd "$OUT/val_a" && python3 -m tarfile -c report.tar.xz report.html comparisons.md robust_accuracy.csv robust_accuracy.tex)
 sed -i.whole '/^!\[.*](passes_/d' "$OUT/val_a/robust_accuracy.md" && rm "$OUT/val_a/robust_accuracy.md.whole"
 if [ -n "$COSTLY" ]; then
     sed -i.whole '/^!\[/d' "$OUT/adaptive/robust_accuracy.md" && rm "$OUT/adaptive/robust_accuracy.md.whole" "$OUT"/adaptive/*.png
