@@ -32,7 +32,7 @@ from lrrobust.data.tensor_images import TensorImages, check_images
 from lrrobust.diagnostics.records import Diagnostic, load_diagnostics
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.evaluation.judge import call_model, explain_one_logit
+from lrrobust.evaluation.judge import call_model, explain_logits
 from lrrobust.frozen import frozen
 from lrrobust.models import Classifier
 from lrrobust.models.layer_code import code_of_layers
@@ -234,7 +234,8 @@ def _named(
     """The model as evaluations take it, on the device where they compute."""
     module = model.module if isinstance(model, Classifier) else model
     if not isinstance(module, nn.Module):
-        raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}")
+        hint = ": call it in the forward of a module" if callable(module) else ""
+        raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}{hint}")
     if any(parameter.is_inference() for parameter in module.parameters()):
         raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
     tensors = [*module.parameters(), *module.buffers()]
@@ -245,8 +246,10 @@ def _named(
         logits = call_model(module, images[:1].to(where))
     is_tensor = isinstance(logits, torch.Tensor)
     if not is_tensor or logits.ndim != 2 or logits.shape[1] < 2:
-        found = f"{tuple(logits.shape)}{explain_one_logit(logits)}" if is_tensor else type(logits).__name__
-        raise ModelError(f"expected logits (N, classes) of the model, of two classes or more, got {found}")
+        found = tuple(logits.shape) if is_tensor else type(logits).__name__
+        raise ModelError(
+            f"expected logits (N, classes) of the model, of two classes or more, got {found}{explain_logits(logits)}"
+        )
     if isinstance(model, Classifier):
         if classes is not None and tuple(classes) != model.classes:
             raise ValueError("classes differ from those of the Classifier: leave them out")

@@ -2,6 +2,7 @@ import copy
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,10 +35,10 @@ def problem(linear_problem):
     return linear_problem(count=30, classes=4)
 
 
-def evaluate(problem, *, model=None, images=None, **options):
+def evaluate(problem, *, model=None, images=None, labels=None, **options):
     options = {"attacks": "fgsm", "diagnostics": False, "progress": False} | options
     model, images = problem.model if model is None else model, problem.images if images is None else images
-    return lrrobust.evaluate(model, images, problem.labels, **options)
+    return lrrobust.evaluate(model, images, problem.labels if labels is None else labels, **options)
 
 
 def test_summary_counts_the_rows_and_equals_the_closed_form(problem):
@@ -276,6 +277,11 @@ def test_shows_progress_on_standard_error(problem, capfd):
     assert not out and "linear: diagnostics" in err
 
 
+class _AsTransformersAnswer(nn.Module):
+    def forward(self, images):
+        return SimpleNamespace(logits=images.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -293,6 +299,13 @@ def test_shows_progress_on_standard_error(problem, capfd):
             ModelError,
             r"got \(1, 1\); if its sigmoid is the probability",
         ),
+        ({"model": _AsTransformersAnswer()}, ModelError, r"got SimpleNamespace; let forward return its \.logits alone"),
+        ({"model": lambda images: images}, ValueError, "got function: call it in the forward of a module"),
+        ({"images": torch.zeros(3, 8, 8)}, ValueError, r"got \(3, 8, 8\): images\[None\]$"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, ValueError, r"got \(0, 3, 8, 8\)$"),
+        ({"images": torch.zeros(30, 3, 8, 8).double()}, ValueError, r"float64: images\.float\(\)"),
+        ({"labels": torch.zeros(30, 4, dtype=torch.int64)}, ValueError, r"labels\.argmax\(1\) of one-hot"),
+        ({"labels": torch.zeros(30).int()}, ValueError, r"int32: labels\.long\(\)"),
         ({"name": 3}, ValueError, "a name"),
         ({"dataset": "a\nb"}, ValueError, "a name"),
         ({"classes": "abcd"}, ValueError, "names of the classes"),

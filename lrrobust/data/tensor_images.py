@@ -62,6 +62,10 @@ class TensorImages:
         }
 
 
+#: How labels of so many dimensions become those that are expected.
+_LABELS_OF = {1: ": labels.long(), one for each image", 2: ": labels.argmax(1) of one-hot ones, labels[:, 0] of a column"}
+
+
 def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
     """Raises ValueError unless these are images (N, C, H, W), float32 in [0, 1], and as many int64 labels."""
     for what, given, hint in (("images", images, "torch.from_numpy(images)"), ("labels", labels, "torch.tensor(labels)")):

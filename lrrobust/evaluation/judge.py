@@ -163,14 +163,18 @@ def check_logits(logits: object, n: int, num_classes: int) -> None:
     """Raises ModelError unless logits are a floating tensor (n, num_classes)."""
     expected = f"expected logits of shape ({n}, {num_classes}), one for each class of the model"
     if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"the model returns {type(logits).__name__}: {expected}; let forward return them alone")
+        raise ModelError(f"the model returns {type(logits).__name__}: {expected}{explain_logits(logits)}")
     if tuple(logits.shape) != (n, num_classes) or not logits.is_floating_point():
         found = f"the model returns a tensor {tuple(logits.shape)} of {logits.dtype}"
-        raise ModelError(f"{found}: {expected}{explain_one_logit(logits)}")
+        raise ModelError(f"{found}: {expected}{explain_logits(logits)}")
 
 
-def explain_one_logit(logits: torch.Tensor) -> str:
-    """What to return instead where each of some images has one number, as under a sigmoid, else nothing."""
+def explain_logits(logits: object) -> str:
+    """What to return instead of no tensor, or where each image has one number, as under a sigmoid, else nothing."""
+    if not isinstance(logits, torch.Tensor):
+        # As models of Hugging Face's transformers answer.
+        what = "its .logits" if isinstance(getattr(logits, "logits", None), torch.Tensor) else "them"
+        return f"; let forward return {what} alone"
     if not logits.is_floating_point() or tuple(logits.shape[1:]) not in ((), (1,)):
         return ""
     return "; if its sigmoid is the probability of the second of two classes, return torch.stack([0 * z, z], 1) of z (N,)"

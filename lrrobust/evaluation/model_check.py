@@ -93,8 +93,8 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor, needs_
     if apart > max(BATCH_TOLERANCE * scale, _BEYOND_RANDOM * difference):
         raise ModelError(
             "the model's logits of an image depend on the other images of the batch, or on its place among them "
-            "(BatchNorm without running statistics, random numbers seeded inside forward?): no accuracy of such a model "
-            "means anything"
+            "(BatchNorm without running statistics, layers in a plain list that .eval() does not reach, random numbers seeded "
+            "inside forward?): no accuracy of such a model means anything"
         )
     return found
 
