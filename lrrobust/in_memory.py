@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 _one_at_a_time = threading.RLock()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluated:
     """What came of an evaluation.
 
@@ -72,8 +72,8 @@ class Evaluated:
     warnings: tuple[str, ...]
     folder: Path | None
 
-    def __str__(self) -> str:
-        """The summary as people read it, in percent."""
+    def __repr__(self) -> str:
+        """The summary as people read it, in percent; what notebooks show."""
         rows = [format_row(row) for row in self.summary.to_dict("records")]
         return pd.DataFrame(rows).drop(columns=[*IDENTITY_HEADINGS, *unused_headings(rows)]).to_string(index=False)
 

@@ -59,6 +59,7 @@ def test_prints_as_people_read_it(problem):
     found = evaluate(problem, eps=["2/255"])
     heading, first, *_ = str(found).splitlines()
     assert "robust %" in heading and "dataset" not in heading and first.split()[:3] == ["fgsm", "linf", "2/255"]
+    assert repr(found) == str(found)
 
 
 class Shaken(nn.Module):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lrrobust.errors import BackendError
+
 
 def build_operation(
     name: str,
@@ -65,6 +67,12 @@ def build_operation(
     forward_op.register_autograd(
         lambda ctx, grad_out, *_: differentiate(ctx, grad_out, backward_op), setup_context=setup_context
     )
+
+    def refuse(ctx, *_) -> None:
+        raise BackendError(f"lrrobust::{name} can be differentiated once: give local_relation(..., backend='unfold')")
+
+    # Torch's own refusal names neither the reason nor the way out.
+    backward_op.register_autograd(refuse)
 
     class _LocalRelation(torch.autograd.Function):
         # Without a setup_context of its own, for which torch would look at the signature at every call.
