@@ -95,14 +95,14 @@ class Training:
         ranks.rows(recipe.batch_size)  # refuses a batch that cannot be divided
         self.classes = load_class_list(recipe.classes)
         self.images_sha256 = data.sha256()
+        if len(data.labels) - recipe.holdout < recipe.batch_size:
+            raise DataError(
+                f"{len(data.labels)} images, without the {recipe.holdout} that the recipe holds out, do not fill "
+                f"a batch of {recipe.batch_size}: give more images, or a recipe with a smaller batch_size or holdout"
+            )
         parts = data.split(recipe.holdout, recipe.seed)
         self.train_set, self.held_out = (part.to(self.device) for part in parts)
         self.steps_per_epoch = len(self.train_set.labels) // recipe.batch_size
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"{len(self.train_set.labels)} training images, without the {len(self.held_out.labels)} held out, do not fill "
-                f"a batch of {recipe.batch_size}: give more images, or a recipe with a smaller batch_size or holdout"
-            )
         self.steps = self.steps_per_epoch * self.epochs
         # The learning rates are those of the whole schedule, wherever this training ends.
         self.schedule_steps = self.steps_per_epoch * recipe.epochs

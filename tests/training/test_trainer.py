@@ -206,7 +206,7 @@ def test_batches_are_functions_of_seed_and_step(start):
 
 @pytest.mark.parametrize(
     "batch_size, holdout, message",
-    [(64, 8, "40 training images, without the 8 held out, do not fill a batch of 64"), (8, 49, "49 images asked for")],
+    [(64, 8, "48 images, without the 8 that the recipe holds out, do not fill a batch of 64"), (8, 49, "without the 49 that")],
 )
 def test_too_few_images(start, batch_size, holdout, message):
     with pytest.raises(DataError, match=message):
