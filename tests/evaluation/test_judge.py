@@ -1,4 +1,6 @@
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +197,15 @@ def test_distances_are_from_the_images_as_they_came(linear_problem):
     found = judge.judge(images, problem.labels, proposed, ThreatModel("linf", 0.25), keys)
     assert torch.equal(images, problem.images) and torch.equal(proposed, problem.images + 0.25)
     assert found.linf_distance.tolist() == pytest.approx([0.25] * 6, abs=1e-6)
+
+
+def test_readme_judges_images_of_an_attack_of_ones_own(clean):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Judge(" in block]
+    images, labels = clean
+    steps = torch.tensor([0, 7, 8, 9]).view(4, 1, 1, 1) / 255
+    named = {"model": Threshold(), "num_classes": 2, "images": images, "labels": labels, "proposed": images + steps}
+    exec(block, named)
+    # A step of 6/255 turns the class, and 9/255 is outside of the ball.
+    assert named["judged"].is_adversarial.tolist() == [False, True, True, False]
+    assert named["judged"].is_rejected.tolist() == [False, False, False, True]
