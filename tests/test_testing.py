@@ -113,3 +113,13 @@ def test_inside_inference_mode_it_attacks_as_outside(problem):
     outside = assert_robust(problem.model, problem.images, problem.labels, **arguments)
     with torch.inference_mode():
         assert assert_robust(problem.model, problem.images.clone(), problem.labels.clone(), **arguments) == outside
+
+
+def test_a_pass_that_means_little_warns(problem):
+    class Rounding(nn.Module):
+        def forward(self, images):
+            return problem.model((64 * images).round() / 64)
+
+    labels = Rounding()(problem.images).argmax(1)
+    with pytest.warns(UserWarning, match="too high: the gradient of the model's logits was zero"):
+        assert_robust(Rounding(), problem.images, labels, attack="fgsm", eps="1/255", at_least=0.9)

@@ -45,7 +45,7 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor, needs_
 
     Returns:
         What the results must say of the model: {"randomised": ...} where two forwards differ, {"probabilities": ...}
-        where it ends in a softmax.
+        where it ends in a softmax, {"flat": ...} where all gradients that were asked for are zero.
 
     Raises:
         ModelError: it fails, does not return (N, num_classes) logits, gives no gradient, changes the images it is
@@ -59,8 +59,15 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor, needs_
             "the model changes the images it is given, so that nothing can be compared with them afterwards: "
             "let forward work on a copy, as in (images - mean) / std instead of images.sub_(mean).div_(std)"
         )
-    attacked = _logits_with_gradient(model, few.clone(), num_classes, needs_gradient)
+    attacked, is_flat = _logits_with_gradient(model, few.clone(), num_classes, needs_gradient)
     found = {}
+    if is_flat:
+        _log.warning(
+            "the gradient of the model's logits is zero on all of %d images (rounding inside?): attacks that follow it find "
+            "nothing, however fragile the model is; --suite blackbox attacks by answers alone",
+            len(few),
+        )
+        found["flat"] = "yes: attacks that follow the gradient find nothing"
     if _are_probabilities(before):
         _log.warning(
             "the model returns probabilities: attacks take their softmax once more, which leaves them weak gradients and makes "
@@ -73,7 +80,7 @@ def check_model(model: nn.Module, num_classes: int, images: torch.Tensor, needs_
     beside = _predict(model, noisy.clone(), num_classes)
     difference_beside = _randomness(model, noisy, beside, num_classes)
     # With a gradient wanted some layers compute another way, to the same up to rounding.
-    attacked_beside = _logits_with_gradient(model, noisy.clone(), num_classes, is_needed=False)
+    attacked_beside, _ = _logits_with_gradient(model, noisy.clone(), num_classes, is_needed=False)
     with_gradient = max(gap(attacked, before), gap(attacked_beside, beside))
     is_random = difference > RANDOMISED_TOLERANCE * scale or difference_beside > RANDOMISED_TOLERANCE * logit_scale(beside)
     if is_random or with_gradient > BATCH_TOLERANCE * scale:
@@ -117,20 +124,24 @@ def _off_grid(images: torch.Tensor) -> torch.Tensor:
     return (images + OFF_GRID * (2 * noise - 1).to(images)).clamp(0, 1)
 
 
-def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: int, is_needed: bool) -> torch.Tensor:
-    """Logits as an attack sees them; raises ModelError where it needs a gradient and there is none."""
+def _logits_with_gradient(
+    model: nn.Module, images: torch.Tensor, num_classes: int, is_needed: bool
+) -> tuple[torch.Tensor, bool]:
+    """Logits as an attack sees them, and whether their gradient is zero; ModelError where it is needed and there is none."""
     images.requires_grad_()
     with torch.enable_grad():
         logits = call_model(model, images)
         check_logits(logits, len(images), num_classes)
         if not is_needed:
-            return logits.detach()
+            return logits.detach(), False
+        # Not the plain sum, which is 1 where they are probabilities.
+        weights = torch.arange(1.0, num_classes + 1).to(logits)
         gradient = None
         if logits.requires_grad:
             try:
                 # Enabled anew: some models leave it off.
                 with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
+                    (gradient,) = torch.autograd.grad((logits * weights).sum(), images, allow_unused=True)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -143,7 +154,7 @@ def _logits_with_gradient(model: nn.Module, images: torch.Tensor, num_classes: i
             "the model's logits carry no gradient to the images (a detach, no_grad or rounding inside?): "
             "gradient attacks cannot judge it; --suite blackbox attacks by answers alone"
         )
-    return logits.detach()
+    return logits.detach(), not gradient.any()
 
 
 def _are_probabilities(logits: torch.Tensor) -> bool:

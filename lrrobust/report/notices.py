@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 #: Part metadata that the engine writes only where something is wrong, and what it means.
 _WARNINGS = {
+    "flat": "the gradient of the model's logits was zero: attacks that follow it find nothing, however fragile the model is",
     "nonfinite_gradients": "gradients were infinite or NaN: the attack was not at full strength",
     "probabilities": "the model returns probabilities instead of logits: attacks are weakened",
     "randomised": "the model's logits are random: images stand or break by chance, and attacks may overstate its robustness "

@@ -220,3 +220,22 @@ class Failing(torch.autograd.Function):
 def test_a_backward_pass_that_fails_is_one_line(check):
     with pytest.raises(ModelError, match="gradient of the model's logits cannot be computed .no kernel for backward"):
         check(Failing.apply)
+
+
+class Rounding(nn.Module):
+    """Answers by a few grey levels, whose gradient is zero everywhere."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network((16 * images).round() / 16)
+
+
+def test_gradients_of_zero_are_marked_where_they_are_followed(linear_problem, caplog):
+    linear = linear_problem(1, classes=3).model
+    assert check_model(Rounding(linear), 3, IMAGES, needs_gradient=False) == {} and not caplog.text
+    assert list(check_model(Rounding(linear), 3, IMAGES)) == ["flat"]
+    assert "zero on all of 4 images" in caplog.text
+    assert check_model(nn.Sequential(linear, nn.LogSoftmax(1)), 3, IMAGES) == {}
