@@ -25,6 +25,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lrrobust.attacks.specs import Precision
 from lrrobust.attacks.suite import load_suite
@@ -236,6 +237,8 @@ def _named(
     if not isinstance(module, nn.Module):
         hint = ": call it in the forward of a module" if callable(module) else ""
         raise ValueError(f"expected a Classifier or a torch.nn.Module, got {type(module).__name__}{hint}")
+    if any(map(is_lazy, module.parameters())):
+        raise ValueError("the model has lazy layers without parameters: pass an image through it first")
     if any(parameter.is_inference() for parameter in module.parameters()):
         raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
     tensors = [*module.parameters(), *module.buffers()]

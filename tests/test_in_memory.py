@@ -301,6 +301,7 @@ class _AsTransformersAnswer(nn.Module):
             r"got \(1, 1\); if its sigmoid is the probability",
         ),
         ({"model": _AsTransformersAnswer()}, ModelError, r"got SimpleNamespace; let forward return its \.logits alone"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(4))}, ValueError, "lazy layers .* pass an image through it first"),
         ({"model": lambda images: images}, ValueError, "got function: call it in the forward of a module"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, r"got \(3, 8, 8\): images\[None\]$"),
         ({"images": torch.zeros(0, 3, 8, 8)}, ValueError, r"got \(0, 3, 8, 8\)$"),
