@@ -74,7 +74,7 @@ def test_takes_a_classifier_and_text(problem):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"images": torch.zeros(3, 8, 8)}, ValueError, "float32 image"),
+        ({"images": torch.zeros(3, 8, 8)}, ValueError, "float32 images"),
         ({"images": torch.zeros(30, 3, 8, 8).numpy()}, ValueError, r"images as a torch.Tensor, got ndarray: torch.from_numpy"),
         ({"labels": [0] * 30}, ValueError, r"labels as a torch.Tensor, got list"),
         ({"images": torch.zeros(30, 3, 8, 8).double()}, ValueError, "float64"),

@@ -62,10 +62,6 @@ class TensorImages:
         }
 
 
-#: How labels of so many dimensions become those that are expected.
-_LABELS_OF = {1: ": labels.long(), one for each image", 2: ": labels.argmax(1) of one-hot ones, labels[:, 0] of a column"}
-
-
 def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
     """Raises ValueError unless these are images (N, C, H, W), float32 in [0, 1], and as many int64 labels."""
     for what, given, hint in (("images", images, "torch.from_numpy(images)"), ("labels", labels, "torch.tensor(labels)")):
@@ -73,6 +69,8 @@ def check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
             raise ValueError(f"expected {what} as a torch.Tensor, got {type(given).__name__}: {hint}")
     if images.dtype == torch.uint8:
         raise ValueError("expected float32 images in [0, 1], got uint8: images.float() / 255")
+    if images.ndim == 3:
+        raise ValueError(f"expected float32 images (N, C, H, W), got one of {tuple(images.shape)}: images[None]")
     if images.layout != torch.strided or images.is_meta:
         raise ValueError("expected images with values in a dense tensor")
     if images.ndim != 4 or images.dtype != torch.float32 or not images.numel():
