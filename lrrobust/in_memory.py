@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lrrobust.attacks.custom import CustomAttack
 from lrrobust.attacks.specs import Precision
 from lrrobust.attacks.suite import load_suite
 from lrrobust.data.tensor_images import TensorImages, check_images
@@ -84,7 +85,7 @@ def evaluate(
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
-    attacks: str | Path | Iterable[str | Path] = "standard",
+    attacks: str | Path | CustomAttack | Iterable[str | Path | CustomAttack] = "standard",
     eps: float | str | Iterable[float | str] | None = None,
     steps: int | None = None,
     restarts: int | None = None,
@@ -113,7 +114,8 @@ def evaluate(
         model: images (N, C, H, W) in [0, 1] -> logits (N, K); normalises by itself.
         images: (N, C, H, W), float32 in [0, 1], N at least 1.
         labels: (N,), int64, true classes.
-        attacks: one or more shipped attacks and suites, or YAML files, as `--attack` takes them.
+        attacks: one or more shipped attacks and suites, or YAML files, as `--attack` takes them, or
+            `lrrobust.attacks.custom.CustomAttack`, a function of one's own.
         eps: budgets in pixel units of [0, 1] instead of the attacks', such as 0.01 or "2/255"; all attacks must share a norm.
         steps, restarts, precision, eot_iter, quantize, save_adversarial: as the options of `lrrobust eval`.
         seed: of the attacks.
@@ -133,7 +135,7 @@ def evaluate(
         ValueError: images, labels, names or `save_adversarial` are not what they must be.
         LrRobustError: no such attack, a wrong setting, the model does not behave like a classifier, or results cannot be kept.
     """
-    given = [attacks] if isinstance(attacks, (str, Path)) else list(attacks)
+    given = [attacks] if isinstance(attacks, (str, Path, CustomAttack)) else list(attacks)
     budgets = None if eps is None else [eps] if isinstance(eps, str) or not isinstance(eps, Iterable) else list(eps)
     if budgets is not None:
         budgets = [budget if isinstance(budget, str) else float(budget) for budget in budgets]

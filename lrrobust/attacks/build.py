@@ -15,6 +15,7 @@ from lrrobust.attacks.adaptive import attack_by_rules
 from lrrobust.attacks.apgd import apgd
 from lrrobust.attacks.assignment import Assignment, Claim, Draw, Passes
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
+from lrrobust.attacks.custom import run_custom
 from lrrobust.attacks.deepfool import deepfool
 from lrrobust.attacks.expectation import Expectation
 from lrrobust.attacks.fab import fab_t
@@ -25,6 +26,7 @@ from lrrobust.attacks.pgd import pgd
 from lrrobust.attacks.specs import (
     ApgdSpec,
     AttackSpec,
+    CustomSpec,
     CwSpec,
     DeepFoolSpec,
     FabSpec,
@@ -190,6 +192,7 @@ _RUNNERS: dict[type[BaseModel], Callable[[Any, Assignment], Passes]] = {
     FabSpec: _with_settings(fab_t),
     FmnSpec: _with_settings(fmn),
     DeepFoolSpec: _with_settings(deepfool),
+    CustomSpec: run_custom,
 }
 
 

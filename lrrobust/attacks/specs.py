@@ -8,6 +8,7 @@ fingerprints hash. Keys and defaults are therefore part of the results format.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import (
@@ -34,10 +35,10 @@ def _check_name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise PydanticCustomError(
             "name",
-            'expected a file name of at most 64 lower-case letters, digits, "_" and "-", led by a letter or digit',
+            'expected a name, for a file its stem, of at most 64 lower-case letters, digits, "_" and "-", not led by these two',
         )
     if name == RESERVED_NAME:
-        raise PydanticCustomError("name", "expected another file name: tables call by it what any attack of a norm breaks")
+        raise PydanticCustomError("name", "expected another name: tables call by it what any attack of a norm breaks")
     return name
 
 
@@ -430,6 +431,30 @@ class DeepFoolSpec(_Spec):
     @property
     def max_backward_passes(self) -> int:
         return self.targets * (1 + self.steps)
+
+
+class CustomSpec(_Spec):
+    """An attack of one's own, see `lrrobust.attacks.custom`; no file can name one.
+
+    Args:
+        code_sha256: of the function as it is loaded, so that another one begins another run.
+        passes: forward passes for one image and budget, about, which the time left is told by.
+    """
+
+    # What it follows is not known: checks take it for neither, and make attacks by gradients of their own.
+    needs_gradient: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+
+    kind: Literal["custom"] = "custom"
+    norm: Norm
+    code_sha256: str
+    passes: Annotated[Count, Field(exclude=True)] = 100
+    #: (model, images, labels, eps) -> images.
+    propose: Annotated[Callable[..., Any], Field(exclude=True)]
+
+    @property
+    def max_forward_passes(self) -> int:
+        return len(self.eps) * self.passes
 
 
 AttackSpec = Annotated[

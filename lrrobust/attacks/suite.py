@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lrrobust.attacks.specs import AttackSpec, Description, Precision
+from lrrobust.attacks.custom import CustomAttack, check_custom
+from lrrobust.attacks.specs import AttackSpec, CustomSpec, Description, Precision
 from lrrobust.config_file import is_path, read_mapping
 from lrrobust.eps import write_eps
 from lrrobust.errors import ConfigError, UnknownNameError
@@ -65,7 +66,7 @@ class AttackListing(NamedTuple):
 
 
 def load_suite(
-    names: Sequence[str | Path],
+    names: Sequence[str | Path | CustomAttack],
     *,
     eps: Sequence[float | str] | None = None,
     steps: int | None = None,
@@ -77,7 +78,7 @@ def load_suite(
 
     Args:
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
-            .yaml or .yml, or contains a path separator.
+            .yaml or .yml, or contains a path separator. In Python, attacks of one's own too.
         eps, steps, restarts, precision, eot_iter: replace these settings in every attack that has them, see `override`;
             those that have not stay as they are.
 
@@ -91,7 +92,13 @@ def load_suite(
     found: dict[Path, AttackSpec] = {}
     read_suites: set[Path] = set()
     for name in names:
-        _collect(_locate(name, relative_to=Path()), found, read_suites, including=())
+        if isinstance(name, CustomAttack):
+            spec = name.spec()
+            if spec.name in _shipped() or any(spec.name == other.name for other in found.values()):
+                raise ConfigError(f"custom attack {spec.name!r}: expected a name that no other attack has; give another name=")
+            found[Path(f"{spec.name}.py")] = spec
+        else:
+            _collect(_locate(name, relative_to=Path()), found, read_suites, including=())
     specs = tuple(found.values())
     _check_names_differ(found)
     if eps is not None and len({spec.norm for spec in specs}) > 1:
@@ -142,7 +149,10 @@ def override(
     for key in changes:
         if key not in type(spec).model_fields:
             raise ConfigError(f"{spec.name}: attacks of kind {spec.kind!r} have no {key!r} to replace")
-    return _validate({**spec.model_dump(mode="json"), **changes}, _ATTACK, source=spec.name)
+    settings = {**spec.model_dump(mode="json"), **changes}
+    if isinstance(spec, CustomSpec):
+        return check_custom({**settings, "passes": spec.passes}, spec.propose)
+    return _validate(settings, _ATTACK, source=spec.name)
 
 
 def read_settings(name: str | Path) -> dict[str, Any]:

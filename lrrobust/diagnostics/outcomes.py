@@ -23,6 +23,11 @@ def is_multi_step(spec: AttackSpec) -> bool:
     return spec.needs_gradient and getattr(spec, "steps", 1) > 1
 
 
+def is_black_box(spec: AttackSpec) -> bool:
+    """Whether it is known to see answers alone; of attacks of one's own nothing is known."""
+    return not spec.needs_gradient and spec.kind != "custom"
+
+
 def is_climber(spec: AttackSpec) -> bool:
     """Whether it takes several gradient steps within a budget."""
     return is_multi_step(spec) and not spec.minimises
@@ -145,9 +150,9 @@ class NormOutcomes:
         """The attack of several steps within a budget that itself broke most images, at the budgets of all.
 
         By gradients, unless all attacks are black-box ones, and towards no chosen class, unless all are. Where they minimise
-        the distance, or take one step, plain PGD stands in for them.
+        the distance, take one step, or are one's own, plain PGD stands in for them.
         """
-        is_black = not any(attack.spec.needs_gradient for attack in self.attacks)
+        is_black = all(is_black_box(attack.spec) for attack in self.attacks)
 
         def strength(attack: Outcomes) -> tuple[bool, float]:
             broken = attack.breaking_eps <= np.array(self.budgets)[:, None]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.decision import TOLERATED_SHARE, is_tolerable
-from lrrobust.diagnostics.outcomes import NormOutcomes
+from lrrobust.diagnostics.outcomes import NormOutcomes, is_black_box
 from lrrobust.diagnostics.own_attacks import PGD_STEPS, NewStart, new_starts
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject, parts
@@ -97,7 +97,8 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
         ]
         detail += "".join(f", {each}" for each in rest[:-1]) + f", and {rest[-1]}"
         if passed is False:
-            why = "they see no gradients" if is_alone else attacks[level.decisive].why
+            is_black = all(is_black_box(attack.spec) for attack in norm.attacks)
+            why = "they see no gradients" if is_black else attacks[level.decisive].why
             detail += f": {why}, and robust accuracy is lower than they say"
         else:
             for other in levels[1:]:
@@ -108,7 +109,7 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
             if passed and any(other.broken.any() for other in levels):
                 detail += f"; too few to show that more than {100 * TOLERATED_SHARE:g} % of images stand wrongly"
             if is_alone:
-                detail += ": none of these sees gradients, so whether those that PGD follows lead anywhere is not known"
+                detail += ": none of these is one by gradients, so whether those that PGD follows lead anywhere is not known"
         yield Diagnostic(name="convergence", passed=passed, detail=f"{detail}.", attack=norm.name, norm=norm.norm)
 
 
@@ -199,7 +200,7 @@ def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
             f"withstand {attack.name} with {effort}"
         )
         detail += f", and {of_grey} that are of the class of grey and may be robust" if of_grey else ""
-        detail += "" if is_own else ", which stands in for attacks without a budget or of one step"
+        detail += "" if is_own else ", which stands in for attacks without a budget, of one step, or of one's own"
         if passed is None:
             detail += ": hardly one is of another class, so whether the attack fails is not known."
         elif passed:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lrrobust.diagnostics.decision import is_never_beaten, is_tolerable
 from lrrobust.diagnostics.noise import inner_radius
-from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, aims_at_one_class, is_multi_step
+from lrrobust.diagnostics.outcomes import NormOutcomes, Outcomes, aims_at_one_class, is_black_box, is_multi_step
 from lrrobust.diagnostics.own_attacks import plain_pgd, single_step
 from lrrobust.diagnostics.random_search import search_at_random
 from lrrobust.diagnostics.records import Diagnostic
@@ -137,14 +137,14 @@ def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
     """
     for norm in subject.norms:
         if norm.by_gradient is None:
-            detail = "None of the attacks sees gradients, so there is nothing that a black-box search must not beat."
+            detail = "None of the attacks is one by gradients, so there is nothing that a black-box search must not beat."
             yield Diagnostic(name="black_box", passed=None, detail=detail, attack=norm.name, norm=norm.norm)
             continue
         yield _search(subject, norm, norm.by_gradient)
         # One step of a gradient may well be beaten by thousands of queries.
         if any(is_multi_step(attack.spec) for attack in norm.by_gradient.attacks):
             for attack in norm.attacks:
-                if not attack.spec.needs_gradient:
+                if is_black_box(attack.spec):
                     yield _rows_of_black_box(subject, attack, norm.by_gradient)
 
 

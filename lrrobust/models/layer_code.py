@@ -6,10 +6,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+from lrrobust.loaded_code import code_of
 
 #: Packages whose versions runs record, wherever they are installed.
 _KNOWN_BY_VERSION = ("lrrobust", "torch", "torchvision", "timm")
@@ -36,7 +38,7 @@ def code_of_layers(network: nn.Module) -> bytes:
     attributes that are numbers, texts or functions. What methods call otherwise is not seen.
     """
     said = [
-        f"{kind.__module__}.{kind.__qualname__}.{name} {_of_code(method)}"
+        f"{kind.__module__}.{kind.__qualname__}.{name} {code_of(method)}"
         for kind in sorted(_classes(network), key=lambda kind: (kind.__module__, kind.__qualname__))
         for name, function in sorted(vars(kind).items())
         if (method := _unwrapped(function)) is not None
@@ -44,7 +46,7 @@ def code_of_layers(network: nn.Module) -> bytes:
     for place, module in network.named_modules():
         for name, value in sorted(vars(module).items()):
             if isinstance(value, FunctionType):
-                said.append(f"{place}.{name} {_of_code(value)}")
+                said.append(f"{place}.{name} {code_of(value)}")
             elif name != "training" and isinstance(value, (bool, int, float, str, tuple, list, type(None))):
                 said.append(f"{place}.{name} {value!r}")
     # Without addresses of objects, which differ from process to process.
@@ -64,18 +66,3 @@ def _unwrapped(attribute: Any) -> Callable[..., Any] | None:
     attribute = getattr(attribute, "__func__", attribute)
     attribute = getattr(attribute, "__wrapped__", attribute)
     return attribute if isinstance(attribute, FunctionType) else None
-
-
-def _of_code(function: Callable[..., Any]) -> str:
-    return f"{_of_bytecode(function.__code__)} {function.__defaults__!r} {function.__kwdefaults__!r}"
-
-
-def _of_bytecode(code: CodeType) -> str:
-    return f"{code.co_code.hex()} {code.co_names} {[_of_constant(each) for each in code.co_consts]}"
-
-
-def _of_constant(constant: Any) -> str:
-    if isinstance(constant, CodeType):
-        return _of_bytecode(constant)
-    # In an order that is the same in every process.
-    return str(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)

@@ -158,7 +158,7 @@ def test_unreadable_files_are_told(folder):
         load_suite(["big.yaml"])
     with pytest.raises(ConfigError, match="dir.yaml: expected a YAML file, found a folder"):
         load_suite(["dir.yaml"])
-    with pytest.raises(ConfigError, match="file name of at most 64 lower-case"):
+    with pytest.raises(ConfigError, match="name, for a file its stem, of at most 64 lower-case"):
         (folder / "My PGD.yaml").write_text(PGD)
         load_suite(["My PGD.yaml"])
     assert len(load_suite(["full.yaml"])) == 1
@@ -193,7 +193,7 @@ def test_names_must_be_known_and_differ(folder):
 def test_no_attack_is_called_as_rows_of_reports_are(folder):
     assert RESERVED_NAME == WORST_CASE
     (folder / f"{WORST_CASE}.yaml").write_text(PGD)
-    with pytest.raises(ConfigError, match="worst_case.yaml: name: expected another file name"):
+    with pytest.raises(ConfigError, match="worst_case.yaml: name: expected another name"):
         load_suite([f"{WORST_CASE}.yaml"])
 
 

@@ -303,7 +303,9 @@ def test_one_step_at_a_budget_of_its_own_is_compared_with_the_next_larger_one(di
 
 def test_an_attack_by_gradient_without_a_budget_is_none(diagnosed, sound_linear):
     found = diagnosed(sound_linear, PGD.model_copy(update={"eps": (0.0,)}), LONG_SQUARE)
-    assert found["black_box", None].passed is None and "None of the attacks sees gradients" in found["black_box", None].detail
+    assert (
+        found["black_box", None].passed is None and "None of the attacks is one by gradients" in found["black_box", None].detail
+    )
 
 
 def test_one_step_is_compared_at_a_budget_that_both_had(diagnosed, sound_linear):
@@ -315,7 +317,7 @@ def test_one_step_is_compared_at_a_budget_that_both_had(diagnosed, sound_linear)
 def test_black_box_attacks_alone_leave_nothing_to_compare(diagnosed, sound_linear):
     found = diagnosed(sound_linear, LONG_SQUARE)
     assert found["black_box", "square"].passed is None
-    assert "None of the attacks sees gradients" in found["black_box", "square"].detail
+    assert "None of the attacks is one by gradients" in found["black_box", "square"].detail
     assert not failed(found) & {"random_noise", "large_eps"}
 
 
