@@ -71,6 +71,11 @@ def _clean_and_noisy(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     return subject.images[:size], subject.noisy("linf", OFF_GRID)[:size]
 
 
+def is_deterministic(subject: Subject) -> bool:
+    """Whether logits of the same images are the same, clean and noisy, up to rounding of a parallel sum."""
+    return bool(_differences(subject)[1])
+
+
 def _differences(subject: Subject) -> tuple[list[float], bool | None]:
     """By how much logits of the same images differ, clean and noisy, and whether that is rounding."""
     model = subject.judge.model
@@ -107,8 +112,7 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
 
     At the boundary is where minimal-norm attacks end, and where rounding decides. In a randomised model chance does.
     """
-    _, is_deterministic = _differences(subject)
-    if not is_deterministic:
+    if not is_deterministic(subject):
         detail = "The model is randomised, so that two passes differ in any case: whether rounding decides is not known."
         yield Diagnostic(name="float64", passed=None, detail=detail)
         return

@@ -13,7 +13,7 @@ from lrrobust.results import Run, write_file
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 #: Raised with every change that makes the same run be diagnosed differently: files of other versions count as none.
-DIAGNOSTICS_VERSION = 9
+DIAGNOSTICS_VERSION = 10
 
 
 class _Record(BaseModel):

@@ -11,6 +11,7 @@ from torch import nn
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.determinism import deterministic_float32, seeded
 from lrrobust.diagnostics.finite_differences import check_finite_differences
+from lrrobust.diagnostics.jumps import check_jumps
 from lrrobust.diagnostics.late_breaks import check_late_breaks
 from lrrobust.diagnostics.loss_rises import check_loss_rises
 from lrrobust.diagnostics.numerics import check_determinism, check_float64
@@ -31,6 +32,7 @@ from lrrobust.results import Run
 CHECKS: tuple[Callable[[Subject], Iterator[Diagnostic]], ...] = (
     check_zero_gradient,
     check_finite_differences,
+    check_jumps,
     check_loss_rises,
     check_single_step,
     check_random_noise,

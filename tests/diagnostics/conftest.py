@@ -171,6 +171,40 @@ def seed_of_levels(image: torch.Tensor) -> int:
     return int((255 * image).round().sum())
 
 
+class AntiAdversary(nn.Module):
+    """Moves images two steps towards the class that it first takes them for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = build_linear()
+
+    def forward(self, images):
+        moved = images.detach()
+        with torch.enable_grad():
+            first = self.linear(moved).argmax(1)
+            for _ in range(2):
+                moved.requires_grad_()
+                loss = nn.functional.cross_entropy(self.linear(moved), first, reduction="sum")
+                moved = (moved - 4 / 255 * torch.autograd.grad(loss, moved)[0].sign()).detach()
+        return self.linear(images + (moved - images.detach()))
+
+
+class Voting(nn.Module):
+    """How many of three networks chose each class, with the gradient of their probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(build_linear() for _ in range(3))
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(2)
+            for network in self.networks:
+                network[1].weight += 0.1 * torch.randn_like(network[1].weight)
+
+    def forward(self, images):
+        shares = [network(images).softmax(1) for network in self.networks]
+        return sum((share == share.amax(1, keepdim=True)).to(share) + share - share.detach() for share in shares)
+
+
 class WithDecoys(nn.Module):
     """A network with logits more that stay a hair below its leading one, whatever the image: no image is taken for theirs."""
 
@@ -211,6 +245,8 @@ UNSOUND = {
     "noise_of_bits": lambda: NoiseOfImage(seed_of_bits),
     "noise_of_levels": lambda: NoiseOfImage(seed_of_levels),
     "cancelling": Cancelling,
+    "anti_adversary": AntiAdversary,
+    "voting": Voting,
 }
 
 

@@ -25,7 +25,7 @@ ON_SURVIVORS = LONG_SQUARE.model_copy(update={"survivors_only": True})
 WEAK = PgdSpec(name="weak", kind="pgd", norm="linf", eps=LADDER, steps=2, step_size_ratio=0.2, random_start=False)
 
 NAMES = {
-    "zero_gradient", "finite_differences", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks",
+    "zero_gradient", "finite_differences", "jumps", "loss_rises", "single_step", "random_noise", "black_box", "late_breaks",
     "convergence", "large_eps", "determinism", "float64",
 }  # fmt: skip
 

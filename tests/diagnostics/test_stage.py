@@ -198,6 +198,7 @@ def test_a_budget_of_nothing_leaves_nothing_to_find(evaluated, sound_linear):
     # Where nothing was attacked no image is at the boundary.
     assert {result.name: result.passed for result in found.results} == {
         "finite_differences": True,
+        "jumps": True,
         "determinism": True,
         "float64": None,
     }
@@ -229,7 +230,7 @@ def test_what_does_not_fit_into_memory_is_done_in_halves(evaluated, sound_linear
     at_once = diagnose(sound_linear, 5, data, specs, finished, torch.device("cpu"))
     found = diagnose(SmallMemory(sound_linear, 5), 5, data, specs, finished, torch.device("cpu"), batch_size=16)
     verdicts = [[(each.name, each.attack, each.passed) for each in of.results] for of in (at_once, found)]
-    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 8
+    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 9
     assert sum("out of memory on cpu with 16 images at once" in message for message in caplog.messages) == 1
     with pytest.raises(ModelError, match="out of memory on cpu with a single image"):
         diagnose(SmallMemory(sound_linear, 0), 5, data, specs, finished, torch.device("cpu"))
