@@ -38,22 +38,30 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
             is_known = outcomes.is_attacked[level] & (outcomes.is_broken[level] | np.isfinite(outcomes.last_margin[level]))
             # NaN, of broken images, compares as False.
             idle, n = int((outcomes.last_margin[level] >= outcomes.clean_margin).sum()), int(is_known.sum())
+            # Up to rounding of a sum.
+            still = int(np.isclose(outcomes.last_margin[level], outcomes.clean_margin, rtol=1e-5, atol=0).sum())
             if eps == 0 or n == 0:
                 continue
             tested, most = tested + 1, max(most, n)
             p_value = binomial_p_value(idle, n, TOLERATED_FAILURES)
             if worst is None or (p_value, -idle / n) < worst[:2]:
-                worst = p_value, -idle / n, idle, n, eps
+                worst = p_value, -idle / n, idle, n, eps, still
         if worst is None:
             continue
-        p_value, _, idle, n, eps = worst
+        p_value, _, idle, n, eps, still = worst
         passed = p_value * tested > SIGNIFICANCE
         seen = f"{idle} of {n} images at eps {format_eps(eps, outcomes.spec.norm)}, where they are most"
         detail = (
             f"After the last step of {outcomes.spec.name} the margin is no smaller than that of the clean image for "
             f"{seen if idle else 'none of the images at any eps'}"
         )
-        detail += "" if passed else ": its steps lead nowhere, as with gradients that are zero or noise"
+        if not passed and 2 * still > idle:
+            detail += (
+                ", for most the very same: logits do not change along the way, as where networks vote or probabilities round to "
+                "0 and 1. hop_skip_jump needs the class alone; --surrogate attacks the mean of those that vote"
+            )
+        elif not passed:
+            detail += ": its steps lead nowhere, as with gradients that are zero or noise"
         if binomial_p_value(most, most, TOLERATED_FAILURES) * tested > SIGNIFICANCE:
             passed = None
             detail += f"; of {format_count(most, 'image')} no more can be said"

@@ -105,6 +105,11 @@ def test_a_network_distilled_at_a_high_temperature(diagnosed, unsound):
         assert {"loss_rises", "black_box", "large_eps"} <= failed(found)
 
 
+def test_networks_that_vote(diagnosed, unsound):
+    found = diagnosed(unsound("voting"), PGD)["loss_rises", "pgd"]
+    assert found.passed is False and "do not change along the way, as where networks vote" in found.detail
+
+
 def test_logits_that_saturate_the_cross_entropy(diagnosed, confident_linear):
     # The logits of the same network: attacks on the cross-entropy follow it where float32 has no softmax left.
     found = diagnosed(confident_linear, FGSM, PGD, APGD_CE)
