@@ -34,6 +34,11 @@ ARBITRARY = 0.5
 HALVINGS = 7
 
 
+#: Share of the median clean margin that rounding may move margins by: it then moves boundaries by about as much of the way to
+#: them. Autocast to bfloat16 moves those of the trained networks, and of small ones, by 0.06 at most.
+SLIGHT = 0.1
+
+
 @torch.no_grad()
 def check_determinism(subject: Subject) -> Iterator[Diagnostic]:
     """Whether the logits of the same images in the same batch are the same, up to rounding of a parallel sum.
@@ -110,7 +115,8 @@ def _drawn_from_images(subject: Subject, clean: torch.Tensor, noisy: torch.Tenso
 def check_float64(subject: Subject) -> Iterator[Diagnostic]:
     """Whether clean images, and adversarial ones at the boundary, are classified in float64 as in float32; on the CPU.
 
-    At the boundary is where minimal-norm attacks end, and where rounding decides. In a randomised model chance does.
+    At the boundary is where minimal-norm attacks end, and where rounding decides. Where it moves the margin by no more than
+    `SLIGHT`, as half precision does, it does not count. In a randomised model chance decides.
     """
     if not is_deterministic(subject):
         detail = "The model is randomised, so that two passes differ in any case: whether rounding decides is not known."
@@ -129,13 +135,19 @@ def check_float64(subject: Subject) -> Iterator[Diagnostic]:
         detail = f"{explain_no_float64(error)}, so whether rounding decides is not known."
         yield Diagnostic(name="float64", passed=None, detail=detail)
         return
-    differing = int((single.label.cpu() != exact.label).sum())
-    gap = float((single.margin.cpu() - exact.margin).abs().max())
+    moved = (single.margin.cpu() - exact.margin).abs()
+    gap, slight = float(moved.max()), SLIGHT * float(single.margin[: len(subject)].median())
+    is_other = single.label.cpu() != exact.label
+    # Written so that NaN counts.
+    differing = int((is_other & ~(moved <= slight)).sum())
+    overlooked = int(is_other.sum()) - differing
     passed = is_tolerable(differing, len(labels))
     detail = (
         f"Of {len(subject)} clean images and {len(edge)} adversarial ones at the boundary, {differing} are "
         f"classified otherwise in float64; margins differ by at most {gap:.2g}"
     )
+    if overlooked:
+        detail += f" ({overlooked} more are, by less than {100 * SLIGHT:g} % of the median clean margin)"
     if passed is False:
         detail += ": what breaks and what withstands hangs on rounding"
     elif not len(edge):

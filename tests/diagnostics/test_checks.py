@@ -421,6 +421,20 @@ def test_logits_lost_to_rounding(diagnosed, unsound, specs):
     assert found["determinism", None].passed
 
 
+def test_half_precision_moves_boundaries_by_too_little_to_matter(diagnosed, sound_cnn):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = sound_cnn
+
+        def forward(self, images):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.network(images).float()
+
+    found = diagnosed(Half().eval(), PGD)["float64", None]
+    assert found.passed and "more are, by less than 10 % of the median clean margin" in found.detail, found.detail
+
+
 def test_rounding_at_the_boundary_is_not_known_where_none_comes_to_it(diagnosed, sound_linear):
     found = diagnosed(sound_linear, PGD.model_copy(update={"eps": (1e-6,)}))
     assert found["float64", None].passed is None
