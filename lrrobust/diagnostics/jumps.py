@@ -44,7 +44,7 @@ def check_jumps(subject: Subject) -> Iterator[Diagnostic]:
     jumps = _jumps(subject)
     detail = (
         f"Where blends of {len(jumps)} pairs of images change class, the margin falls at once by "
-        f"{100 * np.median(jumps) if len(jumps) else 0:.2g} % of the clean one, at the median"
+        f"{100 * np.median(jumps) if len(jumps) else 0:.1f} % of the clean one, at the median"
     )
     passed: bool | None = None
     if len(jumps) < FEWEST:

@@ -57,8 +57,8 @@ def check_loss_rises(subject: Subject) -> Iterator[Diagnostic]:
         )
         if not passed and 2 * still > idle:
             detail += (
-                ", for most the very same: logits do not change along the way, as where networks vote or probabilities round to "
-                "0 and 1. hop_skip_jump needs the class alone; --surrogate attacks the mean of those that vote"
+                ", for most the very same: logits do not change along the way, as where networks vote or probabilities round "
+                "to 0 and 1. hop_skip_jump needs the class alone; --surrogate attacks the mean of those that vote"
             )
         elif not passed:
             detail += ": its steps lead nowhere, as with gradients that are zero or noise"
