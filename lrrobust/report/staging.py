@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,8 @@ from lrrobust.interrupts import interrupts_held_back
 from lrrobust.results import write_file
 from lrrobust.results.files import explaining, keep_copy, read_file
 
-#: Lists what the last report wrote beside it, by name, with the sha256 of each file.
+#: Lists what the last report wrote beside it, by name, with the sha256 of each file; of one that was killed while it put its
+#: files into place, also the sha256 of the file before, behind a blank.
 RECORD_NAME = ".written.json"
 
 _PREFIX = ".lrrobust-report-"
@@ -64,28 +65,30 @@ def staging(out: Path) -> Iterator[Staged]:
         yield staged
         before = _read_record(out)
         now = {path.name: _sha256(path) for path in sorted(staged.folder.iterdir())}
-        changed = [out / file for file, sha256 in now.items() if _is_another(out / file, (before.get(file, ""), sha256))]
+        changed = [out / file for file, sha256 in now.items() if _is_another(out / file, (*before.get(file, ()), sha256))]
         for place in changed:
             staged.kept.append(keep_copy(place))
         # From here on nothing is foreseen to fail, and whoever interrupts waits for a moment.
         with interrupts_held_back():
+            # Whoever is killed meanwhile leaves files of both reports, and all of them are known.
+            both = {**before, **{file: (sha256, *before.get(file, ())) for file, sha256 in now.items()}}
+            _write_record(out, both)
             for file in now:
                 with explaining("write", out / file):
                     os.replace(staged.folder / file, out / file)
                 staged.written.append(out / file)
-            _write_record(out, {**before, **now})
-            for file, sha256 in before.items():
+            for file, known in before.items():
                 place = out / file
                 # Names that differ in case alone may be of one file.
-                if file in now or _sha256(place) != sha256 or any(place.samefile(other) for other in staged.written):
+                if file in now or _sha256(place) not in known or any(place.samefile(other) for other in staged.written):
                     continue
                 with explaining("remove", place):
                     place.unlink()
                 staged.removed.append(place)
-            _write_record(out, now)
+            _write_record(out, {file: (sha256,) for file, sha256 in now.items()})
 
 
-def _is_another(place: Path, known: tuple[str | None, ...]) -> bool:
+def _is_another(place: Path, known: Sequence[str]) -> bool:
     """Whether what lies there is of somebody else; StoreError where nothing can take its place."""
     if place.is_dir() and not place.is_symlink():
         raise StoreError(f"{place} is a folder, where a file of the report is to go: move it away, or choose another --out")
@@ -100,19 +103,21 @@ def _remove_dead(out: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_record(out_dir: Path, digests: Mapping[str, str]) -> None:
-    write_file(out_dir / RECORD_NAME, json.dumps(digests, indent=2).encode() + b"\n")
+def _write_record(out_dir: Path, digests: Mapping[str, Iterable[str]]) -> None:
+    record = {name: " ".join(dict.fromkeys(known)) for name, known in digests.items()}
+    write_file(out_dir / RECORD_NAME, json.dumps(record, indent=2).encode() + b"\n")
 
 
-def _read_record(out_dir: Path) -> Mapping[str, str]:
-    """Names of files directly in the folder; nothing where the record is missing, damaged or says anything else."""
+def _read_record(out_dir: Path) -> Mapping[str, Sequence[str]]:
+    """Names of files directly in the folder, each with the sha256 that it may have; nothing where the record is missing,
+    damaged or says anything else."""
     try:
         record = json.loads(read_file(out_dir / RECORD_NAME))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(record, dict):
         return {}
-    return {name: sha256 for name, sha256 in record.items() if isinstance(sha256, str) and _is_file_name(name)}
+    return {name: known.split() for name, known in record.items() if isinstance(known, str) and _is_file_name(name)}
 
 
 def _is_file_name(name: str) -> bool:

@@ -65,6 +65,26 @@ def test_an_interruption_waits_until_all_is_in_place(tmp_path, monkeypatch):
     assert report(tmp_path, "a.csv", content="newer").kept == []
 
 
+@pytest.mark.parametrize("swapped", [0, 1, 2])
+def test_one_that_is_killed_between_two_files_leaves_no_file_of_nobody(tmp_path, monkeypatch, swapped):
+    report(tmp_path, "a.csv", "b.csv", "old.csv")
+    done = []
+
+    def replace(source, place):
+        if place.name != RECORD_NAME:
+            if len(done) == swapped:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(place)
+        os.rename(source, place)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr("lrrobust.report.staging.os.replace", replace)
+        report(tmp_path, "a.csv", "b.csv", "c.csv", content="second")
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert report(tmp_path, "a.csv", "b.csv", "c.csv", content="third").kept == []
+    assert {name for name in names(tmp_path) if not name.startswith(".")} == {"a.csv", "b.csv", "c.csv"}
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_kept(tmp_path):
     (tmp_path / "target.html").write_text("mine")
     (tmp_path / "page.html").symlink_to("target.html")
