@@ -20,7 +20,7 @@ import typer
 
 from lrrobust import __version__
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.exits import Commands, Interrupted, Unheard, run_command
+from lrrobust.exits import Commands, Interrupted, StandardOutput, Unheard, run_command
 from lrrobust.interrupts import raise_on_signals
 from lrrobust.process_settings import settle_process
 
@@ -807,7 +807,7 @@ def main() -> None:
     raise_on_signals()
     settle_process()
     # A closed standard output or error is none at all to Python, and nobody listens: results are in files.
-    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stdout = StandardOutput(sys.stdout or open(os.devnull, "w"))
     sys.stderr = Unheard(sys.stderr or open(os.devnull, "w"))
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     # Of what cameras wrote wrongly beside the pixels, which no pixel depends on.

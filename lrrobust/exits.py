@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import typer
@@ -169,11 +169,39 @@ def _explain_usage(error: _UsageError) -> str:
     return f"error: {message.rstrip('.')} (see `{context.command_path} --help`)"
 
 
-class Unheard:
-    """Standard error that may stop being read, or fill its disk: what is said there decides nothing."""
+class _Stream:
+    """A standard stream that differs in how it fails."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class StandardOutput(_Stream):
+    """Its failures name it: Python knows no file that they are of."""
+
+    def write(self, text: str) -> int:
+        with _of_standard_output():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _of_standard_output():
+            self._stream.flush()
+
+
+@contextmanager
+def _of_standard_output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+
+
+class Unheard(_Stream):
+    """Standard error that may stop being read, or fill its disk: what is said there decides nothing."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -187,6 +215,3 @@ class Unheard:
     def close(self) -> None:
         """Not by a model's file, whose output comes here."""
         self.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -388,7 +388,7 @@ def test_output_that_nobody_can_take_loses_nothing(workplace, tmp_path):
     arguments = [str(argument) for argument in (*EVAL, "--attack", "fgsm", "--out", tmp_path / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     cases = [
-        ('"$@" > /dev/full', 2, "error: the system refused"),
+        ('"$@" > /dev/full', 2, "error: the system refused standard output (No space left on device)"),
         ('"$@" >&-', 0, "results: "),
         ('"$@" | true; exit ${PIPESTATUS[0]}', 141, "going on with "),
     ]
