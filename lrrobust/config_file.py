@@ -43,6 +43,13 @@ class _PlainLoader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.Node) -> Any:
+        value = super().construct_scalar(node)
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            reason = f"{brief(value)}, which has half a character in it"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        return value
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         is_whole = node.tag == "tag:yaml.org,2002:int"
         if ":" in node.value or (is_whole and not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value)):
@@ -95,7 +102,7 @@ def read_mapping(path: Path, source: str, example: str) -> dict[str, Any]:
     """
     try:
         if not path.is_file():
-            found = "a folder" if path.is_dir() else "no such file"
+            found = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "no such file"
             raise ConfigError(f"{source}: expected a YAML file, found {found}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)

@@ -1,4 +1,5 @@
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,12 @@ def test_unreadable_files_are_told(folder):
         load_suite(["big.yaml"])
     with pytest.raises(ConfigError, match="dir.yaml: expected a YAML file, found a folder"):
         load_suite(["dir.yaml"])
+    os.mkfifo(folder / "pipe.yaml")
+    with pytest.raises(ConfigError, match="pipe.yaml: expected a YAML file, found a pipe or a device"):
+        load_suite(["pipe.yaml"])
+    (folder / "half.yaml").write_text(PGD + 'description: "a \\ud800"\n')
+    with pytest.raises(ConfigError, match=r"half.yaml: .* found 'a \\ud800', which has half a character in it \(line 5"):
+        load_suite(["half.yaml"])
     with pytest.raises(ConfigError, match="name, for a file its stem, of at most 64 lower-case"):
         (folder / "My PGD.yaml").write_text(PGD)
         load_suite(["My PGD.yaml"])
