@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from lrrobust.errors import StoreError
 from lrrobust.mistakes import describe_mistake
@@ -70,6 +71,12 @@ class _Request(_Some):
     models: list[str] = []
     weights: list[str] | None = None
     surrogates: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> _Request:
+        if self.weights and len(self.weights) != len(self.models):
+            raise PydanticCustomError("weights", "expected weights for each of the models, or none")
+        return self
 
 
 class _Provenance(_Some):

@@ -133,6 +133,13 @@ class TestManifest:
                 open_run()
         assert (folder / "manifest.json").read_bytes() == content
 
+    def test_a_request_of_fewer_weights_than_models_is_damage(self, folder):
+        RunStore.create_or_resume(folder, MANIFEST).close()
+        request = {"models": ["a", "b"], "weights": ["a.pt"]}
+        (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"request": request, "position": 1}))
+        with pytest.raises(StoreError, match="damaged .request: expected weights for each of the models, or none"):
+            load_run(folder)
+
     def test_another_schema_is_refused(self, folder):
         RunStore.create_or_resume(folder, MANIFEST).close()
         (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"schema_version": 99}))
