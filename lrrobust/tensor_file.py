@@ -13,9 +13,12 @@ def load_tensors(path: Path) -> Any:
     """What `torch.save` wrote, on the CPU; no code in the file runs.
 
     Raises:
-        ValueError: a checksum in the file says that it is damaged.
+        ValueError: a checksum in the file says that it is damaged, or it is a folder, a pipe or a device.
         Exception: of many types, where it is none of torch's.
     """
+    # A pipe would have us wait.
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
     # torch compares no checksums: one flipped bit, and the file holds other weights.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

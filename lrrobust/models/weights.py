@@ -281,8 +281,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata |
     Raises:
         WeightsError: no such file, not a file of weights, or damaged.
     """
-    if not path.is_file():
-        raise WeightsError(f"no weights file at {path}: give the path of a .safetensors or .pt file")
+    _require_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -294,13 +293,18 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata |
     return _read_checkpoint(path), None
 
 
+def _require_file(path: Path) -> None:
+    """WeightsError for what is none: a pipe would have us wait."""
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}: give the path of a .safetensors or .pt file")
+
+
 def read_metadata(path: Path) -> WeightsMetadata:
     """Only the metadata of one of our files, without reading its tensors; WeightsError as `read_weights`."""
+    _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return WeightsMetadata.model_validate_json((file.metadata() or {}).get(_METADATA_KEY, ""))
-    except FileNotFoundError:
-        raise WeightsError(f"no weights file {path}: expected one that `lrrobust train` wrote") from None
     except (SafetensorError, OSError, ValidationError) as error:
         raise WeightsError(f"{path} is not a weights file of lrrobust: {_one_line(error)}") from None
 

@@ -213,9 +213,11 @@ def test_metadata_of_what_is_not_our_file(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(WeightsError, match="no weights file at .*give the path of a .safetensors or .pt file"):
-            read_weights(path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "none.pt", tmp_path, tmp_path / "pipe.pt"):
+        for read in (read_weights, read_metadata):
+            with pytest.raises(WeightsError, match="no weights file at .*give the path of a .safetensors or .pt file"):
+                read(path)
 
 
 def test_plain_safetensors(tmp_path, state):
