@@ -190,9 +190,12 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.wall_s, self.rows = state["step"], state["wall_s"], state["rows"]
+        self.step, self.wall_s = state["step"], float(state["wall_s"])
+        self.rows = [{column: row[column] for column in LOG_COLUMNS} for row in state["rows"]]
         self._loss_sum.fill_(state["loss_sum"])
         self._loss_count = state["loss_count"]
+        if not 0 <= self.step - len(self.rows) * self.steps_per_epoch == self._loss_count <= self.steps_per_epoch:
+            raise ValueError("steps and epochs that do not fit together")
 
     def save_checkpoint(self) -> None:
         """Writes everything `_resume` needs, atomically; the first process alone does."""

@@ -509,8 +509,9 @@ def _with_a_flipped_bit(path):
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"network": {}}, path),
         lambda path: path.write_bytes(_with_a_flipped_bit(path)),
+        lambda path: (path.unlink(), os.mkfifo(path)),
     ],
-    ids=["empty", "one byte short", "short", "text", "list", "another checkpoint", "flipped bit"],
+    ids=["empty", "one byte short", "short", "text", "list", "another checkpoint", "flipped bit", "pipe"],
 )
 def test_damaged_checkpoint(start, uninterrupted, damage):
     damage(uninterrupted.checkpoint_path)
@@ -527,8 +528,12 @@ def test_damaged_checkpoint(start, uninterrupted, damage):
         lambda state: state.update(step="six"),
         lambda state: state["network"].popitem(),
         lambda state: state["optimizer"]["param_groups"].clear(),
+        lambda state: state["rows"].clear(),
+        lambda state: state["rows"][0].clear(),
+        lambda state: state.update(step=-1),
+        lambda state: state.update(wall_s="long"),
     ],
-    ids=["a key less", "text", "a tensor less", "no groups"],
+    ids=["a key less", "text", "a tensor less", "no groups", "no epochs", "an empty epoch", "before the start", "no time"],
 )
 def test_a_checkpoint_with_other_contents(start, uninterrupted, change):
     """As another version might write, of the same training."""
