@@ -13,6 +13,8 @@ _SIGNS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "[CUDA]: out of memory",
+    # Python, where a limit leaves no room for the stack of one.
+    "can't start new thread",
 )
 
 

@@ -14,5 +14,6 @@ def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as really:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(really.value)
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     assert not is_out_of_memory(ModelError("out of memory"))
