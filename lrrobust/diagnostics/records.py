@@ -8,6 +8,7 @@ from lrrobust.errors import StoreError
 from lrrobust.mistakes import describe_mistake
 from lrrobust.norm import Norm
 from lrrobust.results import Run, write_file
+from lrrobust.results.files import read_file
 
 #: File beside a run's manifest that holds the JSON of `Diagnostics`.
 DIAGNOSTICS_FILE = "diagnostics.json"
@@ -64,7 +65,7 @@ def load_diagnostics(run: Run) -> Diagnostics | None:
     """
     path = run.folder / DIAGNOSTICS_FILE
     try:
-        text = path.read_bytes()
+        text = read_file(path)
         if _Versioned.model_validate_json(text).version != DIAGNOSTICS_VERSION:
             return None
         found = Diagnostics.model_validate_json(text)
@@ -83,7 +84,7 @@ def load_diagnostics(run: Run) -> Diagnostics | None:
 def other_rules(run: Run) -> str | None:
     """What is to be said of a file of another version beside a run, which counts as none; None where there is none."""
     try:
-        version = _Versioned.model_validate_json((run.folder / DIAGNOSTICS_FILE).read_bytes()).version
+        version = _Versioned.model_validate_json(read_file(run.folder / DIAGNOSTICS_FILE)).version
     except (OSError, ValidationError):
         return None
     if version == DIAGNOSTICS_VERSION:

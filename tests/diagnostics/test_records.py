@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -8,6 +9,7 @@ from lrrobust.diagnostics.records import (
     Diagnostic,
     Diagnostics,
     load_diagnostics,
+    other_rules,
     write_diagnostics,
 )
 from lrrobust.diagnostics.table import diagnostics_table
@@ -66,6 +68,17 @@ def test_damaged_ones_are_refused(run, text):
     (run.folder / DIAGNOSTICS_FILE).write_text(text)
     with pytest.raises(StoreError, match="diagnostics.json cannot be read .*: restore it, or delete it"):
         load_diagnostics(run)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_has_nobody_wait(run, kind):
+    path = run.folder / DIAGNOSTICS_FILE
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match="diagnostics.json cannot be read .not a regular file"):
+        load_diagnostics(run)
+    assert other_rules(run) is None
+
 
 
 def test_those_of_another_run_are_refused(run):
