@@ -80,7 +80,6 @@ def test_what_is_no_file_has_nobody_wait(run, kind):
     assert other_rules(run) is None
 
 
-
 def test_those_of_another_run_are_refused(run):
     write_diagnostics(run, FOUND.model_copy(update={"fingerprint": "cd" * 8}))
     with pytest.raises(StoreError, match="another run"):
