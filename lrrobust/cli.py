@@ -67,7 +67,9 @@ def evaluate(
     ],
     attack: Annotated[
         Optional[list[str]],
-        typer.Option("--attack", "-a", help="A shipped attack or a YAML file; repeatable. See `lrrobust attacks`."),
+        typer.Option(
+            "--attack", "-a", help="A shipped attack, a YAML file or your file.py:attack; repeatable. See `lrrobust attacks`."
+        ),
     ] = None,
     suite: Annotated[
         Optional[list[str]],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from lrrobust.errors import ConfigError
 from lrrobust.loaded_code import describe_callable
 from lrrobust.mistakes import brief, describe_mistake, explain_mistakes
 from lrrobust.norm import Norm
+from lrrobust.user_file import run_user_file
 
 #: (model, images, labels, eps) -> proposals.
 Propose = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -27,7 +31,7 @@ Propose = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 @dataclass(frozen=True)
 class CustomAttack:
-    """A function that proposes adversarial images, for `attacks` of `lrrobust.evaluate`.
+    """A function that proposes adversarial images, for `attacks` of `lrrobust.evaluate`, or for `--attack FILE.py:NAME`.
 
     Args:
         propose: called with a model in evaluation mode, images (n, C, H, W) in [0, 1], float32, their labels (n,), int64, and
@@ -46,10 +50,13 @@ class CustomAttack:
     name: str | None = None
     passes: int = 100
 
-    def spec(self) -> CustomSpec:
+    def spec(self, file: bytes = b"") -> CustomSpec:
         """The checked form that runs keep.
 
         The code of the function is part of it, and numbers and functions that it was made with; what it calls elsewhere is not.
+
+        Args:
+            file: content of the file that it stands in, of which then all is part of it.
 
         Raises:
             ConfigError: a setting is wrong.
@@ -59,10 +66,30 @@ class CustomAttack:
         name = getattr(self.propose, "__name__", "") if self.name is None else self.name
         # Addresses of objects differ from process to process.
         code = re.sub(r"0x[0-9a-f]+", "", describe_callable(self.propose))
-        code_sha256 = hashlib.sha256(code.encode()).hexdigest()
+        code_sha256 = hashlib.sha256(code.encode() + file).hexdigest()
         return check_custom(
             {"name": name, "norm": self.norm, "eps": self.eps, "passes": self.passes, "code_sha256": code_sha256}, self.propose
         )
+
+
+def load_custom(name: str) -> CustomSpec:
+    """Runs a file and takes an attack from it, `path/to/file.py:attack`.
+
+    Raises:
+        ConfigError: there is no such file, it fails, or what it calls so is no `CustomAttack`.
+    """
+    file, called = name.rsplit(":", 1)
+
+    def take(module: ModuleType) -> CustomSpec:
+        attack = getattr(module, called, None)
+        if not isinstance(attack, CustomAttack):
+            found = "nothing" if attack is None else type(attack).__name__
+            raise ConfigError(f"{name}: expected a lrrobust.CustomAttack of this name, found {found}")
+        return attack.spec(Path(file).read_bytes())
+
+    if not os.path.isfile(file):
+        raise ConfigError(f"no file {file}: expected path/to/file.py:attack")
+    return run_user_file(file, take, ConfigError)
 
 
 def check_custom(settings: dict[str, Any], propose: Propose) -> CustomSpec:

@@ -7,8 +7,8 @@ A file holds one attack (`kind: pgd`, ...) or a suite:
     attacks: [fgsm, pgd, my_pgd.yaml]   # shipped names, or paths relative to this file
     survivors_only: true                # optional: attack only what the attacks before left standing
 
-Configurations are data from anywhere: they are parsed as plain data, in bounded size, and every
-mistake is a `ConfigError` that names the file and the key.
+Configurations are data from anywhere: they are parsed as plain data, in bounded size, can name no
+Python file, and every mistake is a `ConfigError` that names the file and the key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lrrobust.attacks.custom import CustomAttack, check_custom
+from lrrobust.attacks.custom import CustomAttack, check_custom, load_custom
 from lrrobust.attacks.specs import AttackSpec, CustomSpec, Description, Precision
 from lrrobust.config_file import is_path, read_mapping
 from lrrobust.eps import write_eps
@@ -78,7 +78,8 @@ def load_suite(
 
     Args:
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
-            .yaml or .yml, or contains a path separator. In Python, attacks of one's own too.
+            .yaml or .yml, or contains a path separator. And attacks of one's own, in Python or as
+            "path/to/file.py:attack", which runs the file.
         eps, steps, restarts, precision, eot_iter: replace these settings in every attack that has them, see `override`;
             those that have not stay as they are.
 
@@ -92,8 +93,8 @@ def load_suite(
     found: dict[Path, AttackSpec] = {}
     read_suites: set[Path] = set()
     for name in names:
-        if isinstance(name, CustomAttack):
-            spec = name.spec()
+        if isinstance(name, CustomAttack) or ".py:" in str(name):
+            spec = name.spec() if isinstance(name, CustomAttack) else load_custom(str(name))
             if spec.name in _shipped() or any(spec.name == other.name for other in found.values()):
                 raise ConfigError(f"custom attack {spec.name!r}: expected a name that no other attack has; give another name=")
             found[Path(f"{spec.name}.py")] = spec
@@ -228,6 +229,8 @@ def _collect(path: Path, found: dict[Path, AttackSpec], read_suites: set[Path], 
     if data["kind"] == "suite":
         suite = _validate(data, TypeAdapter(_Suite), source=_display(path))
         for name in suite.attacks:
+            if ".py:" in name:
+                raise ConfigError(f"{_display(path)}: attacks: {name!r}: no suite runs a Python file; give it as --attack")
             try:
                 target = _locate(name, relative_to=path.parent)
             except (ConfigError, UnknownNameError) as error:

@@ -10,12 +10,7 @@ A name is one of these:
 
 from __future__ import annotations
 
-import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrrobust.determinism import arithmetic_kept
-from lrrobust.errors import LrRobustError, ModelError, UnknownNameError, WeightsError
+from lrrobust.errors import ModelError, UnknownNameError, WeightsError
 from lrrobust.models import lrnet, resnet
 from lrrobust.models.classifier import Classifier
 from lrrobust.models.layer_code import files_of_layers
 from lrrobust.models.residual import DEFAULT_STEM, STEMS, Normalization, Stem
 from lrrobust.models.weights import SHIPPED_WEIGHTS, TRAINED_FOLDER, file_sha256, fit_weights, read_weights
 from lrrobust.torchvision_import import import_torchvision
+from lrrobust.user_file import run_user_file
 
 #: Our own networks: name -> builder(num_classes, stem).
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
@@ -298,52 +293,21 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None) -> Classifier:
-    """Runs the user's own file: the one place where a model's name executes code."""
-    import_torchvision()  # mended, should the file import it
-    path_text, factory_name = name.rsplit(":", 1)
-    # Absolute, as Python names the file in tracebacks.
-    path = Path(path_text).absolute()
-    if not path.is_file():
-        raise ModelError(f"no file {path_text}: --model expects path/to/file.py:factory")
-    # Two files of one name are two models.
-    unique = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"lrrobust_user_{path.stem}_{unique}", path)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickle look a class's module up here.
-    sys.modules[spec.name] = module
-    folder = str(path.parent)
-    working_folder = os.getcwd()
-    loaded_before = set(sys.modules)
-    sys.path.insert(0, folder)
-    try:
-        # One model's file must not change what the others of the command compute.
-        with arithmetic_kept():
-            spec.loader.exec_module(module)
-            factory = getattr(module, factory_name, None)
-            if not callable(factory):
-                raise ModelError(f"{path_text} has no function {factory_name!r}: expected a factory that returns a Classifier")
-            made = factory()
+    """Runs the user's own file."""
+    file, factory_name = name.rsplit(":", 1)
+
+    def build(module: ModuleType) -> tuple[Any, tuple[Path, ...]]:
+        factory = getattr(module, factory_name, None)
+        if not callable(factory):
+            raise ModelError(f"{file} has no function {factory_name!r}: expected a factory that returns a Classifier")
+        made = factory()
         network = made.module if isinstance(made, Classifier) else made
         # While their modules are still known.
-        files = files_of_layers(network, path.parent) if isinstance(network, nn.Module) else ()
-    except (LrRobustError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        where = _line_in(error, path)
-        raise ModelError(
-            f"{path_text}{where} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    finally:
-        # What else the command names, images and results, is meant from where it was given.
-        os.chdir(working_folder)
-        # Not the first entry blindly: the file may have put others in front, or have taken this one out.
-        if folder in sys.path:
-            sys.path.remove(folder)
-        # Helpers beside the file are its own: another model's helper may have the same name.
-        for helper in set(sys.modules) - loaded_before:
-            if (getattr(sys.modules[helper], "__file__", None) or "").startswith(folder + os.sep):
-                del sys.modules[helper]
-        _beside_models.add(folder)
+        return made, files_of_layers(network, Path(file).absolute().parent) if isinstance(network, nn.Module) else ()
+
+    if not os.path.isfile(file):
+        raise ModelError(f"no file {file}: --model expects path/to/file.py:factory")
+    made, files = run_user_file(file, build, ModelError)
     if isinstance(made, nn.Module) and classes is not None:
         size = getattr(made, "input_size", None) if input_size is None else input_size
         if size is None:
@@ -370,42 +334,3 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
     fit_weights(made.module, state, weights)
     # By which recipe the model's own weights were trained says nothing of these.
     return replace(made, weights=Path(weights).name, recipe="", followed="")
-
-
-class _BesideModels(importlib.abc.MetaPathFinder):
-    """Finds, where nobody else does, what lies beside the files of models: for imports while one is called.
-
-    Not what lies beside two of them, since who imports is not known here. Nor mere folders: what others do without where it
-    is not installed, such as wandb, leaves folders of its name.
-    """
-
-    def __init__(self) -> None:
-        self._folders: list[str] = []
-
-    def add(self, folder: str) -> None:
-        if folder not in self._folders:
-            self._folders.append(folder)
-        if self not in sys.meta_path:
-            sys.meta_path.append(self)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if path is not None:
-            return None
-        found = [importlib.machinery.PathFinder.find_spec(fullname, [folder]) for folder in self._folders]
-        modules = [spec for spec in found if spec is not None and spec.origin is not None]
-        return modules[0] if len(modules) == 1 else None
-
-
-_beside_models = _BesideModels()
-
-
-def _line_in(error: BaseException, path: Path) -> str:
-    line = None
-    traceback = error.__traceback__
-    while traceback is not None:
-        if Path(traceback.tb_frame.f_code.co_filename) == path:
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return f", line {line}" if line is not None else ""

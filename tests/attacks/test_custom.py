@@ -1,15 +1,19 @@
 """Functions of one's own as attacks: what is proposed is judged; what is no proposal is refused."""
 
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import lrrobust
 from lrrobust.attacks.suite import load_suite
+from lrrobust.cli import run
 from lrrobust.errors import ConfigError
+from lrrobust.results import find_runs, load_run
 
 
 def straight(model, images, labels, eps, share=1.0):
@@ -166,3 +170,72 @@ def test_readme_shows_one_that_runs(problem):
     named = {"lrrobust": lrrobust, "torch": torch, "model": problem.model, "images": problem.images, "labels": problem.labels}
     exec(block, named)
     assert {"pgd", "jitter"} <= set(named["found"].rows["attack"])
+
+
+FILE = """
+import lrrobust
+from beside import SHARE
+
+def propose(model, images, labels, eps):
+    return (images + SHARE * eps).clamp(0, 1)
+
+mine = lrrobust.CustomAttack(propose, "linf", ["1/255", 0.1], name="brighter")
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "beside.py").write_text("SHARE = 0.5\n")
+    (tmp_path / "own" / "mine.py").write_text(FILE)
+    return "own/mine.py"
+
+
+def test_one_in_a_file_is_known_by_all_of_the_file(file):
+    (first,), (again,) = (load_suite([f"{file}:mine"]) for _ in range(2))
+    assert (first.name, first.eps) == ("brighter", (1 / 255, 0.1)) and first.code_sha256 == again.code_sha256
+    torch.testing.assert_close(first.propose(None, torch.zeros(2, 3, 2, 2), None, 0.1), torch.full((2, 3, 2, 2), 0.05))
+    Path(file).write_text(FILE + "\n# another\n")
+    assert load_suite([f"{file}:mine"])[0].code_sha256 != first.code_sha256
+    assert "beside" not in sys.modules
+
+
+def test_one_in_a_file_is_evaluated_from_the_command_line(file, tmp_path):
+    images = tmp_path / "images"
+    for place, name in enumerate(("cat", "dog")):
+        (images / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (40 + 100 * place,) * 3).save(images / name / "x.png")
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom lrrobust.models import Classifier\n\n"
+        "class Bright(torch.nn.Module):\n    def forward(self, images):\n"
+        "        level = images.mean((1, 2, 3)) - 0.45\n        return torch.stack([-level, level], 1)\n\n"
+        "def build():\n    return Classifier(Bright(), ('cat', 'dog'), 32)\n"
+    )
+    arguments = ["eval", "--model", "model.py:build", "--dataset", str(images), "--attack", f"{file}:mine", "--no-diagnostics"]
+    assert run([*arguments, "--eps", "0.3", "--eps", "0.7"]) == 0
+    (found,) = find_runs(Path("reports/runs"))
+    rows = load_run(found).rows.sort_values(["eps", "index"])
+    # The cat is 0.293 from the boundary, of which half of eps reaches 0.35; brightening takes no dog to the cats.
+    assert rows["is_broken"].tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("none.py:mine", "no file none.py: expected path/to/file.py:attack"),
+        ("own/mine.py:other", "own/mine.py:other: expected a lrrobust.CustomAttack of this name, found nothing"),
+        ("own/mine.py:propose", "expected a lrrobust.CustomAttack of this name, found function"),
+        ("own/broken.py:mine", "own/broken.py, line 2 failed with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_files_without_an_attack_are_refused(file, name, message):
+    Path("own/broken.py").write_text("one = 1\none / 0\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_suite([name])
+
+
+def test_no_suite_runs_a_file(file):
+    Path("suite.yaml").write_text(f"kind: suite\nattacks: ['{file}:mine']\n")
+    with pytest.raises(ConfigError, match="suite.yaml: attacks: .*mine.py:mine.: no suite runs a Python file"):
+        load_suite(["suite.yaml"])

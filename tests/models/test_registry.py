@@ -364,7 +364,7 @@ def test_what_a_user_file_does_to_the_process_harms_nobody(user_file, monkeypatc
 
 def test_torchvision_is_mended_before_a_user_file_imports_it(user_file, monkeypatch):
     called = []
-    monkeypatch.setattr("lrrobust.models.registry.import_torchvision", lambda: called.append(1))
+    monkeypatch.setattr("lrrobust.user_file.import_torchvision", lambda: called.append(1))
     user_file.write_text(GOOD)
     load(f"{user_file}:build")
     assert called
