@@ -50,10 +50,10 @@ lrrobust report "$RUNS/transfer" --out "$RUNS/transfer/report" --no-gallery && c
 if [ -n "$COSTLY" ]; then lrrobust report "$RUNS/adaptive" --out "$OUT/adaptive" --no-gallery; fi
 lrrobust report "$RUNS/photos" --out "$OUT/photos" --no-gallery
 
-# What is kept here is less than what reports hold: accuracy by class and curves against passes are on the page alone, of
+# What is kept here is less than what reports hold: the worst cases and the curves against eps, all else of val_a/ in one archive; of
 # adaptive/ the table and of photos/ that of worst cases.
-(cd "$OUT/val_a" && python3 -m tarfile -c report.tar.xz report.html comparisons.md robust_accuracy.csv robust_accuracy.tex)
-sed -i.whole '/^!\[.*](passes_/d' "$OUT/val_a/robust_accuracy.md" && rm "$OUT/val_a/robust_accuracy.md.whole"
+sed -i.whole '/^!\[/d' "$OUT/val_a/robust_accuracy.md" && rm "$OUT/val_a/robust_accuracy.md.whole"
+(cd "$OUT/val_a" && python3 -m tarfile -c report.tar.xz report.html comparisons.md robust_accuracy.md robust_accuracy.csv robust_accuracy.tex)
 if [ -n "$COSTLY" ]; then
     sed -i.whole '/^!\[/d' "$OUT/adaptive/robust_accuracy.md" && rm "$OUT/adaptive/robust_accuracy.md.whole" "$OUT"/adaptive/*.png
 fi
