@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import numpy as np
+import torch
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def code_of(function: FunctionType) -> str:
@@ -13,27 +21,69 @@ def code_of(function: FunctionType) -> str:
 
 
 def describe_callable(function: Any) -> str:
-    """The same of anything that can be called, and the numbers, texts and functions that it was made with.
+    """The code of anything that can be called, and code and values of what it holds and of globals that it names, and so on.
 
-    These are what a nested function takes from around it, a `functools.partial` holds, or an object has for attributes. Others
-    are told apart by their type alone.
+    Of modules, and of what Python and packages bring, names are seen, and of objects of theirs numbers, texts and parameters.
     """
-    if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        return f"{code_of(function)} {[_of_value(each) for each in cells]}"
-    if isinstance(function, partial):
-        held = [*function.args, *(each for pair in sorted(function.keywords.items()) for each in pair)]
-        return f"{describe_callable(function.func)} {[_of_value(each) for each in held]}"
-    method = getattr(type(function), "__call__", None)
-    said = code_of(method) if isinstance(method, FunctionType) else ""
-    attributes = sorted(getattr(function, "__dict__", {}).items())
-    return f"{type(function).__qualname__} {said} {[(name, _of_value(value)) for name, value in attributes]}"
+    found, said, places = [function], [], {id(function): 0}
+
+    def mention(value: Any) -> str:
+        if isinstance(value, _PLAIN):
+            return repr(value)
+        place = places.setdefault(id(value), len(found))
+        if place == len(found):
+            found.append(value)
+        return f"#{place}"
+
+    for value in found:  # which grows: functions may call each other in a circle
+        said.append(f"{type(value).__qualname__} {_describe(value, mention)}")
+    return "\n".join(said)
 
 
-def _of_value(value: Any) -> str:
-    if isinstance(value, (FunctionType, partial)):
-        return describe_callable(value)
-    return repr(value) if isinstance(value, (bool, int, float, str, tuple, list, type(None))) else type(value).__qualname__
+def _describe(value: Any, mention: Callable[[Any], str]) -> str:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, (set, frozenset)):
+        return _of_constant(frozenset(value))
+    if isinstance(value, ModuleType) or isinstance(value, (type, FunctionType)) and _is_installed(value):
+        return value.__name__
+    return str([mention(part) for part in _parts(value)])
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple, dict)):
+        return [*value, *(value.values() if isinstance(value, dict) else ())]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, FunctionType):
+        named = [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [_of_bytecode(value.__code__), value.__defaults__, value.__kwdefaults__, *cells, *named]
+    if isinstance(value, type):
+        own = [each for name, each in vars(value).items() if callable(each) or not name.startswith("__")]
+        return [*value.__bases__, *(getattr(each, "__func__", getattr(each, "fget", each)) for each in own)]
+    # In which mode a module is makes no difference.
+    kinds = _PLAIN if _is_installed(type(value)) else object
+    held = {name: each for name, each in getattr(value, "__dict__", {}).items() if isinstance(each, kinds)} | {"training": 0}
+    state = value.state_dict() if isinstance(value, torch.nn.Module) else None
+    return [type(value), getattr(value, "__qualname__", None), held, state]
+
+
+def _is_installed(code: type | FunctionType) -> bool:
+    top = str(code.__module__).partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return top in (*sys.stdlib_module_names, "lrrobust") or ("-packages" in file and top != "__main__")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _of_bytecode(code: CodeType) -> str:

@@ -5,6 +5,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 
 from lrrobust.loaded_code import describe_callable
 
@@ -20,8 +21,15 @@ def nested(by):
     return inner
 
 
-def calling(function):
-    return lambda x: function(x)
+def compiled(body, steps=7, g=scaled):
+    return eval(f"lambda x: {body}", {"__name__": "mine", "steps": steps, "g": g})
+
+
+def circular(by):
+    def inner(x):
+        return inner(by * x)
+
+    return inner
 
 
 class Scaled:
@@ -31,23 +39,33 @@ class Scaled:
     def __call__(self, x):
         return self.by * x
 
+    def twice(self, x):
+        return 2 * x
+
 
 @pytest.mark.parametrize(
-    "same, other",
+    "make, one, other",
     [
-        ((nested(2), nested(2)), nested(3)),
-        ((partial(scaled, by=3), partial(scaled, by=3)), partial(scaled, by=4)),
-        ((partial(scaled, 3), partial(scaled, 3)), partial(scaled, 4)),
-        ((Scaled(2), Scaled(2)), Scaled(3)),
-        ((calling(nested(2)), calling(nested(2))), calling(nested(3))),
-        ((partial(nested(2), 1), partial(nested(2), 1)), partial(nested(3), 1)),
-        ((lambda x: {1, 2} and x, lambda x: {1, 2} and x), lambda x: {1, 3} and x),
-        ((scaled, scaled), lambda x, by=2: by * x + 1),
+        (nested, 2, 3),
+        (lambda by: partial(scaled, by=by), 3, 4),
+        (lambda by: partial(scaled, by), 3, 4),
+        (Scaled, 2, 3),
+        (lambda by: nested(nested(by)), 2, 3),
+        (lambda by: partial(nested(by), 1), 2, 3),
+        (lambda by: Scaled(by).twice, 2, 3),
+        (lambda name: getattr(Scaled(2), name), "twice", "__call__"),
+        (lambda by: nested(torch.full((9,), by)), 2, 3),
+        (lambda by: nested({1: [nested(by)]}), 2, 3),
+        (lambda by: nested(torch.nn.Threshold(0, by)), 2, 3),
+        (circular, 2, 3),
+        (compiled, "x in {1, 2}", "x in {1, 3}"),
+        (compiled, "[g(x) for _ in range(steps)]", "g(x)"),
+        (lambda steps: compiled("[x for _ in range(steps)]", steps), 7, 8),
+        (lambda by: compiled("g(x)", g=nested(by)), 7, 8),
     ],
 )
-def test_code_and_what_it_was_made_with_tell(same, other):
-    first, second = map(describe_callable, same)
-    assert first == second != describe_callable(other)
+def test_code_and_what_it_was_made_with_tell(make, one, other):
+    assert describe_callable(make(one)) == describe_callable(make(one)) != describe_callable(make(other))
 
 
 def test_is_the_same_in_every_process():

@@ -53,7 +53,7 @@ class CustomAttack:
     def spec(self, file: bytes = b"") -> CustomSpec:
         """The checked form that runs keep.
 
-        The code of the function is part of it, and numbers and functions that it was made with; what it calls elsewhere is not.
+        The code of the function is part of it, with what it reaches: see `lrrobust.loaded_code.describe_callable`.
 
         Args:
             file: content of the file that it stands in, of which then all is part of it.
