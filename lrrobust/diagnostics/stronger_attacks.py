@@ -27,6 +27,8 @@ MOST_SURVIVORS, SURVIVORS_AT_ONCE = 64, 24
 #: Images of other classes than that of grey which it takes to say that an attack breaks all that can be.
 FEWEST_OTHERS = 4
 
+_NO_GRADIENT = "The model's logits carry no gradient, so whether attacks that follow one would break more is not known."
+
 
 @dataclass
 class _Level:
@@ -68,8 +70,7 @@ def check_convergence(subject: Subject) -> Iterator[Diagnostic]:
     """
     for norm in subject.norms:
         if norm.by_gradient is None and not subject.has_gradient():
-            detail = "The model's logits carry no gradient, so whether attacks that follow one would break more is not known."
-            yield Diagnostic(name="convergence", passed=None, detail=detail, attack=norm.name, norm=norm.norm)
+            yield Diagnostic(name="convergence", passed=None, detail=_NO_GRADIENT, attack=norm.name, norm=norm.norm)
             continue
         steps = max([PGD_STEPS, *(2 * attack.spec.steps for attack in norm.climbers)])
         attacks = new_starts(norm.norm, steps, "convergence")
@@ -167,6 +168,9 @@ def check_large_eps(subject: Subject) -> Iterator[Diagnostic]:
     for norm in subject.norms:
         attack = norm.strongest
         is_own = attack in [outcomes.spec for outcomes in norm.attacks]
+        if attack.needs_gradient and norm.by_gradient is None and not subject.has_gradient():
+            yield Diagnostic(name="large_eps", passed=None, detail=_NO_GRADIENT, attack=norm.name, norm=norm.norm)
+            continue
         eps = box_diameter(norm.norm, subject.images[0].numel()) / 2
         if hasattr(attack, "steps"):
             attack = attack.model_copy(update={"steps": max(attack.steps, LARGE_STEPS)})

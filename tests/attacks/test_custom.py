@@ -123,6 +123,13 @@ def test_checks_make_attacks_by_gradients_beside_it(problem):
     assert "straight" not in set(found[found["name"] == "black_box"]["attack"])
 
 
+def test_checks_of_one_on_a_model_without_gradients_say_that_they_do_not_know(problem):
+    problem.model.register_forward_hook(lambda layer, given, logits: logits.detach())
+    attack = lrrobust.CustomAttack(lambda model, images, labels, eps: images, "linf", [0.1], name="idle")
+    passed = evaluate(problem, attack, diagnostics=True).checks.set_index("name")["passed"]
+    assert passed["convergence"] is passed["large_eps"] is None
+
+
 @pytest.mark.parametrize(
     "made, message",
     [
