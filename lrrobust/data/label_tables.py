@@ -46,7 +46,8 @@ def read_table(tree: FileTree, table: str) -> tuple[dict[str, str], set[str]]:
         files_at = [column for column in files_at if heads[column] not in _HEADINGS]
     # 7 may be 7.png, or a class; "7.png" is a file.
     files_at = [column for column in files_at if any(_is_file(row[column]) for row in rows)] or files_at
-    if not heads:
+    # Without headings, numbers of several columns may be one of each class, or sizes.
+    if not heads and (len(rows[0]) == 2 or not rows[0][1].isdigit()):
         files_at, classes_at = files_at[:1], [1]
     elif len(heads) == 2 and "target" not in "".join(heads):
         classes_at = [1 - column for column in files_at]

@@ -47,6 +47,7 @@ def test_neurips_2017_counts_from_one_and_the_whole_table_tells_positions(read):
         ("file,label,class\n0,1,b\n", "one called 'label'"),
         (",id,label\n0,1,a\n1,2,b\n2,0,c\n", "one column of files"),
         ("a,0.png\n", "one column of files"),
+        ("0.png,1,0\n1.png,0,1\n", "one called 'label'"),
         ("9.png,a\n", "names none of the images"),
         ("0.png,a/b\n", "a file and its class"),
         ("0.png,a\n0.png,b\n", "'0.png' is of class 'a', and 'b' further down; remove one"),
