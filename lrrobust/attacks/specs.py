@@ -441,7 +441,7 @@ class CustomSpec(_Spec):
         passes: forward passes for one image and budget, about, which the time left is told by.
     """
 
-    # What it follows is not known: checks take it for neither, and make attacks by gradients of their own.
+    # What it follows is not known: checks ask of the model what they would ask for either, and make attacks of their own.
     needs_gradient: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ from torch import nn
 from lrrobust.attacks.losses import log_odds
 from lrrobust.diagnostics.decision import is_tolerable
 from lrrobust.diagnostics.numerics import exact_model, explain_no_float64
+from lrrobust.diagnostics.outcomes import is_black_box
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 from lrrobust.out_of_memory import is_out_of_memory
@@ -58,7 +59,7 @@ def check_finite_differences(subject: Subject) -> Iterator[Diagnostic]:
     Source: finite differences as a check, Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018,
     section 3.1, where gradients that differ from those of the function are called shattered.
     """
-    if not any(outcomes.spec.needs_gradient for outcomes in subject.outcomes):
+    if all(is_black_box(outcomes.spec) for outcomes in subject.outcomes) or not subject.has_gradient():
         return
     count = IMAGES if subject.images[0].numel() <= SMALL else FEWEST
     points, directions = _draw(subject, count)

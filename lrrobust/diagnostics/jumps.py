@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lrrobust.diagnostics.numerics import is_deterministic
+from lrrobust.diagnostics.outcomes import is_black_box
 from lrrobust.diagnostics.records import Diagnostic
 from lrrobust.diagnostics.subject import Subject
 
@@ -35,7 +36,7 @@ def check_jumps(subject: Subject) -> Iterator[Diagnostic]:
     Source: steps towards the class first predicted, Alfarra et al., Combating Adversaries with Anti-Adversaries, 2022; how
     little such models withstand, Croce et al., Evaluating the Adversarial Robustness of Adaptive Test-time Defenses, 2022.
     """
-    if not any(outcomes.spec.needs_logits for outcomes in subject.outcomes):
+    if not any(outcomes.spec.needs_logits or not is_black_box(outcomes.spec) for outcomes in subject.outcomes):
         return
     if not is_deterministic(subject):
         detail = "The model is randomised, so that margins differ in any case: whether they jump is not known."

@@ -117,6 +117,7 @@ def test_checks_make_attacks_by_gradients_beside_it(problem):
     checks = evaluate(problem, lrrobust.CustomAttack(idle, "linf", eps), diagnostics=True).checks.set_index("name")
     assert checks.loc["convergence", "passed"] is False or not checks.loc["convergence", "passed"]
     assert "see no gradients" not in checks.loc["convergence", "detail"]
+    assert checks.loc["finite_differences", "passed"]
     assert checks.loc["black_box", "passed"] is None
     # Beside one by gradients it is no black-box attack that must not beat it.
     found = evaluate(problem, "fgsm", lrrobust.CustomAttack(straight, "linf", eps), diagnostics=True).checks

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from lrrobust.attacks.custom import CustomAttack
 from lrrobust.attacks.specs import HopSkipJumpSpec, PgdSpec
 from lrrobust.diagnostics.jumps import IMAGES, check_jumps
 from lrrobust.frozen import frozen
@@ -12,15 +13,17 @@ from lrrobust.frozen import frozen
 PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(4 / 255,), steps=2)
 HOP_SKIP_JUMP = HopSkipJumpSpec(name="hop", kind="hop_skip_jump", norm="linf", eps=(4 / 255,), queries=50)
 
+CUSTOM = CustomAttack(lambda model, images, labels, eps: images, "linf", [4 / 255], name="idle").spec()
+
 
 def check(subject):
     with frozen(subject.judge.model):
         return list(check_jumps(subject))
 
 
-@pytest.mark.parametrize("name", ["anti_adversary", "voting"])
-def test_a_margin_that_jumps_where_the_class_changes(subject_of, unsound, name):
-    (found,) = check(subject_of(unsound(name), PGD))
+@pytest.mark.parametrize(("name", "spec"), [("anti_adversary", PGD), ("voting", PGD), ("voting", CUSTOM)])
+def test_a_margin_that_jumps_where_the_class_changes(subject_of, unsound, name, spec):
+    (found,) = check(subject_of(unsound(name), spec))
     assert found.passed is False and "nothing of the boundary before they are beyond it" in found.detail
     # It is asked of what attacks climb.
     assert check(subject_of(unsound(name), HOP_SKIP_JUMP)) == []
