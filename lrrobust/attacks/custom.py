@@ -130,8 +130,8 @@ def run_custom(spec: CustomSpec, given: Assignment) -> Passes:
         for rows in attacked.split(given.batch_size) if len(attacked) else ():
             at = rows.to(given.images.device)
             counted.forward_count = counted.backward_count = 0
-            # Clones: a function may change what it is given.
-            proposed = spec.propose(counted, given.images[at].clone(), given.labels[at].clone(), eps)
+            # Copies, which the function may change.
+            proposed = spec.propose(counted, given.images[at], given.labels[at], eps)
             _check_proposals(spec, proposed, given.images[at])
             forward[level, rows], backward[level, rows] = (
                 -(-count // len(rows)) for count in (counted.forward_count, counted.backward_count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -136,16 +136,18 @@ def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
     Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018, section 3.1.
     """
     for norm in subject.norms:
-        if norm.by_gradient is None:
+        own = tuple(attack for attack in norm.attacks if attack.spec.kind == "custom")
+        compared = norm.by_gradient or (replace(norm, attacks=own) if own else None)
+        if compared is None:
             detail = "None of the attacks is one by gradients, so there is nothing that a black-box search must not beat."
             yield Diagnostic(name="black_box", passed=None, detail=detail, attack=norm.name, norm=norm.norm)
             continue
-        yield _search(subject, norm, norm.by_gradient)
+        yield _search(subject, norm, compared)
         # One step of a gradient may well be beaten by thousands of queries.
-        if any(is_multi_step(attack.spec) for attack in norm.by_gradient.attacks):
+        if any(is_multi_step(attack.spec) for attack in compared.attacks):
             for attack in norm.attacks:
                 if is_black_box(attack.spec):
-                    yield _rows_of_black_box(subject, attack, norm.by_gradient)
+                    yield _rows_of_black_box(subject, attack, compared)
 
 
 def _search(subject: Subject, norm: NormOutcomes, by_gradient: NormOutcomes) -> Diagnostic:
