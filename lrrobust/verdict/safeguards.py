@@ -372,13 +372,18 @@ def _met_alone(evidence: Evidence, number: int, norm: str) -> Iterator[tuple[str
     """Attacks that do not judge and that one side alone has met, and what they broke of its images, NaN where not made."""
     side, other = (evidence.treatment, evidence.control)[:: 1 if number == 0 else -1]
     ours, theirs = ([run for run in evidence.all_runs if _network(run) == _network(of.runs[0])] for of in (side, other))
-    both = {(_images(run), *made) for run in theirs for made in _settings([run])}
+    of_side = frozenset(side.images)
+    met = [(_finished(gather([run], of_side)), _settings([run])) for run in theirs]
     for run in ours:
         judge = evidence.claim.attacks if any(run is each for each in side.runs) else ()
         if judge is None:
             continue
-        alone = {made[0] for made in _settings([run]) if made[0] not in judge and (_images(run), *made) not in both}
-        outcomes = gather([run], frozenset(side.images))
+        outcomes = gather([run], of_side)
+        images = _finished(outcomes)
+        known = {
+            made for held, settings in met for made in settings if images.get(made[:2], set()) <= held.get(made[:2], set())
+        }
+        alone = {made[0] for made in _settings([run]) - known if made[0] not in judge}
         for each in outcomes.attacks:
             if each.norm == norm and each.name in alone:
                 breaking_eps = np.full(len(side.images), np.nan)
@@ -386,8 +391,9 @@ def _met_alone(evidence: Evidence, number: int, norm: str) -> Iterator[tuple[str
                 yield each.name, breaking_eps
 
 
-def _images(run: Run) -> str:
-    return manifest_value(run, "dataset", "sha256")
+def _finished(outcomes: ModelOutcomes) -> dict[tuple[str, str], set[str]]:
+    """By name and norm of an attack the images that it was made on."""
+    return {(each.name, each.norm): set(outcomes.images[~np.isnan(each.breaking_eps)]) for each in outcomes.attacks}
 
 
 def _settings(runs: Sequence[Run]) -> set[tuple[str, str, str]]:

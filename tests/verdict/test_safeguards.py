@@ -324,6 +324,18 @@ class TestStrongerAttacks:
         assert found.passed is passed and f"has met {beside} on {shared} of these images" in found.detail
         assert judge(evidence).verdict == ("inconclusive" if passed is False else "supported")
 
+    def test_attacks_that_the_other_model_has_met_on_more_images_are_not_met_alone(self, make_claim, make_run):
+        runs = [
+            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
+            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", {"square": dict(distances=[PIXEL] * 100)}, images=range(100)),
+        ]
+        on_all = make_run("B", {"square": dict(distances=[PIXEL] * 200)})
+        for others, alone in (([], True), ([on_all], False)):
+            (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",)), [*runs, *others])
+            found = named(check_evidence(evidence), "stronger_attacks")
+            assert any("A alone has met square" in each.detail for each in found) is alone
+
     @pytest.mark.parametrize(("images", "beside"), [(range(50, 150), "pgd"), (range(100, 220), "square")])
     def test_attacks_made_stronger_on_some_images_of_both(self, make_claim, make_run, images, beside):
         runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
