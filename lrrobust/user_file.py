@@ -20,17 +20,20 @@ from lrrobust.torchvision_import import import_torchvision
 T = TypeVar("T")
 
 
-def run_user_file(file: str, take: Callable[[ModuleType], T], kind: type[LrRobustError]) -> T:
+def run_user_file(file: str, expected: str, take: Callable[[ModuleType], T], kind: type[LrRobustError]) -> T:
     """Runs a file, which may import modules from its own folder, and takes from it what is wanted while they are known.
 
     Args:
-        file: as it was given; it is there.
+        file: as it was given.
+        expected: what a name is to look like, for the error where there is no such file.
         take: of the file as a module.
         kind: of the error.
 
     Raises:
-        kind: the file, or `take`, fails: with what, and in which of its lines.
+        kind: there is no such file; or it, or `take`, fails: with what, and in which of its lines.
     """
+    if not os.path.isfile(file):
+        raise kind(f"no file {file}: {expected}")
     import_torchvision()  # mended, should the file import it
     # Absolute, as Python names the file in tracebacks.
     path = Path(file).absolute()

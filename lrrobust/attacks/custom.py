@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,9 +86,7 @@ def load_custom(name: str) -> CustomSpec:
             raise ConfigError(f"{name}: expected a lrrobust.CustomAttack of this name, found {found}")
         return attack.spec(Path(file).read_bytes())
 
-    if not os.path.isfile(file):
-        raise ConfigError(f"no file {file}: expected path/to/file.py:attack")
-    return run_user_file(file, take, ConfigError)
+    return run_user_file(file, "expected path/to/file.py:attack", take, ConfigError)
 
 
 def check_custom(settings: dict[str, Any], propose: Propose) -> CustomSpec:
@@ -132,7 +129,7 @@ def run_custom(spec: CustomSpec, given: Assignment) -> Passes:
             counted.forward_count = counted.backward_count = 0
             # Copies, which the function may change.
             proposed = spec.propose(counted, given.images[at], given.labels[at], eps)
-            _check_proposals(spec, proposed, given.images[at])
+            _check_proposals(spec, proposed, (len(rows), *given.images.shape[1:]))
             forward[level, rows], backward[level, rows] = (
                 -(-count // len(rows)) for count in (counted.forward_count, counted.backward_count)
             )
@@ -161,9 +158,9 @@ class _Counted(nn.Module):
         self.backward_count += len(gradient)
 
 
-def _check_proposals(spec: CustomSpec, proposed: Any, images: torch.Tensor) -> None:
+def _check_proposals(spec: CustomSpec, proposed: Any, expected: tuple[int, ...]) -> None:
     if not isinstance(proposed, torch.Tensor):
         raise ConfigError(f"{spec.name}: expected a tensor of proposed images, returned {type(proposed).__name__}")
-    if proposed.shape != images.shape or not proposed.is_floating_point():
-        expected, found = tuple(images.shape), tuple(proposed.shape)
+    found = tuple(proposed.shape)
+    if found != expected or not proposed.is_floating_point():
         raise ConfigError(f"{spec.name}: expected proposed images {expected} of floats, returned {found} of {proposed.dtype}")

@@ -10,7 +10,6 @@ A name is one of these:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -305,9 +304,7 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
         # While their modules are still known.
         return made, files_of_layers(network, Path(file).absolute().parent) if isinstance(network, nn.Module) else ()
 
-    if not os.path.isfile(file):
-        raise ModelError(f"no file {file}: --model expects path/to/file.py:factory")
-    made, files = run_user_file(file, build, ModelError)
+    made, files = run_user_file(file, "--model expects path/to/file.py:factory", build, ModelError)
     if isinstance(made, nn.Module) and classes is not None:
         size = getattr(made, "input_size", None) if input_size is None else input_size
         if size is None:
