@@ -418,7 +418,8 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
         return TarTree(path, suffixes)
     if name.endswith(tuple(_DECOMPRESSORS)):
         return CompressedTarTree(path, suffixes, spool)
-    raise DataError(f"{path} is neither a folder nor an archive; archives end in {', '.join(ARCHIVE_SUFFIXES)}, or .parquet")
+    suffixes = ", ".join(ARCHIVE_SUFFIXES)
+    raise DataError(f"{path} is neither a folder nor an archive; archives end in {suffixes}, .parquet, .npz or .npy")
 
 
 def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:

@@ -201,10 +201,11 @@ def _choose_group(tree: FileTree, groups: dict[str, list], split: str | None, ha
         if not has_unlabelled and (unread := _unread_below(tree, "")):
             found = f"none that ends in {', '.join(IMAGE_SUFFIXES)}, but {describe_unread(unread)}"
         suffixes = {suffix for _, suffix in tree.unread}
-        if not suffixes.isdisjoint((".tar", ".xz", ".gz", ".zip", ".parquet")):
+        if not suffixes.isdisjoint((".tar", ".xz", ".gz", ".zip", ".parquet", ".npy", ".npz")):
             hint = "; archives within it are not read: unpack it first"
             if path.is_dir():
-                example = "validation-*.parquet" if ".parquet" in suffixes else "train-*.tar.xz"
+                examples = {".parquet": "validation-*.parquet", ".npy": "x_test.npy", ".npz": "images.npz"}
+                example = next((example for suffix, example in examples.items() if suffix in suffixes), "train-*.tar.xz")
                 hint = f"; to read archives in it, give their names or a pattern such as 'folder/{example}'"
         raise DataError(f"{path}: expected images in one folder a class (<class>/<image>), found {found}{hint}")
     wanted = split if split is not None else "val"

@@ -20,6 +20,7 @@ from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.label_tables import TABLE_SUFFIXES
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
+from lrrobust.data.numpy_tree import NUMPY_SUFFIXES, NumpyTree
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
 
@@ -102,12 +103,16 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
                 parquet = ParquetTree(path, split, spool)
                 files += [TreeFile(f"{wnid}/{name}", wnid, name, parquet) for wnid, name in parquet.labelled()]
                 continue
-            tree = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
-            if batches := find_batches(tree):
-                tree = CifarTree(tree, batches, split, spool)
+            if path.suffix.lower() in NUMPY_SUFFIXES and path.is_file():
+                tree = NumpyTree(path, split)
                 labelling = tree.labelling
             else:
-                labelling = label_files(tree, split, spool)
+                tree = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
+                if batches := find_batches(tree):
+                    tree = CifarTree(tree, batches, split, spool)
+                    labelling = tree.labelling
+                else:
+                    labelling = label_files(tree, split, spool)
             chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
             path_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count

@@ -1,0 +1,170 @@
+"""Images in arrays of NumPy: a `.npz` with their classes in it, or a `.npy` with these beside it, as in CIFAR-10-C."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lrrobust.data.file_trees import FileTree, most_unpacked_bytes
+from lrrobust.data.layouts import LabelledFile, Labelling
+from lrrobust.errors import DataError
+
+NUMPY_SUFFIXES = (".npz", ".npy")
+
+_IMAGES = {"x", "image", "images", "img", "imgs", "data"}
+_LABELS = {"y", "label", "labels", "target", "targets"}
+
+#: Of several splits the first of these is read, where none is asked for.
+_FIRST = ("val", "validation", "test")
+
+#: Of each image, one after the other, in CIFAR-10-C and its kin.
+_SEVERITIES = 5
+
+#: How far 255 times a float may be from an integer, and stand for it.
+_TOLERANCE = 1e-3
+
+
+class NumpyTree(FileTree):
+    """The images of an array (N, H, W, C), (N, C, H, W) or (N, H, W), where C is 1 or 3: uint8, or floats k / 255.
+
+    They are called after the file and their place in the array, from 0. Classes are an array of N names, or of numbers.
+
+    Args:
+        path: of a `.npz` with arrays such as `x_test` and `y_test`, or `images` and `labels`; or of a `.npy`, beside which
+            lies one called so, or `labels.npy`.
+        split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` with five severities "1" to "5". None
+            where there is no choice, or for the first of val and test.
+
+    Attributes:
+        labelling: the images and their classes, by name.
+
+    Raises:
+        DataError: a file cannot be read, is damaged, holds other arrays, or leaves open which are meant.
+    """
+
+    is_fork_safe = True
+
+    def __init__(self, path: Path, split: str | None) -> None:
+        super().__init__(path, ())
+        if path.suffix.lower() == ".npz":
+            self._images, labels, split = self._read_pair(split)
+        else:
+            self._images, labels = _load(path), _load(self._find_labels())
+        shape = self._images.shape
+        if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
+            self._images = self._images.transpose(0, 2, 3, 1)
+        is_image = len(shape) == 3 or (len(shape) == 4 and self._images.shape[3] in (1, 3))
+        if not is_image or 0 in shape or not (self._images.dtype == np.uint8 or self._images.dtype.kind == "f"):
+            raise self._unexpected("images (N, H, W, 3) of uint8", f"{shape} of {self._images.dtype}")
+        if labels.shape not in ((len(self._images),), (len(self._images), 1)) or labels.dtype.kind not in "iuU":
+            expected = f"a name or number for each of {len(self._images)} images"
+            raise self._unexpected(expected, f"{labels.shape} of {labels.dtype}")
+        wnids = [str(label) for label in labels.ravel().tolist()]
+        if bad := [wnid for wnid in wnids if not wnid.isprintable() or not wnid or "/" in wnid or wnid[0] == "-"]:
+            raise self._unexpected("names of classes, or numbers from 0", repr(bad[0]))
+        places = range(len(wnids))
+        if path.suffix.lower() == ".npy":
+            each, rest = divmod(len(wnids), _SEVERITIES)
+            if each > 1 and not rest and wnids == wnids[:each] * _SEVERITIES:
+                if not re.fullmatch(f"[1-{_SEVERITIES}]", split or ""):
+                    example = f"{path.name}#{_SEVERITIES // 2 + 1}"
+                    raise self._unexpected(f"one of its {_SEVERITIES} severities, as in {example!r}", split or "none named")
+                places = range((int(split) - 1) * each, int(split) * each)
+            elif split is not None:
+                raise self._unexpected("no split, as it has none", f"'#{split}'")
+        self._place_of = {f"{path.stem}-{place:07d}": place for place in places}
+        self._names = set(self._place_of)
+        files = [LabelledFile(wnids[place], name) for name, place in self._place_of.items()]
+        self.labelling = Labelling(files, split or "", split is not None, 0, Counter(), set(wnids))
+
+    def read(self, name: str) -> bytes:
+        pixels = np.asarray(self._images[self._place_of[name]])
+        if pixels.dtype != np.uint8:
+            levels = 255 * pixels.astype(np.float64)
+            pixels = levels.round().clip(0, 255)
+            if not (np.abs(levels - pixels) <= _TOLERANCE).all():
+                found = f"others in image {name}, from {levels.min() / 255:.6g} to {levels.max() / 255:.6g}"
+                raise self._unexpected(
+                    "uint8, or floats in [0, 1] of 8 bits", f"{found}; lrrobust.evaluate takes any in [0, 1]"
+                )
+            pixels = pixels.astype(np.uint8)
+        encoded = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(encoded, "BMP")
+        return encoded.getvalue()
+
+    def _read_pair(self, asked: str | None) -> tuple[np.ndarray, np.ndarray, str | None]:
+        """Images, their classes, and the split they are of, None where there is no choice."""
+        with _one_line_errors(self.path), open(self.path, "rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise self._unexpected("several arrays", "one; call it .npy")
+            if sum(info.file_size for info in arrays.zip.infolist()) > most_unpacked_bytes(self.path):
+                raise ValueError("it unpacks to far more than images do")
+            labels_of = _by_role(arrays.files, _LABELS)
+            pairs = {}
+            for split, images in _by_role(arrays.files, _IMAGES).items():
+                if labels := labels_of.get(split, labels_of.get("")):
+                    pairs[split] = (images, labels)
+            split = asked if asked is not None else next((name for name in (*_FIRST, *pairs) if name in pairs), "")
+            if split not in pairs or (asked is None and len(pairs) > 1 and split not in _FIRST):
+                what = " or ".join(f"'{self.path.name}#{name}'" for name in pairs if name) or "arrays as 'images' and 'labels'"
+                raise self._unexpected(what, ", ".join(arrays.files[:8]) if asked is None else f"'#{asked}'")
+            if any(len(keys) > 1 for keys in pairs[split]):
+                raise self._unexpected("one array of images and one of labels", ", ".join(sum(pairs[split], [])))
+            images, labels = (arrays[keys[0]] for keys in pairs[split])
+            return images, labels, split if asked is not None or len(pairs) > 1 else None
+
+    def _find_labels(self) -> Path:
+        """Of the arrays beside this one that which is called as it, but for `labels` or `y`; or that called so alone."""
+        beside = [file.stem for file in sorted(self.path.parent.glob("*.npy"))]
+        labels_of = _by_role(beside, _LABELS)
+        own = _split_name(self.path.stem, _IMAGES)[0]
+        found = labels_of.get(own, labels_of.get("", []))
+        if len(found) != 1 or self.path.stem in found:
+            what = "images, with their classes in 'labels.npy' beside it"
+            raise self._unexpected(what, ", ".join(f"{stem}.npy" for stem in found or beside[:8]))
+        return self.path.parent / f"{found[0]}.npy"
+
+    def _unexpected(self, expected: str, found: str) -> DataError:
+        return DataError(f"{self.path}: expected {expected}, found {found}")
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise whatever strikes them on damaged bytes
+        if getattr(error, "errno", None) is not None:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged, cut short or holds no plain arrays ({reason}); save it anew") from error
+
+
+def _load(path: Path) -> np.ndarray:
+    """The array of a `.npy`, which stays on disk."""
+    with _one_line_errors(path):
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+def _by_role(names: Iterable[str], role: set[str]) -> dict[str, list[str]]:
+    """Those of `names` that have a word of `role`, by what else they are called."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        rest, has_role = _split_name(name, role)
+        if has_role:
+            found[rest].append(name)
+    return found
+
+
+def _split_name(name: str, role: set[str]) -> tuple[str, bool]:
+    words = re.findall("[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word not in role), not role.isdisjoint(words)
