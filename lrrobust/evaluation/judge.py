@@ -136,7 +136,7 @@ def call_model(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         reason = " ".join(str(error).split())[:300] or _place_of(error)
         raise ModelError(
             f"the model fails on images of shape {tuple(images.shape)} in [0, 1] with {type(error).__name__}: "
-            f"{reason}{_explain_import(error)}{_explain_dtype(model, images)}"
+            f"{reason}{_explain_import(error)}{_explain_dtype(model, images)}{_explain_colours(model, images)}"
         ) from error
 
 
@@ -157,6 +157,15 @@ def _explain_dtype(model: nn.Module, images: torch.Tensor) -> str:
     if dtype == images.dtype:
         return ""
     return f" (its parameters are {dtype}, the images {images.dtype}: call .float() on it, or convert inside forward)"
+
+
+def _explain_colours(model: nn.Module, images: torch.Tensor) -> str:
+    """Whether the model takes grey images: files of these are read as three equal channels."""
+    try:
+        model(images[:, :1])
+    except (Exception, SystemExit):
+        return ""
+    return " (it takes grey images: call it on images[:, :1] inside forward, which leaves norms as they are)"
 
 
 def check_logits(logits: object, n: int, num_classes: int) -> None:

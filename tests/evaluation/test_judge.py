@@ -98,6 +98,14 @@ def test_logits_that_cannot_be_trusted_are_refused(clean, answer, message):
         Judge(Answer(answer).eval(), 2).predict(*clean, KEYS)
 
 
+def test_a_model_for_grey_images_is_told_how_to_take_them(clean):
+    grey = nn.Sequential(nn.Flatten(), nn.Linear(clean[0][0, 0].numel(), 2)).eval()
+    with pytest.raises(ModelError, match=r"call it on images\[:, :1\] inside forward"):
+        Judge(grey, 2).predict(*clean, KEYS)
+    with pytest.raises(ModelError, match=r"mat1 and mat2 .*\)$"):
+        Judge(nn.Sequential(nn.Flatten(), nn.Linear(7, 2)).eval(), 2).predict(*clean, KEYS)
+
+
 def test_a_model_that_ends_the_program_fails_like_any_other(clean):
     """With its exit code it would speak for the evaluation: after a 0 a gate in somebody's CI passes."""
     with pytest.raises(ModelError, match=r"the model fails on images of shape .* with SystemExit: 0"):
