@@ -70,6 +70,7 @@ class ModelOutcomes:
         labels, clean_predictions: (N,) class numbers.
         contradictions: images that runs predict differently when clean.
         attacks: those of all runs; one that several runs made counts as one, broken by any of them.
+        shared: (n,) places in `images` of those that the other side of the evidence has, too.
     """
 
     name: str
@@ -80,6 +81,7 @@ class ModelOutcomes:
     clean_predictions: NDArray[np.int64]
     contradictions: int
     attacks: tuple[AttackOutcomes, ...]
+    shared: NDArray[np.int64]
 
     @cached_property
     def diagnostics(self) -> tuple[tuple[Diagnostic, ...] | None, ...]:
@@ -95,9 +97,6 @@ class Evidence:
     claim: Claim
     treatment: ModelOutcomes
     control: ModelOutcomes
-    #: (n,) places of the shared images in `treatment.images` and `control.images`.
-    treatment_places: NDArray[np.int64]
-    control_places: NDArray[np.int64]
     #: Runs that judge images made on other models; no comparison rests on them.
     transfer: tuple[Run, ...] = ()
     #: Evidence on some of these images, where more attacks were made.
@@ -105,15 +104,33 @@ class Evidence:
     #: All runs on the data set, also on images that the other model has none on.
     all_runs: tuple[Run, ...] = ()
 
+    @property
+    def sides(self) -> tuple[ModelOutcomes, ModelOutcomes]:
+        return self.treatment, self.control
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Of both."""
+        return (*self.treatment.runs, *self.control.runs)
+
+    @property
+    def images(self) -> NDArray[np.object_]:
+        """Those that they share, (n,)."""
+        return self.treatment.images[self.treatment.shared]
+
+    @property
+    def is_clean_correct(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which of these either classifies correctly, (n,)."""
+        return tuple(side.is_clean_correct[side.shared] for side in self.sides)
+
     @cached_property
     def populations(self) -> Mapping[Population, NDArray[np.bool_]]:
-        """Which of the shared images belong to each population, (n,)."""
-        treatment = self.treatment.is_clean_correct[self.treatment_places]
-        control = self.control.is_clean_correct[self.control_places]
+        """Which of these belong to each population, (n,)."""
+        treatment, control = self.is_clean_correct
         return {
             "all": np.ones(len(treatment), dtype=bool),
             "both_correct": treatment & control,
-            "matched_accuracy": match_accuracy(treatment, control, self.treatment.images[self.treatment_places]),
+            "matched_accuracy": match_accuracy(treatment, control, self.images),
         }
 
     @cached_property
@@ -125,8 +142,8 @@ class Evidence:
                 attack.name,
                 attack.norm,
                 tuple(sorted(set(attack.eps) & set(other.eps))),
-                attack.breaking_eps[self.treatment_places],
-                other.breaking_eps[self.control_places],
+                attack.breaking_eps[self.treatment.shared],
+                other.breaking_eps[self.control.shared],
                 attack.is_cumulative or other.is_cumulative,
                 attack.has_distances and other.has_distances,
             )
@@ -222,7 +239,7 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
     transfer = tuple(run for run in runs if surrogate_of(run) is not None)
     runs = [run for run in runs if surrogate_of(run) is None]
     treatment, control = _sides(claim, runs)
-    if both := [run.folder.name for run in treatment if any(run is other for other in control)]:
+    if both := [run.folder.name for run in treatment if run in control]:
         return [], [
             NotJudged(claim=claim.name, reason=f"Treatment and control are the same: {', '.join(both)} is a run of both.")
         ]
@@ -256,14 +273,14 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
                     of_claim.append(evidence)
                 else:
                     refused.append(NotJudged(claim=claim.name, reason=f"On {dataset}, {problem}"))
-                idle = [run for run in idle if not any(run is used for used in (*ours, *theirs))]
+                idle = [run for run in idle if run not in (*ours, *theirs)]
             of_data = tuple(run for run in runs if dataset_of(run) == dataset)
             found += [replace(each, on_fewer=_on_fewer(each, of_pair), all_runs=of_data) for each in of_claim]
     if idle:
         names = ", ".join(run.folder.name for run in idle)
         reason = f"The other model has no run on the same images with weights of the same name as {names}: left out."
         refused.append(NotJudged(claim=claim.name, reason=reason))
-    return sorted(found, key=lambda evidence: -len(evidence.treatment_places)), refused
+    return sorted(found, key=lambda evidence: -len(evidence.images)), refused
 
 
 def gather(runs: Sequence[Run], images: frozenset[str] | None = None, name: str | None = None) -> ModelOutcomes:
@@ -307,6 +324,7 @@ def gather(runs: Sequence[Run], images: frozenset[str] | None = None, name: str 
         predictions,
         contradictions,
         tuple(attacks),
+        np.arange(len(names)),
     )
 
 
@@ -361,14 +379,7 @@ def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[str | None,
 
     Before each its hash; None where the models share no set.
     """
-
-    def by_images(runs: list[Run]) -> dict[str, list[Run]]:
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(manifest_value(run, "dataset", "sha256"), []).append(run)
-        return groups
-
-    ours, theirs = by_images(treatment), by_images(control)
+    ours, theirs = (_grouped(side, "dataset", "sha256") for side in (treatment, control))
     shared = [sha256 for sha256 in ours if sha256 in theirs]
     if not shared:
         return [(None, None, treatment, control)]
@@ -378,18 +389,18 @@ def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[str | None,
     found = []
     for sha256 in shared:
         own = [*ours[sha256], *theirs[sha256]]
-        images = frozenset().union(*(names for run, names in held if any(run is each for each in own)))
+        images = frozenset().union(*(names for run, names in held if run in own))
         # A run on other images of the same names is none on more images.
-        holding = [run for run, names in held if any(run is each for each in own) or images < names]
-        sides = ([run for run in side if any(run is each for each in holding)] for side in (treatment, control))
+        holding = [run for run, names in held if run in own or images < names]
+        sides = ([run for run in side if run in holding] for side in (treatment, control))
         found.append((sha256, images, *sides))
     return found
 
 
 def _on_fewer(evidence: Evidence, others: Sequence[Evidence]) -> tuple[Evidence, ...]:
     """On some of its images, and maybe others; whoever holds all of them made no attack that it lacks."""
-    images = set(evidence.treatment.images[evidence.treatment_places])
-    held = ((other, set(other.treatment.images[other.treatment_places])) for other in others)
+    images = set(evidence.images)
+    held = ((other, set(other.images)) for other in others)
     return tuple(other for other, theirs in held if images & theirs and not images <= theirs)
 
 
@@ -424,7 +435,7 @@ def label_runs(given: Sequence[str], runs: Sequence[Run]) -> dict[Run, str]:
         if len({(model_of(run), _weights_of(run), _state_of(run)) for run in of_side}) > 1:
             raise ConfigError(f"--label {each!r}: {side} is more than one network; give each its own, of {_present(of_side)}")
         others = {model_of(run) for run in runs} - {model_of(run) for run in of_side}
-        others |= {called for run, called in labels.items() if not any(run is other for other in of_side)}
+        others |= {called for run, called in labels.items() if run not in of_side}
         if text in others:
             raise ConfigError(f"--label {each!r}: another model is called {text!r} already; choose another label")
         labels |= dict.fromkeys(of_side, text)
@@ -460,22 +471,15 @@ def _sides(claim: Claim, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         sides.append((of_model or [run for run in runs if is_of(run, side)], bool(of_model)))
     (treatment, is_any), (control, is_any_control) = sides
     if is_any and not is_any_control:
-        treatment = [run for run in treatment if not any(run is other for other in control)]
+        treatment = [run for run in treatment if run not in control]
     if is_any_control and not is_any:
-        control = [run for run in control if not any(run is other for other in treatment)]
+        control = [run for run in control if run not in treatment]
     return treatment, control
 
 
 def _pair_weights(claim: Claim, treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
     """Runs of both, grouped by the name of the weights; a single one, or one that the claim names, goes with every other."""
-
-    def by_weights(runs: list[Run]) -> dict[Any, list[Run]]:
-        groups: dict[Any, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(manifest_value(run, "model", "weights"), []).append(run)
-        return groups
-
-    ours, theirs = by_weights(treatment), by_weights(control)
+    ours, theirs = (_grouped(side, "model", "weights") for side in (treatment, control))
     if len(ours) == len(theirs) == 1:
         return [(treatment, control)]
     if any(model_of(runs[0]) != side for runs, side in ((treatment, claim.treatment), (control, claim.control)) if runs):
@@ -483,12 +487,20 @@ def _pair_weights(claim: Claim, treatment: list[Run], control: list[Run]) -> lis
     return [(ours[name], theirs[name]) for name in ours if name in theirs]
 
 
+def _grouped(runs: list[Run], *keys: str) -> dict[Any, list[Run]]:
+    """By what their manifests say under nested keys."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(manifest_value(run, *keys), []).append(run)
+    return groups
+
+
 def _join(
     claim: Claim, images: frozenset[str] | None, treatment: list[Run], control: list[Run], transfer: tuple[Run, ...]
 ) -> Evidence:
     ours, theirs = gather(treatment, images, claim.treatment), gather(control, images, claim.control)
     _, our_places, their_places = np.intersect1d(ours.images, theirs.images, assume_unique=True, return_indices=True)
-    return Evidence(claim, ours, theirs, our_places, their_places, transfer)
+    return Evidence(claim, replace(ours, shared=our_places), replace(theirs, shared=their_places), transfer)
 
 
 def _is_other_subset(claim: Claim, sha256: str | None, runs: Sequence[Run]) -> str | None:
@@ -515,9 +527,9 @@ def _is_other_subset(claim: Claim, sha256: str | None, runs: Sequence[Run]) -> s
 def _lacks(evidence: Evidence) -> str | None:
     """Why evidence cannot judge its claim at all, as a sentence."""
     claim = evidence.claim
-    if not len(evidence.treatment_places):
+    if not len(evidence.images):
         return "no image was evaluated with both models."
-    shared = set.intersection(*({attack.name for attack in side.attacks} for side in (evidence.treatment, evidence.control)))
+    shared = set.intersection(*({attack.name for attack in side.attacks} for side in evidence.sides))
     absent = sorted(set(claim.attacks or ()) - shared)
     if absent:
         return f"the claim asks for the attacks {', '.join(absent)}, which not both models were evaluated with."

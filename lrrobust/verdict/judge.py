@@ -287,10 +287,8 @@ def _thinned(distances: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _pairing(evidence: Evidence) -> Pairing:
-    ours = evidence.treatment.is_clean_correct[evidence.treatment_places]
-    theirs = evidence.control.is_clean_correct[evidence.control_places]
-    runs = (*evidence.treatment.runs, *evidence.control.runs)
-    n = len(ours)
+    ours, theirs = evidence.is_clean_correct
+    n, runs = len(ours), evidence.runs
     return Pairing(
         dataset=manifest_value(runs[0], "dataset", "name"),
         dataset_sha256=tuple(sorted({manifest_value(run, "dataset", "sha256") for run in runs})),
@@ -417,7 +415,7 @@ def _answered(safeguards: Sequence[Safeguard]) -> list[str]:
 
 def _left_out(evidence: Evidence) -> list[str]:
     """A claim may name its attacks and budgets; that others were left out must be seen."""
-    ours, theirs = ({attack.name for attack in side.attacks} for side in (evidence.treatment, evidence.control))
+    ours, theirs = ({attack.name for attack in side.attacks} for side in evidence.sides)
     others = sorted((ours & theirs) - {attack.name for attack in evidence.attacks})
     budgets = [
         f"{attack.norm} {format_eps(eps, attack.norm)}"

@@ -43,7 +43,6 @@ COPIED_SHARE = 0.01
 #: What of a model's manifest decides which images it sees, beside the data set.
 _INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
 
-
 #: What of it tells networks of one name apart.
 _NETWORK_KEYS = ("state_sha256", "code_sha256")
 
@@ -68,12 +67,10 @@ def check_evidence(evidence: Evidence) -> tuple[Safeguard, ...]:
 
 
 def _same_images(evidence: Evidence) -> Safeguard:
-    n = len(evidence.treatment_places)
-    lost = {side.name: len(side.images) - n for side in (evidence.treatment, evidence.control)}
+    n = len(evidence.images)
+    lost = {side.name: len(side.images) - n for side in evidence.sides}
     # Hashes cover what the images hold: names alone would let another version of the images pass for the same.
-    ours, theirs = (
-        {manifest_value(run, "dataset", "sha256") for run in side.runs} for side in (evidence.treatment, evidence.control)
-    )
+    ours, theirs = ({manifest_value(run, "dataset", "sha256") for run in side.runs} for side in evidence.sides)
     # Of a draw that both were evaluated on; runs on more images of one side alone tell nothing against it.
     passed = not any(lost.values()) and bool(ours & theirs)
     if passed:
@@ -88,9 +85,8 @@ def _same_images(evidence: Evidence) -> Safeguard:
 
 def _distinct_images(evidence: Evidence) -> Safeguard:
     """Tests count images as independent: whoever gives each of them ten times makes any difference significant."""
-    runs = (*evidence.treatment.runs, *evidence.control.runs)
     # Those on more images may have copies that are not among these.
-    of_these = min(runs, key=lambda run: manifest_value(run, "dataset", "n"))
+    of_these = min(evidence.runs, key=lambda run: manifest_value(run, "dataset", "n"))
     n, copies = manifest_value(of_these, "dataset", "n"), int(of_these.manifest.get("copies") or 0)
     passed = copies <= COPIED_SHARE * n
     detail = f"{copies} of {n} images have the same contents as another one"
@@ -100,7 +96,7 @@ def _distinct_images(evidence: Evidence) -> Safeguard:
 
 def _one_network(evidence: Evidence) -> Safeguard:
     """Runs of one name may be of several trainings: each may fail where the other is strong."""
-    sides = (evidence.treatment, evidence.control)
+    sides = evidence.sides
     networks = [{tuple(manifest_value(run, "model").get(key) for key in _NETWORK_KEYS) for run in side.runs} for side in sides]
     several = [side.name for side, of_side in zip(sides, networks, strict=True) if len(of_side) > 1]
     # Two factories of one file may be told apart by nothing but their names.
@@ -124,7 +120,7 @@ def _one_network(evidence: Evidence) -> Safeguard:
 
 def _same_training(evidence: Evidence) -> Safeguard:
     """A recipe alone can make any network more robust: adversarial training does."""
-    sides = (evidence.treatment, evidence.control)
+    sides = evidence.sides
     recipes = [
         {manifest_value(run, "training", "recipe") if run.manifest.get("training") else None for run in side.runs}
         for side in sides
@@ -134,7 +130,7 @@ def _same_training(evidence: Evidence) -> Safeguard:
         passed, detail = None, "The claim compares two models as they are, however they were trained: the recipes do not count."
     elif None in known:
         passed, detail = None, "Not all weights say by which recipe they were trained: whether by the same is not known."
-    elif len(known) > 1 and _are_named_alike(known) and not all(_is_length_known(run) for side in sides for run in side.runs):
+    elif len(known) > 1 and _are_named_alike(known) and not all(map(_is_length_known, evidence.runs)):
         passed, detail = None, "Some runs name their recipe as older versions did: whether they mean the same is not known."
     elif len(known) > 1:
         ours, theirs = (", ".join(sorted(found)) for found in recipes)
@@ -167,7 +163,7 @@ def _unequal_lengths(sides: Sequence[ModelOutcomes]) -> str:
 
 
 def _same_configuration(evidence: Evidence) -> Safeguard:
-    ours, theirs = (_configuration(side, evidence.claim.attacks) for side in (evidence.treatment, evidence.control))
+    ours, theirs = (_configuration(side, evidence.claim.attacks) for side in evidence.sides)
     differing = sorted({key for key, _ in (ours - theirs) + (theirs - ours)})
     # What one size leaves standing another may break, and runs of both would count as one.
     mixed = sorted({key for side in (ours, theirs) for key in _INPUT_KEYS if sum(name == key for name, _ in side) > 1})
@@ -196,8 +192,7 @@ def _configuration(side: ModelOutcomes, attacks: tuple[str, ...] | None) -> Coun
 
 
 def _complete_runs(evidence: Evidence) -> Safeguard:
-    runs = (*evidence.treatment.runs, *evidence.control.runs)
-    unfinished = [run.folder.name for run in runs if not run.is_complete]
+    unfinished = [run.folder.name for run in evidence.runs if not run.is_complete]
     detail = "All runs are complete."
     if unfinished:
         detail = f"Not complete: {', '.join(unfinished)}; the images finished so far are no random draw."
@@ -205,8 +200,7 @@ def _complete_runs(evidence: Evidence) -> Safeguard:
 
 
 def _clean_accuracy(evidence: Evidence) -> Safeguard:
-    treatment = evidence.treatment.is_clean_correct[evidence.treatment_places].mean()
-    control = evidence.control.is_clean_correct[evidence.control_places].mean()
+    treatment, control = (is_correct.mean() for is_correct in evidence.is_clean_correct)
     limit = evidence.claim.largest_clean_difference
     passed = bool(abs(treatment - control) <= limit + 1e-12)
     detail = (
@@ -244,25 +238,22 @@ def _stronger_attacks(evidence: Evidence) -> Iterator[Safeguard]:
     claim = evidence.claim
     favoured = _favoured(claim)
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
-    judged = evidence.treatment.images[evidence.treatment_places]
     for attack in evidence.decisive:
         for source in (evidence, *evidence.on_fewer):
-            sides = ((source.treatment, source.treatment_places), (source.control, source.control_places))
-            made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side, _ in sides))
+            made = set.intersection(*({(each.name, each.norm) for each in side.attacks} for side in source.sides))
             of_norm = {key for key in made if key[1] == attack.norm}
             # One of a name that judges may be another there, such as of more steps.
-            pairs = ((source.treatment, evidence.treatment), (source.control, evidence.control))
+            pairs = zip(source.sides, evidence.sides)
             again = set.intersection(*({made[:2] for made in _settings(of.runs) - _settings(own.runs)} for of, own in pairs))
             besides = sorted(name for name, _ in of_norm - judging | of_norm & again)
             # Where runs that judge are unfinished, these images may lack them: what others break besides is not known.
             if not besides or not of_norm & judging:
                 continue
-            of_source = source.treatment.images[source.treatment_places]
-            _, ours, theirs = np.intersect1d(judged, of_source, assume_unique=True, return_indices=True)
+            _, ours, theirs = np.intersect1d(evidence.images, source.images, assume_unique=True, return_indices=True)
             own = [attack.treatment[ours], attack.control[ours]]
             of_all = [
-                np.minimum.reduce([e.breaking_eps[places] for e in side.attacks if (e.name, e.norm) in of_norm])[theirs]
-                for side, places in sides
+                np.minimum.reduce([e.breaking_eps[side.shared] for e in side.attacks if (e.name, e.norm) in of_norm])[theirs]
+                for side in source.sides
             ]
             finished = ~np.isnan(own[0] + own[1] + of_all[0] + of_all[1])
             n, ladder = int(finished.sum()), evidence.ladder(attack)
@@ -320,16 +311,15 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
     would be left than matters, by more than chance on some images. Of those that judge `same_configuration` sees to it.
     """
     claim = evidence.claim
-    sides = ((evidence.treatment, evidence.treatment_places), (evidence.control, evidence.control_places))
     for attack in evidence.decisive:
         ladder = np.array(evidence.ladder(attack))[:, None]
         robust = [side[attack.is_finished] > ladder for side in (attack.treatment, attack.control)]
         for verdict, number in _favoured(claim).items():
-            side, places = sides[number]
+            side = evidence.sides[number]
             found = list(_met_alone(evidence, number, attack.norm))
             if not found or not len(ladder):
                 continue
-            reached = np.fmin.reduce([breaking_eps for _, breaking_eps in found])[places][attack.is_finished]
+            reached = np.fmin.reduce([breaking_eps for _, breaking_eps in found])[side.shared][attack.is_finished]
             standing = robust[number] & ~np.isnan(reached)
             fallen = (standing & (reached <= ladder)).sum(axis=1)
             share = robust[number].mean(axis=1)
@@ -370,12 +360,12 @@ def _attacks_on_one_alone(evidence: Evidence) -> Iterator[Safeguard]:
 
 def _met_alone(evidence: Evidence, number: int, norm: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """Attacks that do not judge and that one side alone has met, and what they broke of its images, NaN where not made."""
-    side, other = (evidence.treatment, evidence.control)[:: 1 if number == 0 else -1]
+    side, other = evidence.sides[:: 1 if number == 0 else -1]
     ours, theirs = ([run for run in evidence.all_runs if _network(run) == _network(of.runs[0])] for of in (side, other))
     of_side = frozenset(side.images)
     met = [(_finished(gather([run], of_side)), _settings([run])) for run in theirs]
     for run in ours:
-        judge = evidence.claim.attacks if any(run is each for each in side.runs) else ()
+        judge = evidence.claim.attacks if run in side.runs else ()
         if judge is None:
             continue
         outcomes = gather([run], of_side)
@@ -466,8 +456,7 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
     withholds: Withheld = ("supported",) if is_claimed else ("refuted",)
     judging = {(attack.name, attack.norm) for attack in evidence.attacks}
     attacks = [attack for attack in side.attacks if (attack.name, attack.norm) in judging]
-    places = evidence.treatment_places if side is evidence.treatment else evidence.control_places
-    yield _better_than_chance(side, places, evidence.claim.significance, withholds)
+    yield _better_than_chance(side, evidence.claim.significance, withholds)
     for attack in attacks:
         yield _monotone_curve(side.name, attack, evidence.claim.significance, withholds)
         yield _valid_proposals(side, attack, withholds)
@@ -481,14 +470,14 @@ def _of_model(evidence: Evidence, side: ModelOutcomes, is_claimed: bool) -> Iter
         yield from _attack_diagnostics(evidence, side, run, diagnostics, withholds)
 
 
-def _better_than_chance(side: ModelOutcomes, places: NDArray[np.int64], significance: float, withholds: Withheld) -> Safeguard:
+def _better_than_chance(side: ModelOutcomes, significance: float, withholds: Withheld) -> Safeguard:
     """Whoever always says the same cannot be made to say anything else, and is right as often as that is true.
 
     By chance, a model that says each class as often as this one would be right on the sum over classes of what share
     of images is of it times what share is said to be (Cohen, A coefficient of agreement for nominal scales, 1960).
     """
-    labels, said = side.labels[places], side.clean_predictions[places]
-    n, right = len(labels), int(side.is_clean_correct[places].sum())
+    labels, said = side.labels[side.shared], side.clean_predictions[side.shared]
+    n, right = len(labels), int(side.is_clean_correct[side.shared].sum())
     chance = sum(float((labels == label).mean() * (said == label).mean()) for label in np.unique(labels))
     passed = right > 0 and chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
     detail = (

@@ -65,13 +65,12 @@ def _find(
     attack = next((attack for attack in evidence.decisive if attack.norm == norm), None)
     if attack is None or not evidence.ladder(attack):
         return None
-    places = evidence.treatment_places if side is evidence.treatment else evidence.control_places
-    images = frozenset(side.images[places])
+    images = frozenset(evidence.images)
     outcomes = gather([weaker], images)
     of_weaker = [each for each in outcomes.attacks if each.norm == norm]
     if len(outcomes.images) < len(images) or not of_weaker:
         return None
-    n = int(side.is_clean_correct[places].sum())
+    n = int(side.is_clean_correct[side.shared].sum())
     found = (
         _compare(evidence, attack, run, weaker, of_weaker, images, n, must_find_more)
         for run, diagnostics in zip(side.runs, side.diagnostics)

@@ -157,7 +157,7 @@ class TestCollect:
     def test_each_subset_is_judged_by_itself_the_largest_first(self, make_claim, make_run):
         small = [make_run(model, {"pgd": dict(distances=[INF])}, images=[4]) for model in "AB"]
         found, _ = collect_evidence(make_claim(), small + self.pair(make_run))
-        assert [len(evidence.treatment_places) for evidence in found] == [3, 1]
+        assert [len(evidence.images) for evidence in found] == [3, 1]
 
     def test_attacks_on_more_images_judge_a_subset_too(self, make_claim, make_run):
         """A cheap attack on all images, a costly one on the first two."""
@@ -187,9 +187,9 @@ class TestCollect:
         sha256 = runs[0].manifest["dataset"]["sha256"]
         for subset in ({"n": 4}, {"n": 4, "seed": 3, "balanced": False}, {"sha256": sha256[:8]}):
             (found,), (refused,) = collect_evidence(make_claim(subset=Subset(**subset)), runs)
-            assert len(found.treatment_places) == 4 and [attack.name for attack in found.attacks] == ["pgd"]
+            assert len(found.images) == 4 and [attack.name for attack in found.attacks] == ["pgd"]
             # What the others show of the attacks is still seen.
-            assert [len(evidence.treatment_places) for evidence in found.on_fewer] == [2]
+            assert [len(evidence.images) for evidence in found.on_fewer] == [2]
             assert (
                 refused.reason.startswith("On sample, the claim asks for the subset ")
                 and "these 2 images (sha256 " in refused.reason
@@ -207,7 +207,7 @@ class TestCollect:
         # Any seed draws the same where all are drawn.
         for run in runs:
             run.manifest["dataset"]["subset"] = {"n": None, "seed": 0, "balanced": False}
-        assert [len(e.treatment_places) for e in collect_evidence(make_claim(subset=Subset(n=4, seed=9)), runs)[0]] == [4]
+        assert [len(e.images) for e in collect_evidence(make_claim(subset=Subset(n=4, seed=9)), runs)[0]] == [4]
         # Nothing is known of how images in common were drawn.
         apart = [make_run(model, {"pgd": many}, images=images) for model, images in (("A", [0, 1, 2, 3]), ("B", [0, 1, 2, 4]))]
         found, (refused,) = collect_evidence(make_claim(subset=Subset(n=3)), apart)

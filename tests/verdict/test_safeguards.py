@@ -133,7 +133,7 @@ def test_more_images_of_one_side_say_nothing_against_those_of_both(make_claim, m
     few = {"pgd": dict(distances=[INF, PIXEL])}
     runs = [make_run("A", GOOD), make_run("A", few), make_run("B", few)]
     (evidence,), _ = collect_evidence(make_claim(), runs)
-    assert len(evidence.treatment.runs) == 2 and len(evidence.treatment_places) == 2
+    assert len(evidence.treatment.runs) == 2 and len(evidence.images) == 2
     assert named(check_evidence(evidence), "same_images")[0].passed
 
 
@@ -391,7 +391,7 @@ class TestStrongerAttacks:
         runs += [make_run(model, {"strong": dict(distances=[PIXEL] * 100)}) for model in "AB"]
         runs[1] = replace(runs[1], rows=runs[1].rows[runs[1].rows["index"] < 20].reset_index(drop=True), is_complete=False)
         found, refused = collect_evidence(make_claim(), runs)
-        assert [len(evidence.treatment_places) for evidence in found] == [100, 20] and not refused
+        assert [len(evidence.images) for evidence in found] == [100, 20] and not refused
         for evidence in found:
             assert not named(check_evidence(evidence), "stronger_attacks")
 
