@@ -475,7 +475,7 @@ def report(
         warn_of_other_rules(loaded)
         worst = worst_cases_by_images(loaded, budgets, label_runs(label or (), loaded))
         summary = summarise(loaded)
-        of_runs = drawers.begin(sketch_runs(loaded, summary=summary))
+        of_runs = drawers.begin(sketch_runs(loaded, summary))
         verdicts = judge_claims(claims, loaded)
         print_verdicts(verdicts)
         of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]

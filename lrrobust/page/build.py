@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,16 @@ import lrrobust
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import RESULTS, diagnostics_table
 from lrrobust.formatting import format_eps
-from lrrobust.page.claim_figures import sketch_claims
 from lrrobust.page.gallery import NO_GALLERY, Gallery, build_gallery
 from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import HOW_TO_READ_COMPARISONS, area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
-from lrrobust.report.drawing import Collect, Drawing, draw
-from lrrobust.report.figures import draw_runs
+from lrrobust.report.drawing import Collect, Drawing
 from lrrobust.report.naming import name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import format_command, reproduction
-from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, how_to_read, summary_table
-from lrrobust.report.worst_case import WorstCases, worst_cases_by_images
+from lrrobust.report.worst_case import WorstCases
 from lrrobust.results import Run, example_count, write_file
 from lrrobust.tables import Table, to_latex, to_markdown
 from lrrobust.transfer import transfer_matrix
@@ -110,12 +106,12 @@ def write_page(
     runs: Sequence[Run],
     out_dir: Path,
     command: Sequence[str],
-    verdicts: Verdicts | None = None,
-    drawings: Collect | None = None,
-    summary: pd.DataFrame | None = None,
+    verdicts: Verdicts,
+    drawings: Collect,
+    summary: pd.DataFrame,
     *,
-    claim_drawings: Sequence[Collect] | None = None,
-    worst: Mapping[str, WorstCases] | None = None,
+    claim_drawings: Sequence[Collect],
+    worst: Mapping[str, WorstCases],
     with_gallery: bool = True,
 ) -> list[Path]:
     """Write `report.html`, and beside it what it shows of classes and claims as files of their own.
@@ -127,11 +123,10 @@ def write_page(
         runs: at least one; runs on different images are never compared.
         out_dir: created where missing.
         command: of the report itself, as in `sys.argv`; the last of those that reproduce the page.
-        verdicts: of the claims judged on these runs; None when none was.
-        drawings: gives what `draw_runs` draws of the same runs; called last, since others may draw meanwhile. None draws.
-        summary: made by `summarise` of the same runs; None makes it.
+        verdicts: of the claims judged on these runs.
+        drawings: gives the figures that `sketch_runs` sketches of the same runs; called last, since others may draw meanwhile.
+        summary, worst: made of the same runs by `summarise` and `worst_cases_by_images`.
         claim_drawings: as `drawings`, of the figures that `sketch_claims` sketches of each verdict.
-        worst: made by `worst_cases_by_images` of the same runs; None makes them.
         with_gallery: show images; without, no pixel of any image is in the page.
 
     Returns:
@@ -144,20 +139,13 @@ def write_page(
     classes = summarise_classes(named)
     page, table = Path(out_dir) / PAGE_NAME, Path(out_dir) / "per_class.csv"
     write_file(table, classes.to_csv(index=False, lineterminator="\n").encode())
-    summary = summarise(runs) if summary is None else summary
     per_class: dict[str, dict[str, Any]] = {}
-    worst = worst_cases_by_images(runs) if worst is None else worst
     datasets = list(_datasets(named, summary, worst, classes, per_class, with_gallery))
     figures: defaultdict[str, list[_Figure]] = defaultdict(list)
-    for drawing in draw_runs(runs, ["svg"], summary) if drawings is None else drawings():
+    for drawing in drawings():
         figures[drawing.dataset_sha256].append(_figure(drawing))
-    judged, not_judged = [], ()
-    if verdicts is not None:
-        if claim_drawings is None:
-            claim_drawings = [partial(draw, sketches) for sketches in sketch_claims(verdicts.results)]
-        judged = [(result, collect()) for result, collect in zip(verdicts.results, claim_drawings, strict=True)]
-        not_judged = verdicts.not_judged
-    write_file(page, _render(named, command, judged, not_judged, datasets, figures, per_class).encode())
+    judged = [(result, collect()) for result, collect in zip(verdicts.results, claim_drawings, strict=True)]
+    write_file(page, _render(named, command, judged, verdicts.not_judged, datasets, figures, per_class).encode())
     return [page, table, *_write_comparisons(judged, Path(out_dir))]
 
 

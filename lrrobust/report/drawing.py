@@ -124,12 +124,6 @@ class Drawers:
         return drawings
 
 
-def draw(sketches: Iterable[Sketch]) -> Sequence[Drawing]:
-    """What `Drawers.begin` gives, for who has nothing else to do meanwhile."""
-    with Drawers() as drawers:
-        return drawers.begin(sketches)()
-
-
 def _draw(sketch: Sketch) -> Drawing:
     return Drawing(sketch.dataset_sha256, sketch.stem, sketch.description, sketch.render(*sketch.arguments))
 

@@ -8,28 +8,20 @@ import pandas as pd
 
 from lrrobust.formatting import format_eps
 from lrrobust.report.curves import minimal_norm_curves, pass_curves, telling_eps
-from lrrobust.report.drawing import Drawing, Sketch, draw
+from lrrobust.report.drawing import Sketch
 from lrrobust.report.naming import name_runs, slug
-from lrrobust.report.summary import summarise
 from lrrobust.results import Run
 
 
-def draw_runs(
-    runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
-) -> list[Drawing]:
-    """The figures that `sketch_runs` sketches."""
-    return draw(sketch_runs(runs, kinds, summary))
-
-
 def sketch_runs(
-    runs: Sequence[Run], kinds: Sequence[str] = ("png", "svg", "pdf"), summary: pd.DataFrame | None = None
+    runs: Sequence[Run], summary: pd.DataFrame, kinds: Sequence[str] = ("png", "svg", "pdf")
 ) -> Iterator[Sketch]:
     """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
 
     Args:
         runs: of any sets of images.
+        summary: made by `summarise` of the same runs.
         kinds: of "png", "svg", "pdf".
-        summary: made by `summarise` of the same runs; None makes it.
 
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.
@@ -38,7 +30,6 @@ def sketch_runs(
     from lrrobust.plots import render_passes, render_robustness_curves
 
     named, curves = name_runs(runs), minimal_norm_curves(runs)
-    summary = summarise(runs) if summary is None else summary
     # Attacks on the model itself alone: transfer has its own tables.
     summary = summary[summary["surrogate"].isna()]
     for sha256, of_dataset in summary.groupby("dataset_sha256", sort=False):

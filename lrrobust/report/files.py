@@ -9,15 +9,12 @@ import pandas as pd
 
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import diagnostics_table
-from lrrobust.errors import StoreError
 from lrrobust.report.drawing import Drawing
-from lrrobust.report.figures import draw_runs
 from lrrobust.report.naming import name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import reproduction
-from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import how_to_read, summary_table
-from lrrobust.report.worst_case import WorstCases, worst_cases_by_images
+from lrrobust.report.worst_case import WorstCases
 from lrrobust.results import SCHEMA_VERSION, Run, manifest_value, write_file
 from lrrobust.tables import to_latex, to_markdown
 
@@ -25,10 +22,10 @@ from lrrobust.tables import to_latex, to_markdown
 def write_report(
     runs: Sequence[Run],
     out_dir: Path,
-    drawings: Sequence[Drawing] | None = None,
-    summary: pd.DataFrame | None = None,
-    command: Sequence[str] | None = None,
-    worst: Mapping[str, WorstCases] | None = None,
+    drawings: Sequence[Drawing],
+    summary: pd.DataFrame,
+    command: Sequence[str],
+    worst: Mapping[str, WorstCases],
 ) -> list[Path]:
     """Write `robust_accuracy` and `worst_case` as `.csv`, `.md` and `.tex`, and the figures of each dataset and norm.
 
@@ -38,23 +35,16 @@ def write_report(
     Args:
         runs: at least one.
         out_dir: created where missing.
-        drawings, summary: made by `draw_runs` and `summarise` of the same runs; None makes them.
-        command: of the report itself, as in `sys.argv`, for the heads of the Markdown; None leaves them out.
-        worst: made by `worst_cases_by_images` of the same runs; None makes them.
+        drawings, summary, worst: of the same runs, by `sketch_runs`, `summarise` and `worst_cases_by_images`.
+        command: of the report itself, as in `sys.argv`, for the heads of the Markdown.
 
     Returns:
         The files written.
 
     Raises:
-        StoreError: there are no runs, a manifest does not say what was evaluated, or `out_dir` cannot
-            be written.
+        StoreError: a manifest does not say what was evaluated, or `out_dir` cannot be written.
     """
-    if not runs:
-        raise StoreError("expected at least one run to report, found none: give the folder of a run")
-    out_dir = Path(out_dir)
-    summary = summarise(runs) if summary is None else summary
     figures = []
-    drawings = draw_runs(runs, summary=summary) if drawings is None else drawings
     for drawing in drawings:
         for kind, content in drawing.files.items():
             figures.append(out_dir / f"{drawing.stem}.{kind}")
@@ -64,7 +54,6 @@ def write_report(
     write_file(table, summary.to_csv(index=False, lineterminator="\n").encode())
     write_file(text, _markdown(runs, summary, drawings, command).encode())
     write_file(latex, _latex(summary).encode())
-    worst = worst_cases_by_images(runs) if worst is None else worst
     if not worst:
         return [table, text, latex, *figures]
     short_table, short, short_latex = (out_dir / f"worst_case.{suffix}" for suffix in ("csv", "md", "tex"))
@@ -88,7 +77,7 @@ def _numbers(worst: WorstCases) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[column.heading for column in worst.table.columns]).rename(columns={"clean %": "clean"})
 
 
-def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str] | None) -> str:
+def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str]) -> str:
     by_dataset: dict[str, dict[str, Run]] = {}
     for name, run in name_runs(runs).items():
         by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
@@ -110,10 +99,8 @@ def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Dra
     return "\n".join(lines) + "\n"
 
 
-def _head(title: str, runs: Sequence[Run], command: Sequence[str] | None) -> list[str]:
+def _head(title: str, runs: Sequence[Run], command: Sequence[str]) -> list[str]:
     """Lines of Markdown: the title, and how to make the numbers again."""
-    if command is None:
-        return [f"# {title}"]
     again = reproduction(runs, command)
     return [f"# {title}", "", again.how, "", *(f"    {line}" for line in again.commands)]
 

@@ -50,8 +50,8 @@ SUMMARY_COLUMNS = (
 )
 
 
-def summarise_run(run: Run) -> pd.DataFrame:
-    """One row for each attack and eps, then one `worst_case` row for each eps of a norm.
+def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+    """Of each run one row for each attack and eps, then one `worst_case` row for each eps of a norm; runs are never pooled.
 
     An attack's rows cover the images it has finished. The worst case covers the images that every
     attack of the norm has finished, and is given for norms with more than one attack: an image counts
@@ -61,20 +61,8 @@ def summarise_run(run: Run) -> pd.DataFrame:
     Returns:
         Columns `SUMMARY_COLUMNS`. `median_distance` is over the images correct when clean, in the
         norm of the attack, failures counted as infinity, and NaN where an earlier attack of the suite broke
-        images; `is_complete` is that of the run; `wall_s` adds up the rows summarised.
-
-    Raises:
-        StoreError: the manifest does not say what was evaluated.
-    """
-    return _summary(run, run.folder.resolve().name)
-
-
-def summarise(runs: Sequence[Run]) -> pd.DataFrame:
-    """The summaries of `runs`, one after the other; runs are never pooled.
-
-    Returns:
-        As `summarise_run`; `run` holds as much of the folders' paths as makes them differ, and so does `model` where
-        files of one name hold different models.
+        images; `is_complete` is that of the run; `wall_s` adds up the rows summarised; `run` holds as much of the folders'
+        paths as makes them differ, and so does `model` where files of one name hold different models.
 
     Raises:
         StoreError: a manifest does not say what was evaluated, or a folder is given twice.

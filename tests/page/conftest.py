@@ -5,6 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from lrrobust.page import write_page
+from lrrobust.page.claim_figures import sketch_claims
+from lrrobust.report.drawing import Drawers
+from lrrobust.report.figures import sketch_runs
+from lrrobust.report.summary import summarise
+from lrrobust.report.worst_case import worst_cases_by_images
 from lrrobust.results import SCHEMA_VERSION, Example, RunStore, load_run, rows_to_table
 from lrrobust.verdict import records
 
@@ -93,6 +99,22 @@ def make_run(tmp_path):
         return load_run(tmp_path / "runs" / name)
 
     return make
+
+
+@pytest.fixture
+def write():
+    """The page of runs and all beside it, as `lrrobust report` writes them; `draw` gives the figures instead."""
+
+    def write(runs, out, verdicts=None, command=("/usr/local/bin/lrrobust", "report", "my runs", "--out", "out"), draw=None):
+        verdicts = verdicts or records.Verdicts(made_with="", results=(), not_judged=())
+        summary = summarise(runs)
+        with Drawers() as drawers:
+            draw = draw or drawers.begin(sketch_runs(runs, summary, ["svg"]))
+            of_claims = [drawers.begin(sketches) for sketches in sketch_claims(verdicts.results)]
+            worst = worst_cases_by_images(runs)
+            return write_page(runs, out, command, verdicts, draw, summary, claim_drawings=of_claims, worst=worst)
+
+    return write
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrrobust.page import write_page
-
 BROWSER = Path(__file__).with_name("browser.py")
 
 
@@ -31,10 +29,10 @@ def browser():
 
 
 @pytest.fixture
-def visit(make_run, verdicts, tmp_path):
+def visit(make_run, write, verdicts, tmp_path):
     """Writes a page of two runs, opens it, and returns what the script found there."""
     runs = [make_run("a"), make_run("b", model="other")]
-    page, *_ = write_page(runs, tmp_path / "out", ["lrrobust", "report"], verdicts)
+    page, *_ = write(runs, tmp_path / "out", verdicts)
 
     def open_page(script="null", *options):
         out = tmp_path / "found.json"

@@ -4,10 +4,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from lrrobust.page import write_page
 from lrrobust.results import load_run
-
-COMMAND = ["/usr/local/bin/lrrobust", "report", "my runs", "--out", "out"]
 
 
 class Elements(HTMLParser):
@@ -39,12 +36,12 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture
-def page(make_run, verdicts, tmp_path):
-    def write(*runs, verdicts=verdicts):
-        path, *_ = write_page(runs or [make_run("a"), make_run("b", model="other")], tmp_path / "out", COMMAND, verdicts)
+def page(make_run, write, verdicts, tmp_path):
+    def page(*runs, verdicts=verdicts):
+        path, *_ = write(runs or [make_run("a"), make_run("b", model="other")], tmp_path / "out", verdicts)
         return path.read_text(encoding="utf-8")
 
-    return write
+    return page
 
 
 def test_hostile_names_stay_text(page, make_run, hostile):
@@ -83,11 +80,11 @@ def test_the_verdict_comes_first_with_reasons_and_safeguards(page):
     assert "✗ failed" in visible and "✓ passed" in visible and "? not checked" in visible
 
 
-def test_provenance_says_what_the_attacks_were_told(make_run, tmp_path):
+def test_provenance_says_what_the_attacks_were_told(make_run, write, tmp_path):
     run = make_run("told")
     run.manifest["attacks"][0] |= {"eps": [1 / 255, 2 / 255], "steps": 20, "random_start": True, "target": None}
     run.manifest["dataset"]["left_out_count"] = 7
-    write_page([run], tmp_path / "out", COMMAND)
+    write([run], tmp_path / "out")
     visible = Elements((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).visible
     assert "norm linf; kind pgd; eps 1/255, 2/255; steps 20; random_start true" in visible
     assert re.search(r"side of the images in pixels\s*8\b", visible) and re.search(r"left out\s*7\b", visible)
@@ -105,8 +102,8 @@ def test_numbers_of_the_verdict(page):
     assert '<td data-value="Infinity">none</td>' in text
 
 
-def test_files_beside_the_page(make_run, verdicts, tmp_path):
-    written = write_page([make_run("a")], tmp_path / "out", COMMAND, verdicts)
+def test_files_beside_the_page(make_run, write, verdicts, tmp_path):
+    written = write([make_run("a")], tmp_path / "out", verdicts)
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
     stems = {path.stem for path in written}
     assert len(stems) == 4 and {"report", "per_class", "comparisons"} < stems
@@ -116,7 +113,7 @@ def test_files_beside_the_page(make_run, verdicts, tmp_path):
     row = "pgd | linf | 1/255 | both correct | 6 | 25.0 | 50.0 | -25.0 | -60.0 to +20.0 | 1 | 3 | 0.625 | 1.000 | 31.0"
     assert f"| {row} |" in (tmp_path / "out" / "comparisons.md").read_text()
     assert row.replace("|", "&") + " \\\\\n" in (tmp_path / "out" / "comparisons.tex").read_text()
-    without = write_page([make_run("a")], tmp_path / "other", COMMAND)
+    without = write([make_run("a")], tmp_path / "other")
     assert {path.name for path in without} == {"report.html", "per_class.csv"}
 
 

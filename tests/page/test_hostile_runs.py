@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrrobust.errors import LrRobustError
-from lrrobust.page import write_page
-from lrrobust.report.figures import draw_runs
+from lrrobust.report.drawing import Drawers
+from lrrobust.report.figures import sketch_runs
 from lrrobust.report.notices import mixed_metadata, warnings_of
 from lrrobust.report.summary import summarise
 from lrrobust.results import load_examples, load_run, parts
@@ -204,13 +204,13 @@ def test_rows_that_contradict_each_other_are_left_out(folder, caplog, change):
     assert "holds what no evaluation writes" in caplog.text
 
 
-def test_images_without_their_rows_are_not_shown(folder, tmp_path):
+def test_images_without_their_rows_are_not_shown(folder, write, tmp_path):
     """As a process leaves them that is killed between the two."""
     run = folder()
     (run / "parts" / "cw-000000-000006.parquet").unlink()
     assert list(load_examples(load_run(run))) == ["pgd"]
     (run / "parts" / "pgd-000000-000006.parquet").unlink()
-    write_page([load_run(run), load_run(run.parent / "other")], tmp_path / "page", ["lrrobust", "report"])
+    write([load_run(run), load_run(run.parent / "other")], tmp_path / "page")
 
 
 def resealed(path, change):
@@ -301,7 +301,7 @@ class Script(HTMLParser):
 TEXTS = (HOSTILE, "</script><script>alert(1)</script>", "{{ 7 * 7 }}{% raw %}", "javascript:alert(1)", "\u2028--><!--")
 
 
-def test_no_text_of_a_run_becomes_part_of_the_page(folder):
+def test_no_text_of_a_run_becomes_part_of_the_page(folder, write, tmp_path):
     whole = folder()
     manifest = json.loads((whole / "manifest.json").read_bytes())
     drawings = None
@@ -324,8 +324,10 @@ def test_no_text_of_a_run_becomes_part_of_the_page(folder):
                 ),
             )
         loaded = [load_run(run), load_run(run.parent / "other")]
-        drawings = draw_runs(loaded, ["svg"]) if drawings is None else drawings
-        path, *_ = write_page(loaded, run.parent.parent / "page", ["lrrobust", "report", TEXTS[shift]], None, lambda: drawings)
+        if drawings is None:
+            with Drawers() as drawers:
+                drawings = drawers.begin(sketch_runs(loaded, summarise(loaded), ["svg"]))()
+        path, *_ = write(loaded, tmp_path / "page", command=["lrrobust", "report", TEXTS[shift]], draw=lambda: drawings)
         page = path.read_text(encoding="utf-8")
         found = Script(page)
         assert found.scripts == [("script", "application/json"), ("script", None)]

@@ -6,13 +6,18 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from lrrobust.report import drawing
-from lrrobust.report.drawing import Drawers, Drawing, Sketch, draw
+from lrrobust.report.drawing import Drawers, Drawing, Sketch
 
 
 def sketch(number, render=dict, arguments=None):
     return Sketch(
         "cd", f"figure_{number}", "A figure.", render, ([("png", bytes([number]))],) if arguments is None else arguments
     )
+
+
+def draw(sketches):
+    with Drawers() as drawers:
+        return drawers.begin(sketches)()
 
 
 def expected(count):

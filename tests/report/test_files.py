@@ -3,19 +3,27 @@ import subprocess
 import sys
 
 import pandas as pd
-import pytest
 
-from lrrobust.errors import StoreError
+from lrrobust.report.drawing import Drawers
+from lrrobust.report.figures import sketch_runs
 from lrrobust.report.files import write_report
 from lrrobust.report.summary import SUMMARY_COLUMNS, summarise
+from lrrobust.report.worst_case import worst_cases_by_images
 
 LADDER = (1 / 255, 2 / 255)
+
+
+def report(runs, out):
+    summary = summarise(runs)
+    with Drawers() as drawers:
+        drawings = drawers.begin(sketch_runs(runs, summary))()
+    return write_report(runs, out, drawings, summary, ["lrrobust", "report", "reports/runs"], worst_cases_by_images(runs))
 
 
 class TestWriteReport:
     def test_csv_keeps_full_precision(self, make_run, tmp_path):
         runs = [make_run("a"), make_run("b", model="other")]
-        write_report(runs, tmp_path / "new" / "out")
+        report(runs, tmp_path / "new" / "out")
         with open(tmp_path / "new" / "out" / "robust_accuracy.csv", newline="") as file:
             found = list(csv.DictReader(file))
         expected = summarise(runs).to_dict("records")
@@ -29,13 +37,13 @@ class TestWriteReport:
             assert [record[column] for record in found] == told, column
 
     def test_worst_cases_come_as_numbers_too(self, make_run, tmp_path):
-        write_report([make_run("a"), make_run("b", sha256="ef" * 32)], tmp_path)
+        report([make_run("a"), make_run("b", sha256="ef" * 32)], tmp_path)
         found = pd.read_csv(tmp_path / "worst_case.csv")
         assert found[["n", "clean", "linf 1/255", "linf 2/255"]].values.tolist() == [[5, 0.8, 0.4, 0.2]] * 2
         assert found["dataset_sha256"].tolist() == ["cd" * 32, "ef" * 32]
 
     def test_files_and_text(self, make_run, tmp_path):
-        paths = write_report([make_run("a"), make_run("b|c", model="other")], tmp_path)
+        paths = report([make_run("a"), make_run("b|c", model="other")], tmp_path)
         assert sorted(paths) == sorted(tmp_path.iterdir())
         assert {path.suffix for path in paths} == {".csv", ".md", ".tex", ".png", ".svg", ".pdf"} and len(paths) == 12
         text = (tmp_path / "robust_accuracy.md").read_text()
@@ -46,40 +54,35 @@ class TestWriteReport:
             assert path.suffix != ".png" or f"]({path.name})" in text
 
     def test_markdown_begins_with_how_to_make_it_again(self, make_run, tmp_path):
-        command = ["lrrobust", "report", "reports/runs"]
-        write_report([make_run("a")], tmp_path, command=command)
+        report([make_run("a")], tmp_path)
         heads = [(tmp_path / name).read_text().splitlines()[:6] for name in ("robust_accuracy.md", "worst_case.md")]
         assert [head[0] for head in heads] == ["# Robust accuracy", "# Robust accuracy under the worst case"]
         assert heads[0][1:] == heads[1][1:] and any("lrrobust report" in line for line in heads[0])
 
     def test_latex(self, make_run, tmp_path):
-        write_report([make_run("a_1"), make_run("b", model="100 %")], tmp_path)
+        report([make_run("a_1"), make_run("b", model="100 %")], tmp_path)
         text = (tmp_path / "robust_accuracy.tex").read_text()
         assert "tiny & V1 & pgd & linf & 1/255 & 5 & 80.0 & 40.0 & 11.8-76.9 & inf & 2.5 s & - & a\\_1 \\\\\n" in text
         assert r"100 \% &" in text and text.count(r"\begin{longtable}") == 1
 
     def test_says_what_a_reader_must_know(self, make_run, tmp_path):
-        write_report([make_run(planned=3, metadata=({"device": "cpu"}, {"device": "cuda"}))], tmp_path)
+        report([make_run(planned=3, metadata=({"device": "cpu"}, {"device": "cuda"}))], tmp_path)
         text = (tmp_path / "robust_accuracy.md").read_text()
         assert "**INCOMPLETE:** 2 of 3 parts" in text and "| 5* |" in text
         assert "**computed with mixed device:** cpu, cuda" in text
 
     def test_datasets_never_share_a_table_or_figure(self, make_run, suite_distances, tmp_path):
         linf_only = {"pgd": suite_distances["pgd"]}
-        paths = write_report([make_run("a", linf_only), make_run("b", linf_only, sha256="ef" * 32)], tmp_path)
+        paths = report([make_run("a", linf_only), make_run("b", linf_only, sha256="ef" * 32)], tmp_path)
         assert len([path for path in paths if path.suffix == ".svg"]) == 2
         text = (tmp_path / "robust_accuracy.md").read_text()
         first, second = text.split("## sample")[1:]
         assert "| a |" in first and "| b |" not in first and "| b |" in second and "| a |" not in second
 
     def test_no_finished_part_yet(self, make_run, tmp_path):
-        paths = write_report([make_run(distances={"pgd": ("linf", LADDER, [])}, planned=2)], tmp_path)
+        paths = report([make_run(distances={"pgd": ("linf", LADDER, [])}, planned=2)], tmp_path)
         assert len(paths) == 3
         assert "No part is finished yet." in paths[1].read_text()
-
-    def test_no_runs(self, tmp_path):
-        with pytest.raises(StoreError, match="at least one run"):
-            write_report([], tmp_path)
 
 
 def test_reports_need_no_torch():
