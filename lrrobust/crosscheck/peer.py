@@ -92,10 +92,15 @@ def is_plain_pgd(spec: AttackSpec) -> TypeGuard[PgdSpec]:
     return is_pgd and spec.loss == "ce" and spec.target == "none" and not spec.warm_start
 
 
-def predicts_otherwise(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Which images the model misclassifies, bool (n,): the claim of a library that returns images alone."""
-    with torch.no_grad():
-        return model(images).argmax(1) != labels
+def claiming(attack: Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]) -> PeerAttack:
+    """An attack that returns images alone, with its claim: those that the model misclassifies."""
+
+    def propose(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
+        found = attack(model, images, labels, eps)
+        with torch.no_grad():
+            return Proposal(found, model(found).argmax(1) != labels)
+
+    return propose
 
 
 #: Every library that we know, in the order of the tables.

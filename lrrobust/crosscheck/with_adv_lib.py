@@ -9,13 +9,13 @@ and claims nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 
-from lrrobust.attacks.specs import AttackSpec, CwSpec, FabSpec, FmnSpec, PgdSpec
-from lrrobust.crosscheck.peer import PeerAttack, Proposal, is_plain_pgd, predicts_otherwise
+from lrrobust.attacks.specs import AttackSpec, CwSpec, FabSpec, FmnSpec
+from lrrobust.crosscheck.peer import PeerAttack, claiming, is_plain_pgd
 from lrrobust.threat import Norm
 from lrrobust.torchvision_import import import_torchvision
 
@@ -26,73 +26,43 @@ _ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 def find_attack(spec: AttackSpec) -> PeerAttack | None:
-    if is_plain_pgd(spec) and spec.norm == "linf":
-        return partial(_pgd, spec)
-    if isinstance(spec, CwSpec):
-        return partial(_carlini_wagner, spec)
-    if isinstance(spec, FabSpec):
-        return partial(_fab, spec)
-    if isinstance(spec, FmnSpec):
-        return partial(_fmn, spec)
-    return None
+    attack = _attack_with(spec)
+    return None if attack is None else claiming(attack)
 
 
 def find_ensemble(norm: Norm) -> PeerAttack | None:
     return None
 
 
-def _pgd(spec: PgdSpec, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
-    found = attacks.pgd_linf(
-        model,
-        images,
-        labels,
-        eps,
-        steps=spec.steps,
-        random_init=spec.random_start,
-        relative_step_size=spec.step_size_ratio / spec.steps,
-    )
-    return Proposal(found, predicts_otherwise(model, found, labels))
-
-
-def _carlini_wagner(spec: CwSpec, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
-    found = attacks.carlini_wagner_l2(
-        model,
-        images,
-        labels,
-        confidence=spec.confidence,
-        learning_rate=spec.lr,
-        initial_const=spec.initial_c,
-        binary_search_steps=spec.binary_search_steps,
-        max_iterations=spec.steps,
-        abort_early=spec.abort_early,
-    )
-    return Proposal(found, predicts_otherwise(model, found, labels))
-
-
-def _fab(spec: FabSpec, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
-    found = attacks.fab(
-        model,
-        images,
-        labels,
-        norm=_ORDERS[spec.norm],
-        n_iter=spec.steps,
-        alpha_max=spec.largest_pull,
-        eta=spec.overshoot,
-        beta=spec.backward_share,
-        restarts=spec.targets,
-        targeted_restarts=True,
-    )
-    return Proposal(found, predicts_otherwise(model, found, labels))
-
-
-def _fmn(spec: FmnSpec, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
-    found = attacks.fmn(
-        model,
-        images,
-        labels,
-        norm=_ORDERS[spec.norm],
-        steps=spec.steps,
-        γ_init=spec.first_change,
-        γ_final=spec.last_change,
-    )
-    return Proposal(found, predicts_otherwise(model, found, labels))
+def _attack_with(spec: AttackSpec) -> Callable[..., torch.Tensor] | None:
+    """Its attack on a model, images and labels, with a budget that its minimal-norm attacks pass over."""
+    if is_plain_pgd(spec) and spec.norm == "linf":
+        step_size = spec.step_size_ratio / spec.steps
+        return partial(attacks.pgd_linf, steps=spec.steps, random_init=spec.random_start, relative_step_size=step_size)
+    if isinstance(spec, CwSpec):
+        attack = partial(
+            attacks.carlini_wagner_l2,
+            confidence=spec.confidence,
+            learning_rate=spec.lr,
+            initial_const=spec.initial_c,
+            binary_search_steps=spec.binary_search_steps,
+            max_iterations=spec.steps,
+            abort_early=spec.abort_early,
+        )
+    elif isinstance(spec, FabSpec):
+        attack = partial(
+            attacks.fab,
+            norm=_ORDERS[spec.norm],
+            n_iter=spec.steps,
+            alpha_max=spec.largest_pull,
+            eta=spec.overshoot,
+            beta=spec.backward_share,
+            restarts=spec.targets,
+            targeted_restarts=True,
+        )
+    elif isinstance(spec, FmnSpec):
+        changes = {"γ_init": spec.first_change, "γ_final": spec.last_change}
+        attack = partial(attacks.fmn, norm=_ORDERS[spec.norm], steps=spec.steps, **changes)
+    else:
+        return None
+    return lambda model, images, labels, _: attack(model, images, labels)

@@ -7,13 +7,10 @@ It returns images and claims nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec, CwSpec, FgsmSpec, PgdSpec
-from lrrobust.crosscheck.peer import PeerAttack, Proposal, is_plain_pgd, predicts_otherwise
+from lrrobust.crosscheck.peer import PeerAttack, claiming, is_plain_pgd
 from lrrobust.threat import Norm
 from lrrobust.torchvision_import import import_torchvision
 
@@ -22,13 +19,14 @@ import torchattacks  # noqa: E402
 
 
 def find_attack(spec: AttackSpec) -> PeerAttack | None:
+    # A new object for each call: after an exception its state is wrong.
     if isinstance(spec, FgsmSpec):
-        return _attack_with(lambda model, eps: torchattacks.FGSM(model, eps=eps))
+        return claiming(lambda model, images, labels, eps: torchattacks.FGSM(model, eps=eps)(images, labels))
     if is_plain_pgd(spec):
-        return _attack_with(lambda model, eps: build_pgd(model, spec, eps))
+        return claiming(lambda model, images, labels, eps: build_pgd(model, spec, eps)(images, labels))
     if isinstance(spec, CwSpec):
         settings = {"c": spec.initial_c, "kappa": spec.confidence, "steps": spec.steps, "lr": spec.lr}
-        return _attack_with(lambda model, eps: torchattacks.CW(model, **settings))
+        return claiming(lambda model, images, labels, eps: torchattacks.CW(model, **settings)(images, labels))
     return None
 
 
@@ -42,12 +40,3 @@ def build_pgd(model: nn.Module, spec: PgdSpec, eps: float) -> torchattacks.attac
     kind = torchattacks.PGD if spec.norm == "linf" else torchattacks.PGDL2
     alpha = spec.step_size_ratio * eps / spec.steps
     return kind(model, eps=eps, alpha=alpha, steps=spec.steps, random_start=spec.random_start)
-
-
-def _attack_with(build: Callable[[nn.Module, float], torchattacks.attack.Attack]) -> PeerAttack:
-    def propose(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> Proposal:
-        # A new object each time: after an exception its state is wrong.
-        found = build(model, eps)(images, labels)
-        return Proposal(found, predicts_otherwise(model, found, labels))
-
-    return propose

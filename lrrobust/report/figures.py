@@ -13,9 +13,7 @@ from lrrobust.report.naming import name_runs, slug
 from lrrobust.results import Run
 
 
-def sketch_runs(
-    runs: Sequence[Run], summary: pd.DataFrame, kinds: Sequence[str] = ("png", "svg", "pdf")
-) -> Iterator[Sketch]:
+def sketch_runs(runs: Sequence[Run], summary: pd.DataFrame, kinds: Sequence[str] = ("png", "svg", "pdf")) -> Iterator[Sketch]:
     """The figures of runs, for each set of images: robust accuracy against eps by norm, then against passes.
 
     Args:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import inspect
 import math
 import sys
 import warnings
@@ -121,27 +120,29 @@ def test_autoattack_runs_its_standard_evaluation(linear_problem):
     assert distance(problem.images, found.images, "linf").max() <= eps + TOLERANCE
 
 
-def test_torchattacks_gets_the_settings_of_the_attack(attacked):
-    adapter = real("torchattacks")
-    model, _, _ = attacked
-    linf, l2 = (adapter.build_pgd(model, spec, EPS) for spec in PGD.values())
-    for attack in (linf, l2):
-        assert (attack.eps, attack.alpha, attack.steps, attack.random_start) == (EPS, 2 * EPS / 5, 5, True)
-    assert (linf.attack, l2.attack) == ("PGD", "PGDL2")
-    cw = inspect.getclosurevars(adapter.find_attack(CW)).nonlocals["build"](model, math.inf)
-    assert (cw.c, cw.kappa, cw.steps, cw.lr) == (1.5, 0.1, 20, 0.02)
-    assert adapter.find_ensemble("linf") is None
-
-
 class Recorded:
     """A class or function of a library that keeps what it was given."""
 
-    def __init__(self, answer=None):
+    def __init__(self, answer):
         self.given, self.answer = [], answer
 
     def __call__(self, *arguments, **settings):
         self.given.append((arguments, settings))
-        return self.answer(*arguments, **settings) if self.answer else self
+        return self.answer(*arguments, **settings)
+
+
+def test_torchattacks_gets_the_settings_of_the_attack(attacked, monkeypatch):
+    adapter = real("torchattacks")
+    model, images, labels = attacked
+    linf, l2 = (adapter.build_pgd(model, spec, EPS) for spec in PGD.values())
+    for attack in (linf, l2):
+        assert (attack.eps, attack.alpha, attack.steps, attack.random_start) == (EPS, 2 * EPS / 5, 5, True)
+    assert (linf.attack, l2.attack) == ("PGD", "PGDL2")
+    made = Recorded(lambda model, **_: lambda images, labels: images)
+    monkeypatch.setattr(adapter.torchattacks, "CW", made)
+    adapter.find_attack(CW)(model, images, labels, math.inf)
+    assert made.given == [((model,), {"c": 1.5, "kappa": 0.1, "steps": 20, "lr": 0.02})]
+    assert adapter.find_ensemble("linf") is None
 
 
 def test_foolbox_gets_the_settings_of_the_attack(stand_in, attacked):
