@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from lrrobust.errors import ModelError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.out_of_memory import is_out_of_memory
-from lrrobust.threat import Norm, ThreatModel, distance, is_in_box
+from lrrobust.threat import NORMS, Norm, ThreatModel, distance, is_in_box
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,13 @@ class Judgement:
         prediction: of the proposed images.
         is_adversarial: misclassified, in the box and in the ball; bool (N,).
         is_rejected: misclassified, but outside the box or the ball, or not even numbers; bool (N,).
-        linf_distance, l2_distance, l1_distance: from the clean images, pixel units, float64 (N,).
+        distances: from the clean images, by norm, pixel units, float64 (N,).
     """
 
     prediction: Prediction
     is_adversarial: torch.Tensor
     is_rejected: torch.Tensor
-    linf_distance: torch.Tensor
-    l2_distance: torch.Tensor
-    l1_distance: torch.Tensor
-
-    def distance(self, norm: Norm) -> torch.Tensor:
-        """The distances in one norm."""
-        return getattr(self, f"{norm}_distance")
+    distances: Mapping[Norm, torch.Tensor]
 
 
 class Judge:
@@ -112,7 +106,7 @@ class Judge:
             prediction,
             is_misclassified & is_allowed,
             (is_misclassified | ~is_number) & ~is_allowed,
-            *(distance(images, shown, norm) for norm in ("linf", "l2", "l1")),
+            {norm: distance(images, shown, norm) for norm in NORMS},
         )
 
 

@@ -11,15 +11,15 @@ import torch
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.evaluation.judge import Judgement, Prediction
 from lrrobust.evaluation.tasks import Task
-from lrrobust.threat import NORMS, Norm, ThreatModel
+from lrrobust.threat import NORMS, ThreatModel
 
 
 class Outcomes:
     """What is known of a chunk's N images under one attack with L budgets; all tensors on the device.
 
     `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
-    `prediction`, `margin` and the distances (N,) are its own, infinity where there is none. From budget `breaks_at` (N,) on
-    some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each budget, of the
+    `prediction`, `margin` and, by norm, `distances` (N,) are its own, infinity where there is none. From budget `breaks_at`
+    (N,) on some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each budget, of the
     clean image where there was none. Of adversarial images rounded to 8 bits, `quantized` is the nearest verified one, float64
     `quantized_at` the budget from which on it counts, infinity where there is none, and `quantized_prediction` its own.
     """
@@ -29,9 +29,7 @@ class Outcomes:
         self.is_clean_correct = clean.label == labels
         self.prediction, self.margin = clean.label.clone(), clean.margin.clone()
         self.breaks_at = torch.full_like(clean.margin, math.inf)
-        self.linf = torch.full_like(clean.margin, math.inf)
-        self.l2 = torch.full_like(clean.margin, math.inf)
-        self.l1 = torch.full_like(clean.margin, math.inf)
+        self.distances = {norm: torch.full_like(clean.margin, math.inf) for norm in NORMS}
         self.last_prediction, self.last_margin = clean.label.repeat(levels, 1), clean.margin.repeat(levels, 1)
         self.is_rejected = torch.zeros_like(self.last_prediction, dtype=torch.bool)
         self.quantized: torch.Tensor | None = None
@@ -45,15 +43,14 @@ class Outcomes:
 
     def enter(self, rows: torch.Tensor, proposed: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> torch.Tensor:
         """Keeps the nearest adversarial image of each row; which rows are broken within their eps by now, bool (M,)."""
-        nearest, found = self.distance(threat.norm), verdict.distance(threat.norm)
-        is_nearer = verdict.is_adversarial & (found < nearest[rows])
+        found = verdict.distances[threat.norm]
+        is_nearer = verdict.is_adversarial & (found < self.distances[threat.norm][rows])
         better = rows[is_nearer]
         self.nearest[better] = proposed[is_nearer].detach().to(self.nearest)
         self.prediction[better] = verdict.prediction.label[is_nearer]
         self.margin[better] = verdict.prediction.margin[is_nearer]
-        self.linf[better] = verdict.linf_distance[is_nearer]
-        self.l2[better] = verdict.l2_distance[is_nearer]
-        self.l1[better] = verdict.l1_distance[is_nearer]
+        for norm in NORMS:
+            self.distances[norm][better] = verdict.distances[norm][is_nearer]
         # Of every proposal, not of the nearest alone: its distance may exceed its eps by the tolerance of the ball, and one
         # of a larger eps be nearer by less than that.
         eps = torch.as_tensor(threat.eps).to(found).expand_as(found)
@@ -63,7 +60,7 @@ class Outcomes:
 
     def enter_quantized(self, rows: torch.Tensor, rounded: torch.Tensor, verdict: Judgement, threat: ThreatModel) -> None:
         """Keeps the nearest adversarial image of 8 bits of each row."""
-        reached = verdict.distance(threat.norm).minimum(torch.as_tensor(threat.eps).to(self.quantized_at))
+        reached = verdict.distances[threat.norm].minimum(torch.as_tensor(threat.eps).to(self.quantized_at))
         is_nearer = verdict.is_adversarial & (reached < self.quantized_at[rows])
         better = rows[is_nearer]
         if self.quantized is None:
@@ -71,10 +68,6 @@ class Outcomes:
         self.quantized[better] = rounded[is_nearer].to(self.quantized)
         self.quantized_at[better] = reached[is_nearer]
         self.quantized_prediction[better] = verdict.prediction.label[is_nearer]
-
-    def distance(self, norm: Norm) -> torch.Tensor:
-        """Of the nearest adversarial images, in one norm."""
-        return {"linf": self.linf, "l2": self.l2, "l1": self.l1}[norm]
 
     def enter_last(self, levels: torch.Tensor, rows: torch.Tensor, verdict: Judgement, is_last: torch.Tensor) -> None:
         """Keeps what became of those proposals that were the last of their start."""

@@ -35,9 +35,7 @@ def make_rows(
         outcomes.breaks_at.tolist(),
         outcomes.prediction.tolist(),
         outcomes.margin.tolist(),
-        outcomes.linf.tolist(),
-        outcomes.l2.tolist(),
-        outcomes.l1.tolist(),
+        zip(*(outcomes.distances[norm].tolist() for norm in NORMS), strict=True),
         outcomes.quantized_at.tolist(),
         earlier.tolist(),
         strict=True,
@@ -69,7 +67,7 @@ def make_rows(
         )
         for image, proposal in zip(images, at_eps, strict=True):
             index, key, wnid, label, clean_prediction, clean_margin, is_clean_correct, found = image
-            ever_broken, breaks_at, prediction, margin, linf, l2, l1, quantized_at, broken_earlier_at = found
+            ever_broken, breaks_at, prediction, margin, lengths, quantized_at, broken_earlier_at = found
             wall_s, forwarded, backwarded, last_prediction, last_margin, is_rejected = proposal
             is_broken = ever_broken and breaks_at <= step.eps
             # Infinity stands for never, also where the budget is infinite.
@@ -103,9 +101,7 @@ def make_rows(
                     "adversarial_prediction": (prediction if is_broken else last_prediction) if has_proposal else None,
                     "is_broken": is_broken or was_broken_before or not is_clean_correct,
                     "outcome": outcome,
-                    "linf_distance": linf if is_broken else None,
-                    "l2_distance": l2 if is_broken else None,
-                    "l1_distance": l1 if is_broken else None,
+                    **{f"{norm}_distance": length if is_broken else None for norm, length in zip(NORMS, lengths)},
                     "is_broken_quantized": is_broken_quantized,
                     "clean_margin": clean_margin,
                     "adversarial_margin": (margin if is_broken else last_margin) if has_proposal else None,

@@ -49,8 +49,8 @@ def test_only_what_is_wrong_and_allowed_is_adversarial(judge, clean):
     judgement = judge.judge(images, labels, proposed, ThreatModel("linf", 0.04), KEYS)
     assert judgement.is_adversarial.tolist() == [True, False, False, False]
     assert judgement.is_rejected.tolist() == [False, True, False, False]
-    torch.testing.assert_close(judgement.linf_distance[:3], torch.tensor([0.03, 0.05, 0.01]).double(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(judgement.l2_distance[1], torch.tensor(0.05 * 48**0.5).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(judgement.distances["linf"][:3], torch.tensor([0.03, 0.05, 0.01]).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(judgement.distances["l2"][1], torch.tensor(0.05 * 48**0.5).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bad_value", [1.01, -0.01, float("nan"), float("inf")])
@@ -204,7 +204,7 @@ def test_distances_are_from_the_images_as_they_came(linear_problem):
     images, proposed = problem.images.clone(), problem.images + 0.25
     found = judge.judge(images, problem.labels, proposed, ThreatModel("linf", 0.25), keys)
     assert torch.equal(images, problem.images) and torch.equal(proposed, problem.images + 0.25)
-    assert found.linf_distance.tolist() == pytest.approx([0.25] * 6, abs=1e-6)
+    assert found.distances["linf"].tolist() == pytest.approx([0.25] * 6, abs=1e-6)
 
 
 def test_readme_judges_images_of_an_attack_of_ones_own(clean):

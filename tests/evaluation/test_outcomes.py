@@ -46,7 +46,7 @@ def enter(problem, judge, outcomes):
 
 def test_the_nearest_is_kept_in_whatever_order_they_come(enter, outcomes, problem):
     assert enter(0.2, 0.3) and enter(0.05, 0.3) and enter(0.1, 0.3)
-    assert outcomes.linf[0] == pytest.approx(0.05, abs=1e-6)
+    assert outcomes.distances["linf"][0] == pytest.approx(0.05, abs=1e-6)
     assert (outcomes.nearest[0] - problem.images[0]).abs().max() == pytest.approx(0.05, abs=1e-6)
     assert outcomes.breaks_at[0] == pytest.approx(0.05, abs=1e-6)
     assert outcomes.prediction[0] != problem.labels[0] and outcomes.margin[0] < 0
@@ -55,13 +55,13 @@ def test_the_nearest_is_kept_in_whatever_order_they_come(enter, outcomes, proble
 
 def test_what_lies_beyond_its_ball_is_not_kept(enter, outcomes):
     assert not enter(0.2, 0.1)
-    assert not outcomes.is_broken.any() and math.isinf(outcomes.linf[0])
+    assert not outcomes.is_broken.any() and math.isinf(outcomes.distances["linf"][0])
 
 
 def test_what_the_tolerance_of_the_ball_let_in_counts_at_its_eps(enter, outcomes):
     eps = 0.1
     assert enter(eps + 5e-7, eps)
-    assert outcomes.breaks_at[0] <= torch.tensor(eps) < outcomes.linf[0]
+    assert outcomes.breaks_at[0] <= torch.tensor(eps) < outcomes.distances["linf"][0]
 
 
 def test_an_image_found_far_away_is_not_broken_at_a_smaller_eps(enter):
