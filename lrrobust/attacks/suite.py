@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -80,12 +80,12 @@ def load_suite(
         names: shipped names ("pgd", "standard") or YAML files. A string is a file if it ends in
             .yaml or .yml, or contains a path separator. And attacks of one's own, in Python or as
             "path/to/file.py:attack", which runs the file.
-        eps, steps, restarts, precision, eot_iter: replace these settings in every attack that has them, see `override`;
-            those that have not stay as they are.
+        eps, steps, restarts, precision, eot_iter: replace these settings in every attack that has them; those that have not
+            stay as they are. Budgets are in pixel units of [0, 1], or strings such as "8/255".
 
     Raises:
         ConfigError: a file cannot be read or is wrong, two files share a name, a suite includes
-            itself, or no attack has a setting that is to be replaced.
+            itself, no attack has a setting that is to be replaced, or its new value is not valid.
         UnknownNameError: no such attack or suite is shipped.
     """
     if not names:
@@ -107,7 +107,7 @@ def load_suite(
             "eps cannot be replaced in attacks of several norms at once"
             f" ({', '.join(f'{spec.name}: {spec.norm}' for spec in specs)}); evaluate each norm by itself"
         )
-    given = {"eps": eps, "steps": steps, "restarts": restarts, "precision": precision, "eot_iter": eot_iter}
+    given = {"eps": eps and list(eps), "steps": steps, "restarts": restarts, "precision": precision, "eot_iter": eot_iter}
     changes = {key: value for key, value in given.items() if value is not None}
     for key in changes:
         without = ", ".join(spec.name for spec in specs if key not in type(spec).model_fields)
@@ -115,41 +115,14 @@ def load_suite(
             raise ConfigError(f"{without}: no {key!r} to replace; leave this setting out")
         if without:
             _log.warning("%s: left as it is in what has no such setting: %s", key, without)
-    return tuple(
-        override(spec, **{key: value for key, value in changes.items() if key in type(spec).model_fields}) for spec in specs
-    )
+    return tuple(_override(spec, changes) for spec in specs)
 
 
-def override(
-    spec: AttackSpec,
-    *,
-    eps: Sequence[float | str] | None = None,
-    steps: int | None = None,
-    restarts: int | None = None,
-    precision: Precision | None = None,
-    eot_iter: int | None = None,
-) -> AttackSpec:
-    """Return `spec` with the given settings replaced and checked again; None leaves one as it is.
-
-    Args:
-        eps: budgets in pixel units of [0, 1], or strings such as "8/255".
-
-    Raises:
-        ConfigError: attacks of this kind have no such setting, or the value is not valid.
-    """
-    given = {
-        "eps": None if eps is None else list(eps),
-        "steps": steps,
-        "restarts": restarts,
-        "precision": precision,
-        "eot_iter": eot_iter,
-    }
-    changes = {key: value for key, value in given.items() if value is not None}
+def _override(spec: AttackSpec, changes: Mapping[str, Any]) -> AttackSpec:
+    """A spec with some settings replaced and checked again, as far as attacks of its kind have them."""
+    changes = {key: value for key, value in changes.items() if key in type(spec).model_fields}
     if not changes:
         return spec
-    for key in changes:
-        if key not in type(spec).model_fields:
-            raise ConfigError(f"{spec.name}: attacks of kind {spec.kind!r} have no {key!r} to replace")
     settings = {**spec.model_dump(mode="json"), **changes}
     if isinstance(spec, CustomSpec):
         return check_custom({**settings, "passes": spec.passes}, spec.propose)

@@ -8,7 +8,7 @@ import yaml
 from lrrobust.attacks import suite as suite_module
 from lrrobust.attacks.build import Attack
 from lrrobust.attacks.specs import RESERVED_NAME, PgdSpec
-from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, override, read_settings
+from lrrobust.attacks.suite import AttackListing, list_attacks, load_suite, read_settings
 from lrrobust.config_file import MAX_FILE_BYTES
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.report.naming import WORST_CASE
@@ -220,26 +220,25 @@ def test_attacks_without_a_setting_keep_theirs_and_this_is_said(caplog):
 
 def test_overrides_replace_and_are_checked():
     (pgd,) = load_suite(["pgd"])
-    changed = override(pgd, eps=["1/255", 0.5], steps=7, restarts=3)
+    (changed,) = load_suite(["pgd"], eps=["1/255", 0.5], steps=7, restarts=3)
     assert (changed.eps, changed.steps, changed.restarts) == ((1 / 255, 0.5), 7, 3)
     assert changed.model_copy(update={"eps": pgd.eps, "steps": 20, "restarts": 1}) == pgd
-    assert override(pgd) == pgd
     assert load_suite(["pgd", "pgd_l2"], steps=7)[1].steps == 7
     (fgsm, _) = load_suite(["quick"], eps=("1/255",))
     assert fgsm.eps == (1 / 255,)
 
     with pytest.raises(ConfigError, match="fgsm, cw: no 'restarts' to replace"):
         load_suite(["fgsm", "cw"], restarts=3)
-    with pytest.raises(ConfigError, match="fgsm: attacks of kind 'fgsm' have no 'steps' to replace"):
-        override(fgsm, steps=3)
+    with pytest.raises(ConfigError, match="fgsm: no 'steps' to replace"):
+        load_suite(["fgsm"], steps=3)
     with pytest.raises(ConfigError, match="pgd: steps: expected at least 1, found 0"):
-        override(pgd, steps=0)
+        load_suite(["pgd"], steps=0)
     with pytest.raises(ConfigError, match="pgd: eps.0: expected a number or a fraction .* found '4/'"):
-        override(pgd, eps=["4/"])
+        load_suite(["pgd"], eps=["4/"])
     with pytest.raises(ConfigError, match="pgd: eps: expected budgets in ascending order"):
-        override(pgd, eps=[0.5, 0.25])
+        load_suite(["pgd"], eps=[0.5, 0.25])
     with pytest.raises(ConfigError, match="pgd: eps"):
-        override(pgd, eps=[])
+        load_suite(["pgd"], eps=[])
     with pytest.raises(ConfigError, match="several norms.*pgd: linf, pgd_l2: l2"):
         load_suite(["standard"], eps=[0.5])
 
