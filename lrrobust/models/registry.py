@@ -103,7 +103,8 @@ def load_classifier(
 
 def _load_own(name: str, weights: str | None, classes: Sequence[str] | None, input_size: int | None) -> Classifier:
     if weights == NO_WEIGHTS:
-        return _random_classifier(name, build_network(name, len(_need(classes, name))), _need(classes, name))
+        known = tuple(_need(classes, name))
+        return Classifier(build_network(name, len(known)), known, DEFAULT_INPUT_SIZE, 256, weights="random")
     shipped = SHIPPED_WEIGHTS.get(name, {})
     is_shipped = weights is None or weights in shipped
     path = _shipped_path(name, weights) if is_shipped else Path(weights)
@@ -147,10 +148,6 @@ def _shipped_path(name: str, weights: str | None) -> Path:
     return path
 
 
-def _random_classifier(name: str, network: nn.Module, classes: Sequence[str]) -> Classifier:
-    return Classifier(network, tuple(classes), DEFAULT_INPUT_SIZE, 256, weights="random")
-
-
 def _need(classes: Sequence[str] | None, what: str) -> Sequence[str]:
     if classes is None:
         raise ModelError(
@@ -191,28 +188,27 @@ def _load_torchvision(
             )
         known = [*NETWORKS, *models.list_models(module=models)]
         raise UnknownNameError("model", name, known, "timm:NAME, or path/to/file.py:factory for your own")
-    if weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file()):
-        known = _classes_of_foreign(name, weights, classes, imagenet_classes)
-        preset = models.get_model_weights(name)["DEFAULT"].transforms()
-        network = _Normalized(models.get_model(name, weights=None, num_classes=len(known)), preset.mean, preset.std)
-        interpolation = preset.interpolation.value
-        return _finish_foreign(
-            name, network, weights, known, preset.crop_size[0], preset.resize_size[0], _known_interpolation(interpolation)
-        )
+    is_given = weights is not None and (weights == NO_WEIGHTS or Path(weights).is_file())
     try:
-        chosen = models.get_model_weights(name)[weights or "DEFAULT"]
+        chosen = models.get_model_weights(name)["DEFAULT" if is_given else weights or "DEFAULT"]
     except KeyError:
         known_names = [entry.name for entry in models.get_model_weights(name)]
         raise UnknownNameError(f"weights of {name} (nor is there such a file)", str(weights), known_names) from None
-    module = _download(name, lambda: models.get_model(name, weights=chosen))
+    if is_given:
+        known = _classes_of_foreign(name, weights, classes, imagenet_classes)
+        module = models.get_model(name, weights=None, num_classes=len(known))
+        label = _fill(module, weights)
+    else:
+        known, label = imagenet_classes, f"torchvision {chosen.name}"
+        module = _download(name, lambda: models.get_model(name, weights=chosen))
     preset = chosen.transforms()
     return Classifier(
         _Normalized(module, preset.mean, preset.std),
-        tuple(imagenet_classes),
+        tuple(known),
         preset.crop_size[0],
         preset.resize_size[0],
         _known_interpolation(preset.interpolation.value),
-        weights=f"torchvision {chosen.name}",
+        weights=label,
     )
 
 
@@ -233,16 +229,17 @@ def _load_timm(name: str, weights: str | None, classes: Sequence[str] | None, im
             f"timm:{name} has {module.num_classes} classes, expected the {len(known)} of ImageNet-1k: "
             "choose weights fine-tuned on it, or wrap the model in a file.py:factory with its class list"
         )
+    label = f"timm {module.pretrained_cfg.get('tag') or 'default'}" if pretrained else _fill(module, weights)
     config = timm.data.resolve_model_data_config(module)
     size = config["input_size"][-1]
-    interpolation = _known_interpolation(config["interpolation"])
-    network = _Normalized(module, config["mean"], config["std"])
-    if pretrained:
-        tag = module.pretrained_cfg.get("tag") or "default"
-        return Classifier(
-            network, tuple(known), size, max(size, round(size / config["crop_pct"])), interpolation, weights=f"timm {tag}"
-        )
-    return _finish_foreign(f"timm:{name}", network, weights, known, size, round(size / config["crop_pct"]), interpolation)
+    return Classifier(
+        _Normalized(module, config["mean"], config["std"]),
+        tuple(known),
+        size,
+        max(size, round(size / config["crop_pct"])),
+        _known_interpolation(config["interpolation"]),
+        weights=label,
+    )
 
 
 def _classes_of_foreign(
@@ -266,15 +263,13 @@ class _Normalized(nn.Module):
         return self.network(self.normalization(images))
 
 
-def _finish_foreign(
-    name: str, network: _Normalized, weights: str | None, classes: Sequence[str], size: int, resize: int, interpolation: Any
-) -> Classifier:
-    label = "random"
-    if weights is not None and weights != NO_WEIGHTS:
-        state, _ = read_weights(Path(weights))
-        fit_weights(network.network, state, weights)
-        label = Path(weights).name
-    return Classifier(network, tuple(classes), size, resize, interpolation, weights=label)
+def _fill(module: nn.Module, weights: str) -> str:
+    """Loads a file of weights, unless random ones were asked for; what to call them."""
+    if weights == NO_WEIGHTS:
+        return "random"
+    state, _ = read_weights(Path(weights))
+    fit_weights(module, state, weights)
+    return Path(weights).name
 
 
 def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -327,7 +322,5 @@ def _load_user_model(name: str, weights: str | None, classes: Sequence[str] | No
             f"{name} brings its own weights, {weights!r} is for networks known by name: "
             f"leave --weights out, or give {OWN_WEIGHTS}"
         )
-    state, _ = read_weights(Path(weights))
-    fit_weights(made.module, state, weights)
     # By which recipe the model's own weights were trained says nothing of these.
-    return replace(made, weights=Path(weights).name, recipe="", followed="")
+    return replace(made, weights=_fill(made.module, weights), recipe="", followed="")
