@@ -76,12 +76,12 @@ def explain_mistakes(
         known = sorted(set(_fields_at(model, where)) - set(given))
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-        return f"{_dotted([*where, key])}: unknown key, {hint}"
+        return f"{dotted([*where, key])}: unknown key, {hint}"
     missing = [each["loc"][len(within) :] for each in mistakes if each["type"] == "missing"]
     if missing:
         # All at once: who writes a file would otherwise meet them one by one.
         present = [str(key) for key in _value_at(data, missing[0][:-1]) if key not in given]
-        return f"expected also {', '.join(map(_dotted, missing))}, found only {', '.join(present) or 'nothing'}"
+        return f"expected also {', '.join(map(dotted, missing))}, found only {', '.join(present) or 'nothing'}"
     # Of what a key may be, every kind of value is a mistake of its own.
     path = _path(mistakes[0], data, within)
     alternatives = dict.fromkeys(describe_mistake(each) for each in mistakes if _path(each, data, within) == path)
@@ -89,7 +89,7 @@ def explain_mistakes(
         return next(iter(alternatives))
     first, *others = alternatives
     expected = " or ".join([first, *(other.removeprefix("expected ") for other in others)])
-    return f"{_dotted(path)}: {expected}, found {brief(mistakes[0]['input'])}"
+    return f"{dotted(path)}: {expected}, found {brief(mistakes[0]['input'])}"
 
 
 def brief(value: Any) -> str:
@@ -98,7 +98,7 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _dotted(path: Sequence[str | int]) -> str:
+def dotted(path: Sequence[str | int]) -> str:
     """A path as messages show it, in one line; an empty key in quotes."""
     return " ".join(".".join(str(part) or "''" for part in path).split())
 

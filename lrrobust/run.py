@@ -21,7 +21,7 @@ from lrrobust.data.sources import open_dataset
 from lrrobust.data.subset import read_indices
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
-from lrrobust.mistakes import brief, describe_mistake
+from lrrobust.mistakes import brief, describe_mistake, dotted
 from lrrobust.models import Classifier, load_classifier
 from lrrobust.planned_evaluation import Evaluation, NamedClassifier, plan_evaluation
 from lrrobust.processes import choose_device
@@ -105,7 +105,7 @@ class EvaluationRequest:
             request = TypeAdapter(cls).validate_json(json.dumps(record), strict=True)
         except ValidationError as error:
             mistake = error.errors(include_url=False)[0]
-            where = " ".join(".".join(str(part) for part in mistake["loc"]).split())
+            where = dotted(mistake["loc"])
             raise ConfigError(f"request: {where}: {describe_mistake(mistake)}, found {brief(mistake['input'])}") from None
         return dataclasses.replace(request, **changes)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic_core import PydanticCustomError
 
 from lrrobust.errors import BaselineError, ConfigError, StoreError
-from lrrobust.mistakes import describe_mistake
+from lrrobust.mistakes import describe_mistake, dotted
 from lrrobust.norm import Norm
 from lrrobust.results import Run, fingerprint_of, write_file
 
@@ -309,8 +309,7 @@ def read_baseline(path: Path) -> Baseline:
         mistakes = error.errors(include_url=False)
         # Another version explains everything else that does not fit.
         mistake = next((each for each in mistakes if each["loc"][:1] == ("schema_version",)), mistakes[0])
-        where = " ".join(".".join(str(part) for part in mistake["loc"]).split())
-        message = describe_mistake(mistake)
+        message, where = describe_mistake(mistake), dotted(mistake["loc"])
     raise BaselineError(
         f"baseline {path}: {where + ': ' if where else ''}{message[:300]}; restore the file, "
         "or rewrite it with --update --run FOLDER"
