@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.mistakes import brief, explain_mistakes
@@ -18,6 +18,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 #: A configuration is a page of text; YAML parses about 1 MB in ten seconds.
 MAX_FILE_BYTES = 64 * 1024
+
+
+class Settings(BaseModel):
+    """Base of what files say: frozen, and strict, so that `steps: true` is not 1 and no key is too many."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -13,8 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
@@ -23,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lrrobust.config_file import Settings
 from lrrobust.eps import Ladder
 from lrrobust.gradient_rules import GradientOf
 from lrrobust.norm import LinfOrL2, Norm
@@ -54,11 +53,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Description = Annotated[str, StringConstraints(max_length=400)]
 
 
-class _Spec(BaseModel):
-    # Strict: `steps: true` is not 1 and `steps: "20"` is not 20. Forbidding extra keys catches typos,
-    # which would otherwise leave a default in force.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+class _Spec(Settings):
     #: Whether the attack knows no budget, but looks for the nearest adversarial image of each image.
     minimises: ClassVar[bool] = False
     #: Whether it follows gradients, rather than answers alone; and whether of answers it needs more than the class.

@@ -21,11 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lrrobust.attacks.custom import CustomAttack, check_custom, load_custom
 from lrrobust.attacks.specs import AttackSpec, CustomSpec, Description, Precision
-from lrrobust.config_file import is_path, read_mapping
+from lrrobust.config_file import Settings, is_path, read_mapping
 from lrrobust.eps import write_eps
 from lrrobust.errors import ConfigError, UnknownNameError
 from lrrobust.mistakes import brief, explain_mistakes
@@ -46,9 +46,7 @@ _CALLED_ELSEWHERE = {
 }  # fmt: skip
 
 
-class _Suite(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+class _Suite(Settings):
     kind: Literal["suite"]
     description: Description = ""
     attacks: Annotated[tuple[str, ...], Field(min_length=1)]

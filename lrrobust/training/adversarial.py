@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from lrrobust.attacks.ball import project, unit
+from lrrobust.config_file import Settings
 from lrrobust.eps import Eps
 from lrrobust.frozen import frozen
 from lrrobust.norm import LinfOrL2
 
 
-class AdversarialSpec(BaseModel):
+class AdversarialSpec(Settings):
     """The attack a network is trained against, in the terms of the attacks that evaluate it.
 
     One step from a random start is fast adversarial training (Wong, Rice and Kolter, Fast is better than free,
     ICLR 2020, algorithm 3; they step 1.25 eps); more steps are PGD adversarial training (Madry et al., Towards
     Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, section 2).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     norm: LinfOrL2
     #: Budget in pixel units of [0, 1], as in 4/255.

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from scipy.special import betaincinv
 
+from lrrobust.config_file import Settings
 
-class MixingSpec(BaseModel):
+
+class MixingSpec(Settings):
     """How images are mixed; where both ways are on, each takes half of the images that are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     #: The image's own share is drawn from Beta(alpha, alpha); 0 switches this way off.
     mixup_alpha: float = Field(ge=0)

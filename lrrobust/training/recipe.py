@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from lrrobust.config_file import check_keys, locate, read_mapping
+from lrrobust.config_file import Settings, check_keys, locate, read_mapping
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.errors import ConfigError
 from lrrobust.models.residual import DEFAULT_STEM, Stem
@@ -22,19 +22,15 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Phase(BaseModel):
+class Phase(Settings):
     """Some epochs at one image size; small images first make training cheaper (progressive resizing)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     epochs: int = Field(ge=1)
     size: int = Field(ge=16, le=1024)
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """A complete training recipe; the same one trains an LR-Net and its control."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
