@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from lrrobust.run import EvaluationRequest
 
 
+# Options of several commands.
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+_InputSize = Annotated[
+    Optional[int], typer.Option(min=1, help="Side of the images in pixels, instead of what the weights state.")
+]
+_EvaluateOn = Annotated[
+    Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
+]
+_Note = Annotated[str, typer.Option(help="Kept in the weights' metadata.")]
+
 app = typer.Typer(
     name="lrrobust",
     cls=Commands,
@@ -111,9 +121,7 @@ def evaluate(
             help="Class list of weights that carry none: tiny-imagenet-200, imagenet-1k, cifar-10, cifar-100, or a text file."
         ),
     ] = None,
-    input_size: Annotated[
-        Optional[int], typer.Option(min=1, help="Side of the images in pixels, instead of what the weights state.")
-    ] = None,
+    input_size: _InputSize = None,
     eps: Annotated[
         Optional[list[str]],
         typer.Option(help="Budgets instead of the attack's, as 1/255,2/255; repeatable; all attacks must share a norm."),
@@ -145,7 +153,7 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images of a chunk passed through the model at once; part of a run's identity.")
     ] = DEFAULT_BATCH_SIZE,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="Each run gets a folder of its own in here.")] = Path("reports/runs"),
     share: Annotated[
         bool,
@@ -286,7 +294,7 @@ def check(
         Optional[list[str]], typer.Option(help="Where the weights are now; once for each of the baseline's models.")
     ] = None,
     dataset: Annotated[Optional[str], typer.Option("--dataset", "-d", help="Where the data set is now.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: _Device = "auto",
     out: Annotated[
         Optional[Path], typer.Option(help="Keep the fresh run in here, so that it can be resumed; default: not kept.")
     ] = None,
@@ -513,8 +521,8 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="Images written by `lrrobust export`.")],
     model: Annotated[str, typer.Option("--model", "-m", help="As for eval: the model of the run, or any other.")],
     weights: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
-    input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    input_size: _InputSize = None,
+    device: _Device = "auto",
 ) -> None:
     """Read exported images back and judge them again: exit code 1 when one no longer fools the model it was made for."""
     from lrrobust.console.products import print_verification
@@ -534,16 +542,14 @@ def train(
     model: Annotated[str, typer.Option("--model", "-m", help="lr_resnet26/50/101 or resnet26/50/101.")],
     data: Annotated[str, typer.Option(help="Training images: folder, zip, tar, or archives as a glob.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "tiny_imagenet_short",
-    evaluate_on: Annotated[
-        Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
-    ] = None,
+    evaluate_on: _EvaluateOn = None,
     name: Annotated[str, typer.Option(help="Name of the weights, as in TINY_IMAGENET_V1.")] = "CUSTOM",
-    note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
+    note: _Note = "",
     out: Annotated[
         Optional[Path],
         typer.Option(help="Folder of checkpoint, log and weights.", show_default="reports/training/MODEL"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: _Device = "auto",
     initial_weights: Annotated[
         Optional[Path], typer.Option(help="File of weights to go on from instead of fresh ones.")
     ] = None,
@@ -608,11 +614,9 @@ def average(
             "--share", help="Weight of each file in the mean, in order: above 0, divided by their sum.", show_default="alike"
         ),
     ] = None,
-    evaluate_on: Annotated[
-        Optional[list[str]], typer.Option("--evaluate-on", help="Data set to measure the result on; repeatable.")
-    ] = None,
+    evaluate_on: _EvaluateOn = None,
     name: Annotated[str, typer.Option(help="Name of the weights.")] = "AVERAGE",
-    note: Annotated[str, typer.Option(help="Kept in the weights' metadata.")] = "",
+    note: _Note = "",
     out: Annotated[Path, typer.Option(help="Folder of the file.")] = Path("reports/training"),
 ) -> None:
     """Average weights of trainings that went on from one another: often better than each of them."""
@@ -661,7 +665,7 @@ def bench(
         ),
     ] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.", show_default="as torch")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:
     """Time the operation, gradient steps, attack loops, the harness and reports, and try the folder of a large run.
@@ -717,7 +721,7 @@ def crosscheck(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the subset, and of all random starts.")] = 0,
     weights: Annotated[Optional[list[str]], typer.Option(help="As for eval; once for each --model.")] = None,
     classes: Annotated[Optional[str], typer.Option(help="As for eval.")] = None,
-    input_size: Annotated[Optional[int], typer.Option(min=1, help="As for eval.")] = None,
+    input_size: _InputSize = None,
     eps: Annotated[
         Optional[list[str]], typer.Option(help="Budgets instead of the attack's; peers attack at each anew.")
     ] = None,
@@ -726,7 +730,7 @@ def crosscheck(
         typer.Option(help="Which of these to compare at; each takes the peers a run of theirs.", show_default="all"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images passed through the model at once.")] = DEFAULT_BATCH_SIZE,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: _Device = "auto",
     runs: Annotated[Path, typer.Option(help="Our own runs get a folder in here, as with eval.")] = Path("reports/runs"),
     out: Annotated[Path, typer.Option(help="Folder of the tables (CSV).")] = Path("reports/crosscheck"),
 ) -> None:
