@@ -15,6 +15,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.bench.interleaved import OnTurn, say_nothing, time_interleaved, wait_for
+from lrrobust.data.tensor_images import TensorImages
 from lrrobust.errors import ConfigError
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE
 from lrrobust.evaluation.engine import evaluate
@@ -121,6 +122,7 @@ def build_evaluation(
     seed: int,
 ) -> Callable[[], list[float]]:
     """An evaluation of one attack as `lrrobust eval` makes it, into a folder that is deleted; robust accuracy at each eps."""
+    at_hand = TensorImages("at hand", images, labels, [str(label) for label in range(num_classes)])
     tasks = plan_tasks([spec], len(images), chunk_size)
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -138,7 +140,7 @@ def build_evaluation(
             evaluate(
                 model,
                 num_classes,
-                _ImagesAtHand(images, labels),
+                at_hand,
                 tasks,
                 store,
                 fingerprint=manifest["fingerprint"],
@@ -150,22 +152,6 @@ def build_evaluation(
         return [1 - float(rows[rows["eps"] == eps]["is_broken"].mean()) for eps in spec.eps]
 
     return run
-
-
-class _ImagesAtHand:
-    """Images in memory, as the engine takes them."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        self.images, self.label_tensor = images, labels
-        self.labels = labels.tolist()
-        self.indices = list(range(len(images)))
-        self.keys = self.wnids = [str(index) for index in self.indices]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images[positions[0] : positions[-1] + 1], self.label_tensor[positions[0] : positions[-1] + 1]
 
 
 class Done(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 
 from lrrobust.attacks.suite import load_suite
 from lrrobust.bench.interleaved import OnTurn, say_nothing
+from lrrobust.data.tensor_images import TensorImages
 from lrrobust.evaluation.chunk_attack import Surrogate
 from lrrobust.evaluation.chunks import DEFAULT_BATCH_SIZE
 from lrrobust.evaluation.engine import evaluate
@@ -52,22 +53,6 @@ class SharedWork:
     side: int = 32
     steps: int = 5
     chunk_size: int = DEFAULT_BATCH_SIZE
-
-
-class _RandomImages:
-    def __init__(self, count: int, side: int) -> None:
-        self.pixels = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
-        self.indices = range(count)
-        self.keys = [f"{index}.png" for index in self.indices]
-        self.wnids = ["random"] * count
-        self.labels = [0] * count
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = list(positions)
-        return self.pixels[chosen], torch.tensor([self.labels[position] for position in chosen])
 
 
 def compare_sharing(
@@ -121,10 +106,12 @@ def _evaluate(work: SharedWork, folder: Path, rank: int, count: int, begin: Barr
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = fold_constants(NETWORKS[work.network](_CLASSES).to(memory_format=torch.channels_last)).eval()
-    images = _RandomImages(work.images, work.side)
+    shape = work.images, 3, work.side, work.side
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
     with torch.no_grad():
         # What the network says is right: every image is attacked.
-        images.labels = torch.cat([network(part).argmax(1) for part in images.pixels.split(work.chunk_size)]).tolist()
+        labels = torch.cat([network(part).argmax(1) for part in pixels.split(work.chunk_size)])
+    images = TensorImages("random", pixels, labels, [str(label) for label in range(_CLASSES)])
     specs = load_suite(("pgd",), eps=("4/255",), steps=work.steps)
     tasks = plan_tasks(specs, len(images), work.chunk_size)
     manifest = {
