@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lrrobust.data.file_trees import FileTree, Span, Spool
+from lrrobust.data.file_trees import FileTree, Spool, SpooledTree
 from lrrobust.data.image_source import IMAGE_SUFFIXES
 from lrrobust.data.layouts import LabelledFile, Labelling
 from lrrobust.errors import DataError
@@ -74,7 +74,7 @@ def find_batches(tree: FileTree) -> list[tuple[str, _Edition]]:
     ]
 
 
-class CifarTree(FileTree):
+class CifarTree(SpooledTree):
     """The images of one split, all of which are put into `spool` as BMP files.
 
     They are called after the split and their place in it, from 0, which is the same in both formats.
@@ -93,9 +93,8 @@ class CifarTree(FileTree):
     """
 
     def __init__(self, tree: FileTree, found: Sequence[tuple[str, _Edition]], split: str | None, spool: Spool) -> None:
-        super().__init__(tree.path, ())
-        self._tree, self._spool = tree, spool
-        self._spans: dict[str, Span] = {}
+        super().__init__(tree.path, (), spool)
+        self._tree = tree
         if len(found) > 1:
             where = ", ".join(repr(posixpath.join(folder, edition.names)) for folder, edition in found)
             raise DataError(f"{self.path}: expected CIFAR once, found {where}; give the folder or archive of the one to read")
@@ -116,13 +115,10 @@ class CifarTree(FileTree):
             rows = pixels.reshape(-1, 3, _SIDE, _SIDE)[:, ::-1].transpose(0, 2, 3, 1)
             for label, image in zip(labels, rows, strict=True):
                 name = f"{split}-{len(labelled):05d}"
-                self._spans[name] = spool.append(_BMP_HEADER + image.tobytes())
+                self._put(name, _BMP_HEADER + image.tobytes())
                 labelled.append(LabelledFile(names[label], name))
         self._names = set(self._spans)
         self.labelling = Labelling(labelled, split, True, tree.ignored_count, Counter())
-
-    def read(self, name: str) -> bytes:
-        return self._spool.read(self._spans[name])
 
     def _read_names(self, path: str) -> list[str]:
         content = self._tree.read(path)

@@ -366,14 +366,33 @@ class TarTree(FileTree):
         return data
 
 
-class CompressedTarTree(FileTree):
-    """A compressed tar: streamed once, what is wanted of it put into `spool`."""
+class SpooledTree(FileTree):
+    """Files that can be read in one order only, and are put into `spool` as they come."""
 
     def __init__(self, path: Path, suffixes: Sequence[str], spool: Spool) -> None:
         super().__init__(path, suffixes)
         self._spool = spool
         self._spans: dict[str, Span] = {}
         self._oversized: dict[str, int] = {}
+
+    def _put(self, name: str, content: bytes) -> None:
+        """Keeps a file; of one that is too large its size, which reading it says."""
+        if len(content) > MAX_MEMBER_BYTES:
+            self._oversized[name] = len(content)
+        else:
+            self._spans[name] = self._spool.append(content)
+
+    def read(self, name: str) -> bytes:
+        if name in self._oversized:
+            self._check_size(name, self._oversized[name])
+        return self._spool.read(self._spans[name])
+
+
+class CompressedTarTree(SpooledTree):
+    """A compressed tar: streamed once."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str], spool: Spool) -> None:
+        super().__init__(path, suffixes, spool)
         decompress = next(open_ for suffix, open_ in _DECOMPRESSORS.items() if path.name.lower().endswith(suffix))
         try:
             most = most_unpacked_bytes(path)
@@ -382,7 +401,7 @@ class CompressedTarTree(FileTree):
                     if member.size > MAX_MEMBER_BYTES:
                         self._oversized[name] = member.size
                     else:
-                        self._spans[name] = spool.append(tar.extractfile(member).read())
+                        self._put(name, tar.extractfile(member).read())
                 self._follow_links(self._spans)
                 while stream.read(1 << 20):  # to the end, where the checksum of the compression lies
                     pass
@@ -392,11 +411,6 @@ class CompressedTarTree(FileTree):
             if error.errno is None:  # not from the system: bz2 says so of damaged content
                 raise _damaged_archive(path, error) from error
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-    def read(self, name: str) -> bytes:
-        if name in self._oversized:
-            self._check_size(name, self._oversized[name])
-        return self._spool.read(self._spans[name])
 
 
 def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:

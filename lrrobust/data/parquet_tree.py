@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lrrobust.data.file_trees import MAX_MEMBER_BYTES, FileTree, Span, Spool, most_unpacked_bytes
+from lrrobust.data.file_trees import Spool, SpooledTree, most_unpacked_bytes
 from lrrobust.data.ilsvrc import wnids_in
 from lrrobust.errors import DataError
 
@@ -20,7 +20,7 @@ SUFFIX = ".parquet"
 _ROWS = 64
 
 
-class ParquetTree(FileTree):
+class ParquetTree(SpooledTree):
     """The images of one Parquet file, all of which are put into `spool`.
 
     A column holds them as bytes, or as a struct of `bytes` and `path`; another the numbers of their classes, whose names
@@ -36,10 +36,7 @@ class ParquetTree(FileTree):
     """
 
     def __init__(self, path: Path, label_column: str | None, spool: Spool) -> None:
-        super().__init__(path, ())
-        self._spool = spool
-        self._spans: dict[str, Span] = {}
-        self._oversized: dict[str, int] = {}
+        super().__init__(path, (), spool)
         try:
             most = most_unpacked_bytes(path)
             with pq.ParquetFile(path) as file:
@@ -53,13 +50,10 @@ class ParquetTree(FileTree):
                     paths.append(image_path)
                     if encoded is None:
                         raise DataError(f"{path}: row {row} has no image in {image_column!r}; remove it, or take another file")
-                    if len(encoded) > MAX_MEMBER_BYTES:
-                        self._oversized[_name(path, row)] = len(encoded)
-                        continue
                     most -= len(encoded)
                     if most < 0:
                         raise DataError(f"{path} unpacks to far more than images do: download it anew")
-                    self._spans[_name(path, row)] = spool.append(encoded)
+                    self._put(_name(path, row), encoded)
         except (pa.ArrowException, ValueError, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise DataError(f"cannot read {path}: {error.strerror}") from error
@@ -72,11 +66,6 @@ class ParquetTree(FileTree):
     def labelled(self) -> list[tuple[str, str]]:
         """Class and name of each image, in the order of the rows."""
         return [(wnid, _name(self.path, row)) for row, wnid in enumerate(self._wnids)]
-
-    def read(self, name: str) -> bytes:
-        if name in self._oversized:
-            self._check_size(name, self._oversized[name])
-        return self._spool.read(self._spans[name])
 
     def _find_images(self, schema: pa.Schema, features: Mapping[str, Any]) -> str:
         said = [name for name, feature in features.items() if feature.get("_type") == "Image" and name in schema.names]

@@ -133,7 +133,6 @@ def test_damage_is_one_line(tmp_path):
 
 def test_images_and_files_of_no_bounded_size_are_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "some.parquet", {"image": images(contents=[*IMAGES[:3], bytes(1000)]), "label": LABELS}, FEATURES)
-    monkeypatch.setattr(parquet_tree, "MAX_MEMBER_BYTES", 500)
     monkeypatch.setattr(file_trees, "MAX_MEMBER_BYTES", 500)
     found = open_dataset(path)
     assert found.read_bytes(0) == IMAGES[1]
