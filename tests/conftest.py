@@ -22,12 +22,12 @@ for _signum, _default in (("SIGINT", signal.default_int_handler), ("SIGTERM", si
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import pandas as pd
 import torch
+from made_rows import build_row, to_frame
 from PIL import Image
 from torch import nn
 
-from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run
 from lrrobust.threat import Norm
 
 #: Processes beyond these hardly make the tests faster, and each holds half a gigabyte.
@@ -115,40 +115,10 @@ _DISTANCES = {
 }
 
 
-def _row(index, attack, norm, eps, distance):
-    """One row; `distance` in the norm, infinite when the attack failed, None when wrong without attack."""
-    is_correct = distance is not None
-    is_broken = is_correct and distance <= eps and math.isfinite(distance)
-    return {
-        "index": index,
-        "key": f"val_{index}",
-        "label": 3,
-        "wnid": "n01440764",
-        "attack": attack,
-        "norm": norm,
-        "eps": eps,
-        "clean_prediction": 3 if is_correct else 4,
-        "is_clean_correct": is_correct,
-        "adversarial_prediction": 5 if is_broken else None,
-        "is_broken": is_broken or not is_correct,
-        "outcome": "broken" if is_broken else "robust" if is_correct else "wrong_when_clean",
-        # The other norm gets a value that would show if it were taken by mistake.
-        "linf_distance": (distance if norm == "linf" else 77.0) if is_broken else None,
-        "l2_distance": (distance if norm == "l2" else 77.0) if is_broken else None,
-        "clean_margin": 1.0,
-        "adversarial_margin": None,
-        "wall_s": 0.5,
-        "l1_distance": 78.0 if is_broken else None,
-        "is_broken_quantized": None,
-        "forward_passes": None,
-        "backward_passes": None,
-    }
-
-
 def _build_run(name="run", distances=None, *, sha256="cd" * 32, model="tiny", planned=1, metadata=({"device": "cpu"},)):
     """A run from attack -> (norm, ladder, distance of image 0, 1, ...)."""
     rows = [
-        _row(index, attack, norm, eps, distance)
+        build_row(index, attack, norm, eps, distance)
         for attack, (norm, ladder, of_images) in (distances or _DISTANCES).items()
         for index, distance in enumerate(of_images)
         for eps in ladder
@@ -166,7 +136,7 @@ def _build_run(name="run", distances=None, *, sha256="cd" * 32, model="tiny", pl
             "plan": {"chunk_size": 5, "parts": [["x", 0, 5]] * planned},
             "provenance": {"versions": {"lrrobust": "0.1.0", "torch": "2.13.0"}, "commit": "1234abc"},
         },
-        rows=rows_to_table(rows).to_pandas(types_mapper=pd.ArrowDtype),
+        rows=to_frame(rows),
         is_complete=planned == len(metadata),
         part_metadata={f"part-{place}": part for place, part in enumerate(metadata)},
     )

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from made_rows import build_row, to_frame
 
-from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run
 from lrrobust.stats import mcnemar_p_value
 from lrrobust.transfer import ANY_SOURCE, SIGNIFICANCE, TransferTest, compare_with_white_box, find_masking, transfer_matrix
 from lrrobust.transfer_report import find_transfer, transfer_table, write_transfer
@@ -22,37 +23,9 @@ def model(name, weights="V1"):
 
 def build_run(target, surrogate, distances, *, attack="pgd", ladder=LADDER, steps=20, sha256="cd" * 32, name=None):
     """A run of one linf attack: what it needs for each image, 0 wrong when clean, infinity never broken."""
-    rows = []
-    for eps in ladder:
-        for index, distance in enumerate(distances):
-            is_found = 0 < distance <= eps
-            found = {"linf_distance": distance, "l2_distance": 9.0, "l1_distance": 9.0} if is_found else {}
-            rows.append(
-                {
-                    "index": index,
-                    "key": f"{index}.png",
-                    "label": 0,
-                    "wnid": "ant",
-                    "attack": attack,
-                    "norm": "linf",
-                    "eps": eps,
-                    "clean_prediction": 0 if distance else 1,
-                    "is_clean_correct": distance > 0,
-                    "adversarial_prediction": None,
-                    "is_broken": is_found or not distance,
-                    "outcome": "broken" if is_found else "robust" if distance else "wrong_when_clean",
-                    "linf_distance": None,
-                    "l2_distance": None,
-                    "l1_distance": None,
-                    "is_broken_quantized": None,
-                    "clean_margin": 1.0,
-                    "adversarial_margin": None,
-                    "wall_s": 0.0,
-                    "forward_passes": None,
-                    "backward_passes": None,
-                    **found,
-                }
-            )
+    rows = [
+        build_row(index, attack, "linf", eps, distance or None) for eps in ladder for index, distance in enumerate(distances)
+    ]
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": "ab" * 32,
@@ -62,8 +35,8 @@ def build_run(target, surrogate, distances, *, attack="pgd", ladder=LADDER, step
     }
     if surrogate is not None:
         manifest["surrogate"] = surrogate
-    table = rows_to_table(rows).to_pandas(types_mapper=pd.ArrowDtype)
-    return Run(Path("/results") / (name or f"{target['name']}-{surrogate and surrogate['name']}"), manifest, table, True, {})
+    folder = Path("/results") / (name or f"{target['name']}-{surrogate and surrogate['name']}")
+    return Run(folder, manifest, to_frame(rows), True, {})
 
 
 A, B = model("A"), model("B")

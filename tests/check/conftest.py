@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+from made_rows import build_row, to_frame
 
 from lrrobust.check.baseline import Rule, build_baseline
-from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run
 
 PROVENANCE = {"lrrobust": "0.1.0", "python": "3.11", "platform": "Linux", "device": "cpu", "versions": {"torch": "2.13.0"}}
 
@@ -21,29 +21,9 @@ def run_of():
         n = len(next(iter(outcomes.values())))
         keys = keys or [f"ant/{index:04d}.png" for index in range(n)]
         rows = [
-            {
-                "index": index,
-                "key": keys[index],
-                "label": 0,
-                "wnid": "ant",
-                "attack": attack,
-                "norm": norm,
-                "eps": eps,
-                "clean_prediction": 0,
-                "is_clean_correct": True,
-                "adversarial_prediction": 0,
-                "is_broken": not robust,
-                "outcome": "robust" if robust else "broken",
-                "linf_distance": None if robust else 0.0,
-                "l2_distance": None if robust else 0.0,
-                "clean_margin": 1.0,
-                "adversarial_margin": 1.0,
-                "wall_s": 0.1,
-                "l1_distance": None if robust else 0.0,
-                "is_broken_quantized": None,
-                "forward_passes": None,
-                "backward_passes": None,
-            }
+            build_row(
+                index, attack, norm, eps, math.inf if robust else 0.0, key=keys[index], wnid="ant", adversarial_margin=1.0
+            )
             for (attack, norm, eps), of_images in outcomes.items()
             for index, robust in enumerate(np.asarray(of_images, dtype=bool).tolist())
         ]
@@ -74,8 +54,7 @@ def run_of():
             "seed": 0,
         }
         full = json.loads(json.dumps({**full, **manifest}))
-        rows = rows_to_table(rows).to_pandas(types_mapper=pd.ArrowDtype)
-        return Run(Path("/results/run"), full, rows, is_complete, {})
+        return Run(Path("/results/run"), full, to_frame(rows), is_complete, {})
 
     return make
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from made_rows import build_row
 
 from lrrobust.attacks.specs import PgdSpec
 from lrrobust.evaluation.chunks import Chunk
@@ -74,29 +75,7 @@ def test_an_image_found_far_away_is_not_broken_at_a_smaller_eps(enter):
 def rows(distances, eps, in_8_bits=None):
     """Rows of two images at one eps."""
     return [
-        {
-            "index": index,
-            "key": str(index),
-            "label": 0,
-            "wnid": "n0",
-            "attack": "pgd",
-            "norm": "linf",
-            "eps": eps,
-            "clean_prediction": 0,
-            "is_clean_correct": True,
-            "adversarial_prediction": None,
-            "is_broken": distance is not None,
-            "outcome": "robust" if distance is None else "broken",
-            "linf_distance": distance,
-            "l2_distance": distance,
-            "l1_distance": distance,
-            "is_broken_quantized": in_8_bits,
-            "clean_margin": 1.0,
-            "adversarial_margin": None,
-            "wall_s": 0.0,
-            "forward_passes": 0,
-            "backward_passes": 0,
-        }
+        build_row(index, "pgd", "linf", eps, math.inf if distance is None else distance, is_broken_quantized=in_8_bits)
         for index, distance in enumerate(distances)
     ]
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from made_rows import build_row
 
 from lrrobust.page import write_page
 from lrrobust.page.claim_figures import sketch_claims
@@ -25,37 +26,14 @@ def hostile():
 
 def build_rows(attack, norm, distances, ladder):
     """Rows of one attack; a distance of None is wrong when clean, infinity withstood. Label is index % 3."""
-    rows = []
-    for index, distance in enumerate(distances):
-        is_correct = distance is not None
-        for eps in ladder:
-            is_broken = is_correct and distance <= eps and math.isfinite(distance)
-            rows.append(
-                {
-                    "index": index,
-                    "key": f"{HOSTILE}/{index}.png",
-                    "label": index % 3,
-                    "wnid": f"n0000000{index % 3}",
-                    "attack": attack,
-                    "norm": norm,
-                    "eps": eps,
-                    "clean_prediction": index % 3 if is_correct else 3,
-                    "is_clean_correct": is_correct,
-                    "adversarial_prediction": 3 if is_broken else None,
-                    "is_broken": is_broken or not is_correct,
-                    "outcome": "broken" if is_broken else "robust" if is_correct else "wrong_when_clean",
-                    "linf_distance": (distance if norm == "linf" else 0.5) if is_broken else None,
-                    "l2_distance": (distance if norm == "l2" else 7.0) if is_broken else None,
-                    "clean_margin": 1.0,
-                    "adversarial_margin": None,
-                    "wall_s": 0.5,
-                    "l1_distance": 7.0 if is_broken else None,
-                    "forward_passes": None,
-                    "backward_passes": None,
-                    "is_broken_quantized": None,
-                }
-            )
-    return rows
+    return [
+        build_row(
+            index, attack, norm, eps, distance, prediction=3, key=f"{HOSTILE}/{index}.png", label=index % 3,
+            wnid=f"n0000000{index % 3}", clean_prediction=3 if distance is None else index % 3,
+        )
+        for index, distance in enumerate(distances)
+        for eps in ladder
+    ]  # fmt: skip
 
 
 @pytest.fixture

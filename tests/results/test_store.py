@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_rows import build_row
 
 from lrrobust.errors import StoreError
 from lrrobust.results import (
@@ -44,29 +46,7 @@ def chunk(attack, start, stop):
     """Rows of which every other is broken, at two eps."""
     return rows_to_table(
         [
-            {
-                "index": index,
-                "key": f"val_{index}",
-                "label": 3,
-                "wnid": "n01440764",
-                "attack": attack,
-                "norm": "linf",
-                "eps": eps,
-                "clean_prediction": 3,
-                "is_clean_correct": True,
-                "adversarial_prediction": 5 if index % 2 else None,
-                "is_broken": bool(index % 2),
-                "outcome": "broken" if index % 2 else "robust",
-                "linf_distance": eps if index % 2 else None,
-                "l2_distance": 10 * eps if index % 2 else None,
-                "clean_margin": 1.0,
-                "adversarial_margin": -1.0 if index % 2 else None,
-                "wall_s": 0.1,
-                "l1_distance": 20 * eps if index % 2 else None,
-                "forward_passes": None,
-                "backward_passes": None,
-                "is_broken_quantized": None,
-            }
+            build_row(index, attack, "linf", eps, eps if index % 2 else math.inf)
             for index in range(start, stop)
             for eps in (0.01, 0.02)
         ]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from made_rows import to_frame
 
 from lrrobust.diagnostics.records import Diagnostic, Diagnostics, write_diagnostics
-from lrrobust.results import SCHEMA_VERSION, Run, rows_to_table
+from lrrobust.results import SCHEMA_VERSION, Run
 from lrrobust.verdict.records import Claim
 
 SOUND = Diagnostic(name="zero_gradient", passed=True, detail="All images have a gradient.", attack=None)
@@ -99,8 +100,8 @@ def build_run(
     specs = {name: Attack(**attack) for name, attack in attacks.items()}
     n = max(len(attack.distances) for attack in specs.values())
     images = range(n) if images is None else images
-    tables = [rows_to_table(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()]
-    rows = pd.concat([table.to_pandas(types_mapper=pd.ArrowDtype) for table in tables], ignore_index=True)
+    frames = [to_frame(columns(name, attack, images[: len(attack.distances)])) for name, attack in specs.items()]
+    rows = pd.concat(frames, ignore_index=True)
     return Run(
         folder=folder or Path("/results") / f"{model}-{dataset}-{weights}-{n}-{'-'.join(attacks)}",
         manifest={
