@@ -1,15 +1,14 @@
 """Who may import whom, read from the source; and what an answer to `--help` costs."""
 
 import ast
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from own_process import run_process
 
 import lrrobust
 
@@ -389,13 +388,7 @@ finally:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", _HELP, *arguments],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_process(sys.executable, "-c", _HELP, *arguments)
     assert done.returncode == 0, done.stderr
     imported = set(done.stdout.rpartition("imported:")[2].split())
     assert "typer" in imported and "lrrobust" in imported

@@ -3,13 +3,13 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from own_process import environment, run_process
 from typer.testing import CliRunner
 
 from lrrobust import cli
@@ -30,13 +30,12 @@ def step():
 
 def run_script(step, cwd, **inputs):
     """The step's script as GitHub's runner starts it."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GITHUB_ACTIONS": "true",
-        "GITHUB_STEP_SUMMARY": str(cwd / "summary.md"), "BASELINE": "b.json", "ARGUMENTS": "", "JUNIT": "r.xml",
-        "JSON": "r.json", "PYTHON": sys.executable, **inputs,
+    given = {
+        "GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(cwd / "summary.md"), "BASELINE": "b.json", "ARGUMENTS": "",
+        "JUNIT": "r.xml", "JSON": "r.json", "PYTHON": sys.executable, **inputs,
     }  # fmt: skip
     command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", step["run"]]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return run_process(*command, cwd=cwd, env=environment(**given))
 
 
 def test_inputs_reach_the_script_as_variables_only(step):
@@ -80,10 +79,9 @@ def test_script_annotates_and_writes_files(step, tmp_path):
     gate = Path(__file__).parent / "gate"
     document = json.loads((gate / "baseline.json").read_text())
     (tmp_path / "b.json").write_text(json.dumps(document))
-    sys_path = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
     draw = "import test_command, pathlib; test_command.make_workplace(pathlib.Path('.'), 50)"
-    environment = {**os.environ, "PYTHONPATH": sys_path}
-    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True, timeout=60)
+    found = environment(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    run_process(sys.executable, "-c", draw, cwd=tmp_path, env=found, check=True)
     done = run_script(step, tmp_path, ARGUMENTS="--device\ncpu\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("::notice title=Robustness::no fall beyond chance")

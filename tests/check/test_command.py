@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from own_process import environment
 from PIL import Image
 
 from lrrobust import cli
@@ -373,12 +374,7 @@ def test_ctrl_c(workplace, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(cli.__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-            "TMPDIR": str(tmp_path / "tmp"),
-        },  # fmt: skip
+        env=environment(TMPDIR=str(tmp_path / "tmp")),
     )
     while process.poll() is None and not list((tmp_path / "tmp").glob("lrrobust-check-*/*/parts/*.parquet")):
         time.sleep(0.02)

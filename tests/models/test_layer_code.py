@@ -1,9 +1,9 @@
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from own_process import environment, run_process
 from torch import nn
 
 from lrrobust.models.layer_code import code_of_layers
@@ -78,7 +78,6 @@ def test_it_is_the_same_in_every_process(tmp_path):
     path = os.pathsep.join(sys.path)
     found = set()
     for seed in "123":
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+        done = run_process(sys.executable, script, env=environment(PYTHONHASHSEED=seed, PYTHONPATH=path), check=True)
         found.add(done.stdout)
     assert len(found) == 1

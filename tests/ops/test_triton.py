@@ -1,16 +1,13 @@
 """The Triton kernels against the reference in double precision: on a GPU where there is one, else interpreted on the CPU."""
 
 import importlib
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from own_process import environment, run_process
 
-import lrrobust
 from lrrobust.errors import BackendError
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import choose_backend, why_not
@@ -340,10 +337,9 @@ for kernel in (kernels._forward_kernel, kernels._backward_outputs_kernel, kernel
 
 def compiler_environment(cache):
     """Of a process in which Triton compiles for a GPU, afresh."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(lrrobust.__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    return environment
+    changed = environment(TRITON_CACHE_DIR=str(cache))
+    changed.pop("TRITON_INTERPRET", None)
+    return changed
 
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
@@ -351,9 +347,7 @@ def test_kernels_compile_for_a_gpu(dtype, tmp_path):
     # What the interpreter accepts is more than what the compiler does.
     script = tmp_path / "compile_kernels.py"
     script.write_text(_COMPILE, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script, dtype], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120
-    )
+    done = run_process(sys.executable, script, dtype, env=compiler_environment(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3
@@ -441,9 +435,7 @@ for dtype, offset in ((torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 
 
 
 def test_what_is_compiled_is_launched_without_a_search_and_for_any_batch_size(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _LAUNCH], env=compiler_environment(tmp_path), capture_output=True, text=True, timeout=120
-    )
+    done = run_process(sys.executable, "-c", _LAUNCH, env=compiler_environment(tmp_path))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -8,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_process import environment
 from torch import nn
 
 from lrrobust.errors import ConfigError
-from lrrobust.training import trainer
 from lrrobust.training.adversarial import AdversarialSpec
 from lrrobust.training.batch_norm import SharedBatchNorm2d, share_batch_statistics
 from lrrobust.training.mixing import MixingSpec
@@ -48,15 +47,7 @@ def two_processes(everything, colours, tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, Path(__file__).with_name("processes.py"), *map(str, arguments)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(Path(trainer.__file__).parents[2]),
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-            },
+            env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -3,13 +3,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from own_process import run_process
 from PIL import Image
 from torch import nn
 
@@ -440,14 +440,7 @@ def test_killed_process(start, uninterrupted, recipe, colours, tmp_path):
     torch.save((colours.images, colours.labels), tmp_path / "data.pt")
     conftest = Path(__file__).with_name("conftest.py")
     arguments = [conftest, json.dumps(recipe.model_dump(mode="json")), tmp_path / "data.pt", tmp_path / "run"]
-    root = Path(trainer.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_process(sys.executable, "-c", _KILLED, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = start()
     assert resumed.step == 7
