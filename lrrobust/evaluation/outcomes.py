@@ -20,8 +20,9 @@ class Outcomes:
     `nearest` (N, 3, H, W) is the nearest verified adversarial image, the clean one where there is none;
     `prediction`, `margin` and, by norm, `distances` (N,) are its own, infinity where there is none. From budget `breaks_at`
     (N,) on some verified adversarial image counts. `last_...` and `is_rejected` (L, N) tell of the last proposal at each
-    budget, of the clean image where there was none. Of adversarial images rounded to 8 bits, `quantized` is the nearest verified one, float64
-    `quantized_at` the budget from which on it counts, infinity where there is none, and `quantized_prediction` its own.
+    budget, of the clean image where there was none. Of adversarial images rounded to 8 bits, `quantized` is the nearest
+    verified one, float64 `quantized_at` the budget from which on it counts, infinity where there is none, and
+    `quantized_prediction` its own.
     """
 
     def __init__(self, images: torch.Tensor, clean: Prediction, labels: torch.Tensor, levels: int) -> None:
