@@ -20,12 +20,20 @@ GOOD = {
 
 
 @pytest.fixture
-def check(make_claim, make_run):
+def check_runs(make_claim):
+    def check_runs(runs, **claim):
+        (evidence,), _ = collect_evidence(make_claim(**claim), runs)
+        return check_evidence(evidence)
+
+    return check_runs
+
+
+@pytest.fixture
+def check(check_runs, make_run):
     def check(treatment=None, control=None, change=lambda runs: None, **claim):
         runs = [make_run("A", GOOD, **treatment or {}), make_run("B", GOOD, **control or {})]
         change(runs)
-        (evidence,), _ = collect_evidence(make_claim(**claim), runs)
-        return check_evidence(evidence)
+        return check_runs(runs, **claim)
 
     return check
 
@@ -92,14 +100,13 @@ def test_copies_of_images_are_no_more_images(make_claim, make_run, copies, passe
     assert judge(evidence).verdict == ("supported" if passed else "inconclusive")
 
 
-def test_runs_of_one_model_at_two_image_sizes_are_not_mixed(make_claim, make_run):
+def test_runs_of_one_model_at_two_image_sizes_are_not_mixed(check_runs, make_run):
     runs = [
         make_run(model, {attack: dict(distances=[INF, PIXEL, PIXEL, 0])}, input_size=size)
         for model in "AB"
         for attack, size in (("pgd", 64), ("apgd", 96))
     ]
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    (found,) = named(check_evidence(evidence), "same_configuration")
+    (found,) = named(check_runs(runs), "same_configuration")
     assert not found.passed and found.withholds == ("supported", "refuted")
     assert "The runs of one model differ among themselves in input_size" in found.detail
 
@@ -114,10 +121,9 @@ def test_attacks_must_have_the_same_settings(check, make_claim):
     assert not failed(check(change=weaken, attacks=("cw",)))
 
 
-def test_an_attack_that_only_one_model_met_is_a_difference(make_claim, make_run):
+def test_an_attack_that_only_one_model_met_is_a_difference(check_runs, make_run):
     runs = [make_run("A", GOOD), make_run("B", GOOD | {"extra": dict(distances=[INF, INF, INF, 0])})]
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
+    assert failed(check_runs(runs)) == [("same_configuration", None, BOTH)]
 
 
 def test_images_of_one_name_may_differ(check):
@@ -151,21 +157,20 @@ def test_two_names_of_one_network_are_no_comparison(make_claim, make_run):
 
 
 @pytest.mark.parametrize("key", ["state_sha256", "code_sha256"])
-def test_runs_of_two_trainings_are_no_model(make_claim, make_run, key):
+def test_runs_of_two_trainings_are_no_model(check_runs, make_run, key):
     runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
     runs[1].manifest["model"][key] = "01" * 32
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    assert failed(check_evidence(evidence)) == [("one_network", None, BOTH)]
-    assert "The runs of A are of different parameters" in named(check_evidence(evidence), "one_network")[0].detail
+    safeguards = check_runs(runs)
+    assert failed(safeguards) == [("one_network", None, BOTH)]
+    assert "The runs of A are of different parameters" in named(safeguards, "one_network")[0].detail
 
 
-def test_runs_of_one_network_predict_alike(make_claim, make_run):
+def test_runs_of_one_network_predict_alike(check_runs, make_run):
     for count, passed in ((1, True), (2, False)):
         attacks = {"pgd": dict(distances=[INF] * 100), "fgsm": dict(distances=[INF] * 100)}
         runs = [make_run("A", {name: attack}) for name, attack in attacks.items()] + [make_run("B", attacks)]
         runs[1].rows.loc[runs[1].rows["index"] < count, "clean_prediction"] = 7
-        (evidence,), _ = collect_evidence(make_claim(), runs)
-        (found,) = named(check_evidence(evidence), "one_network")
+        (found,) = named(check_runs(runs), "one_network")
         assert found.passed is passed and (passed or "2 of 100 images by A" in found.detail)
 
 
@@ -199,15 +204,14 @@ def test_who_learns_faster_may_be_stopped_earlier(check, followed, text):
     assert found.passed and found.detail.endswith(text)
 
 
-def test_recipes_named_by_another_version_are_not_known_to_differ(make_claim, make_run):
+def test_recipes_named_by_another_version_are_not_known_to_differ(check_runs, make_run):
     for recipes, passed, text in (
         (("short 1", "short 2"), None, "as older versions did"),
         (("short 1", "long 2"), False, "different"),
     ):
         runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}, recipe=recipe) for model, recipe in zip("AB", recipes)]
         del runs[0].manifest["training"]["followed"]
-        (evidence,), _ = collect_evidence(make_claim(), runs)
-        (found,) = named(check_evidence(evidence), "same_training")
+        (found,) = named(check_runs(runs), "same_training")
         assert found.passed is passed and text in found.detail
 
 
@@ -232,20 +236,18 @@ def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
     for change, passed in ((lambda runs: None, True), (says_only_zero, False)):
         runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
         change(runs)
-        (evidence,), _ = collect_evidence(make_claim(largest_clean_difference=0.95), runs)
-        ours, theirs = named(check_evidence(evidence), "better_than_chance")
+        ours, theirs = named(check_runs(runs, largest_clean_difference=0.95), "better_than_chance")
         assert (ours.passed, theirs.passed) == (passed, True) and ours.withholds == ("supported",)
     assert "right on 10 of 100 images; by chance, with the same answers, it would be on 10.0" in ours.detail
 
 
-def test_chance_is_that_of_the_answers_given(make_claim, make_run):
+def test_chance_is_that_of_the_answers_given(check_runs, make_run):
     """Nine of ten images are of one class: whoever says it most often is right most often."""
     runs = [make_run(model, {"pgd": dict(distances=[INF] * 90 + [0] * 10)}) for model in "AB"]
     for run in runs:
         run.rows["label"] = (run.rows["index"] >= 90).astype("int32")
         run.rows["clean_prediction"] = 0
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    ours, theirs = named(check_evidence(evidence), "better_than_chance")
+    ours, theirs = named(check_runs(runs), "better_than_chance")
     assert ours.passed is theirs.passed is False
     assert "right on 90 of 100 images; by chance, with the same answers, it would be on 90.0" in ours.detail
 
@@ -324,7 +326,7 @@ class TestStrongerAttacks:
         assert found.passed is passed and f"has met {beside} on {shared} of these images" in found.detail
         assert judge(evidence).verdict == ("inconclusive" if passed is False else "supported")
 
-    def test_attacks_that_the_other_model_has_met_on_more_images_are_not_met_alone(self, make_claim, make_run):
+    def test_attacks_that_the_other_model_has_met_on_more_images_are_not_met_alone(self, check_runs, make_run):
         runs = [
             make_run("A", {"pgd": dict(distances=[INF] * 200)}),
             make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
@@ -332,8 +334,7 @@ class TestStrongerAttacks:
         ]
         on_all = make_run("B", {"square": dict(distances=[PIXEL] * 200)})
         for others, alone in (([], True), ([on_all], False)):
-            (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",)), [*runs, *others])
-            found = named(check_evidence(evidence), "stronger_attacks")
+            found = named(check_runs([*runs, *others], attacks=("pgd",)), "stronger_attacks")
             assert any("A alone has met square" in each.detail for each in found) is alone
 
     @pytest.mark.parametrize(("images", "beside"), [(range(50, 150), "pgd"), (range(100, 220), "square")])
@@ -375,14 +376,13 @@ class TestStrongerAttacks:
         found = self.simulated(lead, taken=lead)
         assert np.mean([excess.undermines for excess in found]) >= least
 
-    def test_what_would_be_left_of_the_lead_is_said(self, make_claim, make_run):
+    def test_what_would_be_left_of_the_lead_is_said(self, check_runs, make_run):
         """Of 200 images A withstands 6 more; strong breaks 4 of them, which chance might make."""
         runs = []
         for model, broken in (("A", 0), ("B", 6)):
             runs.append(make_run(model, {"pgd": dict(distances=[PIXEL] * broken + [INF] * (200 - broken))}))
             runs.append(make_run(model, {"strong": dict(distances=[PIXEL] * 4 + [INF] * 196)}))
-        (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",)), runs)
-        (found,) = named(check_evidence(evidence), "stronger_attacks")
+        (found,) = named(check_runs(runs, attacks=("pgd",)), "stronger_attacks")
         assert found.passed is False and found.withholds == ("supported",)
         assert "which would leave 1 points of a lead of 3: a verdict of supported" in found.detail
 
@@ -396,23 +396,20 @@ class TestStrongerAttacks:
             assert not named(check_evidence(evidence), "stronger_attacks")
 
 
-def test_a_run_given_twice_for_one_model_is_a_difference(make_claim, make_run):
+def test_a_run_given_twice_for_one_model_is_a_difference(check_runs, make_run):
     runs = [make_run("A", GOOD), make_run("A", GOOD), make_run("B", GOOD)]
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    assert failed(check_evidence(evidence)) == [("same_configuration", None, BOTH)]
+    assert failed(check_runs(runs)) == [("same_configuration", None, BOTH)]
 
 
-def test_attacks_may_be_spread_over_runs(make_claim, make_run):
+def test_attacks_may_be_spread_over_runs(check_runs, make_run):
     runs = [make_run("A", {name: attack}) for name, attack in GOOD.items()] + [make_run("B", GOOD)]
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    assert not failed(check_evidence(evidence))
+    assert not failed(check_runs(runs))
 
 
-def test_different_clean_accuracy(make_claim, make_run):
+def test_different_clean_accuracy(check_runs, make_run):
     runs = [make_run("A", {"pgd": dict(distances=[INF] * 97 + [0] * 3)}), make_run("B", {"pgd": dict(distances=[INF] * 100)})]
     for limit, passed in ((0.02, False), (0.03, True)):
-        (evidence,), _ = collect_evidence(make_claim(largest_clean_difference=limit), runs)
-        (found,) = named(check_evidence(evidence), "clean_accuracy")
+        (found,) = named(check_runs(runs, largest_clean_difference=limit), "clean_accuracy")
         assert found.passed is passed and "97.0 % for A and 100.0 % for B" in found.detail
         assert "(largest_clean_difference)" in found.detail
 
@@ -429,12 +426,11 @@ def rise(model, count):
 
 
 @pytest.mark.parametrize(("count", "passed"), [(0, True), (5, True), (6, False)])
-def test_curves_may_not_rise_beyond_noise(make_claim, count, passed, make_run):
+def test_curves_may_not_rise_beyond_noise(check_runs, count, passed, make_run):
     # Two steps at 5 %: p <= 2.5 % takes six rises without a fall.
     runs = [make_run(model, {"pgd": dict(distances=[0.4 * PIXEL] * 20)}) for model in "AB"]
     rise("A", count)(runs)
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    ours, theirs = named(check_evidence(evidence), "monotone_curves")
+    ours, theirs = named(check_runs(runs), "monotone_curves")
     assert (ours.passed, theirs.passed) == (passed, True)
     assert (f"{count} images of A" in ours.detail) == (count > 0)
 
@@ -442,38 +438,35 @@ def test_curves_may_not_rise_beyond_noise(make_claim, count, passed, make_run):
 @pytest.mark.parametrize(
     ("direction", "withheld"), [("more_robust", ["supported", "refuted"]), ("less_robust", ["refuted", "supported"])]
 )
-def test_doubts_about_a_model_withhold_what_rests_on_its_robustness(make_claim, direction, withheld, make_run):
+def test_doubts_about_a_model_withhold_what_rests_on_its_robustness(check_runs, direction, withheld, make_run):
     survivor = GOOD | {"cw": dict(distances=[0.5, INF, 0.1, 0], norm="l2", eps=(0.2, INF))}
     for place, verdict in enumerate(withheld):
         attacks = [GOOD, GOOD]
         attacks[place] = survivor
         runs = [make_run(model, these) for model, these in zip("AB", attacks)]
-        (evidence,), _ = collect_evidence(make_claim(direction=direction), runs)
-        safeguards = check_evidence(evidence)
+        safeguards = check_runs(runs, direction=direction)
         assert failed(safeguards) == [("unbounded_attack", "cw", (verdict,))]
         (found,) = [guard for guard in safeguards if guard.passed is False]
         assert f"1 of 4 images of {'AB'[place]} withstand cw" in found.detail
 
 
-def test_one_attack_without_budget_is_enough_to_end_robustness(make_claim, make_run):
+def test_one_attack_without_budget_is_enough_to_end_robustness(check_runs, make_run):
     attacks = {
         "fgsm": dict(distances=[INF, 0.1, 0.2], eps=(*LADDER, 0.5)),
         "pgd": dict(distances=[0.3, 0.1, 0.2], eps=(*LADDER, 0.5)),
         "square": dict(distances=[INF, INF, 0.001]),
     }
-    (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
-    found = named(check_evidence(evidence), "unbounded_attack")
+    found = named(check_runs([make_run(model, attacks) for model in "AB"]), "unbounded_attack")
     assert [(guard.passed, guard.attack) for guard in found] == [(True, "worst_case")] * 2
 
 
-def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(make_claim, make_run):
+def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(check_runs, make_run):
     for broken_by_pgd, passed in ((0.005, True), (INF, False)):
         attacks = {
             "pgd": dict(distances=[broken_by_pgd, 0.005, 0.005], norm="l2"),
             "cw": dict(distances=[INF, 0.004, 0.006], norm="l2", eps=(*LADDER, INF)),
         }
-        (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
-        found = named(check_evidence(evidence), "unbounded_attack")
+        found = named(check_runs([make_run(model, attacks) for model in "AB"]), "unbounded_attack")
         assert [(guard.passed, guard.attack) for guard in found] == [(passed, "cw")] * 2
 
 
@@ -512,7 +505,7 @@ def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_al
     assert judge(evidence).verdict == ("supported" if passed else "inconclusive")
 
 
-def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(make_claim, make_run, large_eps, note):
+def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(check_runs, make_run, large_eps, note):
     runs = []
     for model, distance in zip("AB", (INF, PIXEL / 2)):
         for norm, results in (("linf", [large_eps("pgd")]), ("l2", [])):
@@ -520,8 +513,7 @@ def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(make_cla
             run = make_run(model, {"pgd": dict(distances=[distance] * 200, norm=norm)}, folder=None, seed=norm == "l2")
             runs.append(replace(run, folder=run.folder.with_name(f"{model}-{norm}")))
             note(runs[-1], results)
-    (evidence,), _ = collect_evidence(make_claim(), runs)
-    found = {guard.detail.split()[1]: guard.passed for guard in named(check_evidence(evidence), "unbounded_attack")[:2]}
+    found = {guard.detail.split()[1]: guard.passed for guard in named(check_runs(runs), "unbounded_attack")[:2]}
     assert found == {"linf": True, "l2": False}
 
 
@@ -541,12 +533,11 @@ def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
         assert found.detail.startswith(f"At {telling} of 3 budgets")
 
 
-def test_attacks_that_only_break_the_rules_have_failed(make_claim, make_run):
+def test_attacks_that_only_break_the_rules_have_failed(check_runs, make_run):
     runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
         runs[0].rows.loc[runs[0].rows["index"] < count, "outcome"] = "rejected"
-        (evidence,), _ = collect_evidence(make_claim(), runs)
-        ours, theirs = named(check_evidence(evidence), "valid_proposals")
+        ours, theirs = named(check_runs(runs), "valid_proposals")
         assert (ours.passed, theirs.passed) == (passed, True) and f"For {count} of 100 images of A" in ours.detail
 
 
