@@ -45,6 +45,13 @@ def trained():
     return model, images, labels
 
 
+@pytest.fixture(scope="package")
+def in_double(trained):
+    """`trained` in float64, where rounding decides next to nothing."""
+    model, images, labels = trained
+    return deepcopy(model).double(), images.double(), labels
+
+
 @dataclass
 class Attacked:
     """What came of an attack: everything it claimed, and what the judge made of it."""
@@ -90,6 +97,20 @@ def attack_with():
         return attacked
 
     return run
+
+
+@pytest.fixture
+def assert_batches_do_not_matter(in_double, attack_with):
+    def compare(spec, batch_sizes=(1, 3), count=8, atol=1e-9):
+        model, images, labels = in_double[0], in_double[1][:count], in_double[2][:count]
+        whole = attack_with(spec, model, images, labels)
+        for batch_size in batch_sizes:
+            parts = attack_with(spec, model, images, labels, batch_size=batch_size)
+            assert torch.equal(whole.is_broken, parts.is_broken)
+            torch.testing.assert_close(whole.proposals, parts.proposals, atol=atol, rtol=0)
+            assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
+
+    return compare
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
-from copy import deepcopy
-
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.apgd import checkpoints
@@ -56,17 +55,6 @@ def test_few_classes(norm, loss, classes, linear_problem, attack_with):
         assert attacked.is_broken.flatten().tolist() == [False, True]
 
 
-class Then(nn.Module):
-    """A model whose logits are changed."""
-
-    def __init__(self, model, change):
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, images):
-        return self.change(self.model(images))
-
-
 @NORMS
 @LOSSES
 @pytest.mark.parametrize(
@@ -78,27 +66,21 @@ def test_sign_and_scale_of_logits_do_not_matter(norm, loss, change, trained, att
     model, images, labels = trained[0], trained[1][:40], trained[2][:40]
     spec = apgd(norm, loss, {"linf": 0.02, "l2": 0.25}[norm], targets=3)
     plain = attack_with(spec, model, images, labels).is_broken
-    changed = attack_with(spec, Then(model, change), images, labels).is_broken
+    changed = attack_with(spec, nn.Sequential(model, Function(change)), images, labels).is_broken
     assert 0.2 < plain.float().mean() < 0.9
     # The loss of confident models is nearly the margin; but for that, nothing is lost.
     assert (plain != changed).sum() <= (2 if loss == "ce" else 1)
 
 
-class Band(nn.Module):
+def band(images):
     """Wrong where the mean of the image lies in a band; the margin falls off to both sides of it."""
-
-    def __init__(self, centre, width):
-        super().__init__()
-        self.centre, self.width = centre, width
-
-    def forward(self, images):
-        margin = self.width - (images.flatten(1).mean(1) - self.centre).abs()
-        return torch.stack([-margin, margin], 1)
+    margin = 1e-3 - (images.flatten(1).mean(1) - 0.5311).abs()
+    return torch.stack([-margin, margin], 1)
 
 
 def test_halved_steps_find_what_long_ones_step_over(attack_with):
     images, labels = torch.full((8, 3, 4, 4), 0.5), torch.zeros(8, dtype=torch.int64)
-    model = Band(centre=0.5 + 0.0311, width=1e-3)
+    model = Function(band)
     found = attack_with(apgd("linf", "ce", 0.1, steps=100), model, images, labels)
     assert found.is_broken.all()
     steady = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.1,), steps=100, step_size_ratio=20.0)
@@ -117,18 +99,8 @@ def test_box_and_budget_hold_where_pixels_are_at_the_ends(norm, trained, attack_
 
 @NORMS
 @LOSSES
-def test_batches_change_nothing_but_rounding(norm, loss, trained, attack_with):
-    model, images, labels = trained[0].double(), trained[1][:8].double(), trained[2][:8]
-    spec = apgd(norm, loss, *{"linf": (0.01, 0.02), "l2": (0.1, 0.2)}[norm], steps=12, targets=2)
-    try:
-        whole = attack_with(spec, model, images, labels)
-        for batch_size in (1, 3):
-            parts = attack_with(spec, model, images, labels, batch_size=batch_size)
-            assert torch.equal(whole.is_broken, parts.is_broken)
-            torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-9, rtol=0)
-            assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
-    finally:
-        model.float()
+def test_batches_change_nothing_but_rounding(norm, loss, assert_batches_do_not_matter):
+    assert_batches_do_not_matter(apgd(norm, loss, *{"linf": (0.01, 0.02), "l2": (0.1, 0.2)}[norm], steps=12, targets=2))
 
 
 @LOSSES
@@ -160,13 +132,13 @@ def test_passes_are_those_of_the_model(loss, trained, attack_with):
 def test_every_start_has_a_target_and_noise_of_its_own(attack_with):
     seen = []
 
-    class Flat(nn.Module):
-        def forward(self, images):
-            seen.append(images.detach())
-            return 0 * images.flatten(1)[:, :4] + torch.tensor([3.0, 1.0, 2.0, 0.0])
+    def flat(images):
+        seen.append(images.detach())
+        return 0 * images.flatten(1)[:, :4] + torch.tensor([3.0, 1.0, 2.0, 0.0])
 
     image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
-    attacked = attack_with(apgd("linf", "targeted_dlr", 0.1, steps=1, targets=2, restarts=2), Flat(), image, label)
+    spec = apgd("linf", "targeted_dlr", 0.1, steps=1, targets=2, restarts=2)
+    attacked = attack_with(spec, Function(flat), image, label)
     assert [is_last for _, _, is_last, _ in attacked.claims] == [True] * 4
     starts = torch.cat([each for each in seen if len(each)]).flatten(1).unique(dim=0)
     assert len(starts) == 1 + 4  # the clean image, and four starts that no gradient moves
@@ -176,17 +148,14 @@ def test_every_start_has_a_target_and_noise_of_its_own(attack_with):
 
 @NORMS
 def test_a_warm_start_stretches_the_best_point_before(norm, attack_with):
-    class Shown(nn.Module):
-        """Keeps what it is shown; moves nothing."""
-
-        def forward(self, images):
-            seen.append(images.detach())
-            return torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2]
+    def keep(images):
+        seen.append(images.detach())
+        return torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2]
 
     image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
     for warm_start in (True, False):
         seen = []
-        attack_with(apgd(norm, "ce", 0.1, 0.2, steps=1, warm_start=warm_start), Shown(), image, label)
+        attack_with(apgd(norm, "ce", 0.1, 0.2, steps=1, warm_start=warm_start), Function(keep), image, label)
         first, second = (each - image for each in (seen[2], seen[4]))
         assert torch.allclose(second, 2 * first, atol=1e-6) == warm_start
 
@@ -241,21 +210,20 @@ def auto_pgd(model, image, label, start, norm, eps, steps, rho=0.75):
 
 
 @NORMS
-def test_steps_are_those_of_the_paper(norm, trained, attack_with):
-    model, images, labels = deepcopy(trained[0]).double(), trained[1][:12].double(), trained[2][:12]
+def test_steps_are_those_of_the_paper(norm, in_double, attack_with):
+    model, images, labels = in_double[0], in_double[1][:12], in_double[2][:12]
     eps, steps = (0.004, 100) if norm == "linf" else (0.05, 100)
     seen = []
 
-    class Shown(nn.Module):
-        def forward(self, images):
-            if images.requires_grad:
-                seen.append(images.detach().clone())
-            return model(images)
+    def keep(images):
+        if images.requires_grad:
+            seen.append(images.detach().clone())
+        return model(images)
 
     compared = turned = 0
     for image, label in zip(images, labels, strict=True):
         seen.clear()
-        attacked = attack_with(apgd(norm, "ce", eps, steps=steps), Shown(), image[None], label[None])
+        attacked = attack_with(apgd(norm, "ce", eps, steps=steps), Function(keep), image[None], label[None])
         if attacked.is_broken.any():
             continue
         points = [each[0] for each in seen]

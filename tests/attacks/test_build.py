@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.build import Attack
@@ -110,19 +111,10 @@ def test_memory_formats_do_not_matter(spec, small_cnn, images, labels, attack_wi
     assert ((plain - last).abs() < 1e-4).float().mean() > 0.98
 
 
-class Transposing(nn.Module):
-    """Hands back gradients that cannot be viewed as rows."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images.transpose(2, 3).contiguous())
-
-
 def test_gradients_may_have_any_strides(small_cnn, images, labels, attack_with):
-    assert attack_with(PGD_L2, Transposing(small_cnn), images, labels).proposals.isfinite().all()
+    # They cannot be viewed as rows.
+    model = nn.Sequential(Function(lambda images: images.transpose(2, 3).contiguous()), small_cnn)
+    assert attack_with(PGD_L2, model, images, labels).proposals.isfinite().all()
 
 
 @EVERY
@@ -209,26 +201,20 @@ def test_unfit_inputs_are_refused(change, message, small_cnn, images, labels):
         Attack(FGSM)(small_cnn, *change(images, labels), batch_size=6, claim=None, draw=None)
 
 
-class NanGradient(nn.Module):
-    """Finite logits, but the gradient of dark images is NaN."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        mean = images.flatten(1).mean(1, keepdim=True)
-        # sqrt has an infinite derivative at 0, and infinity times 0 is NaN.
-        return self.model(images) + (mean * 0 + (mean > 0.2)).sqrt()
-
-
 @BY_GRADIENT
 def test_gradients_that_are_not_finite_are_counted_and_hurt_nobody_else(spec, small_cnn, images, labels, attack_with):
     images[-1] *= 0.1
     with torch.no_grad():
         labels[-1] = small_cnn(images[-1:]).argmax(1)
     spec = spec.model_copy(update={"random_start": False}) if spec.kind == "pgd" else spec
-    attacked = attack_with(spec, NanGradient(small_cnn), images, labels)
+
+    def nan_where_dark(images):
+        """Finite logits, but the gradient of dark images is NaN."""
+        mean = images.flatten(1).mean(1, keepdim=True)
+        # sqrt has an infinite derivative at 0, and infinity times 0 is NaN.
+        return small_cnn(images) + (mean * 0 + (mean > 0.2)).sqrt()
+
+    attacked = attack_with(spec, Function(nan_where_dark), images, labels)
     assert attacked.proposals.isfinite().all() and is_in_box(attacked.proposals).all()
     assert (attacked.proposals[0, :-1] != images[:-1]).any()
     if spec is not APGD:  # whose starts are always random
@@ -241,11 +227,6 @@ def test_gradients_that_are_not_finite_are_counted_and_hurt_nobody_else(spec, sm
         )
 
 
-class NanLogits(nn.Module):
-    def forward(self, images):
-        return images.flatten(1)[:, :5] * float("nan")
-
-
 @EVERY
 def test_logits_of_nan_are_no_success(spec, images, labels):
     claims = []
@@ -255,9 +236,8 @@ def test_logits_of_nan_are_no_success(spec, images, labels):
         claims.extend(rows)
         return [False] * len(rows)
 
-    effort = Attack(spec)(
-        NanLogits(), images, labels, batch_size=6, claim=claim, draw=lambda *_: torch.Generator().manual_seed(0)
-    )
+    model = Function(lambda images: images.flatten(1)[:, :5] * float("nan"))
+    effort = Attack(spec)(model, images, labels, batch_size=6, claim=claim, draw=lambda *_: torch.Generator().manual_seed(0))
     assert sorted(claims) == list(range(6)) and (effort.nonfinite_gradients >= 6) == (spec is not SQUARE)
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.carlini_wagner import carlini_wagner_l2
@@ -23,17 +24,6 @@ def attack(model, images, labels, **changes):
 def is_broken(model, images, labels):
     with torch.no_grad():
         return model(images).argmax(1) != labels
-
-
-class Then(nn.Module):
-    """A model followed by a change of its logits that leaves the order of classes."""
-
-    def __init__(self, model, change):
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, images):
-        return self.change(self.model(images))
 
 
 def test_the_settings_tested_are_the_shipped_ones():
@@ -65,7 +55,7 @@ def test_distances_are_near_the_optimum(count, classes, linear_problem):
 )
 def test_sign_and_scale_of_logits_do_not_matter(change, linear_problem):
     problem = linear_problem(4, classes=5)
-    model = Then(problem.model, change)
+    model = nn.Sequential(problem.model, Function(change))
     adversarial = attack(model, problem.images, problem.labels)
     ratio = distance(problem.images, adversarial, "l2") / problem.nearest("l2")
     assert is_broken(model, adversarial, problem.labels).all()
@@ -135,7 +125,7 @@ def test_what_is_returned_was_seen_by_the_model(linear_problem):
 
 def test_the_clean_image_where_nothing_is_found(linear_problem):
     problem = linear_problem(3, classes=5)
-    constant = Then(problem.model, lambda logits: 0 * logits + torch.arange(5.0))
+    constant = nn.Sequential(problem.model, Function(lambda logits: 0 * logits + torch.arange(5.0)))
     labels = torch.full((3,), 4)
     assert torch.equal(attack(constant, problem.images, labels), problem.images)
 
@@ -175,30 +165,22 @@ def test_images_that_are_done_leave_the_batch(linear_problem):
     assert (saved < 1.05).all()
 
 
-class PoisonedWhenGrey(nn.Module):
-    """NaN logits for images that left their start by much; NaN is no success."""
-
-    def __init__(self, model, images):
-        super().__init__()
-        self.model, self.images = model, images
-
-    def forward(self, images):
-        logits = self.model(images)
-        is_moved = (images - self.images).flatten(1).norm(dim=1) > 1e-3
-        return torch.where(is_moved[:, None], torch.nan, logits)
-
-
 @pytest.mark.parametrize("abort_early", [True, False])
 def test_nan_is_no_success(abort_early, linear_problem):
     problem = linear_problem(1, classes=5)
-    model = PoisonedWhenGrey(problem.model, problem.images)
-    adversarial = attack(model, problem.images, problem.labels, abort_early=abort_early)
+
+    def nan_where_moved(images):
+        is_moved = (images - problem.images).flatten(1).norm(dim=1) > 1e-3
+        return torch.where(is_moved[:, None], torch.nan, problem.model(images))
+
+    adversarial = attack(Function(nan_where_moved), problem.images, problem.labels, abort_early=abort_early)
     assert torch.equal(adversarial, problem.images)
 
 
 def test_infinite_rivals_are_no_success(linear_problem):
     problem = linear_problem(2, classes=5)
-    model = Then(problem.model, lambda logits: torch.where(logits < logits.amax(1, keepdim=True), torch.inf, logits))
+    rivals = Function(lambda logits: torch.where(logits < logits.amax(1, keepdim=True), torch.inf, logits))
+    model = nn.Sequential(problem.model, rivals)
     assert torch.equal(attack(model, problem.images, problem.labels), problem.images)
 
 

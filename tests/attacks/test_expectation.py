@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from made_models import Function, with_random_gradients
 from torch import nn
 
 from lrrobust.attacks.build import Attack
@@ -11,33 +12,13 @@ from lrrobust.evaluation.chunks import Chunk
 from lrrobust.evaluation.tasks import Task
 
 
-class Noisy(nn.Module):
-    """Noise on the images before a network."""
-
-    def __init__(self, network, scale=0.1):
-        super().__init__()
-        self.network, self.scale = network, scale
-
-    def forward(self, images):
-        return self.network(images + self.scale * torch.randn_like(images))
-
-
-class RandomGradient(nn.Module):
-    """A linear model with answers of its own, and gradients that are mostly noise, other at each pass."""
-
-    def __init__(self, linear, scale):
-        super().__init__()
-        self.linear, self.scale = linear, scale
-
-    def forward(self, images):
-        nothing = (images - images.detach()).flatten(1)
-        directions = self.scale * torch.randn(nothing.shape[1], self.linear[-1].out_features, dtype=images.dtype)
-        return self.linear(images) + nothing @ directions
+def behind_noise(network, scale=0.1):
+    return nn.Sequential(Function(lambda images: images + scale * torch.randn_like(images)), network)
 
 
 @pytest.fixture
 def noisy(small_cnn):
-    return Noisy(small_cnn.double())
+    return behind_noise(small_cnn.double())
 
 
 @pytest.fixture
@@ -97,14 +78,13 @@ def test_many_logits_of_half_precision_are_averaged_as_they_are(images):
         torch.testing.assert_close(model(attacked).detach(), logits.float(), rtol=1e-6, atol=0)
 
 
-def test_a_deterministic_model_is_attacked_alike(trained, attack_with):
-    model, images, labels = trained
+def test_a_deterministic_model_is_attacked_alike(in_double, attack_with):
+    model, images, labels = in_double[0], in_double[1][:20], in_double[2][:20]
     spec = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(0.02, 0.05), steps=5)
-    one = attack_with(spec, model.double(), images[:20].double(), labels[:20])
+    one = attack_with(spec, model, images, labels)
     # A power of two leaves the mean of equal numbers as they are.
-    mean = attack_with(spec.model_copy(update={"eot_iter": 4}), model, images[:20].double(), labels[:20])
+    mean = attack_with(spec.model_copy(update={"eot_iter": 4}), model, images, labels)
     assert torch.equal(one.is_broken, mean.is_broken) and 0 < one.is_broken.sum() < one.is_broken.numel()
-    model.float()
     # Four passes forward for an answer, and as many again for its gradient.
     assert torch.equal(mean.effort.backward_passes, 4 * one.effort.backward_passes)
     assert torch.equal(mean.effort.forward_passes, 4 * (one.effort.forward_passes + one.effort.backward_passes))
@@ -115,7 +95,7 @@ def test_gradients_of_noise_lead_somewhere_on_average(linear_problem, attack_wit
     problem = linear_problem(40, 3)
     eps = 1.5 * problem.nearest(norm).median().item()
     within = problem.nearest(norm) <= eps
-    model = RandomGradient(problem.model, scale=30.0)
+    model = with_random_gradients(problem.model, scale=30.0)
     spec = PgdSpec(kind="pgd", name="pgd", norm=norm, eps=(eps,), steps=10)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -142,10 +122,9 @@ def test_every_attack_sees_the_mean(trained, spec):
     model, images, labels = trained
     calls = []
 
-    class Counted(nn.Module):
-        def forward(self, images):
-            calls.append(len(images))
-            return model(images)
+    def counted(images):
+        calls.append(len(images))
+        return model(images)
 
     claimed = []
 
@@ -154,7 +133,7 @@ def test_every_attack_sees_the_mean(trained, spec):
         return [False] * len(rows)
 
     draw = lambda row, eps, start: torch.Generator().manual_seed(row)  # noqa: E731
-    effort = Attack(spec)(Counted(), images[:6], labels[:6], batch_size=6, claim=claim, draw=draw)
+    effort = Attack(spec)(Function(counted), images[:6], labels[:6], batch_size=6, claim=claim, draw=draw)
     assert claimed and len(calls) % 3 == 0 and len(calls) >= 6
     # All passes are counted, those made again for gradients too.
     assert effort.forward_passes.sum() % 3 == 0 and effort.forward_passes.sum() >= sum(calls) * 0.9
@@ -167,7 +146,7 @@ def test_averages_break_fewer_images_by_chance(linear_problem, attack_with):
     distance = problem.nearest("l2")
     is_far = distance > distance.median()
     eps = 0.01 * problem.nearest("linf")[is_far].min().item()
-    model = Noisy(problem.model, scale=1.6 * distance.median().item())
+    model = behind_noise(problem.model, scale=1.6 * distance.median().item())
     spec = PgdSpec(kind="pgd", name="pgd", norm="linf", eps=(eps,), steps=20)
     with torch.random.fork_rng():
         torch.manual_seed(0)

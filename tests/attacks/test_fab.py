@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from made_models import Function
 
 from lrrobust.attacks.specs import FabSpec
 from lrrobust.threat import distance
@@ -28,12 +28,10 @@ def test_the_pull_is_bounded(path_of):
     assert again == pytest.approx(0.98 * (back + 1.05 * (1 - back)) + 0.02 * 1.05, rel=1e-4)
 
 
-class TwoWays(nn.Module):
+def two_ways(images):
     """Class 1 is likelier than class 2 beside the label 0, but its boundary is farther away: 0.4, not 0.1."""
-
-    def forward(self, images):
-        change = images.flatten(1) - 0.5
-        return torch.stack([0 * change[:, 0], change[:, 0] - 0.4, 10 * change[:, 1] - 1], 1)
+    change = images.flatten(1) - 0.5
+    return torch.stack([0 * change[:, 0], change[:, 0] - 0.4, 10 * change[:, 1] - 1], 1)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -41,5 +39,5 @@ def test_the_likeliest_class_need_not_be_the_nearest(norm, attack_with):
     images, labels = torch.full((2, 3, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
     for targets, nearest in ((1, 0.4), (2, 0.1)):
         spec = FabSpec(kind="fab_t", name="fab_t", norm=norm, eps=(0.1,), targets=targets, steps=5)
-        found = distance(images, attack_with(spec, TwoWays(), images, labels).proposals[0], norm)
+        found = distance(images, attack_with(spec, Function(two_ways), images, labels).proposals[0], norm)
         assert found.tolist() == pytest.approx([nearest] * 2, rel=0.01)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.assignment import Assignment
@@ -36,17 +37,6 @@ def test_distances_are_near_the_optimum(spec, count, classes, linear_problem, at
     assert (ratio <= (1.15 if spec.norm == "l1" else NEAR[spec.kind])).all()
 
 
-class Then(nn.Module):
-    """A model whose logits are changed."""
-
-    def __init__(self, model, change):
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, images):
-        return self.change(self.model(images))
-
-
 @EVERY
 @pytest.mark.parametrize(
     "change",
@@ -55,7 +45,7 @@ class Then(nn.Module):
 )
 def test_sign_and_scale_of_logits_do_not_matter(spec, change, linear_problem, attack_with):
     problem = linear_problem(4, classes=5)
-    attacked = attack_with(spec, Then(problem.model, change), problem.images, problem.labels)
+    attacked = attack_with(spec, nn.Sequential(problem.model, Function(change)), problem.images, problem.labels)
     ratio = distance(problem.images, attacked.proposals[0], spec.norm) / problem.nearest(spec.norm)
     assert attacked.is_broken.all() and (ratio <= 1.15).all()
 
@@ -80,16 +70,8 @@ def test_black_and_white_pixels_move_and_no_further_than_the_box(spec, attack_wi
 
 
 @EVERY
-def test_batches_change_nothing_but_rounding(spec, trained, attack_with):
-    model, images, labels = trained[0].double(), trained[1][:8].double(), trained[2][:8]
-    try:
-        whole = attack_with(spec, model, images, labels)
-        for batch_size in (1, 3):
-            parts = attack_with(spec, model, images, labels, batch_size=batch_size)
-            torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-7, rtol=0)
-            assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
-    finally:
-        model.float()
+def test_batches_change_nothing_but_rounding(spec, assert_batches_do_not_matter):
+    assert_batches_do_not_matter(spec, atol=1e-7)
 
 
 @EVERY
@@ -97,39 +79,24 @@ def test_passes_are_counted_as_the_model_sees_them(spec, trained, attack_with):
     model, images, labels = trained[0], trained[1][:10], trained[2][:10]
     forwarded, backwarded, claimed = [], [], []
 
-    class Counting(nn.Module):
-        def forward(self, images):
-            forwarded.append(len(images))
-            if images.requires_grad:
-                images.register_hook(lambda gradient: backwarded.append(len(gradient)))
-            return model(images)
+    def count(images):
+        forwarded.append(len(images))
+        if images.requires_grad:
+            images.register_hook(lambda gradient: backwarded.append(len(gradient)))
+        return model(images)
 
     def claim(rows, proposed, eps, is_last):
         claimed.extend(rows)
         return [True] * len(rows)
 
-    effort = Attack(spec)(Counting(), images, labels, batch_size=4, claim=claim, draw=None)
+    effort = Attack(spec)(Function(count), images, labels, batch_size=4, claim=claim, draw=None)
     assert effort.forward_passes.sum() == sum(forwarded) and effort.backward_passes.sum() == sum(backwarded)
     assert (effort.forward_passes <= spec.max_forward_passes).all()
     # The harness is asked once an image, at the end.
     assert sorted(claimed) == list(range(10)) and effort.nonfinite_gradients == 0
     untouched = torch.tensor([0, 1] * 5)
-    effort = Attack(spec)(Counting(), images, labels, batch_size=4, claim=claim, draw=None, levels=untouched)
+    effort = Attack(spec)(Function(count), images, labels, batch_size=4, claim=claim, draw=None, levels=untouched)
     assert torch.equal(effort.forward_passes[0] > 0, untouched > 0)
-
-
-class Constant(nn.Module):
-    """Knows one class, with a gradient of zero; where `hole` is, with one of NaN."""
-
-    def __init__(self, hole=False):
-        super().__init__()
-        self.hole = hole
-
-    def forward(self, images):
-        flat = images.flatten(1)[:, :4] * 0
-        if self.hole:
-            flat = flat + flat.sqrt() * 0
-        return flat + torch.tensor([1.0, 0.0, 0.5, 0.2])
 
 
 @EVERY
@@ -137,7 +104,13 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_without_a_gradient_the_clean_image_is_proposed_and_nothing_is_nan(spec, hole, value, attack_with):
     images, labels = torch.full((3, 3, 4, 4), value), torch.zeros(3, dtype=torch.int64)
-    attacked = attack_with(spec, Constant(hole), images, labels)
+
+    def constant(images):
+        """Knows one class, with a gradient of zero; where `hole` is, with one of NaN."""
+        flat = images.flatten(1)[:, :4] * 0
+        return flat + (flat.sqrt() * 0 if hole else 0) + torch.tensor([1.0, 0.0, 0.5, 0.2])
+
+    attacked = attack_with(spec, Function(constant), images, labels)
     assert torch.equal(attacked.proposals[0], images) and not attacked.is_broken.any()
     assert [row for row, *_ in attacked.claims] == [0, 1, 2]
     assert (attacked.effort.nonfinite_gradients > 0) == hole
@@ -178,15 +151,16 @@ class Stepping:
         return Step(shown, greys > 0.5, shown)
 
 
-class Bright(nn.Module):
-    def forward(self, images):
-        mean = images.mean((1, 2, 3))
-        return torch.stack([0.55 - mean, mean - 0.55], 1)
+def bright(images):
+    mean = images.mean((1, 2, 3))
+    return torch.stack([0.55 - mean, mean - 0.55], 1)
 
 
 def search(claim, *, enough=0.0, line_search_steps=0):
     images, labels = torch.full((2, 3, 2, 2), 0.3), torch.zeros(2, dtype=torch.int64)
-    given = Assignment(Bright(), images, labels, (math.inf,), levels=torch.tensor([1, 1]), batch_size=2, claim=claim, draw=None)
+    given = Assignment(
+        Function(bright), images, labels, (math.inf,), levels=torch.tensor([1, 1]), batch_size=2, claim=claim, draw=None
+    )
     return find_nearest(
         given, norm="linf", starts=2, steps=4, line_search_steps=line_search_steps, enough=enough, search=Stepping()
     )

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from made_models import Function
 
 from lrrobust.attacks.specs import FgsmSpec, MiFgsmSpec
 from lrrobust.threat import ThreatModel, is_in_box
@@ -34,17 +35,9 @@ def test_confident_models_are_attacked_as_well_as_others(norm, trained, attack_w
     model, images, labels = trained[0], trained[1][:60], trained[2][:60]
     spec = mi_fgsm(norm, {"linf": 0.02, "l2": 0.25}[norm])
     plain = attack_with(spec, model, images, labels).is_broken
-    confident = attack_with(spec, lambda_module(lambda images: 500 * model(images)), images, labels).is_broken
+    confident = attack_with(spec, Function(lambda images: 500 * model(images)), images, labels).is_broken
     assert 0.2 < plain.float().mean() < 0.9
     assert (plain & ~confident).sum() <= 1
-
-
-def lambda_module(function):
-    class Module(torch.nn.Module):
-        def forward(self, images):
-            return function(images)
-
-    return Module()
 
 
 def test_one_step_is_fgsm(trained, attack_with):
@@ -54,17 +47,14 @@ def test_one_step_is_fgsm(trained, attack_with):
     torch.testing.assert_close(once.proposals, fgsm.proposals)
 
 
-def test_iterates_are_those_of_torchattacks(trained, attack_with):
+def test_iterates_are_those_of_torchattacks(in_double, attack_with):
     """Its gradient is divided by the mean of sizes, ours by their sum: the same but for scale."""
-    model, images, labels = trained[0].double(), trained[1][:60].double(), trained[2][:60]
-    try:
-        attacked = attack_with(mi_fgsm("linf", 0.01), model, images, labels)
-        theirs = torchattacks.MIFGSM(model, eps=0.01, alpha=0.001, steps=10, decay=1.0)(images, labels)
-        standing = ~attacked.is_broken[0]
-        assert 20 < standing.sum()
-        assert ((attacked.proposals[0] - theirs)[standing].abs() < 1e-6).float().mean() > 0.999
-    finally:
-        model.float()
+    model, images, labels = in_double[0], in_double[1][:60], in_double[2][:60]
+    attacked = attack_with(mi_fgsm("linf", 0.01), model, images, labels)
+    theirs = torchattacks.MIFGSM(model, eps=0.01, alpha=0.001, steps=10, decay=1.0)(images, labels)
+    standing = ~attacked.is_broken[0]
+    assert 20 < standing.sum()
+    assert ((attacked.proposals[0] - theirs)[standing].abs() < 1e-6).float().mean() > 0.999
 
 
 def test_momentum_carries_on_where_the_gradient_turns(attack_with):
@@ -78,7 +68,7 @@ def test_momentum_carries_on_where_the_gradient_turns(attack_with):
         return torch.stack([-value, value], 1)
 
     for decay, expected in ((1.0, True), (0.0, False)):
-        attacked = attack_with(mi_fgsm("linf", 0.1, decay=decay), lambda_module(margin), images, labels)
+        attacked = attack_with(mi_fgsm("linf", 0.1, decay=decay), Function(margin), images, labels)
         assert attacked.is_broken.item() == expected
 
 

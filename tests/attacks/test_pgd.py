@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks import build
@@ -53,7 +54,7 @@ def test_robust_accuracy_is_no_higher_than_that_of_torchattacks(norm, precision,
     for seed in ("0", "1"):
         attacked = attack_with(pgd(norm, precision=precision), model, images, labels, seed=seed)
         ours = (~attacked.is_broken).float().mean(1)
-        starts = attack_with(pgd(norm, steps=1), Flat(1), images, 0 * labels, seed=seed).proposals
+        starts = attack_with(pgd(norm, steps=1), FLAT, images, 0 * labels, seed=seed).proposals
         theirs = []
         for eps, start in zip(LADDERS[norm], starts, strict=True):
             with monkeypatch.context() as patch:
@@ -73,67 +74,53 @@ def start_at(patch, delta, eps):
 
 
 @NORMS
-def test_without_a_random_start_iterates_are_those_of_torchattacks(norm, trained, attack_with):
-    model, images, labels = trained[0].double(), trained[1][:80].double(), trained[2][:80]
-    try:
-        attacked = attack_with(pgd(norm, random_start=False), model, images, labels)
-        stood_all = 0
-        for eps, is_broken, proposals in zip(LADDERS[norm], attacked.is_broken, attacked.proposals, strict=True):
-            theirs = peer(norm, eps, model, images, labels, random_start=False)
-            torch.testing.assert_close(proposals[~is_broken], theirs[~is_broken], atol=1e-6, rtol=0)
-            assert (model(theirs[is_broken]).argmax(1) != labels[is_broken]).float().mean() > 0.9
-            stood_all += (~is_broken).sum()
-        assert stood_all > 50
-    finally:
-        model.float()
+def test_without_a_random_start_iterates_are_those_of_torchattacks(norm, in_double, attack_with):
+    model, images, labels = in_double[0], in_double[1][:80], in_double[2][:80]
+    attacked = attack_with(pgd(norm, random_start=False), model, images, labels)
+    stood_all = 0
+    for eps, is_broken, proposals in zip(LADDERS[norm], attacked.is_broken, attacked.proposals, strict=True):
+        theirs = peer(norm, eps, model, images, labels, random_start=False)
+        torch.testing.assert_close(proposals[~is_broken], theirs[~is_broken], atol=1e-6, rtol=0)
+        assert (model(theirs[is_broken]).argmax(1) != labels[is_broken]).float().mean() > 0.9
+        stood_all += (~is_broken).sum()
+    assert stood_all > 50
 
 
 @NORMS
 def test_confident_models_are_attacked_as_well_as_others(norm, trained, attack_with):
     model, images, labels = trained[0], trained[1][:80], trained[2][:80]
-
-    class Confident(nn.Module):
-        def forward(self, images):
-            return 500 * model(images)
-
+    sure = nn.Sequential(model, Function(lambda logits: 500 * logits))
     plain = attack_with(pgd(norm), model, images, labels).is_broken
-    confident = attack_with(pgd(norm), Confident(), images, labels).is_broken
+    confident = attack_with(pgd(norm), sure, images, labels).is_broken
     # Far beyond where the cross-entropy's gradient is zero in float32, and torchattacks at a loss.
-    stuck = accuracy(Confident(), peer(norm, LADDERS[norm][-1], Confident(), images, labels), labels)
+    stuck = accuracy(sure, peer(norm, LADDERS[norm][-1], sure, images, labels), labels)
     assert stuck > 0.5 > (~plain[-1]).float().mean()
     assert ((~confident).float().mean(1) <= (~plain).float().mean(1) + 0.02).all()
-
-
-class Scaled(nn.Module):
-    def __init__(self, model, scale):
-        super().__init__()
-        self.model, self.scale = model, scale
-
-    def forward(self, images):
-        return self.scale * self.model(images)
 
 
 @NORMS
 def test_on_the_margin_the_scale_of_logits_does_not_matter(norm, trained, attack_with):
     model, images, labels = trained[0], trained[1][:120], trained[2][:120]
     plain = (~attack_with(pgd(norm), model, images, labels).is_broken).float().mean(1)
-    small = Scaled(model, 1e-3)
+    small = nn.Sequential(model, Function(lambda logits: 1e-3 * logits))
     by_margin = (~attack_with(pgd(norm, loss="margin"), small, images, labels).is_broken).float().mean(1)
     by_cross_entropy = (~attack_with(pgd(norm), small, images, labels).is_broken).float().mean(1)
     assert (by_margin <= plain + 0.03).all()
     assert by_cross_entropy.sum() > by_margin.sum() + 0.03
 
 
-class Flat(nn.Module):
+def flat(threshold):
     """Wrong on an image if its mean is above a threshold; the gradient is zero, so starts stay what they are."""
 
-    def __init__(self, threshold):
-        super().__init__()
-        self.threshold = threshold
-
-    def forward(self, images):
-        is_wrong = (images.flatten(1).mean(1) > self.threshold).float()
+    def answer(images):
+        is_wrong = (images.flatten(1).mean(1) > threshold).float()
         return torch.stack([1 - is_wrong, is_wrong], 1) + 0 * images.flatten(1)[:, :2]
+
+    return Function(answer)
+
+
+#: Never wrong.
+FLAT = flat(1)
 
 
 @pytest.fixture
@@ -145,32 +132,32 @@ def grey():
 def test_random_starts_follow_the_image_alone(norm, grey, attack_with):
     images, labels = grey
     spec = pgd(norm, 0.1, 0.2, steps=2, restarts=2)
-    whole = attack_with(spec, Flat(1), images, labels)
-    small = attack_with(spec, Flat(1), images, labels, batch_size=5)
-    reverse = attack_with(spec, Flat(1), images, labels, names=range(31, -1, -1))
-    few = attack_with(spec, Flat(1), images[:3], labels[:3], names=(7, 30, 2))
+    whole = attack_with(spec, FLAT, images, labels)
+    small = attack_with(spec, FLAT, images, labels, batch_size=5)
+    reverse = attack_with(spec, FLAT, images, labels, names=range(31, -1, -1))
+    few = attack_with(spec, FLAT, images[:3], labels[:3], names=(7, 30, 2))
     assert torch.equal(whole.proposals, small.proposals)
     assert torch.equal(whole.proposals, reverse.proposals.flip(1))
     assert torch.equal(whole.proposals[:, [7, 30, 2]], few.proposals)
     once = pgd(norm, 0.1, 0.2, steps=2)
-    others = [attack_with(spec, Flat(1), images, labels, seed="other"), attack_with(once, Flat(1), images, labels)]
+    others = [attack_with(spec, FLAT, images, labels, seed="other"), attack_with(once, FLAT, images, labels)]
     starts = torch.cat([run.proposals.flatten(0, 1) for run in [whole, *others]]).flatten(1)
     assert len(starts.unique(dim=0)) == 3 * 64
 
 
 def test_random_starts_fill_the_ball(grey, attack_with):
     images, labels = grey
-    linf = attack_with(pgd("linf", 0.2, steps=1), Flat(1), images, labels).proposals - images
+    linf = attack_with(pgd("linf", 0.2, steps=1), FLAT, images, labels).proposals - images
     assert linf.abs().max() <= 0.2 + 1e-6
     # Uniform: variance eps^2 / 3, of 32 * 192 draws.
     assert linf.square().mean().item() == pytest.approx(0.2**2 / 3, rel=0.05)
-    lengths = (attack_with(pgd("l2", 0.2, steps=1), Flat(1), images, labels).proposals - images).flatten(2).norm(dim=2)
+    lengths = (attack_with(pgd("l2", 0.2, steps=1), FLAT, images, labels).proposals - images).flatten(2).norm(dim=2)
     assert lengths.max() <= 0.2 + 1e-6
     assert 0.05 < lengths.mean() < 0.15 and lengths.min() < 0.05 and lengths.max() > 0.15
 
 
 def test_restarts_go_on_until_one_breaks_the_image(grey, attack_with):
-    model = Flat(threshold=0.5 + 0.004)  # one standard deviation: about 16 % each time
+    model = flat(threshold=0.5 + 0.004)  # one standard deviation: about 16 % each time
     once = attack_with(pgd("linf", 0.1, steps=1), model, *grey)
     often = attack_with(pgd("linf", 0.1, steps=1, restarts=8), model, *grey)
     assert 0 < once.is_broken.sum() < 16 < often.is_broken.sum() < 32
@@ -183,18 +170,8 @@ def test_restarts_go_on_until_one_breaks_the_image(grey, attack_with):
 
 
 @NORMS
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batches_change_nothing_but_rounding(norm, batch_size, trained, attack_with):
-    model, images, labels = trained
-    try:
-        model.double()
-        whole = attack_with(pgd(norm, steps=5), model, images[:20].double(), labels[:20])
-        parts = attack_with(pgd(norm, steps=5), model, images[:20].double(), labels[:20], batch_size=batch_size)
-    finally:
-        model.float()
-    assert torch.equal(whole.is_broken, parts.is_broken)
-    torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-9, rtol=0)
-    assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
+def test_batches_change_nothing_but_rounding(norm, assert_batches_do_not_matter):
+    assert_batches_do_not_matter(pgd(norm, steps=5), batch_sizes=(1, 7, 64), count=20)
 
 
 @NORMS
@@ -238,20 +215,18 @@ def ahead(monkeypatch):
 
 @NORMS
 @pytest.mark.parametrize("batch_size, restarts", [(64, 1), (7, 1), (30, 3)])
-def test_budgets_attacked_ahead_change_the_order_alone(norm, batch_size, restarts, trained, attack_with, request):
-    model, images, labels = trained
+def test_budgets_attacked_ahead_change_the_order_alone(norm, batch_size, restarts, in_double, attack_with, request):
+    model, images, labels = in_double[0], in_double[1][:20], in_double[2][:20]
     spec, forwards = pgd(norm, steps=5, restarts=restarts), []
     hook = model.register_forward_hook(lambda module, inputs, output: forwards.append(inputs[0].requires_grad))
     try:
-        model.double()
-        one_by_one = attack_with(spec, model, images[:20].double(), labels[:20], batch_size=batch_size)
+        one_by_one = attack_with(spec, model, images, labels, batch_size=batch_size)
         calls = sum(forwards)
         forwards.clear()
         request.getfixturevalue("ahead")
-        at_once = attack_with(spec, model, images[:20].double(), labels[:20], batch_size=batch_size)
+        at_once = attack_with(spec, model, images, labels, batch_size=batch_size)
     finally:
         hook.remove()
-        model.float()
     assert torch.equal(at_once.is_broken, one_by_one.is_broken) and not at_once.is_broken.all()
     standing = ~at_once.is_broken
     torch.testing.assert_close(at_once.proposals[standing], one_by_one.proposals[standing], atol=1e-9, rtol=0)
@@ -322,7 +297,7 @@ def test_step_size_is_the_ratio_of_eps(trained, attack_with):
 
 def test_a_gradient_of_zero_leaves_the_image(grey, attack_with):
     images, labels = grey
-    attacked = attack_with(pgd("l2", 0.5, random_start=False), Flat(1), images, labels)
+    attacked = attack_with(pgd("l2", 0.5, random_start=False), FLAT, images, labels)
     assert torch.equal(attacked.proposals[0], images)
 
 
@@ -336,16 +311,14 @@ def test_in_l1_sparse_steps_break_what_they_can(linear_problem, attack_with):
         assert attacked.is_broken.flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_in_l1_box_and_budget_hold_and_more_breaks_more(dtype, trained, attack_with):
-    model, images, labels = trained[0].to(dtype), trained[1][:60].to(dtype), trained[2][:60]
+@pytest.mark.parametrize("precision", ["trained", "in_double"])
+def test_in_l1_box_and_budget_hold_and_more_breaks_more(precision, request, attack_with):
+    model, images, labels = request.getfixturevalue(precision)
+    images, labels = images[:60].clone(), labels[:60].clone()
     images[::2] = images[::2].round()
-    try:
-        with torch.no_grad():
-            labels[::2] = model(images[::2]).argmax(1)
-        attacked = attack_with(pgd("l1", *L1_LADDER), model, images, labels)
-    finally:
-        model.float()
+    with torch.no_grad():
+        labels[::2] = model(images[::2]).argmax(1)
+    attacked = attack_with(pgd("l1", *L1_LADDER), model, images, labels)
     for eps, proposals in zip(L1_LADDER, attacked.proposals, strict=True):
         assert ThreatModel("l1", eps).is_in_ball(images, proposals).all() and is_in_box(proposals).all()
     broken = attacked.is_broken.float().mean(1).tolist()
@@ -353,17 +326,15 @@ def test_in_l1_box_and_budget_hold_and_more_breaks_more(dtype, trained, attack_w
 
 
 def test_random_starts_in_l1_fill_the_ball(grey, attack_with):
-    starts = attack_with(pgd("l1", 2.0, steps=1), Flat(1), *grey).proposals[0] - grey[0]
+    starts = attack_with(pgd("l1", 2.0, steps=1), FLAT, *grey).proposals[0] - grey[0]
     lengths = starts.abs().sum((1, 2, 3))
     assert lengths.max() <= 2 + 1e-5 and lengths.min() < 0.5 and lengths.max() > 1.5
     assert len(starts.flatten(1).unique(dim=0)) == 32
 
 
-class Fixed(nn.Module):
+def fixed(images):
     """Shows what it is asked for: logit k rises with pixel k alone, and no image is taken for another class."""
-
-    def forward(self, images):
-        return images.flatten(1)[:, :4] * 1e-3 + torch.tensor([4.0, 3.0, 2.0, 1.0])
+    return images.flatten(1)[:, :4] * 1e-3 + torch.tensor([4.0, 3.0, 2.0, 1.0])
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
@@ -371,7 +342,7 @@ class Fixed(nn.Module):
 def test_a_target_is_where_the_search_goes(target, loss, attack_with):
     images, labels = torch.full((6, 3, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
     settings = {"targets": 2, "steps": 3, "random_start": False, "target": target, "loss": loss}
-    attacked = attack_with(pgd("linf", 0.1, 0.2, **settings), Fixed(), images, labels)
+    attacked = attack_with(pgd("linf", 0.1, 0.2, **settings), Function(fixed), images, labels)
     starts = 2 if target == "top_k" else 1
     # What was proposed last went up for the target, and down for all others.
     raised = (attacked.proposals[1].flatten(1)[:, :4] - 0.5).argmax(1)
@@ -386,13 +357,12 @@ def test_random_targets_differ_from_start_to_start(attack_with):
     images, labels = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
     seen = []
 
-    class Watched(Fixed):
-        def forward(self, images):
-            seen.append(images.detach().flatten(1)[:, :4].argmax(1).item())
-            return super().forward(images)
+    def watched(images):
+        seen.append(images.detach().flatten(1)[:, :4].argmax(1).item())
+        return fixed(images)
 
     spec = pgd("linf", 0.1, steps=2, random_start=False, target="random", restarts=30)
-    attack_with(spec, Watched(), images, labels)
+    attack_with(spec, Function(watched), images, labels)
     # The second iterate of a start went up for its target alone.
     assert set(seen) >= {1, 2, 3}
 
@@ -421,17 +391,14 @@ def test_a_target_that_the_model_does_not_know_is_refused(trained, attack_with):
 def test_a_warm_start_stretches_where_the_start_before_ended(norm, attack_with):
     seen = []
 
-    class Shown(Flat):
-        """Keeps what it is shown; moves nothing."""
-
-        def forward(self, images):
-            seen.append(images.detach())
-            return super().forward(images)
+    def keep(images):
+        seen.append(images.detach())
+        return FLAT(images)
 
     image, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
     for warm_start in (True, False):
         seen.clear()
-        attack_with(pgd(norm, 0.1, 0.2, steps=1, restarts=2, warm_start=warm_start), Shown(1), image, label)
+        attack_with(pgd(norm, 0.1, 0.2, steps=1, restarts=2, warm_start=warm_start), Function(keep), image, label)
         # Of every start the iterate is shown, then its last one to the judge; the clean image was shown before.
         shown = [each - image for each in seen[1:]]
         assert len(shown) == 8
@@ -448,15 +415,13 @@ def test_warm_starts_break_no_fewer_images(norm, trained, attack_with):
         assert ThreatModel(norm, eps).is_in_ball(images, proposals).all() and is_in_box(proposals).all()
 
 
-class Band(nn.Module):
+def band(images):
     """On the way to class 1, which is never reached, images are taken for class 2 for a while."""
-
-    def forward(self, images):
-        grey = images[:, 0, 0, 0]
-        return torch.stack([0 * grey + 1, 100 * (grey - 1), 1.02 - 30 * (grey - 0.54).abs()], 1)
+    grey = images[:, 0, 0, 0]
+    return torch.stack([0 * grey + 1, 100 * (grey - 1), 1.02 - 30 * (grey - 0.54).abs()], 1)
 
 
 def test_another_class_than_the_target_counts_when_it_is_met_on_the_way(attack_with):
     images, labels = torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
     spec = pgd("linf", 0.1, target=1, steps=10, step_size_ratio=1.0, random_start=False)
-    assert attack_with(spec, Band(), images, labels).is_broken.all()
+    assert attack_with(spec, Function(band), images, labels).is_broken.all()

@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.specs import SquareSpec
@@ -57,23 +60,15 @@ class Watched(nn.Module):
         return self.model(images).detach()
 
 
-class Flat(nn.Module):
+def flat():
     """Never wrong, and always the same."""
-
-    def forward(self, images):
-        return torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2]
+    return Function(lambda images: torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2])
 
 
-class Greedy(nn.Module):
+def greedy():
     """Never wrong; every image it is shown is better than the one before."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, images):
-        self.calls += 1
-        return torch.tensor([1.0, self.calls * 1e-6]).expand(len(images), 2)
+    calls = itertools.count(1)
+    return Function(lambda images: torch.tensor([1.0, next(calls) * 1e-6]).expand(len(images), 2))
 
 
 @NORMS
@@ -89,22 +84,13 @@ def test_gradients_are_not_needed_and_passes_are_queries(norm, trained, attack_w
 
 
 @NORMS
-def test_images_do_not_influence_each_other(norm, trained, attack_with):
-    model, images, labels = trained[0].double(), trained[1][:8].double(), trained[2][:8]
-    spec = square(norm, {"linf": 0.02, "l2": 0.3}[norm], queries=60)
-    try:
-        whole = attack_with(spec, model, images, labels)
-        for batch_size in (1, 3):
-            parts = attack_with(spec, model, images, labels, batch_size=batch_size)
-            torch.testing.assert_close(whole.proposals, parts.proposals, atol=1e-9, rtol=0)
-            assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
-    finally:
-        model.float()
+def test_images_do_not_influence_each_other(norm, assert_batches_do_not_matter):
+    assert_batches_do_not_matter(square(norm, {"linf": 0.02, "l2": 0.3}[norm], queries=60))
 
 
 @NORMS
 def test_every_image_has_squares_of_its_own(norm, attack_with):
-    model = Watched(Flat())
+    model = Watched(flat())
     images, labels = torch.full((6, 3, 10, 10), 0.5), torch.zeros(6, dtype=torch.int64)
     attack_with(square(norm, 0.1, queries=3, p_init=0.1), model, images, labels)
     for shown in model.shown[1:4]:
@@ -112,7 +98,7 @@ def test_every_image_has_squares_of_its_own(norm, attack_with):
 
 
 def test_a_linf_query_sets_one_square_to_the_ends_of_the_ball(attack_with):
-    model = Watched(Greedy())
+    model = Watched(greedy())
     images, labels = torch.full((4, 3, 9, 12), 0.5), torch.zeros(4, dtype=torch.int64)
     images[0, :, :, :6] = 0.01  # the box cuts the ball
     attack_with(square("linf", 0.1, queries=80, p_init=0.2), model, images, labels)
@@ -134,7 +120,7 @@ def test_a_linf_query_sets_one_square_to_the_ends_of_the_ball(attack_with):
 
 
 def test_a_l2_query_moves_the_budget_between_two_squares(attack_with):
-    model = Watched(Greedy())
+    model = Watched(greedy())
     images, labels = torch.full((4, 3, 15, 15), 0.5), torch.zeros(4, dtype=torch.int64)
     attack_with(square("l2", 0.5, queries=60, p_init=0.1), model, images, labels)
     shown = torch.stack(model.shown[1:61])
@@ -150,7 +136,7 @@ def test_a_l2_query_moves_the_budget_between_two_squares(attack_with):
 @NORMS
 def test_queries_are_inside_on_large_images(norm, attack_with):
     images, labels = 0.3 + 0.4 * torch.rand(2, 3, 224, 224), torch.zeros(2, dtype=torch.int64)
-    model = Watched(Flat())
+    model = Watched(flat())
     attack_with(square(norm, 1.0 if norm == "l2" else 0.05, queries=12), model, images, labels)
     threat = ThreatModel(norm, 1.0 if norm == "l2" else 0.05)
     assert all(threat.is_in_ball(images, shown).all() for shown in model.shown[1:])
@@ -161,12 +147,11 @@ def test_queries_are_inside_on_large_images(norm, attack_with):
 def test_small_images(norm, shape, attack_with):
     images, labels = torch.full((3, *shape), 0.5), torch.zeros(3, dtype=torch.int64)
 
-    class Dark(nn.Module):
-        def forward(self, images):
-            mean = images.flatten(1).mean(1)
-            return torch.stack([mean, 1 - mean], 1) - 5
+    def dark(images):
+        mean = images.flatten(1).mean(1)
+        return torch.stack([mean, 1 - mean], 1) - 5
 
-    attacked = attack_with(square(norm, 0.3, queries=30), Dark(), images + 0.01, labels)
+    attacked = attack_with(square(norm, 0.3, queries=30), Function(dark), images + 0.01, labels)
     assert attacked.is_broken.all()
 
 
