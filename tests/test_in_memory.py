@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_models import Function, with_random_gradients
 from PIL import Image
 from torch import nn
 
@@ -62,21 +63,9 @@ def test_prints_as_people_read_it(problem):
     assert repr(found) == str(found)
 
 
-class Shaken(nn.Module):
-    """Answers of the network within it, and gradients that are mostly noise, other at each pass."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        nothing = (images - images.detach()).flatten(1)
-        return self.network(images) + nothing @ (30 * torch.randn(nothing.shape[1], len(CLASSES)))
-
-
 def test_attacks_see_the_mean_of_passes_of_a_randomised_model(problem, tmp_path):
     eps = 1.5 * float(problem.nearest("linf").median())
-    options = {"model": Shaken(problem.model), "attacks": "pgd", "eps": eps, "steps": 5}
+    options = {"model": with_random_gradients(problem.model, scale=30), "attacks": "pgd", "eps": eps, "steps": 5}
     one = evaluate(problem, **options)
     mean = evaluate(problem, **options, eot_iter=40, out=tmp_path)
     robust = [found.summary["robust_accuracy"].iloc[0] for found in (one, mean)]
@@ -117,11 +106,10 @@ def test_rows_are_those_of_the_command(problem, tmp_path, monkeypatch):
 
 
 def test_checks_that_fail_are_said_aloud(problem, caplog):
-    class Rounded(nn.Module):
-        def forward(self, images):
-            return images + ((16 * images).round() / 16 - images).detach() - (images - images.detach()) * 0.999999
+    def rounded(images):
+        return images + ((16 * images).round() / 16 - images).detach() - (images - images.detach()) * 0.999999
 
-    model = nn.Sequential(Rounded(), problem.model)
+    model = nn.Sequential(Function(rounded), problem.model)
     with caplog.at_level(logging.WARNING, logger="lrrobust"):
         found = evaluate(problem, model=model, attacks="pgd", steps=2, diagnostics=True)
     failed = found.checks[found.checks["passed"].eq(False)]

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from made_models import Function, detached
 from torch import nn
 
 from lrrobust.attacks import build
@@ -134,17 +135,6 @@ def test_larger_budgets_ahead_take_nothing_from_smaller_ones(
     assert (found[1][stands].adversarial_margin > 0).all()
 
 
-class Shifted(nn.Module):
-    """The same parameters, other code."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images * 0.9)
-
-
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, run, in_memory):
     images = in_memory(problem.images, problem.labels)
@@ -152,7 +142,8 @@ def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, 
     if not is_complete:
         next((tmp_path / "run" / "parts").glob("*-000005-*")).unlink()
     with pytest.raises(ModelError, match="holds results of another model"):
-        run(Shifted(problem.model).eval(), 3, images, [FGSM], tmp_path / "run")
+        # The same parameters, other code.
+        run(nn.Sequential(Function(lambda images: images * 0.9), problem.model).eval(), 3, images, [FGSM], tmp_path / "run")
 
 
 def test_one_image_with_other_logits_is_another_model(problem, tmp_path, run, in_memory):
@@ -160,100 +151,56 @@ def test_one_image_with_other_logits_is_another_model(problem, tmp_path, run, in
     run(problem.model, 3, images, [FGSM], tmp_path / "run")
     first = problem.images[0]
 
-    class OtherOnOne(nn.Module):
-        """The same parameters; leads on the first image alone are larger."""
+    def other_on_one(images):
+        """Leads on the first image alone are larger."""
+        is_first = (images - first.to(images)).abs().flatten(1).amax(1) < 1e-6
+        return problem.model(images) * torch.where(is_first, 1.5, 1.0)[:, None]
 
-        def __init__(self):
-            super().__init__()
-            self.model = problem.model
-
-        def forward(self, images):
-            is_first = (images - first.to(images)).abs().flatten(1).amax(1) < 1e-6
-            return self.model(images) * torch.where(is_first, 1.5, 1.0)[:, None]
-
+    other = Function(other_on_one)
+    other.model = problem.model  # the same parameters
     with pytest.raises(ModelError, match="holds results of another model"):
-        run(OtherOnOne().eval(), 3, images, [FGSM], tmp_path / "run")
+        run(other.eval(), 3, images, [FGSM], tmp_path / "run")
 
 
-class BatchNormOfTheBatch(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
-
-    def forward(self, images):
-        return self.norm(self.model(images))
+@torch.no_grad()
+def clamp(images):
+    return images.clamp_(0.5, 0.6)
 
 
-class Detached(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images.detach())
-
-
-class InPlace(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        with torch.no_grad():
-            images.clamp_(0.5, 0.6)
-        return self.model(images)
-
-
-class InPlaceUnseen(InPlace):
+def darken_unseen(images):
     """Neither autograd nor the tensor's version hears of it."""
-
-    def forward(self, images):
-        images.data.mul_(0.5)
-        return self.model(images)
+    images.data.mul_(0.5)
+    return images
 
 
-class NeedsMemory(nn.Module):
-    """Has room for no image at all."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+def have_no_room(images):
+    raise torch.OutOfMemoryError("tried to allocate 40 GiB")
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "message"),
+    ("before", "behind", "message"),
     [
-        (BatchNormOfTheBatch, "depend on the other images of the batch"),
-        (Detached, "carry no gradient"),
-        (InPlace, "changes the images it is given.*let forward work on a copy"),
-        (InPlaceUnseen, "changes the images it is given"),
-        (NeedsMemory, "out of memory on cpu with a single image: use smaller images, or another device"),
+        (None, nn.BatchNorm1d(3, track_running_stats=False), "depend on the other images of the batch"),
+        (torch.Tensor.detach, None, "carry no gradient"),
+        (clamp, None, "changes the images it is given.*let forward work on a copy"),
+        (darken_unseen, None, "changes the images it is given"),
+        (have_no_room, None, "out of memory on cpu with a single image: use smaller images, or another device"),
     ],
 )
-def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, wrapper, message, run, in_memory):
+def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, before, behind, message, run, in_memory):
+    model = nn.Sequential(Function(before) if before else nn.Identity(), problem.model, behind or nn.Identity())
     with pytest.raises(ModelError, match=message):
-        run(
-            wrapper(problem.model).eval(),
-            3,
-            in_memory(problem.images, problem.labels),
-            [FGSM],
-            tmp_path / "run",
-            batch_size=5,
-        )
+        run(model.eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run", batch_size=5)
 
 
 def test_attacks_by_answers_alone_need_no_gradient(problem, tmp_path, run, in_memory):
     square = SquareSpec(name="square", kind="square", norm="linf", eps=(0.0005, 0.002), queries=20)
     images = in_memory(problem.images, problem.labels)
     whole = run(problem.model, 3, images, [square], tmp_path / "whole")
-    blind = run(Detached(problem.model).eval(), 3, images, [square], tmp_path / "blind")
+    blind = run(detached(problem.model).eval(), 3, images, [square], tmp_path / "blind")
     assert drop_timings(blind).equals(drop_timings(whole)) and 0 < whole.is_broken.mean() < 1
     with pytest.raises(ModelError, match="--suite blackbox attacks by answers alone"):
-        run(Detached(problem.model).eval(), 3, images, [square, FGSM], tmp_path / "both")
+        run(detached(problem.model).eval(), 3, images, [square, FGSM], tmp_path / "both")
 
 
 def test_a_damaged_part_is_computed_again(problem, tmp_path, run, in_memory):
@@ -278,18 +225,6 @@ def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_pat
     torch.testing.assert_close(drawn, torch.rand(3), atol=0, rtol=0)
 
 
-class NanAway(nn.Module):
-    """Sound on images of mean near one half, NaN elsewhere: as networks that overflow are."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        logits = self.model(images)
-        return torch.where((images.amax((1, 2, 3)) > 0.9).view(-1, 1), torch.nan, logits)
-
-
 def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attack_is, run, in_memory):
     images = in_memory(problem.images, problem.labels)
     calls = []
@@ -298,27 +233,25 @@ def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attac
         calls.append(len(batch))
         return batch if len(calls) == 1 else torch.ones_like(batch)
 
+    def nan_away(images):
+        """Sound on images of mean near one half, NaN elsewhere: as networks that overflow are."""
+        return torch.where((images.amax((1, 2, 3)) > 0.9).view(-1, 1), torch.nan, problem.model(images))
+
     attack_is(attack)
+    spec = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(1.0,), steps=1)
     with pytest.raises(ModelError, match=r"NaN or infinite logits for 5 of 5 images, the first is class/5.png"):
-        run(
-            NanAway(problem.model).eval(),
-            3,
-            images,
-            [PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(1.0,), steps=1)],
-            tmp_path / "run",
-        )
+        run(Function(nan_away).eval(), 3, images, [spec], tmp_path / "run")
     assert len(list((tmp_path / "run" / "parts").glob("*.parquet"))) == 1
 
 
-class Failing(nn.Module):
-    def forward(self, images):
-        raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
+def fail(images):
+    raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
 
 
 @pytest.mark.parametrize(
     ("model", "num_classes", "message"),
     [
-        (Failing(), 3, "fails on images of shape .* RuntimeError: mat1 and mat2 shapes"),
+        (Function(fail), 3, "fails on images of shape .* RuntimeError: mat1 and mat2 shapes"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 3, r"\(4, 4\).*expected logits of shape \(4, 3\)"),
         (nn.Identity(), 3, "expected logits"),
     ],
@@ -329,17 +262,9 @@ def test_what_is_no_classifier_is_refused_in_one_line(problem, tmp_path, model, 
     assert "\n" not in str(caught.value)
 
 
-class Noisy(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images) + torch.randn(len(images), 3)
-
-
 def test_a_randomised_model_is_said_aloud(problem, tmp_path, caplog, run, in_memory):
-    run(Noisy(problem.model).eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+    noisy = nn.Sequential(problem.model, Function(lambda logits: logits + torch.randn(len(logits), 3)))
+    run(noisy.eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run")
     assert "the model is randomised" in caplog.text
     assert all("randomised" in part for part in load_run(tmp_path / "run").part_metadata.values())
 

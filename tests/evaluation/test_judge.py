@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.errors import ModelError
@@ -14,17 +15,15 @@ from lrrobust.threat import ThreatModel
 KEYS = ("a", "b", "c", "d")
 
 
-class Threshold(nn.Module):
+def threshold(images):
     """Class 1 where the mean of the image is above one half."""
-
-    def forward(self, images):
-        score = 10 * (images.flatten(1).mean(1) - 0.5)
-        return torch.stack([-score, score], 1)
+    score = 10 * (images.flatten(1).mean(1) - 0.5)
+    return torch.stack([-score, score], 1)
 
 
 @pytest.fixture
 def judge():
-    return Judge(Threshold().eval(), 2)
+    return Judge(Function(threshold).eval(), 2)
 
 
 @pytest.fixture
@@ -69,15 +68,6 @@ def test_overshoot_below_the_tolerance_is_allowed_and_above_is_not(judge):
     assert judgement.is_adversarial.tolist() == [True, False]
 
 
-class Answer(nn.Module):
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, images):
-        return self.answer(images)
-
-
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -95,7 +85,7 @@ class Answer(nn.Module):
 )
 def test_logits_that_cannot_be_trusted_are_refused(clean, answer, message):
     with pytest.raises(ModelError, match=message):
-        Judge(Answer(answer).eval(), 2).predict(*clean, KEYS)
+        Judge(Function(answer).eval(), 2).predict(*clean, KEYS)
 
 
 def test_a_model_for_grey_images_is_told_how_to_take_them(clean):
@@ -109,7 +99,7 @@ def test_a_model_for_grey_images_is_told_how_to_take_them(clean):
 def test_a_model_that_ends_the_program_fails_like_any_other(clean):
     """With its exit code it would speak for the evaluation: after a 0 a gate in somebody's CI passes."""
     with pytest.raises(ModelError, match=r"the model fails on images of shape .* with SystemExit: 0"):
-        Judge(Answer(lambda _: sys.exit(0)).eval(), 2).predict(*clean, KEYS)
+        Judge(Function(lambda _: sys.exit(0)).eval(), 2).predict(*clean, KEYS)
 
 
 def test_a_part_in_training_mode_is_named():
@@ -158,7 +148,7 @@ def test_every_image_may_have_a_budget_of_its_own(judge, clean):
 
 def test_no_batch_is_larger_than_allowed(clean):
     sizes = []
-    model = Threshold().eval()
+    model = Function(threshold).eval()
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     whole, parts = Judge(model, 2), Judge(model, 2, batch_size=3)
     assert torch.equal(whole.predict(*clean, KEYS).margin, parts.predict(*clean, KEYS).margin)
@@ -177,18 +167,6 @@ class OneMemory(nn.Module):
         return self.memory.setdefault(len(images), torch.empty_like(logits)).copy_(logits)
 
 
-class DarkensTheBright(nn.Module):
-    """Works in place on images above some brightness alone."""
-
-    def __init__(self, model, limit):
-        super().__init__()
-        self.model, self.limit = model, limit
-
-    def forward(self, images):
-        images[images.flatten(1).mean(1) > self.limit] *= 0.5
-        return self.model(images)
-
-
 def test_answers_into_one_memory_are_kept_apart(linear_problem):
     problem = linear_problem(9, 3)
     keys = [str(place) for place in range(9)]
@@ -200,7 +178,12 @@ def test_answers_into_one_memory_are_kept_apart(linear_problem):
 def test_distances_are_from_the_images_as_they_came(linear_problem):
     problem = linear_problem(6, 3)
     limit = problem.images.flatten(1).mean(1).median()
-    judge, keys = Judge(DarkensTheBright(problem.model, limit).eval(), 3), [str(place) for place in range(6)]
+
+    def darken_the_bright(images):
+        images[images.flatten(1).mean(1) > limit] *= 0.5
+        return problem.model(images)
+
+    judge, keys = Judge(Function(darken_the_bright).eval(), 3), [str(place) for place in range(6)]
     images, proposed = problem.images.clone(), problem.images + 0.25
     found = judge.judge(images, problem.labels, proposed, ThreatModel("linf", 0.25), keys)
     assert torch.equal(images, problem.images) and torch.equal(proposed, problem.images + 0.25)
@@ -212,7 +195,7 @@ def test_readme_judges_images_of_an_attack_of_ones_own(clean):
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Judge(" in block]
     images, labels = clean
     steps = torch.tensor([0, 7, 8, 9]).view(4, 1, 1, 1) / 255
-    named = {"model": Threshold(), "num_classes": 2, "images": images, "labels": labels, "proposed": images + steps}
+    named = {"model": Function(threshold), "num_classes": 2, "images": images, "labels": labels, "proposed": images + steps}
     exec(block, named)
     # A step of 6/255 turns the class, and 9/255 is outside of the ball.
     assert named["judged"].is_adversarial.tolist() == [False, True, True, False]

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.errors import ModelError
@@ -12,22 +13,11 @@ from lrrobust.frozen import frozen
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Ending(nn.Module):
-    """The linear classifier with something at its end."""
-
-    def __init__(self, linear, end):
-        super().__init__()
-        self.linear, self.end = linear, end
-
-    def forward(self, images):
-        return self.end(self.linear(images))
-
-
 @pytest.fixture
 def check(linear_problem):
     def run(end):
         # Small, so that the softmax is not 0 and 1 already.
-        return check_model(Ending(linear_problem(1, classes=3, slope=0.1).model, end), 3, IMAGES)
+        return check_model(nn.Sequential(linear_problem(1, classes=3, slope=0.1).model, Function(end)), 3, IMAGES)
 
     return run
 
@@ -64,18 +54,7 @@ def test_an_exported_program_has_no_mode():
         check_evaluation_mode(model)
 
 
-class PlaceAmongOthers(nn.Module):
-    """What it makes of an image depends on the other images, or on its place, by `mix` of (logits, images)."""
-
-    def __init__(self, linear, mix):
-        super().__init__()
-        self.linear, self.mix = linear, mix
-
-    def forward(self, images):
-        return self.mix(self.linear(images), images)
-
-
-def seeded_noise(logits, images):
+def seeded_noise(logits):
     return logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,16 +62,16 @@ def seeded_noise(logits, images):
 @pytest.mark.parametrize(
     "mix",
     [
-        lambda logits, images: logits - logits.mean(0),
-        lambda logits, images: logits[:1].expand(len(logits), -1),
-        lambda logits, images: logits + logits[:1],
+        lambda logits: logits - logits.mean(0),
+        lambda logits: logits[:1].expand(len(logits), -1),
+        lambda logits: logits + logits[:1],
         seeded_noise,
-        lambda logits, images: logits - 10 * logits.mean(0) + 0.01 * torch.randn(logits.shape),
+        lambda logits: logits - 10 * logits.mean(0) + 0.01 * torch.randn(logits.shape),
     ],
     ids=["mean", "first for all", "first on top", "seeded noise", "mean and noise"],
 )
 def test_logits_that_depend_on_the_batch_are_refused_at_any_scale(linear_problem, mix, scale):
-    model = PlaceAmongOthers(linear_problem(1, classes=3).model, lambda *given: scale * mix(*given))
+    model = nn.Sequential(linear_problem(1, classes=3).model, Function(lambda logits: scale * mix(logits)))
     with pytest.raises(ModelError, match="depend on the other images of the batch, or on its place"):
         check_model(model, 3, IMAGES)
 
@@ -100,17 +79,12 @@ def test_logits_that_depend_on_the_batch_are_refused_at_any_scale(linear_problem
 def test_masked_classes_hide_no_randomness():
     classes = 40
 
-    class Masked(nn.Module):
-        def __init__(self, noise):
-            super().__init__()
-            self.noise = noise
+    def masked(images, noise=1.0):
+        logits = images.flatten(1)[:, :classes] + noise * torch.randn(len(images), classes)
+        return logits.index_fill(1, torch.arange(10, classes), -1e9)
 
-        def forward(self, images):
-            logits = images.flatten(1)[:, :classes] + self.noise * torch.randn(len(images), classes)
-            return logits.index_fill(1, torch.arange(10, classes), -1e9)
-
-    assert "randomised" in check_model(Masked(1.0), classes, IMAGES)
-    assert check_model(Masked(0.0), classes, IMAGES) == {}
+    assert "randomised" in check_model(Function(masked), classes, IMAGES)
+    assert check_model(Function(lambda images: masked(images, noise=0.0)), classes, IMAGES) == {}
 
 
 @pytest.mark.parametrize("scale", [1e3, 1.0, 1e-7])
@@ -122,26 +96,22 @@ def test_random_logits_are_said_aloud_at_any_scale(check, caplog, scale):
 
 def test_a_model_that_mixes_the_images_of_large_batches_alone_is_refused(linear_problem):
     problem = linear_problem(16, classes=3)
-
-    class Mixing(nn.Module):
-        def forward(self, images):
-            return problem.model(images if len(images) < 8 else images - images.mean(0) + 0.5)
-
-    assert check_model(Mixing(), 3, problem.images[:6]) == {}
+    mix = Function(lambda images: images if len(images) < 8 else images - images.mean(0) + 0.5)
+    model = nn.Sequential(mix, problem.model)
+    assert check_model(model, 3, problem.images[:6]) == {}
     with pytest.raises(ModelError, match="depend on the other images of the batch"):
-        check_model(Mixing(), 3, problem.images)
+        check_model(model, 3, problem.images)
 
 
 def test_a_model_that_is_another_where_a_gradient_is_wanted_off_the_grid_is_marked(linear_problem):
     problem = linear_problem(4, classes=3)
     on_grid = (255 * problem.images).round() / 255
 
-    class TwoFaced(nn.Module):
-        def forward(self, images):
-            is_off_grid = not torch.equal((255 * images).round() / 255, images)
-            return problem.model(images) * (0.5 if is_off_grid and torch.is_grad_enabled() else 1)
+    def two_faced(images):
+        is_off_grid = not torch.equal((255 * images).round() / 255, images)
+        return problem.model(images) * (0.5 if is_off_grid and torch.is_grad_enabled() else 1)
 
-    assert "randomised" in check_model(TwoFaced(), 3, on_grid)
+    assert "randomised" in check_model(Function(two_faced), 3, on_grid)
 
 
 def test_a_number_added_to_all_logits_hides_no_randomness(check):
@@ -153,52 +123,34 @@ def test_a_model_that_is_random_off_the_grid_of_8_bits_alone_is_randomised(linea
     linear = linear_problem(1, classes=3, slope=0.1).model
     on_grid = (IMAGES * 255).round() / 255
 
-    class OffGrid(nn.Module):
-        def forward(self, images):
-            is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1, keepdim=True) > 1e-6
-            return linear(images + is_off[..., None, None] * 0.01 * torch.randn(images.shape))
+    def off_grid(images):
+        is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1, keepdim=True) > 1e-6
+        return linear(images + is_off[..., None, None] * 0.01 * torch.randn(images.shape))
 
-    model = OffGrid()
+    model = Function(off_grid)
     assert torch.equal(model(on_grid), model(on_grid))
     assert "randomised" in check_model(model, 3, on_grid)
 
 
 def test_a_model_that_draws_one_of_two_ways_is_randomised_not_refused(linear_problem):
-    linear = linear_problem(1, classes=3, slope=0.1).model
-
-    class OneOfTwo(nn.Module):
-        ways = itertools.cycle([0, 0, 1, 0, 1, 0, 1])
-
-        def forward(self, images):
-            return linear(images).roll(next(self.ways), 1)
-
-    assert "randomised" in check_model(OneOfTwo(), 3, IMAGES)
+    ways = itertools.cycle([0, 0, 1, 0, 1, 0, 1])
+    model = nn.Sequential(linear_problem(1, classes=3, slope=0.1).model, Function(lambda z: z.roll(next(ways), 1)))
+    assert "randomised" in check_model(model, 3, IMAGES)
 
 
-class Unused(nn.Module):
-    """Logits with a graph that does not reach the images."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, images):
-        return self.linear(images.detach().clone().requires_grad_())
+def leaf(images):
+    """The graph of the logits does not reach the images."""
+    return images.detach().clone().requires_grad_()
 
 
-class LeavesGradientOff(nn.Module):
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, images):
-        torch.set_grad_enabled(False)
-        return self.linear(images)
+def turn_gradient_off(images):
+    torch.set_grad_enabled(False)
+    return images
 
 
-@pytest.mark.parametrize("kind", [Unused, LeavesGradientOff])
-def test_logits_without_a_gradient_to_the_images_are_refused_in_one_line(linear_problem, kind):
-    model = kind(linear_problem(1, classes=3).model)
+@pytest.mark.parametrize("before", [leaf, turn_gradient_off])
+def test_logits_without_a_gradient_to_the_images_are_refused_in_one_line(linear_problem, before):
+    model = nn.Sequential(Function(before), linear_problem(1, classes=3).model)
     with torch.enable_grad():
         with pytest.raises(ModelError, match="carry no gradient to the images") as caught:
             check_model(model, 3, IMAGES)
@@ -222,20 +174,10 @@ def test_a_backward_pass_that_fails_is_one_line(check):
         check(Failing.apply)
 
 
-class Rounding(nn.Module):
-    """Answers by a few grey levels, whose gradient is zero everywhere."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        return self.network((16 * images).round() / 16)
-
-
 def test_gradients_of_zero_are_marked_where_they_are_followed(linear_problem, caplog):
     linear = linear_problem(1, classes=3).model
-    assert check_model(Rounding(linear), 3, IMAGES, needs_gradient=False) == {} and not caplog.text
-    assert list(check_model(Rounding(linear), 3, IMAGES)) == ["flat"]
+    of_few_levels = nn.Sequential(Function(lambda images: (16 * images).round() / 16), linear)
+    assert check_model(of_few_levels, 3, IMAGES, needs_gradient=False) == {} and not caplog.text
+    assert list(check_model(of_few_levels, 3, IMAGES)) == ["flat"]
     assert "zero on all of 4 images" in caplog.text
     assert check_model(nn.Sequential(linear, nn.LogSoftmax(1)), 3, IMAGES) == {}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from made_models import detached
 from torch import nn
 
 from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
@@ -106,20 +107,11 @@ def test_an_attack_that_gives_up_early_proposes_its_nearest_image(evaluated, tar
     assert (broken.adversarial_prediction != broken.label).all()
 
 
-class Detached(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images.detach())
-
-
 def test_a_target_without_gradient_can_be_judged_by_transfer_alone(evaluated, target, surrogate):
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
     whole = evaluated(target.model, target.images, target.labels, [FGSM], surrogate=attacked, name="whole").rows
     blind = evaluated(
-        Detached(target.model).eval(), target.images, target.labels, [FGSM], surrogate=attacked, name="blind"
+        detached(target.model).eval(), target.images, target.labels, [FGSM], surrogate=attacked, name="blind"
     ).rows
     assert blind.is_broken.tolist() == whole.is_broken.tolist()
     with pytest.raises(ModelError, match="carry no gradient"):
@@ -129,7 +121,7 @@ def test_a_target_without_gradient_can_be_judged_by_transfer_alone(evaluated, ta
             target.labels,
             [FGSM],
             name="no",
-            surrogate=Surrogate(Detached(surrogate).eval(), 2, target.labels.tolist()),
+            surrogate=Surrogate(detached(surrogate).eval(), 2, target.labels.tolist()),
         )
 
 
