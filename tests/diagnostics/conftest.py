@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from made_models import Function, ImagesInMemory
 from torch import nn
 
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
@@ -37,15 +38,14 @@ def build_linear(scale: float = 1.0) -> nn.Module:
     return nn.Sequential(nn.Flatten(), layer).eval()
 
 
-class Before(nn.Module):
+def before(change) -> nn.Module:
     """A linear classifier behind something done to its images."""
+    return nn.Sequential(Function(change), build_linear())
 
-    def __init__(self, change) -> None:
-        super().__init__()
-        self.linear, self.change = build_linear(), change
 
-    def forward(self, images):
-        return self.linear(self.change(images))
+def behind(change) -> nn.Module:
+    """A linear classifier with something done to its logits."""
+    return nn.Sequential(build_linear(), Function(change))
 
 
 def rounded(images: torch.Tensor) -> torch.Tensor:
@@ -106,60 +106,20 @@ def gradient_of_quarter(images: torch.Tensor) -> torch.Tensor:
     return _GradientOfQuarter.apply(images)
 
 
-class Distilled(nn.Module):
-    """What defensive distillation at a high temperature leaves: probabilities that float32 rounds to 0 and 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = build_linear(TEMPERATURE)
-
-    def forward(self, images):
-        return self.linear(images).softmax(1)
-
-
-class Randomised(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = build_linear()
-
-    def forward(self, images):
-        logits = self.linear(images)
-        return logits + 0.05 * torch.randn_like(logits)
-
-
-class Cancelling(nn.Module):
-    """The logits of a linear classifier with what float32 leaves of them after a detour over 2e7: steps of 2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = build_linear()
-
-    def forward(self, images):
-        return (self.linear(images) + 2e7) - 2e7
-
-
-class RandomOffGrid(nn.Module):
+def random_off_grid(images: torch.Tensor) -> torch.Tensor:
     """Noise on images that are not of 8 bits, as attacks make them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = build_linear()
-
-    def forward(self, images):
-        is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1) > 1e-6
-        return self.linear(images + 0.02 * is_off[:, None, None, None] * torch.randn_like(images))
+    is_off = ((images * 255).round() / 255 - images).abs().flatten(1).amax(1) > 1e-6
+    return images + 0.02 * is_off[:, None, None, None] * torch.randn_like(images)
 
 
-class NoiseOfImage(nn.Module):
+def noise_by(seed_of):
     """Noise whose seed is made of the image: the same twice, and another one for the next image."""
 
-    def __init__(self, seed_of) -> None:
-        super().__init__()
-        self.linear, self.seed_of = build_linear(), seed_of
+    def add(images):
+        draws = [torch.Generator().manual_seed(seed_of(image)) for image in images.detach()]
+        return images + 0.05 * torch.stack([torch.randn(images.shape[1:], generator=draw) for draw in draws])
 
-    def forward(self, images):
-        draws = [torch.Generator().manual_seed(self.seed_of(image)) for image in images.detach()]
-        return self.linear(images + 0.05 * torch.stack([torch.randn(images.shape[1:], generator=draw) for draw in draws]))
+    return add
 
 
 def seed_of_bits(image: torch.Tensor) -> int:
@@ -205,46 +165,21 @@ class Voting(nn.Module):
         return sum((share == share.amax(1, keepdim=True)).to(share) + share - share.detach() for share in shares)
 
 
-class WithDecoys(nn.Module):
-    """A network with logits more that stay a hair below its leading one, whatever the image: no image is taken for theirs."""
-
-    def __init__(self, network: nn.Module, decoys: int) -> None:
-        super().__init__()
-        self.network, self.decoys = network, decoys
-
-    def forward(self, images):
-        logits = self.network(images)
-        return torch.cat([logits, (logits.amax(1, keepdim=True) - 1e-3).expand(-1, self.decoys)], 1)
-
-
-class ImagesInMemory:
-    def __init__(self, images, labels):
-        self.images, self.true = images, labels
-        self.labels = labels.tolist()
-        self.indices = [10 * i for i in range(len(labels))]
-        self.keys = [f"class/{i}.png" for i in range(len(labels))]
-        self.wnids = [f"n{label:08d}" for label in self.labels]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, positions):
-        return self.images[list(positions)].clone(), self.true[list(positions)].clone()
-
-
 #: What each unsound model does, by the name that tests ask for.
 UNSOUND = {
-    "rounded": lambda: Before(rounded),
-    "shattered": lambda: Before(shattered),
-    "gradient_on_grid": lambda: Before(gradient_on_grid),
-    "gradient_of_few": lambda: Before(gradient_of_few),
-    "gradient_of_quarter": lambda: Before(gradient_of_quarter),
-    "distilled": Distilled,
-    "randomised": Randomised,
-    "random_off_grid": RandomOffGrid,
-    "noise_of_bits": lambda: NoiseOfImage(seed_of_bits),
-    "noise_of_levels": lambda: NoiseOfImage(seed_of_levels),
-    "cancelling": Cancelling,
+    "rounded": lambda: before(rounded),
+    "shattered": lambda: before(shattered),
+    "gradient_on_grid": lambda: before(gradient_on_grid),
+    "gradient_of_few": lambda: before(gradient_of_few),
+    "gradient_of_quarter": lambda: before(gradient_of_quarter),
+    # What defensive distillation at a high temperature leaves: probabilities that float32 rounds to 0 and 1.
+    "distilled": lambda: nn.Sequential(build_linear(TEMPERATURE), nn.Softmax(1)),
+    "randomised": lambda: behind(lambda logits: logits + 0.05 * torch.randn_like(logits)),
+    "random_off_grid": lambda: before(random_off_grid),
+    "noise_of_bits": lambda: before(noise_by(seed_of_bits)),
+    "noise_of_levels": lambda: before(noise_by(seed_of_levels)),
+    # What float32 leaves of logits after a detour over 2e7: steps of 2.
+    "cancelling": lambda: behind(lambda logits: (logits + 2e7) - 2e7),
     "anti_adversary": AntiAdversary,
     "voting": Voting,
 }
@@ -294,8 +229,13 @@ def confident_cnn():
 
 @pytest.fixture
 def with_decoys():
-    """A network, how many -> the network with so many decoys."""
-    return lambda network, decoys: WithDecoys(network, decoys).eval()
+    """A network, how many -> the network with so many logits more that stay a hair below its leading one."""
+
+    def add(network, decoys):
+        decoy = Function(lambda logits: torch.cat([logits, (logits.amax(1, keepdim=True) - 1e-3).expand(-1, decoys)], 1))
+        return nn.Sequential(network, decoy).eval()
+
+    return add
 
 
 @pytest.fixture

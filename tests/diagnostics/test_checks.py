@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_models import Function
 from torch import nn
 
 from lrrobust.attacks.build import Attack
@@ -453,20 +454,11 @@ def test_a_model_that_cannot_be_cast_is_no_failure(diagnosed, sound_linear):
 
 
 def test_small_logits_make_attacks_on_the_cross_entropy_look_strong(diagnosed):
-    found = diagnosed(Scaled(build_wide(), 1 / 300), PGD)
+    found = diagnosed(nn.Sequential(build_wide(), Function(lambda logits: logits / 300)), PGD)
     result = found["convergence", "pgd"] if ("convergence", "pgd") in found else found["convergence", None]
     assert result.passed is False and "as the cross-entropy of small logits does" in result.detail
     # The same network with the logits that training would leave.
-    assert "convergence" not in failed(diagnosed(Scaled(build_wide(), 1.0), PGD))
-
-
-class Scaled(nn.Module):
-    def __init__(self, model, scale):
-        super().__init__()
-        self.model, self.scale = model, scale
-
-    def forward(self, images):
-        return self.scale * self.model(images)
+    assert "convergence" not in failed(diagnosed(build_wide(), PGD))
 
 
 def build_wide():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from made_models import ImagesInMemory
 
 from lrrobust.attacks.build import Attack, Effort
 from lrrobust.evaluation import chunk_attack
@@ -10,23 +11,6 @@ from lrrobust.evaluation.tasks import plan_tasks
 from lrrobust.results import SCHEMA_VERSION, RunStore, load_run
 
 FINGERPRINT = "0123456789abcdef"
-
-
-class ImagesInMemory:
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels.tolist()
-        self.indices = [10 * i for i in range(len(images))]
-        self.keys = [f"class/{i}.png" for i in range(len(images))]
-        self.wnids = [f"n{label:08d}" for label in self.labels]
-        self.loaded = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def load(self, positions):
-        places = list(positions)
-        self.loaded += places
-        return self.images[places].clone(), torch.tensor([self.labels[place] for place in places])
 
 
 @pytest.fixture
