@@ -88,29 +88,23 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
         code = app(arguments, prog_name="lrrobust", standalone_mode=False)
     except LrRobustError as error:
         # In one line whatever is named: GitHub takes lines that begin with `::` for commands.
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {' '.join(str(error).splitlines())}")
     except _UsageError as error:
-        print(_explain_usage(error), file=sys.stderr)
-        return 2
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        return interruption.exit_code
-    except (KeyboardInterrupt, typer.Abort) as cause:  # before a command began, or after it ended; typer may rename it
-        interruption = Interrupted(cause)
-        print(interruption, file=sys.stderr)
-        return interruption.exit_code
+        return _end(2, _explain_usage(error))
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as cause:
+        # Before a command began, or after it ended, it is still what Python or typer raised.
+        interruption = cause if isinstance(cause, Interrupted) else Interrupted(cause)
+        return _end(interruption.exit_code, str(interruption))
     except (BrokenPipeError, _NobodyReads):
         return _end_unread()
     except OSError as error:
         # What none of us foresaw, yet no defect: a full disk behind standard output, a file system that went away.
         where = f" {error.filename}" if error.filename is not None else ""
-        print(
+        return _end(
+            2,
             f"error: the system refused{where} ({error.strerror or error}); what was finished is kept; mend this and run the "
             "same command again",
-            file=sys.stderr,
         )
-        return 2
     except SystemExit as done:
         if _is_broken_pipe(done):
             return _end_unread()
@@ -118,26 +112,26 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
         if isinstance(error, ImportError) and not (error.name or "").startswith("lrrobust"):
-            print(
+            return _end(
+                2,
                 f"error: a library could not be loaded ({explain_in_brief(error)}); install the requirements again, or give "
                 "the process more memory where that is limited",
-                file=sys.stderr,
             )
-            return 2
-        if not is_out_of_memory(error):
-            traceback.print_exc()
-            print(
-                "error: this is a defect of lrrobust: please report it with the lines above; what was finished is kept",
-                file=sys.stderr,
+        if is_out_of_memory(error):
+            return _end(
+                2,
+                f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "
+                "give a smaller --batch-size where the command has one, fewer or smaller images, or another device",
             )
-            return _DEFECT
-        print(
-            f"error: memory ran out ({explain_in_brief(error)}); what was finished is kept; "
-            "give a smaller --batch-size where the command has one, fewer or smaller images, or another device",
-            file=sys.stderr,
-        )
-        return 2
+        traceback.print_exc()
+        plea = "please report it with the lines above; what was finished is kept"
+        return _end(_DEFECT, f"error: this is a defect of lrrobust: {plea}")
     return code or 0
+
+
+def _end(code: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return code
 
 
 def _require_text(arguments: Sequence[str]) -> None:

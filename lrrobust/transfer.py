@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lrrobust.results import Run, breaking_eps, manifest_value, texts
+from lrrobust.results import Run, breaking_eps, group_runs, manifest_value, texts
 from lrrobust.stats import mcnemar_p_value, wilson_interval
 
 #: Probability, at most, with which a sound white-box attack on one target is said to be beaten by transferred images.
@@ -196,10 +196,8 @@ def _compare(
 
 def _by_dataset(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs on the same images, where one of them is a transfer run."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(manifest_value(run, "dataset", "sha256"), []).append(run)
-    return [group for group in groups.values() if any(surrogate_of(run) is not None for run in group)]
+    groups = group_runs(runs, "dataset", "sha256").values()
+    return [group for group in groups if any(surrogate_of(run) is not None for run in group)]
 
 
 def _key(record: Mapping[str, Any]) -> str:

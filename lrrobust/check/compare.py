@@ -81,6 +81,11 @@ class Comparison(Record):
     is_regression: bool
 
     @property
+    def shown_eps(self) -> str:
+        """As people read it."""
+        return format_eps(math.inf if self.eps is None else self.eps, self.norm)
+
+    @property
     def fall(self) -> float:
         """Fraction by which robust accuracy fell; negative where it rose."""
         return (len(self.lost) - len(self.gained)) / self.n
@@ -305,10 +310,9 @@ def _rises(risen: Sequence[Comparison]) -> Iterator[str]:
     """Gains never fail a check, but whoever makes attacks fail gains too."""
     for model in dict.fromkeys(c.model for c in risen):
         most = min((c for c in risen if c.model == model), key=lambda c: c.fall)
-        eps = format_eps(math.inf if most.eps is None else most.eps, most.norm)
         yield (
-            f"robust accuracy of {model} rose beyond chance, by {-100 * most.fall:.1f} points under {most.attack} at eps {eps} "
-            "(as where attacks fail): see the checks of `lrrobust eval` before --update"
+            f"robust accuracy of {model} rose beyond chance, by {-100 * most.fall:.1f} points under {most.attack} at eps "
+            f"{most.shown_eps} (as where attacks fail): see the checks of `lrrobust eval` before --update"
         )
 
 
@@ -318,11 +322,10 @@ def _reason(comparisons: Sequence[Comparison], baseline: Baseline) -> str:
     how = f"significance {rule.significance:g}, floor {100 * rule.floor:g} points"
     if fallen:
         worst = max(fallen, key=lambda c: c.fall)
-        eps = format_eps(math.inf if worst.eps is None else worst.eps, worst.norm)
         images = {(c.model, flip.index) for c in fallen for flip in c.lost}
         return (
             f"robust accuracy fell in {len(fallen)} of {len(comparisons)} comparisons, most by {100 * worst.fall:.1f} points "
-            f"({worst.attack} at eps {eps}), {len(images)} images lost ({how})"
+            f"({worst.attack} at eps {worst.shown_eps}), {len(images)} images lost ({how})"
         )
     flips = sum(len(c.lost) + len(c.gained) for c in comparisons)
     noticed = smallest_noticed_fall(baseline)

@@ -20,7 +20,6 @@ from xml.etree import ElementTree
 
 from lrrobust.check.compare import CheckResult, CleanAccuracy, Comparison
 from lrrobust.errors import ConfigError, StoreError
-from lrrobust.formatting import format_eps
 from lrrobust.results import write_file
 
 #: Images named one by one where people read; `json` and `junit` name all.
@@ -241,7 +240,7 @@ def _state(c: Comparison) -> str:
 
 
 def _eps(c: Comparison) -> str:
-    return f"{c.norm} {format_eps(float('inf') if c.eps is None else c.eps, c.norm)}"
+    return f"{c.norm} {c.shown_eps}"
 
 
 def _numbers(c: Comparison) -> list[str]:

@@ -26,7 +26,7 @@ from lrrobust.page.per_class import compact, summarise_classes
 from lrrobust.page.verdict_tables import HOW_TO_READ_COMPARISONS, area_table, comparison_table, norm_table
 from lrrobust.plots import label_runs
 from lrrobust.report.drawing import Collect, Drawing
-from lrrobust.report.naming import name_attack, name_runs
+from lrrobust.report.naming import by_images, name_attack, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import format_command, reproduction
 from lrrobust.report.summary_table import HOW_TO_READ_CUMULATIVE, how_to_read, summary_table
@@ -242,11 +242,8 @@ def _datasets(
     per_class: dict[str, dict[str, Any]],
     with_gallery: bool,
 ) -> Iterator[_Dataset]:
-    groups: dict[str, dict[str, Run]] = {}
-    for name, run in runs.items():
-        groups.setdefault(run.manifest["dataset"]["sha256"], {})[name] = run
     # As the verdicts: the most images first.
-    ordered = sorted(groups.items(), key=lambda group: -next(iter(group[1].values())).manifest["dataset"]["n"])
+    ordered = sorted(by_images(runs).items(), key=lambda group: -next(iter(group[1].values())).manifest["dataset"]["n"])
     for place, (sha256, of_dataset) in enumerate(ordered):
         dataset = next(iter(of_dataset.values())).manifest["dataset"]
         rows = summary[summary["dataset_sha256"] == sha256]

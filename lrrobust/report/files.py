@@ -10,7 +10,7 @@ import pandas as pd
 from lrrobust.diagnostics.table import HOW_TO_READ as HOW_TO_READ_DIAGNOSTICS
 from lrrobust.diagnostics.table import diagnostics_table
 from lrrobust.report.drawing import Drawing
-from lrrobust.report.naming import name_runs
+from lrrobust.report.naming import by_images, name_runs
 from lrrobust.report.notices import mixed_metadata, warnings_with_rejections
 from lrrobust.report.reproduction import reproduction
 from lrrobust.report.summary_table import how_to_read, summary_table
@@ -78,13 +78,9 @@ def _numbers(worst: WorstCases) -> pd.DataFrame:
 
 
 def _markdown(runs: Sequence[Run], summary: pd.DataFrame, drawings: Sequence[Drawing], command: Sequence[str]) -> str:
-    by_dataset: dict[str, dict[str, Run]] = {}
-    for name, run in name_runs(runs).items():
-        by_dataset.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
-
     lines = _head("Robust accuracy", runs, command)
     lines += [*(line for text in how_to_read(summary) for line in ("", text))]
-    for sha256, of_dataset in by_dataset.items():
+    for sha256, of_dataset in by_images(name_runs(runs)).items():
         any_run = next(iter(of_dataset.values()))
         name, n = manifest_value(any_run, "dataset", "name"), manifest_value(any_run, "dataset", "n")
         lines += ["", f"## {name}, n = {n}", ""]

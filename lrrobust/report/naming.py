@@ -35,6 +35,14 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
     return names
 
 
+def by_images(named: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
+    """Named runs by the sha256 of the images that they are on."""
+    found: dict[str, dict[str, Run]] = {}
+    for name, run in named.items():
+        found.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
+    return found
+
+
 def name_models(named: Mapping[str, Run]) -> dict[str, str]:
     """Run -> its model's name, with as much of the path as tells apart files of one name that hold other code.
 

@@ -13,7 +13,7 @@ from lrrobust.eps import parse_eps
 from lrrobust.errors import ConfigError
 from lrrobust.formatting import format_eps, format_percent
 from lrrobust.norm import NORMS, Norm
-from lrrobust.report.naming import name_models, name_runs
+from lrrobust.report.naming import by_images, name_models, name_runs
 from lrrobust.report.outcomes import outcomes
 from lrrobust.results import Run, manifest_value
 from lrrobust.stats import wilson_interval
@@ -82,10 +82,8 @@ def worst_cases_by_images(
     Raises:
         ConfigError: a budget that no run has.
     """
-    by_images: dict[str, dict[str, Run]] = {}
-    for name, run in name_runs(runs).items():
-        by_images.setdefault(manifest_value(run, "dataset", "sha256"), {})[name] = run
-    found = {sha256: worst_cases(of_images, budgets, labels) for sha256, of_images in by_images.items()}
+    groups = by_images(name_runs(runs))
+    found = {sha256: worst_cases(of_images, budgets, labels) for sha256, of_images in groups.items()}
     found = {sha256: of_images for sha256, of_images in found.items() if of_images.table.rows}
     for norm, eps in budgets:
         heading = _heading(norm, eps)

@@ -209,6 +209,14 @@ def manifest_value(run: Run, *keys: str) -> Any:
     return value
 
 
+def group_runs(runs: Iterable[Run], *keys: str) -> dict[Any, list[Run]]:
+    """By what their manifests say under nested keys, as `manifest_value`."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(manifest_value(run, *keys), []).append(run)
+    return groups
+
+
 def _read_ahead(
     folder: Path, manifest: Mapping[str, Any], parts: Sequence[PartId]
 ) -> Iterator[Callable[[], tuple[pa.Table, dict[str, str]]]]:

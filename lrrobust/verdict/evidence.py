@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from lrrobust.errors import ConfigError
 from lrrobust.formatting import format_eps
 from lrrobust.norm import Norm
 from lrrobust.report.naming import WORST_CASE
-from lrrobust.results import Run, breaking_eps, manifest_value, texts
+from lrrobust.results import Run, breaking_eps, group_runs, manifest_value, texts
 from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, NotJudged, Population, is_unbounded
 
@@ -379,7 +378,7 @@ def _subsets(treatment: list[Run], control: list[Run]) -> list[tuple[str | None,
 
     Before each its hash; None where the models share no set.
     """
-    ours, theirs = (_grouped(side, "dataset", "sha256") for side in (treatment, control))
+    ours, theirs = (group_runs(side, "dataset", "sha256") for side in (treatment, control))
     shared = [sha256 for sha256 in ours if sha256 in theirs]
     if not shared:
         return [(None, None, treatment, control)]
@@ -479,20 +478,12 @@ def _sides(claim: Claim, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 def _pair_weights(claim: Claim, treatment: list[Run], control: list[Run]) -> list[tuple[list[Run], list[Run]]]:
     """Runs of both, grouped by the name of the weights; a single one, or one that the claim names, goes with every other."""
-    ours, theirs = (_grouped(side, "model", "weights") for side in (treatment, control))
+    ours, theirs = (group_runs(side, "model", "weights") for side in (treatment, control))
     if len(ours) == len(theirs) == 1:
         return [(treatment, control)]
     if any(model_of(runs[0]) != side for runs, side in ((treatment, claim.treatment), (control, claim.control)) if runs):
         return [(of_treatment, of_control) for of_treatment in ours.values() for of_control in theirs.values()]
     return [(ours[name], theirs[name]) for name in ours if name in theirs]
-
-
-def _grouped(runs: list[Run], *keys: str) -> dict[Any, list[Run]]:
-    """By what their manifests say under nested keys."""
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(manifest_value(run, *keys), []).append(run)
-    return groups
 
 
 def _join(
