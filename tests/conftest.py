@@ -27,6 +27,7 @@ from made_rows import build_row, to_frame
 from PIL import Image
 from torch import nn
 
+from lrrobust import cli
 from lrrobust.results import SCHEMA_VERSION, Run
 from lrrobust.threat import Norm
 
@@ -67,6 +68,22 @@ class LinearProblem:
         difference = self.weight.double()[self.labels][:, None] - self.weight.double()[None]
         dual = difference.norm(p={"linf": 1, "l2": 2, "l1": float("inf")}[norm], dim=2)
         return ((own - logits) / dual).scatter(1, self.labels[:, None], float("inf")).amin(1)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "160")
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments, cwd="."):
+        monkeypatch.chdir(cwd)
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
+        return cli.run(arguments), *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -64,21 +64,6 @@ def build_failing():
 LRROBUST = (sys.executable, "-m", "lrrobust")
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
-        code = cli.run(arguments)
-        return code, *capfd.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a model file and 24 images of three classes."""

@@ -1,17 +1,9 @@
-import doctest
-
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from lrrobust import eps
 from lrrobust.eps import Ladder
 
 LADDER = TypeAdapter(Ladder)
-
-
-def test_doctests():
-    result = doctest.testmod(eps)
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_a_ladder_mixes_fractions_and_numbers():

@@ -84,17 +84,6 @@ def workplace(tmp_path_factory, draw_classes):
     return folder
 
 
-@pytest.fixture
-def run(capfd):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        code = cli.run([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run
-
-
 def evaluation(workplace, out, factory="build", dataset="images"):
     """48 parts, and nothing after them."""
     model = f"{workplace / 'model.py'}:{factory}"

@@ -1,14 +1,8 @@
-import doctest
 import math
 
 import pytest
 
 from lrrobust import formatting
-
-
-def test_doctests():
-    result = doctest.testmod(formatting)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,13 @@
-import doctest
 import math
 
 import pytest
 
-from lrrobust import tables
 from lrrobust.tables import Cell, Column, Table, to_latex, to_markdown
 
 TABLE = Table(
     [Column("model", is_text=True), Column("robust %")],
     [[Cell("a|b_c", "a|b_c"), Cell("50.0", 0.5)], [Cell("[x]\\", "x"), Cell("inf", math.inf)]],
 )
-
-
-def test_doctests():
-    result = doctest.testmod(tables)
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_markdown():

@@ -1,8 +1,8 @@
 """Transfer, 8 bits, export and reading back through the command line, on models where every outcome is known."""
 
+import functools
 import json
 import os
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lrrobust import cli
 from lrrobust.export import _rows_sha256
 from lrrobust.results import find_runs, load_run
 
@@ -67,18 +66,8 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capfd):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.chdir(workplace[0])
-
-    def run(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
-        code = cli.run(arguments)
-        return code, *capfd.readouterr()
-
-    return run
+def run(run, workplace):
+    return functools.partial(run, cwd=workplace[0])
 
 
 def evaluate(run, out, *arguments):

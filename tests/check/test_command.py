@@ -39,20 +39,6 @@ def draw_images(folder, n):
         Image.fromarray(pixels).save(path)
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        code = cli.run([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run
-
-
 def make_workplace(folder, n):
     shutil.copy(GATE / "model.py", folder / "model.py")
     draw_images(folder / "images", n)

@@ -1,11 +1,10 @@
 """`lrrobust crosscheck` as a user meets it, with the one library that always comes along."""
 
-import sys
+import functools
 
 import pandas as pd
 import pytest
 
-from lrrobust import cli
 from lrrobust.results import find_runs, load_run
 
 MODEL = """
@@ -27,18 +26,10 @@ def build():
 
 
 @pytest.fixture
-def call(tmp_path, draw_classes, monkeypatch, capfd):
+def call(run, tmp_path, draw_classes):
     (tmp_path / "model.py").write_text(MODEL)
     draw_classes(tmp_path / "images", 6)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments):
-        arguments = ["crosscheck", "--model", "model.py:build", "--dataset", "images", *arguments]
-        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
-        return cli.run(arguments), *capfd.readouterr()
-
-    return call
+    return functools.partial(run, "crosscheck", "--model", "model.py:build", "--dataset", "images", cwd=tmp_path)
 
 
 def test_a_table_a_file_and_an_ordinary_run(call, tmp_path):

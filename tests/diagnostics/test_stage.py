@@ -1,8 +1,8 @@
 """The second stage of `lrrobust eval`, as a user meets it."""
 
 import dataclasses
+import functools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lrrobust import cli
 from lrrobust.attacks.specs import FgsmSpec, PgdSpec
 from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, load_diagnostics
 from lrrobust.diagnostics.stage import CHECKS, diagnose
@@ -79,17 +78,8 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd, workplace):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.chdir(workplace)
-
-    def run(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["lrrobust", *arguments])
-        return cli.run(arguments), *capfd.readouterr()
-
-    return run
+def run(run, workplace):
+    return functools.partial(run, cwd=workplace)
 
 
 def rows_of(folder):

@@ -1,15 +1,7 @@
-import doctest
-
 import pytest
 
-from lrrobust.diagnostics import table
 from lrrobust.diagnostics.table import count_results
 from lrrobust.tables import Cell, Column, Table
-
-
-def test_doctests():
-    result = doctest.testmod(table)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize(

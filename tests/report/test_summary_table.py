@@ -1,18 +1,11 @@
-import doctest
 import math
 
 import pytest
 
-from lrrobust.report import summary_table
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import HOW_TO_READ_ANY, HOW_TO_READ_CUMULATIVE, format_row, how_to_read
 
 INF = math.inf
-
-
-def test_doctests():
-    result = doctest.testmod(summary_table)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize(

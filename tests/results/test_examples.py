@@ -1,15 +1,7 @@
-import doctest
-
 import numpy as np
 import pytest
 
-from lrrobust.results import examples
 from lrrobust.results.examples import Example, examples_to_table, table_to_examples
-
-
-def test_doctests():
-    result = doctest.testmod(examples)
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_tables_hold_every_value():

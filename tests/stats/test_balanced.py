@@ -1,14 +1,7 @@
-import doctest
-
 import numpy as np
 import pytest
 
-from lrrobust.stats import balanced, balanced_share, wilson_interval
-
-
-def test_doctests():
-    result = doctest.testmod(balanced)
-    assert result.attempted > 0 and result.failed == 0
+from lrrobust.stats import balanced_share, wilson_interval
 
 
 def test_by_hand():

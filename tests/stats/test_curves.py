@@ -1,16 +1,9 @@
-import doctest
-
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 from scipy.integrate import trapezoid
 
 from lrrobust.stats import bootstrap_mean_interval, curves, log_area_weights
-
-
-def test_doctests():
-    result = doctest.testmod(curves)
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_area_is_scipys_trapezoid_over_log_eps():

@@ -1,4 +1,3 @@
-import doctest
 import itertools
 import math
 
@@ -6,14 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, wilcoxon
 
-from lrrobust.stats import compare_distances, distances, median_with_failures, survival
+from lrrobust.stats import compare_distances, median_with_failures, survival
 
 INF = math.inf
-
-
-def test_doctests():
-    result = doctest.testmod(distances)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize(

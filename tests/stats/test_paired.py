@@ -1,4 +1,3 @@
-import doctest
 import itertools
 import math
 
@@ -17,11 +16,6 @@ from lrrobust.stats import (
     paired_difference_interval,
     smallest_detectable_difference,
 )
-
-
-def test_doctests():
-    result = doctest.testmod(paired)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize("b, c", [(0, 0), (1, 0), (5, 5), (3, 11), (40, 21), (700, 610)])

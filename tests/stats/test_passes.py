@@ -1,14 +1,7 @@
-import doctest
-
 import numpy as np
 import pytest
 
-from lrrobust.stats import curve_over_passes, passes, passes_up_to
-
-
-def test_doctests():
-    result = doctest.testmod(passes)
-    assert result.attempted > 0 and result.failed == 0
+from lrrobust.stats import curve_over_passes, passes_up_to
 
 
 def test_passes_up_to_by_definition():

@@ -1,14 +1,7 @@
-import doctest
-
 import pytest
 from scipy.stats import binomtest
 
-from lrrobust.stats import binomial_p_value, proportions, wilson_interval
-
-
-def test_doctests():
-    result = doctest.testmod(proportions)
-    assert result.attempted > 0 and result.failed == 0
+from lrrobust.stats import binomial_p_value, wilson_interval
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
