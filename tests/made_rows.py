@@ -41,3 +41,8 @@ def build_row(index, attack, norm, eps, distance, prediction=5, **changes):
 def to_frame(rows):
     """As runs hold their rows."""
     return rows_to_table(rows).to_pandas(types_mapper=pd.ArrowDtype)
+
+
+def by_pgd(distances):
+    """What the verdicts' `make_run` takes, of one attack on the usual ladder."""
+    return {"pgd": {"distances": distances}}

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_rows import by_pgd
 
 from lrrobust.errors import ConfigError, StoreError
 from lrrobust.verdict.evidence import (
@@ -24,12 +25,12 @@ def outcomes(*runs):
 
 class TestGather:
     def test_breaking_eps_by_hand(self, make_run):
-        found = outcomes(make_run("A", {"pgd": dict(distances=[0, 0.3 * PIXEL, 1.7 * PIXEL, INF])}))["pgd", "linf"]
+        found = outcomes(make_run("A", by_pgd([0, 0.3 * PIXEL, 1.7 * PIXEL, INF])))["pgd", "linf"]
         assert found.breaking_eps == pytest.approx([0, 0.3 * PIXEL, 1.7 * PIXEL, INF])
         assert found.eps == LADDER
 
     def test_images_are_ordered_by_name_whatever_the_rows_are(self, make_run):
-        run = make_run("A", {"pgd": dict(distances=[0, 1 * PIXEL, INF])}, images=[7, 3, 5])
+        run = make_run("A", by_pgd([0, 1 * PIXEL, INF]), images=[7, 3, 5])
         side = gather([run])
         assert list(side.images) == ["ant\nant/3.png", "ant\nant/5.png", "ant\nant/7.png"]
         assert list(side.is_clean_correct) == [True, True, False]
@@ -46,13 +47,12 @@ class TestGather:
 
     def test_an_attack_of_two_runs_breaks_what_either_broke(self, make_run):
         runs = [
-            make_run("A", {"pgd": dict(distances=distances)}, seed=seed)
-            for seed, distances in enumerate(([INF, PIXEL, INF], [PIXEL, INF, INF]))
+            make_run("A", by_pgd(distances), seed=seed) for seed, distances in enumerate(([INF, PIXEL, INF], [PIXEL, INF, INF]))
         ]
         assert outcomes(*runs)["pgd", "linf"].breaking_eps == pytest.approx([PIXEL, PIXEL, INF])
 
     def test_curves_that_rise_are_counted(self, make_run):
-        run = make_run("A", {"pgd": dict(distances=[INF, 0.3 * PIXEL, 0.3 * PIXEL, 1.5 * PIXEL])})
+        run = make_run("A", by_pgd([INF, 0.3 * PIXEL, 0.3 * PIXEL, 1.5 * PIXEL]))
         assert outcomes(run)["pgd", "linf"].rises.tolist() == [[0, 0], [1, 0]]
         # Image 1 recovers at the largest eps.
         run.rows.loc[(run.rows["index"] == 1) & (run.rows["eps"] == LADDER[2]), "is_broken"] = False
@@ -85,10 +85,10 @@ class TestMatchAccuracy:
 
 class TestCollect:
     def pair(self, make_run, **options):
-        return [make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}, **options) for model in "AB"]
+        return [make_run(model, by_pgd([INF, PIXEL, 0]), **options) for model in "AB"]
 
     def test_runs_of_the_claims_models_are_paired(self, make_claim, make_run):
-        found, refused = collect_evidence(make_claim(), [*self.pair(make_run), make_run("C", {"pgd": dict(distances=[0])})])
+        found, refused = collect_evidence(make_claim(), [*self.pair(make_run), make_run("C", by_pgd([0]))])
         assert [side.name for side in (found[0].treatment, found[0].control)] == ["A", "B"]
         assert len(found) == 1 and not refused
         assert {name: members.sum() for name, members in found[0].populations.items()} == {
@@ -99,8 +99,8 @@ class TestCollect:
 
     def test_rows_meet_by_image_not_by_place(self, make_claim, make_run):
         runs = [
-            make_run("A", {"pgd": dict(distances=[0, PIXEL, INF])}, images=[0, 1, 2]),
-            make_run("B", {"pgd": dict(distances=[INF, PIXEL, 0.4 * PIXEL])}, images=[2, 1, 5]),
+            make_run("A", by_pgd([0, PIXEL, INF]), images=[0, 1, 2]),
+            make_run("B", by_pgd([INF, PIXEL, 0.4 * PIXEL]), images=[2, 1, 5]),
         ]
         (evidence,), refused = collect_evidence(make_claim(), runs)
         (attack,) = evidence.attacks
@@ -110,10 +110,10 @@ class TestCollect:
     @pytest.mark.parametrize("sides", [("A@V2", "A@V1"), ("A@V2", "A"), ("A", "A@V1"), ("A@cdcdcdcd", "A@efefefef01")])
     def test_a_claim_may_be_about_weights(self, make_claim, make_run, sides):
         distances = {"V1": [INF, PIXEL, 0], "V2": [PIXEL, INF, 0]}
-        runs = [make_run("A", {"pgd": dict(distances=of)}, weights=weights) for weights, of in distances.items()]
+        runs = [make_run("A", by_pgd(of), weights=weights) for weights, of in distances.items()]
         runs[0].manifest["model"]["state_sha256"] = "efefefef01" + 54 * "0"
         runs[1].manifest["model"]["state_sha256"] = "cd" * 32
-        other = make_run("B", {"pgd": dict(distances=[INF, INF, INF])})
+        other = make_run("B", by_pgd([INF, INF, INF]))
         (found,), refused = collect_evidence(make_claim(treatment=sides[0], control=sides[1]), [*runs, other])
         (attack,) = found.attacks
         assert attack.treatment == pytest.approx([PIXEL, INF, 0]) and attack.control == pytest.approx([INF, PIXEL, 0])
@@ -121,26 +121,26 @@ class TestCollect:
 
     @pytest.mark.parametrize("side", ["A@V3", "A@", "A@cdcdcdc", "A@V", "@V1", "B@V1", "A@CDCDCDCD"])
     def test_weights_that_no_run_has_are_named(self, make_claim, make_run, side):
-        runs = [make_run("A", {"pgd": dict(distances=[INF])}, weights=weights) for weights in ("V1", "V2")]
+        runs = [make_run("A", by_pgd([INF]), weights=weights) for weights in ("V1", "V2")]
         found, (refused,) = collect_evidence(make_claim(treatment=side, control="A@V1"), runs)
         assert not found and refused.reason == f"No run of {side} is among those given, which are of A@V1, A@V2."
 
     def test_hashes_are_named_where_names_of_weights_tell_too_little(self, make_claim, make_run):
-        runs = [make_run("A", {"pgd": dict(distances=of)}) for of in ([INF], [INF, INF])]
+        runs = [make_run("A", by_pgd(of)) for of in ([INF], [INF, INF])]
         runs[1].manifest["model"]["state_sha256"] = "cd" * 32
-        runs.append(make_run("B", {"pgd": dict(distances=[INF])}, weights=None))
+        runs.append(make_run("B", by_pgd([INF]), weights=None))
         _, (refused,) = collect_evidence(make_claim(treatment="A@none", control="B@none"), runs)
         assert refused.reason.endswith("which are of A@cdcdcdcd, A@efefefef, B@efefefef.")
 
     @pytest.mark.parametrize("sides", [("A@V1", "A@efefefef"), ("A@efefefef", "A@efefefef01")])
     def test_no_run_is_of_both_sides(self, make_claim, make_run, sides):
-        run = make_run("A", {"pgd": dict(distances=[INF])}, weights="V1")
+        run = make_run("A", by_pgd([INF]), weights="V1")
         run.manifest["model"]["state_sha256"] = "efefefef01" + 54 * "0"
         found, (refused,) = collect_evidence(make_claim(treatment=sides[0], control=sides[1]), [run])
         assert not found and refused.reason == f"Treatment and control are the same: {run.folder.name} is a run of both."
 
     def test_weights_that_are_named_meet_all_others(self, make_claim, make_run):
-        runs = [make_run("A", {"pgd": dict(distances=[INF])}, weights=f"V{i}") for i in (1, 2, 3)]
+        runs = [make_run("A", by_pgd([INF]), weights=f"V{i}") for i in (1, 2, 3)]
         found, refused = collect_evidence(make_claim(treatment="A@V2", control="A"), runs)
         assert not refused and [(of.treatment.runs, of.control.runs) for of in found] == [
             ((runs[1],), (runs[i],)) for i in (0, 2)
@@ -148,14 +148,14 @@ class TestCollect:
 
     def test_a_model_whose_name_looks_like_weights_is_a_model(self, make_claim, make_run):
         ours, theirs = (
-            make_run("A", {"pgd": dict(distances=[INF])}, weights="V1"),
-            make_run("A@V1", {"pgd": dict(distances=[INF])}),
+            make_run("A", by_pgd([INF]), weights="V1"),
+            make_run("A@V1", by_pgd([INF])),
         )
         (found,), refused = collect_evidence(make_claim(treatment="A", control="A@V1"), [ours, theirs])
         assert not refused and (found.treatment.runs, found.control.runs) == ((ours,), (theirs,))
 
     def test_each_subset_is_judged_by_itself_the_largest_first(self, make_claim, make_run):
-        small = [make_run(model, {"pgd": dict(distances=[INF])}, images=[4]) for model in "AB"]
+        small = [make_run(model, by_pgd([INF]), images=[4]) for model in "AB"]
         found, _ = collect_evidence(make_claim(), small + self.pair(make_run))
         assert [len(evidence.images) for evidence in found] == [3, 1]
 
@@ -165,7 +165,7 @@ class TestCollect:
             run
             for model in "AB"
             for run in (
-                make_run(model, {"pgd": dict(distances=[INF, PIXEL, 0])}),
+                make_run(model, by_pgd([INF, PIXEL, 0])),
                 make_run(model, {"cw": dict(distances=[0.3, 0.1], norm="l2", eps=(0.2, INF))}, images=[0, 1]),
             )
         ]
@@ -218,7 +218,7 @@ class TestCollect:
             run
             for model in "AB"
             for run in (
-                make_run(model, {"pgd": dict(distances=[INF, PIXEL, INF])}),
+                make_run(model, by_pgd([INF, PIXEL, INF])),
                 make_run(model, {"fgsm": dict(distances=[INF, PIXEL])}, images=[2, 7]),
             )
         ]
@@ -251,9 +251,9 @@ class TestCollect:
         assert message in refused.reason
 
     def test_nothing_in_common(self, make_claim, make_run):
-        ours, theirs = self.pair(make_run)[0], make_run("B", {"pgd": dict(distances=[INF])}, images=[9])
+        ours, theirs = self.pair(make_run)[0], make_run("B", by_pgd([INF]), images=[9])
         assert "no image was evaluated with both" in collect_evidence(make_claim(), [ours, theirs])[1][0].reason
-        theirs = make_run("B", {"pgd": dict(distances=[INF])}, dataset="other")
+        theirs = make_run("B", by_pgd([INF]), dataset="other")
         assert "not on a common data set" in collect_evidence(make_claim(), [ours, theirs])[1][0].reason
 
     def test_weights_go_with_weights_of_the_same_name(self, make_claim, make_run):
@@ -286,7 +286,7 @@ class TestLabels:
     @pytest.fixture
     def runs(self, make_run):
         of_models = (("A", "V1"), ("A", "V2"), ("B", "V1"))
-        runs = [make_run(model, {"pgd": dict(distances=[INF])}, weights=weights) for model, weights in of_models]
+        runs = [make_run(model, by_pgd([INF]), weights=weights) for model, weights in of_models]
         runs[1].manifest["model"]["state_sha256"] = "01" * 32
         return runs
 
@@ -316,7 +316,7 @@ def test_grey_is_within_half_the_pixel_range():
 
 
 def test_a_manifest_that_says_too_little(make_claim, make_run):
-    run = make_run("A", {"pgd": dict(distances=[INF])})
+    run = make_run("A", by_pgd([INF]))
     del run.manifest["dataset"]["name"]
     with pytest.raises(StoreError, match="must hold dataset.name"):
-        collect_evidence(make_claim(), [run, make_run("B", {"pgd": dict(distances=[INF])})])
+        collect_evidence(make_claim(), [run, make_run("B", by_pgd([INF]))])

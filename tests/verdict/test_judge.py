@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from made_rows import by_pgd
 
 from lrrobust.stats import paired_difference_interval
 from lrrobust.verdict import judge as judge_module
@@ -101,7 +102,7 @@ class TestVerdicts:
         # At 0.5/255 80 images fall to the control alone, at 1/255 both lose 60 others.
         theirs[:80], ours[100:160], theirs[200:260] = 0.3 * PIXEL, 0.7 * PIXEL, 0.7 * PIXEL
         ours[:80] = 0.7 * PIXEL
-        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        result = judged(by_pgd(ours), by_pgd(theirs))
         assert result.verdict == "inconclusive"
         assert result.reasons[0].startswith("At eps 0.5/255 in linf (pgd), A is more robust than B in every population")
         assert any("not ruled out that A is less robust by 2 points or more: its lead is " in r for r in result.reasons)
@@ -119,7 +120,7 @@ class TestVerdicts:
     def test_too_few_images_to_tell_equal_from_worse_are_said(self, judged, accurate):
         # One is robust to 1/255 and the other to nothing; at 2/255 both are broken, which few images cannot tell from worse.
         ours, theirs = ([distance * PIXEL] * accurate + [0] * (1000 - accurate) for distance in (1.5, 0.3))
-        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        result = judged(by_pgd(ours), by_pgd(theirs))
         found = [reason for reason in result.reasons if reason.startswith("That alone is not enough for *supported*")]
         assert result.verdict == ("inconclusive" if accurate == 150 else "supported") and len(found) == (accurate == 150)
         if found:
@@ -139,14 +140,14 @@ class TestVerdicts:
     def test_curves_that_cross_are_said_to(self, judged):
         # 30 % of the treatment's images withstand 2/255 and the others not even 0.5/255; the control's the latter only.
         ours, theirs = [0.3 * PIXEL] * 700 + [3 * PIXEL] * 300, [0.7 * PIXEL] * 1000
-        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        result = judged(by_pgd(ours), by_pgd(theirs))
         assert result.verdict == "inconclusive"
         assert any("The curves cross" in reason for reason in result.reasons)
         assert "no number of images" in result.reasons[-1]
 
     def test_populations_without_images_are_said(self, judged):
         ours, theirs = np.array([PIXEL, 0] * 20), np.array([0, PIXEL] * 20)
-        result = judged({"pgd": dict(distances=ours)}, {"pgd": dict(distances=theirs)})
+        result = judged(by_pgd(ours), by_pgd(theirs))
         assert result.verdict == "inconclusive"
         assert "There are no images both classify correctly." in result.reasons
         assert {row.population for row in result.comparisons} == {"all", "matched_accuracy"}
@@ -181,7 +182,7 @@ class TestNumbers:
 
     @pytest.fixture
     def result(self, judged):
-        return judged({"pgd": dict(distances=self.OURS)}, {"pgd": dict(distances=self.THEIRS)})
+        return judged(by_pgd(self.OURS), by_pgd(self.THEIRS))
 
     def test_counts_by_hand(self, result):
         found = {
@@ -297,7 +298,7 @@ def test_attacks_and_budgets_that_a_claim_leaves_out_are_named(judged):
 
 def test_what_a_claim_leaves_to_the_defaults_is_said(make_run, make_claim):
     said = make_claim().model_dump(exclude={"power", "smallest_difference"})
-    runs = [make_run(model, {"pgd": dict(distances=[PIXEL] * 20)}) for model in "AB"]
+    runs = [make_run(model, by_pgd([PIXEL] * 20)) for model in "AB"]
     (result,) = judge_claims([Claim(**said)], runs).results
     assert result.reasons[-1] == "The claim does not say, so that the usual is taken: power 0.8, smallest_difference 0.02."
 
@@ -305,16 +306,14 @@ def test_what_a_claim_leaves_to_the_defaults_is_said(make_run, make_claim):
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (INF, 0), (0, INF), (INF, INF), (PIXEL, PIXEL)])
 @pytest.mark.parametrize("images", [1, 4, 300])
 def test_models_perfect_or_hopeless_are_not_supported_without_a_lead(judged, images, ours, theirs):
-    result = judged(
-        {"pgd": dict(distances=[ours] * images)}, {"pgd": dict(distances=[theirs] * images)}, {"largest_clean_difference": 0.99}
-    )
+    result = judged(by_pgd([ours] * images), by_pgd([theirs] * images), {"largest_clean_difference": 0.99})
     assert result.verdict != "supported"
 
 
 def test_few_images_support_only_what_the_exact_test_grants(judged):
     # Three rows, exact test at 5 % / 3: 2 * 0.5^7 is just enough, 2 * 0.5^6 is not.
     for images, verdict in ((6, "inconclusive"), (7, "supported")):
-        ours, theirs = {"pgd": dict(distances=[3 * PIXEL] * images)}, {"pgd": dict(distances=[0.1 * PIXEL] * images)}
+        ours, theirs = by_pgd([3 * PIXEL] * images), by_pgd([0.1 * PIXEL] * images)
         assert judged(ours, theirs).verdict == verdict
 
 
@@ -371,7 +370,7 @@ class TestErrorsEndToEnd:
             own, sides = generator.gamma(2.0, 1.0, 400), []
             for factor in (gain, 1.0):
                 distance = factor * own * generator.lognormal(0, 0.3, 400) * (generator.random(400) < 0.95)
-                sides.append({"pgd": dict(distances=distance * PIXEL)})
+                sides.append(by_pgd(distance * PIXEL))
             # How far clean accuracies lie apart is chance here, not the claim's affair.
             found.append(judged(*sides, {"largest_clean_difference": 0.2}).verdict)
         return found

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_rows import by_pgd
 
 from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, DIAGNOSTICS_VERSION, Diagnostics
 from lrrobust.verdict.evidence import collect_evidence
@@ -91,7 +92,7 @@ def test_what_decides_which_images_a_model_sees_must_be_the_same(check, key, val
 
 @pytest.mark.parametrize(("copies", "passed"), [(0, True), (2, True), (3, False)])
 def test_copies_of_images_are_no_more_images(make_claim, make_run, copies, passed):
-    runs = [make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2))]
+    runs = [make_run(model, by_pgd([distance] * 200)) for model, distance in zip("AB", (INF, PIXEL / 2))]
     for run in runs:
         run.manifest["copies"] = copies
     (evidence,), _ = collect_evidence(make_claim(), runs)
@@ -136,7 +137,7 @@ def test_images_of_one_name_may_differ(check):
 
 
 def test_more_images_of_one_side_say_nothing_against_those_of_both(make_claim, make_run):
-    few = {"pgd": dict(distances=[INF, PIXEL])}
+    few = by_pgd([INF, PIXEL])
     runs = [make_run("A", GOOD), make_run("A", few), make_run("B", few)]
     (evidence,), _ = collect_evidence(make_claim(), runs)
     assert len(evidence.treatment.runs) == 2 and len(evidence.images) == 2
@@ -209,14 +210,14 @@ def test_recipes_named_by_another_version_are_not_known_to_differ(check_runs, ma
         (("short 1", "short 2"), None, "as older versions did"),
         (("short 1", "long 2"), False, "different"),
     ):
-        runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}, recipe=recipe) for model, recipe in zip("AB", recipes)]
+        runs = [make_run(model, by_pgd([INF] * 100), recipe=recipe) for model, recipe in zip("AB", recipes)]
         del runs[0].manifest["training"]["followed"]
         (found,) = named(check_runs(runs), "same_training")
         assert found.passed is passed and text in found.detail
 
 
 def test_a_claim_may_mean_the_trainings(make_claim, make_run):
-    distances = {"pgd": dict(distances=[INF] * 200)}, {"pgd": dict(distances=[PIXEL / 2] * 200)}
+    distances = by_pgd([INF] * 200), by_pgd([PIXEL / 2] * 200)
     runs = [
         make_run(model, attacks, recipe=recipe) for model, attacks, recipe in zip("AB", distances, ("fast_at 1", "short 2"))
     ]
@@ -234,7 +235,7 @@ def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
         rows["is_clean_correct"] = rows["label"] == 0
 
     for change, passed in ((lambda runs: None, True), (says_only_zero, False)):
-        runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
+        runs = [make_run(model, by_pgd([INF] * 100)) for model in "AB"]
         change(runs)
         ours, theirs = named(check_runs(runs, largest_clean_difference=0.95), "better_than_chance")
         assert (ours.passed, theirs.passed) == (passed, True) and ours.withholds == ("supported",)
@@ -243,7 +244,7 @@ def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
 
 def test_chance_is_that_of_the_answers_given(check_runs, make_run):
     """Nine of ten images are of one class: whoever says it most often is right most often."""
-    runs = [make_run(model, {"pgd": dict(distances=[INF] * 90 + [0] * 10)}) for model in "AB"]
+    runs = [make_run(model, by_pgd([INF] * 90 + [0] * 10)) for model in "AB"]
     for run in runs:
         run.rows["label"] = (run.rows["index"] >= 90).astype("int32")
         run.rows["clean_prediction"] = 0
@@ -259,7 +260,7 @@ class TestStrongerAttacks:
         """pgd breaks nothing of 200 images; `strong` of the models, (A, B), breaks the first ones."""
         runs = []
         for model, count in zip("AB", strong):
-            runs.append(make_run(model, {"pgd": dict(distances=[INF] * 200)}))
+            runs.append(make_run(model, by_pgd([INF] * 200)))
             distances = ([PIXEL] * count + [INF] * 200)[: few or 200]
             runs.append(make_run(model, {"strong": dict(distances=distances)}))
         found, refused = collect_evidence(make_claim(**claim), runs)
@@ -294,8 +295,8 @@ class TestStrongerAttacks:
     def test_attacks_that_one_model_alone_has_met(self, make_claim, make_run, count, passed, direction):
         """A leads by 100 of 200 images, of which 4 matter; `strong`, made on A alone, breaks `count` of those that stand."""
         runs = [
-            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
-            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", by_pgd([INF] * 200)),
+            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
             make_run("A", {"strong": dict(distances=[PIXEL] * count + [INF] * (200 - count))}),
         ]  # fmt: skip
         (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",), direction=direction), runs)
@@ -316,8 +317,8 @@ class TestStrongerAttacks:
         """Another attack or one of more steps, on A, which leads by 100 of 200; of 5 images chance breaks 3."""
         distances = [PIXEL] * broken + [INF] * (len(images) - broken)
         runs = [
-            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
-            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", by_pgd([INF] * 200)),
+            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
             make_run("A", {beside: dict(distances=distances, steps=200)}, images=images, weights=weights),
         ]
         (evidence,), _ = collect_evidence(make_claim(treatment="A@V1"), runs)
@@ -328,8 +329,8 @@ class TestStrongerAttacks:
 
     def test_attacks_that_the_other_model_has_met_on_more_images_are_not_met_alone(self, check_runs, make_run):
         runs = [
-            make_run("A", {"pgd": dict(distances=[INF] * 200)}),
-            make_run("B", {"pgd": dict(distances=[PIXEL] * 100 + [INF] * 100)}),
+            make_run("A", by_pgd([INF] * 200)),
+            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
             make_run("A", {"square": dict(distances=[PIXEL] * 100)}, images=range(100)),
         ]
         on_all = make_run("B", {"square": dict(distances=[PIXEL] * 200)})
@@ -339,7 +340,7 @@ class TestStrongerAttacks:
 
     @pytest.mark.parametrize(("images", "beside"), [(range(50, 150), "pgd"), (range(100, 220), "square")])
     def test_attacks_made_stronger_on_some_images_of_both(self, make_claim, make_run, images, beside):
-        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
+        runs = [make_run(model, by_pgd([INF] * 200)) for model in "AB"]
         for model, reach in (("A", PIXEL), ("B", INF)):
             attacks = {"pgd": dict(distances=[INF] * len(images)), beside: dict(distances=[reach] * len(images), steps=200)}
             runs.append(make_run(model, attacks, images=images))
@@ -380,14 +381,14 @@ class TestStrongerAttacks:
         """Of 200 images A withstands 6 more; strong breaks 4 of them, which chance might make."""
         runs = []
         for model, broken in (("A", 0), ("B", 6)):
-            runs.append(make_run(model, {"pgd": dict(distances=[PIXEL] * broken + [INF] * (200 - broken))}))
+            runs.append(make_run(model, by_pgd([PIXEL] * broken + [INF] * (200 - broken))))
             runs.append(make_run(model, {"strong": dict(distances=[PIXEL] * 4 + [INF] * 196)}))
         (found,) = named(check_runs(runs, attacks=("pgd",)), "stronger_attacks")
         assert found.passed is False and found.withholds == ("supported",)
         assert "which would leave 1 points of a lead of 3: a verdict of supported" in found.detail
 
     def test_unfinished_runs_may_lack_the_attacks_that_judge(self, make_claim, make_run):
-        runs = [make_run(model, {"pgd": dict(distances=[INF] * 200)}) for model in "AB"]
+        runs = [make_run(model, by_pgd([INF] * 200)) for model in "AB"]
         runs += [make_run(model, {"strong": dict(distances=[PIXEL] * 100)}) for model in "AB"]
         runs[1] = replace(runs[1], rows=runs[1].rows[runs[1].rows["index"] < 20].reset_index(drop=True), is_complete=False)
         found, refused = collect_evidence(make_claim(), runs)
@@ -407,7 +408,7 @@ def test_attacks_may_be_spread_over_runs(check_runs, make_run):
 
 
 def test_different_clean_accuracy(check_runs, make_run):
-    runs = [make_run("A", {"pgd": dict(distances=[INF] * 97 + [0] * 3)}), make_run("B", {"pgd": dict(distances=[INF] * 100)})]
+    runs = [make_run("A", by_pgd([INF] * 97 + [0] * 3)), make_run("B", by_pgd([INF] * 100))]
     for limit, passed in ((0.02, False), (0.03, True)):
         (found,) = named(check_runs(runs, largest_clean_difference=limit), "clean_accuracy")
         assert found.passed is passed and "97.0 % for A and 100.0 % for B" in found.detail
@@ -428,7 +429,7 @@ def rise(model, count):
 @pytest.mark.parametrize(("count", "passed"), [(0, True), (5, True), (6, False)])
 def test_curves_may_not_rise_beyond_noise(check_runs, count, passed, make_run):
     # Two steps at 5 %: p <= 2.5 % takes six rises without a fall.
-    runs = [make_run(model, {"pgd": dict(distances=[0.4 * PIXEL] * 20)}) for model in "AB"]
+    runs = [make_run(model, by_pgd([0.4 * PIXEL] * 20)) for model in "AB"]
     rise("A", count)(runs)
     ours, theirs = named(check_runs(runs), "monotone_curves")
     assert (ours.passed, theirs.passed) == (passed, True)
@@ -494,9 +495,7 @@ def test_what_another_attack_breaks_within_a_budget_is_broken_without_one(check_
 def test_without_an_unbounded_attack_diagnostics_must_say_that_it_would_break_all(
     make_claim, make_run, large_eps, note, noted, passed
 ):
-    ours, theirs = (
-        make_run(model, {"pgd": dict(distances=[distance] * 200)}) for model, distance in zip("AB", (INF, PIXEL / 2))
-    )
+    ours, theirs = (make_run(model, by_pgd([distance] * 200)) for model, distance in zip("AB", (INF, PIXEL / 2)))
     note(ours, [large_eps(*each) for each in noted])
     (evidence,), _ = collect_evidence(make_claim(), [ours, theirs])
     found, of_control = named(check_evidence(evidence), "unbounded_attack")
@@ -525,7 +524,7 @@ def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
         ([PIXEL] * 200 + [PIXEL / 3] * 200, 1),
         ([PIXEL / 3] * 390 + [INF] * 10, 3),
     ):
-        attacks, passed = {"pgd": dict(distances=distances)}, telling > 0
+        attacks, passed = by_pgd(distances), telling > 0
         (evidence,), _ = collect_evidence(make_claim(), [make_run(model, attacks) for model in "AB"])
         (found,) = named(check_evidence(evidence), "telling_eps")
         assert (found.passed, found.withholds) == (passed, ("refuted",))
@@ -534,7 +533,7 @@ def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
 
 
 def test_attacks_that_only_break_the_rules_have_failed(check_runs, make_run):
-    runs = [make_run(model, {"pgd": dict(distances=[INF] * 100)}) for model in "AB"]
+    runs = [make_run(model, by_pgd([INF] * 100)) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
         runs[0].rows.loc[runs[0].rows["index"] < count, "outcome"] = "rejected"
         ours, theirs = named(check_runs(runs), "valid_proposals")
@@ -577,7 +576,7 @@ class TestTransfer:
 
     def runs(self, make_run, treatment, transferred):
         """White-box runs of A and B, and what images made on B do to A."""
-        attacks = [{"pgd": dict(distances=distances)} for distances in (treatment, [0.4 * PIXEL] * self.N, transferred)]
+        attacks = [by_pgd(distances) for distances in (treatment, [0.4 * PIXEL] * self.N, transferred)]
         yield make_run("A", attacks[0])
         yield make_run("B", attacks[1])
         yield make_run("A", attacks[2], surrogate="B")
@@ -596,7 +595,7 @@ class TestTransfer:
         assert judge(evidence).verdict == "inconclusive"
 
     def test_transfer_on_some_of_the_images_guards_all(self, make_claim, make_run):
-        on_all = [make_run(model, {"pgd": dict(distances=[INF] * 60)}) for model in "AB"]
+        on_all = [make_run(model, by_pgd([INF] * 60)) for model in "AB"]
         runs = [*on_all, *self.runs(make_run, [INF] * self.N, [PIXEL] * 30 + [INF] * 10)]
         (largest, _), _ = collect_evidence(make_claim(), runs)
         assert len(largest.treatment.images) == 60

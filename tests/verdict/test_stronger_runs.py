@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from made_rows import by_pgd
 
 from lrrobust.diagnostics.records import DIAGNOSTICS_FILE, Diagnostic
 from lrrobust.verdict.judge import judge_claims
@@ -42,7 +43,7 @@ def verdict(make_run, make_claim, large_eps, note):
             broken_at = 0.9 * PIXEL if is_ours else PIXEL / 4
             of_weaker, of_stronger = (distances(count if is_ours else 0, broken_at) for count in (weaker, standing))
             runs += [
-                make_run(model, {"pgd": dict(distances=of_weaker)}),
+                make_run(model, by_pgd(of_weaker)),
                 make_run(model, {stronger: dict(distances=of_stronger, steps=100, **attack)}, seed=0),
             ]
         note(runs[0], [failed, large_eps("pgd")])
@@ -150,7 +151,7 @@ def test_a_checked_run_answers_for_one_without_diagnostics(
     for model, reach in (("A", INF), ("B", PIXEL / 4)):
         of_cw = [0.9 * PIXEL] * (broken if model == "A" else 0)
         runs.append(make_run(model, {"cw": dict(distances=of_cw + [reach] * (N - len(of_cw)))}))
-        runs.append(make_run(model, {"pgd": dict(distances=[reach] * N, **options)}))
+        runs.append(make_run(model, by_pgd([reach] * N, **options)))
     (runs[0].folder / DIAGNOSTICS_FILE).unlink()
     note(runs[1], [*notes, large_eps("pgd")])
     (result,) = judge_claims([make_claim()], runs).results
