@@ -5,24 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from linear_attacks import CW, FGSM, L2_LADDER, LADDER, PGD, PGD_L2, rows_of
 from torch import nn
 
 from lrrobust.attacks.build import Attack, Effort
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec
+from lrrobust.attacks.specs import PgdSpec
 from lrrobust.evaluation import chunk_attack
 from lrrobust.evaluation.tasks import plan_tasks
-
-# Around the distances of the linear problem below: some images break at each, some do not.
-LADDER = (1e-4, 2e-4, 4e-4, 7e-4, 1.5e-3)
-L2_LADDER = (1e-3, 2e-3, 4e-3, 7e-3, 1.5e-2)
-FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
-PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
-PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=L2_LADDER, steps=10)
-CW = CwSpec(name="cw", kind="cw", eps=L2_LADDER, binary_search_steps=6, steps=100, lr=0.0005, initial_c=1.0)
-
-
-def rows_of(rows, attack, eps):
-    return rows[(rows.attack == attack) & (rows.eps == eps)].sort_values("index")
 
 
 @pytest.mark.parametrize("spec", [FGSM, PGD, PGD_L2, CW], ids=lambda spec: spec.name)

@@ -5,20 +5,16 @@ import functools
 import numpy as np
 import pytest
 import torch
+from linear_attacks import CW, FGSM, LADDER, PGD, PGD_L2
 from made_models import Function, detached
 from torch import nn
 
 from lrrobust.attacks import build
 from lrrobust.attacks.pgd import pgd
-from lrrobust.attacks.specs import CwSpec, FgsmSpec, PgdSpec, SquareSpec
+from lrrobust.attacks.specs import PgdSpec, SquareSpec
 from lrrobust.errors import ModelError
 from lrrobust.results import load_run
 
-# Around the distances of the linear problem below: some images break at each, some do not.
-LADDER = (1e-4, 2e-4, 4e-4, 7e-4, 1.5e-3)
-L2_LADDER = (1e-3, 2e-3, 4e-3, 7e-3, 1.5e-2)
-FGSM = FgsmSpec(name="fgsm", kind="fgsm", eps=LADDER)
-PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
 PLAIN = PgdSpec(
     name="plain",
     kind="pgd",
@@ -28,12 +24,6 @@ PLAIN = PgdSpec(
     step_size_ratio=2.5,
     random_start=False,
 )
-PGD_L2 = PgdSpec(name="pgd_l2", kind="pgd", norm="l2", eps=L2_LADDER, steps=10)
-CW = CwSpec(name="cw", kind="cw", eps=L2_LADDER, binary_search_steps=6, steps=100, lr=0.0005, initial_c=1.0)
-
-
-def rows_of(rows, attack, eps):
-    return rows[(rows.attack == attack) & (rows.eps == eps)].sort_values("index")
 
 
 def test_a_resumed_run_knows_what_was_broken_before(problem, tmp_path, run, in_memory):

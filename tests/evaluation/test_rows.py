@@ -5,21 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from linear_attacks import CW, LADDER, PGD, rows_of
 from torch import nn
 
-from lrrobust.attacks.specs import CwSpec, PgdSpec
+from lrrobust.attacks.specs import PgdSpec
 from lrrobust.evaluation import rows as rows_module
 from lrrobust.results import example_count, load_examples, load_run
-
-# Around the distances of the linear problem below: some images break at each, some do not.
-LADDER = (1e-4, 2e-4, 4e-4, 7e-4, 1.5e-3)
-L2_LADDER = (1e-3, 2e-3, 4e-3, 7e-3, 1.5e-2)
-PGD = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=LADDER, steps=10)
-CW = CwSpec(name="cw", kind="cw", eps=L2_LADDER, binary_search_steps=6, steps=100, lr=0.0005, initial_c=1.0)
-
-
-def rows_of(rows, attack, eps):
-    return rows[(rows.attack == attack) & (rows.eps == eps)].sort_values("index")
 
 
 def test_rows_are_what_the_judge_sees(problem, tmp_path, run, in_memory):

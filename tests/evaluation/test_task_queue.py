@@ -65,14 +65,21 @@ def all_parts(images=8):
     return [task.part for task in plan_tasks(SPECS, images, 2)]
 
 
+def finish(tasks, store):
+    """Stores all that it is given; what that was."""
+    done = []
+    for task in tasks:
+        done.append(task.part)
+        store.parts.append(task.part)
+    return done
+
+
 def test_alone_in_order_without_what_is_stored(store):
     store.parts = [all_parts()[1], all_parts()[2], ("strange", 0, 2)]
-    seen, done = [], []
+    seen = []
     with queue(store, seen=seen) as tasks:
         assert [task.part for task in tasks.drop_stored()] == seen == store.parts[:2]
-        for task in tasks:
-            done.append(task.part)
-            store.parts.append(task.part)
+        done = finish(tasks, store)
     assert done == [part for part in all_parts() if part not in seen]
     assert not (store.folder / "leases").exists()
 
@@ -108,25 +115,18 @@ def test_each_task_goes_to_one_of_them(store, world_size):
 def test_ranks_begin_apart_and_stay_with_their_images(store):
     assert [next(iter(queue(store, Sharing(rank, 4)))).chunk.start for rank in range(4)] == [0, 2, 4, 6]
     (store.folder / "leases").rename(store.folder / "given back")
-    done = []
-    for task in queue(store, Sharing(2, 4)):
-        done.append(task.part)
-        store.parts.append(task.part)
-    assert done == all_parts()[4:] + all_parts()[:4]
+    assert finish(queue(store, Sharing(2, 4)), store) == all_parts()[4:] + all_parts()[:4]
 
 
 def test_what_a_dead_process_was_at_is_taken_over(store):
     dead = iter(queue(store, Sharing(1, 2, lease_s=60)))
     lost = next(dead).part
-    done = []
 
     def sleep(pause_s):
         assert 0 < pause_s <= 15
         store.clock.now += pause_s
 
-    for task in queue(store, Sharing(0, 2, lease_s=60), sleep=sleep):
-        done.append(task.part)
-        store.parts.append(task.part)
+    done = finish(queue(store, Sharing(0, 2, lease_s=60), sleep=sleep), store)
     assert sorted(done) == sorted(all_parts()) and done[-1] == lost
     assert 60 <= store.clock.now < 90
 
@@ -143,11 +143,7 @@ def test_what_a_slow_process_stores_in_time_is_not_done_again(store):
         elif at not in store.parts:
             store.parts.append(at)
 
-    mine = queue(store, Sharing(0, 2, lease_s=60), seen=seen, sleep=sleep)
-    done = []
-    for task in mine:
-        done.append(task.part)
-        store.parts.append(task.part)
+    done = finish(queue(store, Sharing(0, 2, lease_s=60), seen=seen, sleep=sleep), store)
     assert sorted([*done, at]) == sorted(all_parts()) and seen == [at]
 
 
@@ -161,8 +157,7 @@ def test_nobody_sleeps_much_longer_than_the_others_work(store):
             raise Idle
 
     with pytest.raises(Idle):
-        for task in queue(store, Sharing(0, 2, lease_s=1e9), sleep=sleep):
-            store.parts.append(task.part)
+        finish(queue(store, Sharing(0, 2, lease_s=1e9), sleep=sleep), store)
     waits = list(itertools.accumulate(pauses))
     assert all(pause_s <= 0.051 + 0.11 * waited for pause_s, waited in zip(pauses[1:], waits))
     # Nor are hundreds of processes forever at the file system.
@@ -202,8 +197,7 @@ def test_the_other_ranks_do_not_read_what_they_did_not_write(store):
     store.parts, store.damaged = all_parts()[:4], {all_parts()[0]}
     with queue(store, Sharing(1, 2)) as tasks:
         assert len(tasks.drop_stored()) == 4
-        for task in tasks:
-            store.parts.append(task.part)
+        finish(tasks, store)
     assert store.looked == []
 
 
@@ -229,9 +223,7 @@ def test_attacks_in_another_norm_are_not_waited_for(store):
 
 def test_what_builds_upon_earlier_attacks_waits_for_them(store):
     specs = [SPECS[0], SPECS[1].model_copy(update={"survivors_only": True})]
-    first, second = (
-        iter(each) for each in (queue(store, Sharing(0, 1), 4, specs=specs), queue(store, Sharing(0, 1), 4, specs=specs))
-    )
+    first, second = (iter(queue(store, Sharing(0, 1), 4, specs=specs)) for _ in range(2))
     assert next(first).part == ("fgsm", 0, 2)
     # The other attack on these images has to wait, those on others have not.
     assert next(second).part == ("fgsm", 2, 4)

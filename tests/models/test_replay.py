@@ -50,6 +50,16 @@ def network(request, seeded, monkeypatch):
     return fold_constants(network)
 
 
+@pytest.fixture
+def recorded(network):
+    return ReplayedNetwork(network, RecordingOnCpu)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 32, 32)
+
+
 def gradient(network, images):
     images = images.clone().requires_grad_()
     logits = network(images)
@@ -103,9 +113,7 @@ def test_a_gradient_is_of_all_uses_of_the_images(network):
     "case",
     ["too many", "too large", "float64", "training", "autocast", "rule"],
 )
-def test_computed_as_it_is_where_a_recording_would_not_hold(network, monkeypatch, case):
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
+def test_computed_as_it_is_where_a_recording_would_not_hold(network, recorded, images, monkeypatch, case):
     if case == "too many":
         monkeypatch.setattr(replay, "BATCH_SIZES", (1,))
     if case == "too large":
@@ -132,18 +140,14 @@ def test_computed_as_it_is_where_a_recording_would_not_hold(network, monkeypatch
     assert RecordingOnCpu.made == []
 
 
-def test_moved_weights_are_recorded_anew(network):
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
+def test_moved_weights_are_recorded_anew(recorded, images):
     gradient(recorded, images)
     recorded.to("cpu")
     gradient(recorded, images)
     assert len(RecordingOnCpu.made) == 2
 
 
-def test_a_copy_has_weights_and_recordings_of_its_own(network):
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
+def test_a_copy_has_weights_and_recordings_of_its_own(network, recorded, images):
     logits, _ = gradient(recorded, images)
     copied = copy.deepcopy(recorded)
     with torch.no_grad():
@@ -196,9 +200,7 @@ def test_where_memory_runs_out_recordings_are_given_up(network, error, caplog):
     assert close(gradient(other, images)[0], network(images))
 
 
-def test_memory_that_runs_out_in_a_pass_itself_takes_that_of_recordings(network, monkeypatch):
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
+def test_memory_that_runs_out_in_a_pass_itself_takes_that_of_recordings(network, recorded, images, monkeypatch):
     gradient(recorded, images)
     forward = type(network).forward
     calls = []
@@ -239,12 +241,10 @@ def test_a_recording_that_does_other_than_the_network_is_not_used(network, what,
     assert "gives other numbers" in caplog.text and recorded._gave_up
 
 
-def test_several_gradients_of_one_pass(network, monkeypatch):
+def test_several_gradients_of_one_pass(network, recorded, images, monkeypatch):
     passes = []
     forward = RecordingOnCpu.forward
     monkeypatch.setattr(RecordingOnCpu, "forward", lambda recording: passes.append(1) or forward(recording))
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
     gradient(recorded, images)
     passes.clear()
 
@@ -258,9 +258,7 @@ def test_several_gradients_of_one_pass(network, monkeypatch):
     assert len(passes) == 1
 
 
-def test_another_backend_is_recorded_anew(network):
-    recorded = ReplayedNetwork(network, RecordingOnCpu)
-    images = torch.rand(2, 3, 32, 32)
+def test_another_backend_is_recorded_anew(network, recorded, images):
     gradient(recorded, images)
     layers = [module for module in network.modules() if hasattr(module, "backend")]
     for layer in layers:

@@ -24,15 +24,15 @@ RECIPES = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
 
 @pytest.fixture
 def smaller(tmp_path, tiny_lr_net, monkeypatch):
-    """smaller(recipe name) -> a file of it with one short epoch of small images and batches."""
+    """smaller(recipe name, **changes) -> a file of it with one short epoch of small images and batches."""
 
     monkeypatch.setattr("lrrobust.train.NETWORKS", registry.NETWORKS)
 
-    def write(name):
+    def write(name, **changes):
         content = yaml.safe_load((RECIPES_FOLDER / f"{name}.yaml").read_text())
-        content.update(phases=[{"epochs": 1, "size": 16}], image_size=16, batch_size=8, holdout=4)
+        content |= {"phases": [{"epochs": 1, "size": 16}], "image_size": 16, "batch_size": 8, "holdout": 4}
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content | changes))
         return path
 
     return write
@@ -54,25 +54,14 @@ def photos(tmp_path):
     return write
 
 
+def train(recipe, data, out):
+    return ["train", "--model", "tiny", "--recipe", str(recipe), "--data", str(data), "--out", str(out), "--device", "cpu"]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_from_images_to_weights(name, smaller, photos, tmp_path, capsys):
-    arguments = [
-        "train",
-        "--model",
-        "tiny",
-        "--recipe",
-        str(smaller(name)),
-        "--data",
-        str(photos(name)),
-        "--evaluate-on",
-        str(photos(name)),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-    ]
+    arguments = train(smaller(name), photos(name), tmp_path / "out")
+    arguments += ["--evaluate-on", str(photos(name)), "--workers", "0"]
     with torch.random.fork_rng():
         assert run(arguments) == 0, capsys.readouterr().err
     recipe = load_recipe(name)
@@ -91,9 +80,7 @@ def test_trains_from_images_to_weights(name, smaller, photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_a_recipe_that_ends_at_another_size_is_warned_of(size, smaller, photos, tmp_path, caplog):
-    path = smaller("tiny_imagenet_short")
-    settings = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**settings, "image_size": 16, "phases": [{"epochs": 1, "size": size}]}))
+    path = smaller("tiny_imagenet_short", phases=[{"epochs": 1, "size": size}])
     request = TrainingRequest("tiny", str(path), str(photos("tiny_imagenet_short")), tmp_path / "out", device="cpu")
     prepare_training(request)
     told = [message for message in caplog.messages if "ends at" in message]
@@ -101,9 +88,7 @@ def test_a_recipe_that_ends_at_another_size_is_warned_of(size, smaller, photos, 
 
 
 def test_the_size_that_is_warned_of_is_that_of_the_epoch_to_stop_after(smaller, photos, tmp_path, caplog):
-    path = smaller("tiny_imagenet_short")
-    settings = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**settings, "phases": [{"epochs": 1, "size": 24}, {"epochs": 1, "size": 16}]}))
+    path = smaller("tiny_imagenet_short", phases=[{"epochs": 1, "size": 24}, {"epochs": 1, "size": 16}])
     request = TrainingRequest("tiny", str(path), str(photos("tiny_imagenet_short")), tmp_path / "out", device="cpu")
     prepare_training(request)
     assert "ends at" not in caplog.text
@@ -112,22 +97,8 @@ def test_the_size_that_is_warned_of_is_that_of_the_epoch_to_stop_after(smaller, 
 
 
 def test_stop_after_at_the_command_line(smaller, photos, tmp_path, capsys):
-    path = smaller("tiny_imagenet_short")
-    settings = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**settings, "phases": [{"epochs": 2, "size": 16}]}))
-    arguments = [
-        "train",
-        "--model",
-        "tiny",
-        "--recipe",
-        str(path),
-        "--data",
-        str(photos("tiny_imagenet_short")),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
+    path = smaller("tiny_imagenet_short", phases=[{"epochs": 2, "size": 16}])
+    arguments = train(path, photos("tiny_imagenet_short"), tmp_path / "out")
     for options, code, said in (
         (["--stop-after", "3"], 2, "error: --stop-after: expected 1 to 2"),
         (["--stop-after", "1"], 0, ""),
