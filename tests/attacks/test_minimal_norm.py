@@ -1,4 +1,4 @@
-"""What FAB, FMN and DeepFool have in common, on models whose nearest adversarial images are known."""
+"""What attacks of minimal norm have in common, on models whose nearest adversarial images are known."""
 
 import math
 
@@ -12,6 +12,7 @@ from lrrobust.attacks.build import Attack
 from lrrobust.attacks.climb import Step
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.attacks.specs import DeepFoolSpec, FabSpec, FmnSpec
+from lrrobust.attacks.suite import load_suite
 from lrrobust.threat import distance, is_in_box
 
 FAB = {norm: FabSpec(kind="fab_t", name="fab_t", norm=norm, eps=(0.1,), steps=20) for norm in ("linf", "l2")}
@@ -19,12 +20,13 @@ DEEPFOOL = {norm: DeepFoolSpec(kind="deepfool", name="deepfool", norm=norm, eps=
 FMN = {norm: FmnSpec(kind="fmn", name="fmn", norm=norm, eps=(0.1,), steps=60) for norm in ("linf", "l2", "l1")}
 SPECS = [*FAB.values(), *DEEPFOOL.values(), *FMN.values()]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}-{spec.norm}")
+EVERY_AND_CW = pytest.mark.parametrize("spec", [*SPECS, *load_suite(["cw"])], ids=lambda spec: f"{spec.kind}-{spec.norm}")
 
 #: Largest ratio to the optimum of linear models; DeepFool goes 2 % too far by its nature.
-NEAR = {"fab_t": 1.01, "deepfool": 1.025, "fmn": 1.02}
+NEAR = {"fab_t": 1.01, "deepfool": 1.025, "fmn": 1.02, "cw": 1.05}
 
 
-@EVERY
+@EVERY_AND_CW
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_distances_are_near_the_optimum(spec, count, classes, linear_problem, attack_with):
@@ -50,7 +52,7 @@ def test_sign_and_scale_of_logits_do_not_matter(spec, change, linear_problem, at
     assert attacked.is_broken.all() and (ratio <= 1.15).all()
 
 
-@EVERY
+@EVERY_AND_CW
 def test_black_and_white_pixels_move_and_no_further_than_the_box(spec, attack_with):
     """Half of the pixels can only move away from where the classifier looks; the others share the change."""
     generator = torch.Generator().manual_seed(0)

@@ -9,8 +9,10 @@ import threading
 from typing import NamedTuple
 
 import numpy as np
+import op_inputs
 import pytest
 import torch
+from op_inputs import SIMILARITIES
 from torch.utils.data import DataLoader, Dataset
 
 import lrrobust.ops
@@ -18,7 +20,6 @@ from lrrobust.errors import BackendError, BackendWarning
 from lrrobust.ops import local_relation
 from lrrobust.ops.local_relation import choose_backend, choose_channels_per_group, why_not
 
-SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 NAMES = ("query", "key", "value", "geometry")
 #: What each backend computes in, and so what it is compared in.
 BACKENDS = {"reference": torch.float64, "unfold": torch.float64, "cpu": torch.float32}
@@ -33,10 +34,6 @@ class Case(NamedTuple):
     stride: int = 1
     dilation: int = 1
     per_group: int = 8
-
-    @property
-    def groups(self) -> int:
-        return -(-self.channels // self.per_group)
 
     def options(self) -> dict[str, int]:
         return {
@@ -76,16 +73,8 @@ CASES = {
 
 
 def make_inputs(case: Case, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    size = (case.height, case.width)
-    out_size = tuple(-(-side // case.stride) for side in size)
-    shapes = (
-        (case.batch, case.groups, *out_size),
-        (case.batch, case.groups, *size),
-        (case.batch, case.channels, *size),
-        (case.groups, case.kernel_size, case.kernel_size),
-    )
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    sizes = (case.batch, case.channels, case.height, case.width, case.kernel_size, case.stride, case.per_group)
+    return op_inputs.make_inputs(*sizes, dtype=dtype, seed=seed)
 
 
 def phi(q: float, k: float, similarity: str) -> tuple[float, float, float]:

@@ -4,8 +4,10 @@ import importlib
 import re
 import sys
 
+import op_inputs
 import pytest
 import torch
+from op_inputs import SIMILARITIES
 from own_process import environment, run_process
 
 from lrrobust.errors import BackendError
@@ -16,7 +18,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 NAMES = ("output", "query", "key", "value", "geometry")
 
 #: Other strides, or gradients left out, are another kernel, whose products and sums a GPU may fuse otherwise.
@@ -46,16 +47,8 @@ def small_blocks(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCKS", {size: (512, warps) for size, (_, warps) in kernels.BLOCKS.items()})
 
 
-def make_inputs(batch, channels, height, width, kernel_size, stride=1, per_group=8, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    groups = -(-channels // per_group)
-    shapes = (
-        (batch, groups, -(-height // stride), -(-width // stride)),
-        (batch, groups, height, width),
-        (batch, channels, height, width),
-        (groups, kernel_size, kernel_size),
-    )
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+def make_inputs(*sizes, dtype=torch.float32):
+    return [x.to(DEVICE) for x in op_inputs.make_inputs(*sizes, dtype=dtype)]
 
 
 def run(inputs, backend="triton", layout=lambda x: x, **options):

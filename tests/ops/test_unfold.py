@@ -3,15 +3,15 @@
 import sys
 import warnings
 
+import op_inputs
 import pytest
 import torch
+from op_inputs import SIMILARITIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrrobust.errors import BackendWarning
 from lrrobust.ops import _unfold, local_relation
 from lrrobust.ops.local_relation import choose_backend
-
-SIMILARITIES = ("squared_difference", "absolute_difference", "multiplication")
 
 
 @pytest.fixture
@@ -20,16 +20,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_unfold, "CPU_CUT", _unfold.Cut(0, (3, 3), 1, 1500))
 
 
-def make_inputs(batch, channels, height, width, kernel_size, stride=1, per_group=8, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    groups = -(-channels // per_group)
-    shapes = (
-        (batch, groups, -(-height // stride), -(-width // stride)),
-        (batch, groups, height, width),
-        (batch, channels, height, width),
-        (groups, kernel_size, kernel_size),
-    )
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+def make_inputs(*sizes, **options):
+    return [x.requires_grad_() for x in op_inputs.make_inputs(*sizes, **options)]
 
 
 def run(inputs, backend, **options):
