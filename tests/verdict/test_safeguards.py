@@ -228,7 +228,7 @@ def test_a_claim_may_mean_the_trainings(make_claim, make_run):
         assert ("`same_training: false`" in found.detail) == same_training
 
 
-def test_who_always_says_the_same_is_not_robust(make_claim, make_run):
+def test_who_always_says_the_same_is_not_robust(check_runs, make_run):
     def says_only_zero(runs):
         rows = runs[0].rows
         rows["clean_prediction"] = 0
