@@ -420,7 +420,7 @@ def test_what_a_model_prints_is_no_result(run, workplace, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_folder_that_becomes_read_only(run, workplace, whole, processes, tmp_path):
+def test_a_folder_that_becomes_read_only(run, workplace, whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:

@@ -77,7 +77,7 @@ def test_batches_change_nothing_but_rounding(spec, assert_batches_do_not_matter)
 
 
 @EVERY
-def test_passes_are_counted_as_the_model_sees_them(spec, trained, attack_with):
+def test_passes_are_counted_as_the_model_sees_them(spec, trained):
     model, images, labels = trained[0], trained[1][:10], trained[2][:10]
     forwarded, backwarded, claimed = [], [], []
 

@@ -47,15 +47,16 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
-        member = tarfile.TarInfo("a/link.jpg")
-        member.type = kind
-        member.linkname = str(secret)
-        archive.addfile(member)
-        regular = tarfile.TarInfo("a/1.jpg")
-        regular.size = 4
-        archive.addfile(regular, io.BytesIO(b"good"))
+        archive.addfile(_link("a/link.jpg", str(secret), kind))
+        _add(archive, "a/1.jpg", b"good")
     tree = _open(tmp_path / f"x{suffix}")
     assert (tree.names, tree.ignored_count, tree.read("a/1.jpg")) == (["a/1.jpg"], 1, b"good")
+
+
+def _add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def _link(name, target, kind):
@@ -76,9 +77,7 @@ def test_links_within_a_tar_are_followed(tmp_path, suffix, caplog):
     with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
         # Before and after what they point to, through each other, and by what is relative to what.
         archive.addfile(_link("./a/early.jpg", "1.jpg", tarfile.SYMTYPE))
-        regular = tarfile.TarInfo("./a/1.jpg")
-        regular.size = 4
-        archive.addfile(regular, io.BytesIO(b"good"))
+        _add(archive, "./a/1.jpg", b"good")
         archive.addfile(_link("./a/hard.jpg", "./a/1.jpg", tarfile.LNKTYPE))
         archive.addfile(_link("./b/soft.jpg", "../a/hard.jpg", tarfile.SYMTYPE))
         archive.addfile(_link("./b/lost.jpg", "../../a/1.jpg", tarfile.SYMTYPE))
@@ -94,17 +93,14 @@ def test_links_within_a_tar_are_followed(tmp_path, suffix, caplog):
 def test_what_tar_packed_twice_is_there_once(tmp_path):
     # As `tar cf x.tar a a/1.jpg` writes it.
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        regular = tarfile.TarInfo("a/1.jpg")
-        regular.size = 4
-        archive.addfile(regular, io.BytesIO(b"good"))
+        _add(archive, "a/1.jpg", b"good")
         archive.addfile(_link("a/1.jpg", "a/1.jpg", tarfile.LNKTYPE))
     assert _open(tmp_path / "x.tar").names == ["a/1.jpg"]
 
 
 def test_long_chains_of_links_end(tmp_path, caplog):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
-        regular = tarfile.TarInfo("a/0.jpg")
-        archive.addfile(regular, io.BytesIO())
+        _add(archive, "a/0.jpg", b"")
         for number in range(1, 6000):
             archive.addfile(_link(f"a/{number}.jpg", f"{number - 1}.jpg", tarfile.SYMTYPE))
         archive.addfile(_link("b", "a", tarfile.SYMTYPE))
@@ -263,9 +259,7 @@ def test_damaged_zip_member_is_corrupt(tmp_path):
 def test_file_twice_in_an_archive_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for content in (b"old", b"new"):
-            member = tarfile.TarInfo("a/1.jpg")
-            member.size = 3
-            archive.addfile(member, io.BytesIO(content))
+            _add(archive, "a/1.jpg", content)
     with pytest.raises(DataError, match="holds 'a/1.jpg' twice"):
         _open(tmp_path / "x.tar")
 

@@ -147,7 +147,7 @@ def test_moved_weights_are_recorded_anew(recorded, images):
     assert len(RecordingOnCpu.made) == 2
 
 
-def test_a_copy_has_weights_and_recordings_of_its_own(network, recorded, images):
+def test_a_copy_has_weights_and_recordings_of_its_own(recorded, images):
     logits, _ = gradient(recorded, images)
     copied = copy.deepcopy(recorded)
     with torch.no_grad():
@@ -307,7 +307,7 @@ class Refusing(torch.nn.Module):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
-def test_a_gpu_is_as_it_was_after_a_recording_that_failed(network, caplog):
+def test_a_gpu_is_as_it_was_after_a_recording_that_failed(network):
     stream = torch.cuda.current_stream()
     images = torch.rand(2, 3, 32, 32, device="cuda")
     refusing = ReplayedNetwork(Refusing().cuda().eval())

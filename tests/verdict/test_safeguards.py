@@ -112,7 +112,7 @@ def test_runs_of_one_model_at_two_image_sizes_are_not_mixed(check_runs, make_run
     assert "The runs of one model differ among themselves in input_size" in found.detail
 
 
-def test_attacks_must_have_the_same_settings(check, make_claim):
+def test_attacks_must_have_the_same_settings(check):
     def weaken(runs):
         runs[0].manifest["attacks"][0]["steps"] = 2
 
@@ -267,6 +267,10 @@ class TestStrongerAttacks:
         assert not refused
         return found
 
+    def leading(self, make_run):
+        """A leads by 100 of 200 images."""
+        return make_run("A", by_pgd([INF] * 200)), make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100))
+
     def test_attacks_that_judge_leave_nothing_out(self, make_claim, make_run):
         (evidence,) = self.found(make_claim, make_run, (9, 0))
         assert not named(check_evidence(evidence), "stronger_attacks")
@@ -295,8 +299,7 @@ class TestStrongerAttacks:
     def test_attacks_that_one_model_alone_has_met(self, make_claim, make_run, count, passed, direction):
         """A leads by 100 of 200 images, of which 4 matter; `strong`, made on A alone, breaks `count` of those that stand."""
         runs = [
-            make_run("A", by_pgd([INF] * 200)),
-            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
+            *self.leading(make_run),
             make_run("A", {"strong": dict(distances=[PIXEL] * count + [INF] * (200 - count))}),
         ]  # fmt: skip
         (evidence,), _ = collect_evidence(make_claim(attacks=("pgd",), direction=direction), runs)
@@ -317,8 +320,7 @@ class TestStrongerAttacks:
         """Another attack or one of more steps, on A, which leads by 100 of 200; of 5 images chance breaks 3."""
         distances = [PIXEL] * broken + [INF] * (len(images) - broken)
         runs = [
-            make_run("A", by_pgd([INF] * 200)),
-            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
+            *self.leading(make_run),
             make_run("A", {beside: dict(distances=distances, steps=200)}, images=images, weights=weights),
         ]
         (evidence,), _ = collect_evidence(make_claim(treatment="A@V1"), runs)
@@ -329,8 +331,7 @@ class TestStrongerAttacks:
 
     def test_attacks_that_the_other_model_has_met_on_more_images_are_not_met_alone(self, check_runs, make_run):
         runs = [
-            make_run("A", by_pgd([INF] * 200)),
-            make_run("B", by_pgd([PIXEL] * 100 + [INF] * 100)),
+            *self.leading(make_run),
             make_run("A", {"square": dict(distances=[PIXEL] * 100)}, images=range(100)),
         ]
         on_all = make_run("B", {"square": dict(distances=[PIXEL] * 200)})
