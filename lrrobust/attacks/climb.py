@@ -55,7 +55,7 @@ class Search(Protocol):
         """
 
     def end(self, starts: Sequence[Start], state: State) -> None:
-        """Called with starts that came to their end and left the image unbroken."""
+        """Called with starts that came to their end and left the image unbroken; does nothing unless it is defined anew."""
 
 
 def climb(

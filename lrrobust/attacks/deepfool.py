@@ -9,7 +9,7 @@ import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import dual_length
-from lrrobust.attacks.climb import Start, State, Step, is_clearly_misclassified, rounding
+from lrrobust.attacks.climb import Search, Start, State, Step, is_clearly_misclassified, rounding
 from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
@@ -63,7 +63,7 @@ def deepfool(
     return with_the_choice(taken), taken * chosen.shape[1]
 
 
-class _NearestBoundarySteps:
+class _NearestBoundarySteps(Search):
     """The search, as `lrrobust.attacks.climb` takes it."""
 
     def __init__(
@@ -78,9 +78,6 @@ class _NearestBoundarySteps:
 
     def begin(self, starts: Sequence[Start]) -> State:
         return {"iterate": self._given.images[[start.row for start in starts]]}
-
-    def end(self, starts: Sequence[Start], state: State) -> None:
-        """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
         labels, iterate = self._given.labels[state["row"]], state["iterate"].detach().requires_grad_()

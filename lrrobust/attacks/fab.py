@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
-from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified, rounding
+from lrrobust.attacks.climb import Search, Start, State, Step, evaluate, is_clearly_misclassified, rounding
 from lrrobust.attacks.hyperplane import way_to_hyperplane
 from lrrobust.attacks.losses import lead_of
 from lrrobust.attacks.minimal_norm import find_nearest
@@ -68,7 +68,7 @@ def fab_t(
     return with_the_choice(2 * taken) + looked, taken
 
 
-class _BoundarySteps:
+class _BoundarySteps(Search):
     """The search, as `lrrobust.attacks.climb` takes it; the number of a start is that of its target."""
 
     def __init__(
@@ -86,9 +86,6 @@ class _BoundarySteps:
     def begin(self, starts: Sequence[Start]) -> State:
         rows = [start.row for start in starts]
         return {"iterate": self._given.images[rows], "target": self._targets[rows, [start.number for start in starts]]}
-
-    def end(self, starts: Sequence[Start], state: State) -> None:
-        """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
         iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]

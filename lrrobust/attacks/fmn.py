@@ -9,7 +9,7 @@ import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import dual_length, inside_box, project, unit
-from lrrobust.attacks.climb import Start, State, Step, evaluate, is_clearly_misclassified, rounding
+from lrrobust.attacks.climb import Search, Start, State, Step, evaluate, is_clearly_misclassified, rounding
 from lrrobust.attacks.losses import margin
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.threat import Norm, box_diameter, distance
@@ -64,7 +64,7 @@ def fmn(
     return taken, taken
 
 
-class _ShrinkingBall:
+class _ShrinkingBall(Search):
     """The search, as `lrrobust.attacks.climb` takes it."""
 
     def __init__(
@@ -89,9 +89,6 @@ class _ShrinkingBall:
         iterate = self._given.images[[start.row for start in starts]]
         unknown = iterate.new_full((len(starts),), math.inf, dtype=torch.float64)
         return {"iterate": iterate, "radius": torch.zeros_like(unknown), "shortest": unknown}
-
-    def end(self, starts: Sequence[Start], state: State) -> None:
-        """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
         iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]

@@ -8,7 +8,7 @@ import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import project, unit
-from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
+from lrrobust.attacks.climb import Search, Start, State, Step, climb, evaluate, is_misclassified
 from lrrobust.attacks.losses import log_odds
 from lrrobust.threat import Norm
 
@@ -41,7 +41,7 @@ def mi_fgsm(
     return taken, taken
 
 
-class _MomentumSteps:
+class _MomentumSteps(Search):
     """The search, as `lrrobust.attacks.climb` takes it."""
 
     def __init__(
@@ -57,9 +57,6 @@ class _MomentumSteps:
     def begin(self, starts: Sequence[Start]) -> State:
         iterate = self._given.images[[start.row for start in starts]]
         return {"iterate": iterate, "momentum": torch.zeros_like(iterate)}
-
-    def end(self, starts: Sequence[Start], state: State) -> None:
-        """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
         iterate, images, labels = state["iterate"], self._given.images[state["row"]], self._given.labels[state["row"]]

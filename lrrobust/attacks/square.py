@@ -11,7 +11,7 @@ import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
 from lrrobust.attacks.ball import l2_length, project
-from lrrobust.attacks.climb import Start, State, Step, climb, is_misclassified
+from lrrobust.attacks.climb import Search, Start, State, Step, climb, is_misclassified
 from lrrobust.attacks.losses import margin
 from lrrobust.threat import Norm
 
@@ -76,7 +76,7 @@ def square_sizes(queries: int, p_init: float, rescale_schedule: bool, height: in
     return sides
 
 
-class _Squares(ABC):
+class _Squares(Search, ABC):
     """The search; what a start and a query look like the norms say. As `lrrobust.attacks.climb` takes it."""
 
     def __init__(
@@ -107,9 +107,6 @@ class _Squares(ABC):
             "best_margin": query.new_full((len(starts),), -math.inf, dtype=torch.float64),
             "uniform": torch.stack(uniform).to(query.device),
         }
-
-    def end(self, starts: Sequence[Start], state: State) -> None:
-        """Nothing is carried on."""
 
     def step(self, state: State) -> Step:
         query, images, labels = state["query"], self._given.images[state["row"]], self._given.labels[state["row"]]
