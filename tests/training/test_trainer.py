@@ -147,7 +147,7 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(start, smoothing, mo
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_held_out_accuracy_is_that_of_the_average(uninterrupted, colours):
+def test_held_out_accuracy_is_that_of_the_average(uninterrupted):
     held = uninterrupted.held_out
     with torch.inference_mode():
         best = uninterrupted.average(held.images / 255).argmax(1)
@@ -175,7 +175,7 @@ def test_held_out_images_are_balanced_and_not_trained_on(start, colours):
             assert everything[image.numpy().tobytes()] == label
 
 
-def test_batches_hold_every_image_once_an_epoch_with_its_label(start, monkeypatch):
+def test_batches_hold_every_image_once_an_epoch_with_its_label(start):
     # Images are made to say which they are, whatever is cropped.
     training = start()
     numbers = torch.arange(40, dtype=torch.uint8)
