@@ -196,12 +196,12 @@ def build_two_characters(): return make(("be\\u0301e", "ant", "cat"))
 def draw_classes():
     """Writes a folder of three classes with so many images of noise each."""
 
-    def draw(folder, each):
+    def draw(folder, each, side=8):
         generator = np.random.default_rng(0)
         for name in ("ant", "bee", "cat"):
             (folder / name).mkdir(parents=True)
             for i in range(each):
-                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+                Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
 
     return draw
 

@@ -65,16 +65,11 @@ LRROBUST = (sys.executable, "-m", "lrrobust")
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, draw_classes):
     """A folder with a model file and 24 images of three classes."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "model.py").write_text(MODEL)
-    generator = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (folder / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    draw_classes(folder / "images", 8, side=16)
     return folder
 
 
