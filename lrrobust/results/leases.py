@@ -70,10 +70,10 @@ class Leases:
         with interrupts_held_back(), explaining("write", self._folder / name):
             self._folder.mkdir(exist_ok=True)
             try:
-                descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                file = open(self._folder / name, "xb")
             except FileExistsError:
                 return False
-            with open(descriptor, "wb") as file:
+            with file:
                 file.write(self._content())
             self._held.add(name)
         return True

@@ -41,6 +41,12 @@ def test_one_gets_it_and_the_other_after_it_is_given_back(pair):
     assert second.acquire("a") and second.taken() == {"a", "b"}
 
 
+def test_windows_has_it_too(pair, monkeypatch):
+    monkeypatch.delattr(os, "O_CLOEXEC", raising=False)
+    first, second = pair
+    assert first.acquire("a") and not second.acquire("a")
+
+
 def test_closing_gives_back_what_is_held(pair):
     first, second = pair
     assert first.acquire("a") and first.acquire("b") and second.acquire("c")
