@@ -174,7 +174,12 @@ class _Stream:
 
 
 class StandardOutput(_Stream):
-    """Its failures name it: Python knows no file that they are of."""
+    """Its failures name it: Python knows no file that they are of. A sign that its encoding lacks is no failure."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # as standard error has it
 
     def write(self, text: str) -> int:
         with _of_standard_output():

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real folders, a small model of the user's own."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from own_process import environment, run_process
 from PIL import Image
 
 from lrrobust import cli
+from lrrobust.exits import StandardOutput
 from lrrobust.plots import label_runs
 from lrrobust.report.summary import summarise
 from lrrobust.results import find_runs, load_run
@@ -293,6 +295,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, argum
     options = ("--out", tmp_path / "out")
     code, _, err = run(*arguments, *options, cwd=workplace)
     assert_one_line(code, err, pattern)
+
+
+def test_an_output_whose_encoding_lacks_a_sign_shows_its_number():
+    written = io.BytesIO()
+    output = StandardOutput(io.TextIOWrapper(written, encoding="cp437"))  # of consoles on Windows
+    output.write("fab_t† 1 é")
+    output.flush()
+    assert written.getvalue().decode("cp437") == r"fab_t\u2020 1 é"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
