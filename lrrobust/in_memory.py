@@ -245,6 +245,8 @@ def _named(
         raise ValueError("the model was built inside torch.inference_mode(), so that it has no gradients: build it outside")
     tensors = [*module.parameters(), *module.buffers()]
     where = choose_device(str(device)) if device is not None else tensors[0].device if tensors else images.device
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected a model on cpu or cuda, found one on {where.type}: give device='cpu'")
     if device is not None:
         module.to(where)
     with frozen(module), torch.no_grad():

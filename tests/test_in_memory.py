@@ -266,6 +266,11 @@ def test_shows_progress_on_standard_error(problem, capfd):
     assert not out and "linear: diagnostics" in err
 
 
+class _OnMps(nn.Module):
+    def buffers(self, recurse=True):
+        yield SimpleNamespace(device=torch.device("mps"))
+
+
 class _AsTransformersAnswer(nn.Module):
     def forward(self, images):
         return SimpleNamespace(logits=images.flatten(1))
@@ -280,6 +285,7 @@ class _AsTransformersAnswer(nn.Module):
         ({"name": "a\nb"}, ValueError, "a name"),
         ({"save_adversarial": True}, ValueError, "give out="),
         ({"device": "tpu"}, ConfigError, "only cpu and cuda"),
+        ({"model": _OnMps()}, ValueError, "cpu or cuda, found one on mps: give device='cpu'"),
         ({"eps": [0.1, "x"]}, ConfigError, "eps"),
         ({"attacks": ["pgd", "pgd_l2"], "eps": 0.1}, ConfigError, "norm"),
         ({"model": "resnet50"}, ValueError, "torch.nn.Module"),
