@@ -205,3 +205,9 @@ def test_attack_loop_needs_no_more_than_names(tmp_path, monkeypatch, capsys):
 )
 def test_cells(column, value, text):
     assert format_cell(column, value) == text
+
+
+def test_help_says_what_each_benchmark_is(capsys):
+    assert cli.run(["bench", "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert [name for name in BENCHES if f"{name}: " not in help_text] == []
