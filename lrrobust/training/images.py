@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lrrobust.data.image_source import ImageSource
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.subset import choose_indices
+from lrrobust.errors import DataError
 from lrrobust.training.augmentation import Views, crop_box
 
 #: Batches each decoding process prepares ahead.
@@ -122,13 +123,16 @@ class _Wanted(NamedTuple):
 
 
 class _Decoded(Dataset):
-    """From what is wanted to uint8 (3, size, size)."""
+    """From what is wanted to uint8 (3, size, size), or to the error that explains why it cannot be had."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
 
-    def __getitem__(self, wanted: _Wanted) -> torch.Tensor:
-        image = self._source.read(wanted.index)
+    def __getitem__(self, wanted: _Wanted) -> torch.Tensor | DataError:
+        try:
+            image = self._source.read(wanted.index)
+        except DataError as error:
+            return error  # raised in another process it would come back with its whole traceback for a message
         size = wanted.size
         if wanted.crop is None:
             image = wanted.preprocessing.resize_and_crop(image)
@@ -137,6 +141,10 @@ class _Decoded(Dataset):
             # `reducing_gap` averages whole blocks of pixels first: several times faster on large photos.
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _collate(images: list[torch.Tensor | DataError]) -> torch.Tensor | DataError:
+    return next((image for image in images if isinstance(image, DataError)), None) or torch.stack(images)
 
 
 def _ignore_interrupts(_: int) -> None:
@@ -204,6 +212,7 @@ class StreamedImages:
         loader = DataLoader(
             _Decoded(self.source),
             batch_sampler=wanted,
+            collate_fn=_collate,
             num_workers=self.workers,
             prefetch_factor=_PREFETCHED if self.workers else None,
             pin_memory=self.device.type == "cuda",
@@ -212,4 +221,6 @@ class StreamedImages:
             generator=torch.Generator(),
         )
         for images in loader:
+            if isinstance(images, DataError):
+                raise images
             yield images.to(self.device, non_blocking=True)

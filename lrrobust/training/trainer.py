@@ -222,6 +222,7 @@ class Training:
         """Trains to the end of the recipe, or of `stop_after` epochs. Whatever interrupts it, the state so far is on disk.
 
         Raises:
+            DataError: an image that is streamed cannot be read.
             StoreError: another training is writing its folder, or the folder cannot be written.
         """
         # Processes must stop after the same step, or one waits for the other's gradients: they agree on it.
@@ -229,7 +230,7 @@ class Training:
         try:
             with held_back as received, self._alone():
                 self._run(on_step, on_epoch, received)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DataError):  # a damaged image can be replaced
             self.save_checkpoint()
             raise
 

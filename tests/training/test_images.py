@@ -5,6 +5,7 @@ from PIL import Image
 
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
+from lrrobust.errors import DataError
 from lrrobust.training.augmentation import crop_box, draw_views
 from lrrobust.training.images import Batch, StreamedImages, TrainingSet
 
@@ -51,6 +52,13 @@ def test_streamed_crops_are_those_of_the_views(photos, streamed, workers):
             # Green at a pixel's centre is 8 times its column, less half a pixel.
             centres = left + (right - left) * (torch.arange(batch.size) + 0.5) / batch.size - 0.5
             torch.testing.assert_close(image[1].float().mean(0)[1:-1], 8 * centres.clamp(0, 29)[1:-1], rtol=0, atol=5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_said_in_one_line_wherever_it_is_decoded(photos, streamed, tmp_path, workers):
+    (tmp_path / "photos" / photos.keys[7]).write_bytes(b"")
+    with pytest.raises(DataError, match=f"photos: image '{photos.keys[7]}' is no JPEG[^\n]*; replace or remove it$"):
+        list(streamed(workers).batches(iter([batch_of([3, 7, 0, 11])])))
 
 
 def test_crop_boxes_are_those_of_images_in_memory():

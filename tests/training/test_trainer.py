@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +389,23 @@ def test_interrupted_while_it_measures(start, uninterrupted, monkeypatch):
     assert (resumed.step, len(resumed.rows)) == (5, 0)
     resumed.run()
     assert_same(resumed, uninterrupted)
+
+
+def test_an_image_that_cannot_be_read_loses_no_step(start, uninterrupted, monkeypatch):
+    training = start()
+    batches = training.batches
+    monkeypatch.setattr(training, "batches", lambda epoch: chain(islice(batches(epoch), 2), _damaged()))
+    with pytest.raises(DataError, match="damaged"):
+        training.run()
+    resumed = start()
+    assert resumed.step == 2
+    resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+def _damaged():
+    raise DataError("damaged")
+    yield
 
 
 def test_ctrl_c_waits_for_the_step_to_end(start, uninterrupted):
