@@ -22,6 +22,7 @@ from lrrobust.errors import BaselineError, ConfigError, StoreError
 from lrrobust.mistakes import describe_mistake, dotted
 from lrrobust.norm import Norm
 from lrrobust.results import Run, fingerprint_of, write_file
+from lrrobust.results.files import read_file
 
 #: Raised whenever a field is added, dropped or changes its meaning. Those of version 1 have no clean accuracy.
 BASELINE_SCHEMA_VERSION = 2
@@ -289,8 +290,7 @@ def read_baseline(path: Path) -> Baseline:
         BaselineError: it is not there, cannot be read, or is not a baseline; one line says what is wrong where.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        content = read_file(path, MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise BaselineError(
             f"no baseline {path}: make one with `lrrobust eval ...`, then `lrrobust check {path} --update --run FOLDER`"

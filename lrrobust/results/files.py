@@ -49,8 +49,8 @@ def keep_copy(path: Path) -> Path:
     return copy
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a regular file: a pipe would have us wait, a device never end.
+def read_file(path: Path, most_bytes: int = -1) -> bytes:
+    """The bytes of a regular file, or the first of them: a pipe would have us wait, a device never end.
 
     Raises:
         OSError: there is none, it is of another kind, or it cannot be read.
@@ -58,7 +58,7 @@ def read_file(path: Path) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        return file.read()
+        return file.read(most_bytes)
 
 
 @contextlib.contextmanager

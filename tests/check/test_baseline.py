@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -160,6 +161,9 @@ def test_missing_folder_and_huge_files_are_said(tmp_path, monkeypatch):
         read_baseline(tmp_path / "none.json")
     with pytest.raises(BaselineError, match="cannot be read"):
         read_baseline(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BaselineError, match="cannot be read: not a regular file"):
+        read_baseline(tmp_path / "pipe")
     monkeypatch.setattr("lrrobust.check.baseline.MAX_FILE_BYTES", 10)
     (tmp_path / "large").write_text(" " * 11)
     with pytest.raises(BaselineError, match="at most 10 bytes"):
