@@ -19,7 +19,7 @@ from torch import nn
 
 from lrrobust.attacks.specs import AttackSpec
 from lrrobust.data.class_lists import IMAGENET_1K, match_classes
-from lrrobust.diagnostics.records import load_diagnostics, write_diagnostics
+from lrrobust.diagnostics.records import load_diagnostics, why_uncounted, write_diagnostics
 from lrrobust.diagnostics.stage import OnCheck, diagnose
 from lrrobust.errors import StoreError
 from lrrobust.evaluation.chunk_attack import Surrogate
@@ -162,13 +162,10 @@ class Evaluation:
         See `lrrobust.diagnostics.stage.diagnose` for the errors.
         """
         run = load_run(self.folder)
-        try:
-            known = load_diagnostics(run)
-        except StoreError as error:
-            _log.warning("%s; made anew", error)
-            known = None
-        if known is not None:
+        if load_diagnostics(run) is not None:
             return
+        if (said := why_uncounted(run)) is not None:
+            _log.warning("%s: %s", run.folder, said)
         found = diagnose(
             self._on_device(self.classifier),
             len(self.classifier.classes),

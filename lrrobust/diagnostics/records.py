@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lrrobust.errors import StoreError
 from lrrobust.mistakes import describe_mistake
 from lrrobust.norm import Norm
 from lrrobust.results import Run, write_file
@@ -15,6 +14,8 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 
 #: Raised with every change that makes the same run be diagnosed differently: files of other versions count as none.
 DIAGNOSTICS_VERSION = 10
+
+_ANEW = "the same eval command, without --no-diagnostics, makes them anew"
 
 
 class _Record(BaseModel):
@@ -56,43 +57,34 @@ class _Versioned(BaseModel):
 
 
 def load_diagnostics(run: Run) -> Diagnostics | None:
-    """What is known of whether the attacks of a run worked; None where nothing was looked for, or by another version's rules.
+    """What is known of whether the attacks of a run worked; None where nothing was looked for, or what was found cannot
+    count: see `why_uncounted`."""
+    return _read(run)[0]
 
-    See `other_rules` for the latter.
 
-    Raises:
-        StoreError: the file of diagnostics is damaged, or of another run.
-    """
-    path = run.folder / DIAGNOSTICS_FILE
+def why_uncounted(run: Run) -> str | None:
+    """What is to be said of a file beside a run that counts as none: of another version or run, or damaged; else None."""
+    return _read(run)[1]
+
+
+def _read(run: Run) -> tuple[Diagnostics | None, str | None]:
     try:
-        text = read_file(path)
-        if _Versioned.model_validate_json(text).version != DIAGNOSTICS_VERSION:
-            return None
+        text = read_file(run.folder / DIAGNOSTICS_FILE)
+        version = _Versioned.model_validate_json(text).version
+        if version != DIAGNOSTICS_VERSION:
+            reason = f"its diagnostics are of version {version}, and only those of version {DIAGNOSTICS_VERSION} count"
+            return None, f"{reason}: {_ANEW}"
         found = Diagnostics.model_validate_json(text)
-        if found.fingerprint != run.manifest.get("fingerprint"):
-            raise ValueError("it was computed for another run")
-        return found
+        if found.fingerprint == run.manifest.get("fingerprint"):
+            return found, None
+        reason = "it was computed for another run"
     except FileNotFoundError:
-        return None
+        return None, None
     except ValidationError as error:
         reason = describe_mistake(error.errors(include_url=False)[0])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    raise StoreError(f"{path} cannot be read ({reason}): restore it, or delete it and run the same command again")
-
-
-def other_rules(run: Run) -> str | None:
-    """What is to be said of a file of another version beside a run, which counts as none; None where there is none."""
-    try:
-        version = _Versioned.model_validate_json(read_file(run.folder / DIAGNOSTICS_FILE)).version
-    except (OSError, ValidationError):
-        return None
-    if version == DIAGNOSTICS_VERSION:
-        return None
-    return (
-        f"its diagnostics are of version {version}, and only those of version {DIAGNOSTICS_VERSION} count: the same eval "
-        "command, without --no-diagnostics, makes them anew"
-    )
+    return None, f"its {DIAGNOSTICS_FILE} cannot be read ({reason}) and counts as none: {_ANEW}"
 
 
 def write_diagnostics(run: Run, diagnostics: Diagnostics) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from lrrobust.diagnostics.records import load_diagnostics, other_rules
+from lrrobust.diagnostics.records import load_diagnostics, why_uncounted
 from lrrobust.results import Run
 from lrrobust.tables import Cell, Column, Table
 
@@ -21,13 +21,10 @@ _HEADINGS = ("run", "check", "attack", "result", "what was found")
 
 
 def diagnostics_table(runs: Mapping[str, Run]) -> Table:
-    """A row for each check of each run that was looked into, one for a run of other rules; without rows where none was.
+    """A row for each check of each run that was looked into, one for a run whose file counts as none; else without rows.
 
     Args:
         runs: name to show -> run.
-
-    Raises:
-        StoreError: a file of diagnostics is damaged.
     """
     rows = []
     for name, run in runs.items():
@@ -35,7 +32,7 @@ def diagnostics_table(runs: Mapping[str, Run]) -> Table:
         for result in found.results if found is not None else ():
             texts = (name, result.name.replace("_", " "), result.attack or "-", RESULTS[result.passed], result.detail)
             rows.append([Cell(text, text) for text in texts])
-        said = other_rules(run)
+        said = why_uncounted(run)
         if said is not None:
             rows.append([Cell(text, text) for text in (name, "all", "-", RESULTS[None], f"{said[0].upper()}{said[1:]}.")])
     return Table([Column(heading, is_text=True) for heading in _HEADINGS], rows)
