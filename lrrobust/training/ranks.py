@@ -59,6 +59,11 @@ class Ranks:
         return int(sums.item())
 
 
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether gloo or nccl says that another process has ended."""
+    return any(sign in str(error) for sign in ("closed by peer", "reset by peer", "remote process exited"))
+
+
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """Joins the processes that torchrun started together with this one; alone where it started none.

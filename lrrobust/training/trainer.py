@@ -34,7 +34,7 @@ from lrrobust.training.checkpoint import read_checkpoint, write_checkpoint
 from lrrobust.training.export import export_weights
 from lrrobust.training.images import TrainingImages, TrainingSet
 from lrrobust.training.optimizers import build_optimizer, learning_rate
-from lrrobust.training.ranks import Ranks
+from lrrobust.training.ranks import Ranks, is_left_alone
 from lrrobust.training.recipe import Recipe
 from lrrobust.training.recorded import RecordedPasses
 
@@ -222,6 +222,7 @@ class Training:
         """Trains to the end of the recipe, or of `stop_after` epochs. Whatever interrupts it, the state so far is on disk.
 
         Raises:
+            ConfigError: a loss or gradient is no number, or another process of `ranks` has ended.
             DataError: an image that is streamed cannot be read.
             StoreError: another training is writing its folder, or the folder cannot be written.
         """
@@ -233,6 +234,13 @@ class Training:
         except (KeyboardInterrupt, DataError):  # a damaged image can be replaced
             self.save_checkpoint()
             raise
+        except RuntimeError as error:
+            if self.ranks.count == 1 or not is_left_alone(error):
+                raise
+            raise ConfigError(
+                "another of the processes that train together has ended, and says why itself: mend that and run the same "
+                "command again; the last checkpoint is kept"
+            ) from None
 
     def _alone(self) -> AbstractContextManager[object]:
         """Keeps other trainings out of the folder: they would write the same checkpoint and log in turns."""

@@ -24,6 +24,7 @@ from lrrobust.training import export, trainer
 from lrrobust.training.accuracy import accuracy_on_set
 from lrrobust.training.images import TrainingSet
 from lrrobust.training.optimizers import group_parameters, learning_rate
+from lrrobust.training.ranks import Ranks
 from lrrobust.training.recipe import Phase
 from lrrobust.training.trainer import LOG_COLUMNS, Training
 
@@ -401,6 +402,18 @@ def test_an_image_that_cannot_be_read_loses_no_step(start, uninterrupted, monkey
     assert resumed.step == 2
     resumed.run()
     assert_same(resumed, uninterrupted)
+
+
+def test_a_process_that_others_leave_alone_says_so_in_one_line(start, monkeypatch):
+    training = start()
+    training.ranks = Ranks(0, 2)
+
+    def fail(*_):
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:42203.")
+
+    monkeypatch.setattr(training, "_train_step", fail)
+    with pytest.raises(ConfigError, match="another of the processes that train together has ended"):
+        training.run()
 
 
 def _damaged():
