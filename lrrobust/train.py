@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from lrrobust.config_file import check_keys
-from lrrobust.data.class_lists import load_class_list, match_classes
+from lrrobust.data.class_lists import load_class_list, unmatched
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
+from lrrobust.data.image_source import ImageSource
 from lrrobust.data.parallel_map import OnProgress
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.data.sources import open_dataset
-from lrrobust.data.training_images import load_training_images
+from lrrobust.data.training_images import load_training_images, match_training_images
 from lrrobust.errors import ConfigError, DataError, UnknownNameError, WeightsError
 from lrrobust.models.registry import NETWORKS
 from lrrobust.processes import choose_device
@@ -83,11 +84,14 @@ def prepare_training(
     # Measured at the end by the first process alone.
     sets = request.evaluate_on if ranks.is_first else ()
     evaluation_sets = [build_evaluation_set(open_dataset(d, classes), classes, recipe.preprocessing) for d in sets]
-    images = _open_training_images(request.data, classes, recipe, request.workers, on_scan)
+    source = open_dataset(request.data, classes)
+    images = _open_training_images(source, classes, recipe, request.workers, on_scan)
     where = choose_device(request.device) if device is None else device
     training = Training(
         request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
     )
+    if ranks.is_first:
+        _warn_of_other_classes(source, classes)
     return training, evaluation_sets
 
 
@@ -130,7 +134,7 @@ def average_trained(
     recipe = check_keys(last.recipe, Recipe, f"the recipe in {files[-1]}")
     preprocessing = Preprocessing(last.input_size, last.resize_size, last.interpolation)
     evaluation_sets = [build_evaluation_set(open_dataset(d, last.classes), last.classes, preprocessing) for d in evaluate_on]
-    images = _open_training_images(data, last.classes, recipe, 0, on_scan)
+    images = _open_training_images(open_dataset(data, last.classes), last.classes, recipe, 0, on_scan)
     expected, found = count + recipe.holdout, len(images.labels)
     if found != expected or digest not in (None, images.sha256()):
         raise DataError(
@@ -149,10 +153,19 @@ def _check_weights_name(name: str) -> None:
         raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
 
 
+def _warn_of_other_classes(source: ImageSource, classes: Sequence[str]) -> None:
+    """One misspelt name in a class list, and a whole class would be missing in silence."""
+    unknown, without = unmatched(source.wnids, classes)
+    if unknown:
+        told = "%s: classes that the recipe does not name are left out: %d, such as %r"
+        _log.warning(told, source.name, len(unknown), unknown[0])
+    if without:
+        _log.warning("%s: classes of the recipe are without images: %d, such as %r", source.name, len(without), without[0])
+
+
 def _open_training_images(
-    data: str, classes: Sequence[str], recipe: Recipe, workers: int, on_scan: OnProgress | None
+    source: ImageSource, classes: Sequence[str], recipe: Recipe, workers: int, on_scan: OnProgress | None
 ) -> TrainingImages:
-    source = open_dataset(data, classes)
     if recipe.loading == "memory":
         return TrainingSet(*load_training_images(source, classes, recipe.image_size, on_scan))
     if workers and not source.is_fork_safe:
@@ -160,5 +173,5 @@ def _open_training_images(
             f"{source.name}: several processes cannot read a zip or a compressed tar at once: "
             "unpack it into class folders, or give --workers 0"
         )
-    positions, labels = match_classes(source.wnids, classes)
+    positions, labels = match_training_images(source, classes)
     return StreamedImages(source, tuple(positions), torch.tensor(labels, dtype=torch.int64), workers)

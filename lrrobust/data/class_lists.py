@@ -74,6 +74,21 @@ def match_classes(
     ]
 
 
+def no_known_class(name: str, found: Sequence[str], classes: Sequence[str]) -> str:
+    """What is to be said of a data set, all of whose images are of other classes than the model's."""
+    expected, others = (", ".join(map(repr, names[:3])) for names in (classes, sorted(set(found))))
+    return (
+        f"{name}: none of its {len(found)} images has a class of the model; expected classes such as "
+        f"{expected}, found {others or 'no image'}; give the class list of the model or another data set"
+    )
+
+
+def unmatched(found: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What either has and the other lacks."""
+    here, there = set(map(composed, found)), set(map(composed, wanted))
+    return tuple(sorted(here - there)), tuple(name for name in wanted if composed(name) not in here)
+
+
 def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str]]) -> dict[str, str]:
     """What the classes of a data set mean that are numbers, as in ImageNet-V2: positions, from 0, in the models' class lists.
 

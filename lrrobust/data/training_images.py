@@ -7,11 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lrrobust.data.class_lists import match_classes
+from lrrobust.data.class_lists import match_classes, no_known_class
 from lrrobust.data.image_source import ImageSource
 from lrrobust.data.parallel_map import OnProgress, map_in_order
 from lrrobust.data.preprocessing import Preprocessing
 from lrrobust.errors import DataError
+
+
+def match_training_images(source: ImageSource, classes: Sequence[str]) -> tuple[list[int], list[int]]:
+    """As `match_classes`; DataError where no image is of these classes."""
+    positions, labels = match_classes(source.wnids, classes)
+    if not positions:
+        raise DataError(no_known_class(source.name, source.wnids, classes))
+    return positions, labels
 
 
 def load_training_images(
@@ -34,12 +42,7 @@ def load_training_images(
     Raises:
         DataError: no image is of these classes, or an image is damaged.
     """
-    positions, labels = match_classes(source.wnids, classes)
-    if not positions:
-        raise DataError(
-            f"{source.name}: none of its {len(source)} images is left for training; "
-            "check that its classes are those of the model"
-        )
+    positions, labels = match_training_images(source, classes)
     preprocessing = Preprocessing(size)
     images = np.empty((len(positions), 3, size, size), dtype=np.uint8)
 
