@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +14,11 @@ from tempfile import TemporaryDirectory
 from lrrobust.errors import StoreError
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.results import write_file
-from lrrobust.results.files import explaining, keep_copy, read_file
+from lrrobust.results.files import PREFIX, SUFFIX, explaining, keep_copy, read_file, remove_left
 
 #: Lists what the last report wrote beside it, by name, with the sha256 of each file; of one that was killed while it put its
 #: files into place, also the sha256 of the file before, behind a blank.
 RECORD_NAME = ".written.json"
-
-_PREFIX = ".lrrobust-report-"
-
-#: A report takes minutes: what is left of an older one was killed.
-_DEAD_AFTER_S = 24 * 3600
 
 
 @dataclass
@@ -58,8 +51,8 @@ def staging(out: Path) -> Iterator[Staged]:
     """
     with explaining("write", out):
         out.mkdir(parents=True, exist_ok=True)
-        _remove_dead(out)
-        temporary = TemporaryDirectory(prefix=_PREFIX, dir=out)
+        remove_left(out.absolute())
+        temporary = TemporaryDirectory(prefix=PREFIX, suffix=SUFFIX, dir=out)
     with temporary as name:
         staged = Staged(Path(name))
         yield staged
@@ -93,14 +86,6 @@ def _is_another(place: Path, known: Sequence[str]) -> bool:
     if place.is_dir() and not place.is_symlink():
         raise StoreError(f"{place} is a folder, where a file of the report is to go: move it away, or choose another --out")
     return place.exists() and _sha256(place) not in known
-
-
-def _remove_dead(out: Path) -> None:
-    for folder in out.glob(f"{_PREFIX}*"):
-        # Another report may just be done with it.
-        with suppress(FileNotFoundError):
-            if time.time() - folder.stat().st_mtime > _DEAD_AFTER_S:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_record(out_dir: Path, digests: Mapping[str, Iterable[str]]) -> None:

@@ -6,11 +6,18 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from lrrobust.errors import StoreError
+
+#: How what is on its way to its place is called, and for how long it may stay unchanged if its writer lives.
+PREFIX, SUFFIX = ".lrrobust-", ".tmp"
+_DEAD_AFTER_S = 3600
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -21,7 +28,9 @@ def write_file(path: Path, content: bytes) -> None:
     """
     with explaining("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        remove_left(path.parent.absolute())
+        # Not after the file, whose name may be as long as names can be.
+        temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}")
         try:
             with open(temporary, "xb") as file:
                 file.write(content)
@@ -32,6 +41,16 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+@cache
+def remove_left(folder: Path) -> None:
+    """Removes, once in a process, what killed ones left in a folder on its way."""
+    for path in folder.glob(f"{PREFIX}*{SUFFIX}"):
+        # Another process may just be done with it.
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _DEAD_AFTER_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def keep_copy(path: Path) -> Path:

@@ -7,6 +7,7 @@ import pytest
 
 from lrrobust.errors import StoreError
 from lrrobust.report.staging import RECORD_NAME, staging
+from lrrobust.results import write_file
 
 
 def report(folder, *names, content=None):
@@ -142,14 +143,21 @@ def test_what_is_no_file_of_the_reports_is_left_alone(tmp_path):
     assert list(json.loads((tmp_path / RECORD_NAME).read_text())) == ["new.png"]
 
 
-def test_what_a_killed_report_left_goes_a_day_later(tmp_path):
-    for name in (".lrrobust-report-killed", ".lrrobust-report-running", ".report-drafts"):
+def test_what_killed_ones_left_goes_an_hour_later(tmp_path):
+    for name in (".lrrobust-killed.tmp", ".lrrobust-running.tmp", ".drafts.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "page.html").touch()
-    for name in (".lrrobust-report-killed", ".report-drafts"):
-        os.utime(tmp_path / name, (time.time() - 2e5,) * 2)
+    (tmp_path / ".lrrobust-file.tmp").touch()
+    for name in (".lrrobust-killed.tmp", ".lrrobust-file.tmp", ".drafts.tmp"):
+        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
     report(tmp_path, "page.html")
-    assert names(tmp_path) == {".lrrobust-report-running", ".report-drafts", "page.html"}
+    assert names(tmp_path) == {".lrrobust-running.tmp", ".drafts.tmp", "page.html"}
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    name = "b" * 250 + ".json"
+    write_file(tmp_path / name, b"{}")
+    assert names(tmp_path) == {name}
 
 
 def test_files_are_as_readable_as_others(tmp_path):
