@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -251,25 +249,11 @@ def file_sha256(path: Path) -> str:
 
 
 def save_weights(path: Path, stored: Mapping[str, torch.Tensor], metadata: WeightsMetadata) -> None:
-    """Writes quantised tensors and their metadata atomically; raises WeightsError where it cannot."""
+    """Writes quantised tensors and their metadata as `write_file` does."""
+    from lrrobust.results.files import write_file  # pandas comes with it, which nobody needs to read weights
+
     complete = metadata.model_copy(update={"tensors_sha256": tensors_sha256(stored)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(stored), temporary, metadata={_METADATA_KEY: complete.model_dump_json()})
-        # safetensors gives files to their owner alone; who else may read them the folder's owner has said.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # as where a file takes the folder's place
-            temporary.unlink()
-        raise WeightsError(f"cannot write weights to {path}: {error}; free space or choose another folder") from None
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)  # there is no way to look without setting
-    os.umask(umask)
-    return umask
+    write_file(path, save(dict(stored), {_METADATA_KEY: complete.model_dump_json()}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsMetadata | None]:
