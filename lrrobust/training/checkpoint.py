@@ -47,16 +47,19 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_name(".checkpoint.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        # Else a power cut may leave the name without the content.
-        with temporary.open("rb+") as file:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            # Else a power cut may leave the name without the content.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):  # as where a file takes the folder's place
             temporary.unlink()
+        # torch raises an error of its own where the disk is full.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise StoreError(
-            f"cannot write {path}: {error}; the last checkpoint is kept, make room and run the same command again"
+            f"cannot write {path}: {reason}; the last checkpoint is kept, make room and run the same command again"
         ) from None
 
 

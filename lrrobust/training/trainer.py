@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lrrobust.data.class_lists import load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet
-from lrrobust.errors import ConfigError, DataError, StoreError, WeightsError
+from lrrobust.errors import ConfigError, DataError, WeightsError
 from lrrobust.interrupts import interrupts_held_back
 from lrrobust.models.registry import build_network
 from lrrobust.models.weights import WeightsMetadata, fit_weights, read_weights, tensors_sha256
 from lrrobust.out_of_memory import is_out_of_memory
-from lrrobust.results.files import explaining
+from lrrobust.results.files import explaining, write_file
 from lrrobust.results.folder_lock import FolderLock
 from lrrobust.training.accuracy import accuracy_on_images
 from lrrobust.training.adversarial import draw_starts, perturb
@@ -256,6 +257,8 @@ class Training:
         on_epoch: Callable[[dict[str, Any]], None] | None,
         received: Sequence[Any],
     ) -> None:
+        if self.rows:
+            self._write_log()  # it may have been lost since
         last_checkpoint = time.monotonic()
         batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         while len(self.rows) < self.epochs:
@@ -400,15 +403,11 @@ class Training:
     def _write_log(self) -> None:
         if not self.ranks.is_first:
             return
-        path = self.folder / "log.csv"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, LOG_COLUMNS)
-                writer.writeheader()
-                writer.writerows(self.rows)
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error}; make room and run the same command again") from None
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.folder / "log.csv", text.getvalue().encode())
 
     def export(self, name: str, evaluation_sets: Sequence[EvaluationSet], note: str = "") -> Path:
         """See `export_weights`."""
