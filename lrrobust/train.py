@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lrrobust.config_file import check_keys
-from lrrobust.data.class_lists import load_class_list, unmatched
+from lrrobust.data.class_lists import composed, load_class_list
 from lrrobust.data.evaluation_set import EvaluationSet, build_evaluation_set
 from lrrobust.data.image_source import ImageSource
 from lrrobust.data.parallel_map import OnProgress
@@ -91,7 +91,12 @@ def prepare_training(
         request.model, recipe, images, request.out, str(where), request.initial_weights, ranks, request.stop_after
     )
     if ranks.is_first:
-        _warn_of_other_classes(source, classes)
+        unknown = sorted(set(map(composed, source.wnids)) - set(map(composed, classes)))
+        trained = set(training.train_set.labels.tolist())
+        untrained = [name for label, name in enumerate(classes) if label not in trained]
+        for what, names in (("does not name: left out", unknown), ("names, without an image to train on", untrained)):
+            if names:
+                _log.warning("%s: classes that the recipe %s: %d, such as %r", source.name, what, len(names), names[0])
     return training, evaluation_sets
 
 
@@ -151,16 +156,6 @@ def average_trained(
 def _check_weights_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
         raise ConfigError(f"--name must be letters, digits, '_' and '.', got {name!r}")
-
-
-def _warn_of_other_classes(source: ImageSource, classes: Sequence[str]) -> None:
-    """One misspelt name in a class list, and a whole class would be missing in silence."""
-    unknown, without = unmatched(source.wnids, classes)
-    if unknown:
-        told = "%s: classes that the recipe does not name are left out: %d, such as %r"
-        _log.warning(told, source.name, len(unknown), unknown[0])
-    if without:
-        _log.warning("%s: classes of the recipe are without images: %d, such as %r", source.name, len(without), without[0])
 
 
 def _open_training_images(

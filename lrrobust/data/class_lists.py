@@ -83,12 +83,6 @@ def no_known_class(name: str, found: Sequence[str], classes: Sequence[str]) -> s
     )
 
 
-def unmatched(found: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What either has and the other lacks."""
-    here, there = set(map(composed, found)), set(map(composed, wanted))
-    return tuple(sorted(here - there)), tuple(name for name in wanted if composed(name) not in here)
-
-
 def classes_by_number(found: Collection[str], class_lists: Sequence[Sequence[str]]) -> dict[str, str]:
     """What the classes of a data set mean that are numbers, as in ImageNet-V2: positions, from 0, in the models' class lists.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrrobust.data.class_lists import composed, match_classes, no_known_class, unmatched
+from lrrobust.data.class_lists import composed, match_classes, no_known_class
 from lrrobust.data.image_source import CorruptImageError, ImageSource
 from lrrobust.data.parallel_map import OnProgress, map_in_order
 from lrrobust.data.preprocessing import Preprocessing
@@ -176,13 +176,19 @@ def build_evaluation_set(
         labels=tuple(label_of[index] for index in whole),
         sha256=_hash_images((source.keys[index], digests[index].hex(), source.wnids[index]) for index in whole),
         left_out_count=len(source) - len(eligible),
-        left_out_classes=unmatched(source.wnids, [classes[label] for label in wanted]),
+        left_out_classes=_unmatched(source.wnids, [classes[label] for label in wanted]),
         corrupt_keys=tuple(source.keys[index] for index in corrupt),
         subset=subset,
         _source=source,
         _preprocessing=preprocessing,
         _digests=tuple(digests[index] for index in whole),
     )
+
+
+def _unmatched(found: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What either has and the other lacks."""
+    here, there = set(map(composed, found)), set(map(composed, wanted))
+    return tuple(sorted(here - there)), tuple(name for name in wanted if composed(name) not in here)
 
 
 def _check_indices(indices: Sequence[int], source: ImageSource, label_of: dict[int, int]) -> list[int]:

@@ -121,15 +121,16 @@ def test_where_images_are_kept(name, smaller, photos, tmp_path):
     assert isinstance(training.train_set, StreamedImages if name.startswith("imagenet") else TrainingSet)
 
 
-def test_classes_without_images_and_images_of_other_classes_are_warned_of(smaller, photos, tmp_path, caplog):
+def test_classes_that_are_not_trained_are_warned_of(smaller, photos, tmp_path, caplog):
     path, folder = smaller("tiny_imagenet_short"), photos("tiny_imagenet_short")
-    request = TrainingRequest("tiny", str(path), str(folder), tmp_path / "out", device="cpu")
-    wnids = sorted(each.name for each in folder.iterdir())
-    (tmp_path / "classes.txt").write_text("\n".join([*wnids[:3], "misspelt"]))
+    first, *wnids = sorted(each.name for each in folder.iterdir())
+    for file in sorted((folder / first).iterdir())[1:]:
+        file.unlink()  # so that its only image is held out
+    (tmp_path / "classes.txt").write_text("\n".join([*wnids[:2], first, "misspelt"]))
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "classes": str(tmp_path / "classes.txt")}))
-    prepare_training(request)
-    assert f"classes that the recipe does not name are left out: 1, such as '{wnids[3]}'" in caplog.text
-    assert "classes of the recipe are without images: 1, such as 'misspelt'" in caplog.text
+    prepare_training(TrainingRequest("tiny", str(path), str(folder), tmp_path / "out", device="cpu"))
+    assert f"classes that the recipe does not name: left out: 1, such as '{wnids[2]}'" in caplog.text
+    assert f"classes that the recipe names, without an image to train on: 2, such as '{first}'" in caplog.text
 
 
 def test_archives_that_processes_cannot_share_are_not_streamed(smaller, photos, tmp_path):
