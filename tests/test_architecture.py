@@ -71,7 +71,9 @@ MAY_IMPORT = {
     "plots": "stats",
     "stats": "",
     "results": "interrupts mistakes errors",
-    "models": "ops tensor_file loaded_code out_of_memory gradient_rules user_file determinism results.files errors torchvision_import",
+    "models": (
+        "ops tensor_file loaded_code out_of_memory gradient_rules user_file determinism results.files errors torchvision_import"
+    ),
     "attacks": "threat norm config_file mistakes eps errors frozen gradient_rules loaded_code user_file",
     "data": "errors",
     "ops": "gradient_rules errors",
