@@ -321,7 +321,9 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Compare a fresh evaluation with a baseline: exit code 1 when robust accuracy fell by more than chance allows.
+    """Compare a fresh evaluation with a baseline.
+
+    Exit code 1 when robust accuracy fell by more than chance allows.
 
     A baseline is made from a run, `lrrobust check baseline.json --update --run reports/runs/...`, and records how to do the
     evaluation again: `lrrobust check baseline.json` does so and compares. Another attack, setting, data set, subset or
@@ -433,7 +435,9 @@ def report(
         bool, typer.Option("--gallery/--no-gallery", help="Whether the page shows images; not where they may not be published.")
     ] = True,
 ) -> None:
-    """Judge claims, and write a page (report.html), tables (CSV, Markdown, LaTeX) and figures (PNG, SVG, PDF) of runs.
+    """Judge claims, and write a page, tables and figures of runs.
+
+    The page is report.html; tables are CSV, Markdown and LaTeX, figures PNG, SVG and PDF.
 
     They take the place of an earlier report's in the same folder when all are written; what only that one wrote is removed. A
     file of theirs that was changed since, or that no report wrote, is kept as FILE.old.
@@ -507,7 +511,10 @@ def export(
         Optional[Path], typer.Option(help="Folder of the images and their index.", show_default="reports/adversarial/RUN")
     ] = None,
 ) -> None:
-    """Write the 8-bit adversarial images of a run as PNG files, with an index (Parquet)."""
+    """Write the adversarial images of a run as PNG files.
+
+    They are of 8 bits; an index (Parquet) lies beside them.
+    """
     from lrrobust.console.products import print_export
     from lrrobust.export import export_adversarial
     from lrrobust.results import load_run
@@ -524,7 +531,10 @@ def verify(
     input_size: _InputSize = None,
     device: _Device = "auto",
 ) -> None:
-    """Read exported images back and judge them again: exit code 1 when one no longer fools the model it was made for."""
+    """Read exported images back and judge them again.
+
+    Exit code 1 when one no longer fools the model it was made for.
+    """
     from lrrobust.console.products import print_verification
     from lrrobust.processes import choose_device
     from lrrobust.run import load_named
@@ -567,7 +577,10 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a network by a recipe; the same command goes on where the last one stopped. Under torchrun, on many GPUs."""
+    """Train a network by a recipe, under torchrun on many GPUs.
+
+    Calling the same command again goes on where the last one stopped.
+    """
     from lrrobust.console.products import print_weights
     from lrrobust.console.progress import TrainingProgress, scanning
     from lrrobust.learning_curves import plot_learning_curves
@@ -619,7 +632,10 @@ def average(
     note: _Note = "",
     out: Annotated[Path, typer.Option(help="Folder of the file.")] = Path("reports/training"),
 ) -> None:
-    """Average weights of trainings that went on from one another: often better than each of them."""
+    """Average weights of trainings that went on from one another.
+
+    Their mean is often better than each of them.
+    """
     from lrrobust.console.products import print_weights
     from lrrobust.console.progress import scanning
     from lrrobust.train import average_trained
@@ -668,7 +684,7 @@ def bench(
     device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:
-    """Time the operation, gradient steps, attack loops, the harness and reports, and try the folder of a large run.
+    """Time the operation, gradient steps, attack loops and more.
 
     operation: the op's backends, shifted slices and a 3x3 convolution. gradient-step: of the networks. attack-loop: the attack
     beside torchattacks and Foolbox. harness: an evaluation beside a bare loop that makes the same passes. sharing: one
@@ -739,7 +755,9 @@ def crosscheck(
     runs: Annotated[Path, typer.Option(help="Our own runs get a folder in here, as with eval.")] = Path("reports/runs"),
     out: Annotated[Path, typer.Option(help="Folder of the tables (CSV).")] = Path("reports/crosscheck"),
 ) -> None:
-    """Run the same attacks through other libraries, and show their robust accuracies beside ours.
+    """Run the same attacks through other libraries, beside ours.
+
+    Shows robust accuracies of all.
 
     Ours is an ordinary run. What the others return is judged as ours is; what they claim is shown too. AutoAttack's
     standard evaluation is compared with the worst case of all attacks given of its norm.
@@ -781,7 +799,7 @@ def crosscheck(
 
 @app.command()
 def models() -> None:
-    """List the networks and the trained weights that come with the package."""
+    """List the networks and trained weights of the package."""
     from lrrobust.console.listings import print_models
 
     print_models()
@@ -793,7 +811,10 @@ def attacks(
         Optional[str], typer.Argument(help="Show this one: a name in the list, or a YAML file.", show_default="all")
     ] = None,
 ) -> None:
-    """List the attacks and suites that come with the package, or print all settings of one, as a file to begin yours with."""
+    """List attacks and suites, or print all settings of one.
+
+    What is printed is a file to begin yours with.
+    """
     from lrrobust.console.listings import print_attacks, print_settings
 
     if name is None:

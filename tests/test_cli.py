@@ -412,6 +412,7 @@ def test_version_and_help_answer(run, tmp_path):
     code, out, _ = run("--help", cwd=tmp_path)
     assert code == 0
     assert all(command in out for command in ("eval", "report", "train", "models", "attacks"))
+    assert "..." not in out.partition("Commands:")[2], "what a command does is cut short in the list"
 
 
 def test_no_command_at_all_gets_the_list(run, tmp_path):
