@@ -48,7 +48,7 @@ class BaselineError(LrRobustError):
 
 
 #: Names that a message lists at most: libraries of models have thousands.
-_MOST_NAMES = 100
+_MOST_NAMES = 40
 
 
 class UnknownNameError(LrRobustError):

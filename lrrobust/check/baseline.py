@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -317,12 +318,15 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Writes the file whole or not at all, one line for each value, so that changes can be reviewed.
+    """Writes the file, or what a link there leads to, whole or not at all, one line for each value, for reviews of changes.
 
     Raises:
         StoreError: it cannot be written.
     """
-    write_file(path, (json.dumps(baseline.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n").encode())
+    write_file(
+        Path(os.path.realpath(path)),
+        (json.dumps(baseline.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n").encode(),
+    )
 
 
 class _RepeatedKey(Exception):

@@ -35,6 +35,13 @@ def test_survives_the_file_bit_by_bit(baseline_of, outcomes, tmp_path):
         assert len(found.robust) == 2 * 7  # 53 bits
 
 
+def test_a_link_stays_one(tmp_path, baseline_of, outcomes):
+    (tmp_path / "link.json").symlink_to("b.json")
+    for outcome in (outcomes, outcomes):
+        write_baseline(tmp_path / "link.json", baseline_of(outcome))
+        assert (tmp_path / "link.json").is_symlink() and read_baseline(tmp_path / "b.json") == baseline_of(outcome)
+
+
 def test_one_of_version_1_has_no_clean_accuracy(baseline_of, outcomes, tmp_path):
     write_baseline(tmp_path / "b.json", baseline_of(outcomes))
     document = json.loads((tmp_path / "b.json").read_text())
