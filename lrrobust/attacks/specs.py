@@ -206,7 +206,8 @@ class CwSpec(_Spec):
         binary_search_steps: values of the trade-off c tried per image.
         steps: Adam steps per value of c.
         lr: Adam's learning rate, in the attack's own variable.
-        initial_c: first trade-off, weight of the classification loss against the squared distance.
+        initial_c: first trade-off, weight of the classification loss against the squared distance; more where the
+            model, linearised at the image, needs more.
         confidence: kappa, margin in logits by which another class must win; zero or more.
         abort_early: end an image's search for one c once its loss has stopped falling.
 
