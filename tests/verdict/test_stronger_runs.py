@@ -151,7 +151,7 @@ def test_a_checked_run_answers_for_one_without_diagnostics(
     for model, reach in (("A", INF), ("B", PIXEL / 4)):
         of_cw = [0.9 * PIXEL] * (broken if model == "A" else 0)
         runs.append(make_run(model, {"cw": dict(distances=of_cw + [reach] * (N - len(of_cw)))}))
-        runs.append(make_run(model, by_pgd([reach] * N, **options)))
+        runs.append(make_run(model, {"pgd": dict(distances=[reach] * N, **options)}))
     (runs[0].folder / DIAGNOSTICS_FILE).unlink()
     note(runs[1], [*notes, large_eps("pgd")])
     (result,) = judge_claims([make_claim()], runs).results
