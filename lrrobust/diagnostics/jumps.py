@@ -63,9 +63,9 @@ def check_jumps(subject: Subject) -> Iterator[Diagnostic]:
 def _jumps(subject: Subject) -> NDArray[np.float64]:
     """Fall of the margin at the boundary, as shares of the clean margin, one for each image that has a partner; float64."""
     count = min(IMAGES, len(subject))
-    # From all of the run: in data sets that are sorted by class the sample may hold a single one.
+    # Twice as many: where classes are uneven the sample may hold a single one.
     total = len(subject.outcomes[0].breaking_eps)
-    partners, their_labels, _ = subject.load(np.linspace(0, total - 1, min(total, 2 * count)).astype(int).tolist())
+    partners, their_labels, _ = subject.load(range(min(total, 2 * count)))
     pairs = [
         (place, int(other[0]))
         for place, label in enumerate(subject.labels[:count])

@@ -17,6 +17,8 @@ from lrrobust.threat import Norm
 #: A class is one that images are taken for from so many on, and from this share of the mean count.
 FEWEST_TAKEN, RARE = 2, 0.25
 
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+
 
 def is_multi_step(spec: AttackSpec) -> bool:
     """Whether a white-box attack takes more than one gradient step."""
@@ -176,7 +178,9 @@ class NormOutcomes:
 
 
 def read_outcomes(rows: pd.DataFrame, specs: Sequence[AttackSpec]) -> tuple[NDArray[np.int64], tuple[Outcomes, ...]]:
-    """Places in the run of the images that are correct when clean, ascending, and what each attack did to them.
+    """Places in the run of the images that are correct when clean, and what each attack did to them.
+
+    The first of them are spread over the whole run, however many one takes: data sets in folders are sorted by class.
 
     Args:
         rows: of a complete run, as `load_run` orders them.
@@ -185,6 +189,8 @@ def read_outcomes(rows: pd.DataFrame, specs: Sequence[AttackSpec]) -> tuple[NDAr
     grids = [(spec, *_grid(rows[(rows["attack"] == spec.name).to_numpy(bool)])) for spec in specs]
     is_correct = np.logical_and.reduce([grid["is_clean_correct"][0].astype(bool) for *_, grid in grids])
     places = np.flatnonzero(is_correct)
+    # The multiples of an irrational number, modulo 1, that are below some share lie evenly among all.
+    places = places[np.argsort(np.arange(len(places)) * GOLDEN_RATIO % 1)]
     return places, tuple(_outcomes(spec, eps, {name: of[:, places] for name, of in grid.items()}) for spec, eps, grid in grids)
 
 

@@ -47,7 +47,7 @@ class _Narrowed(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's model and attacks, and the first images of the run that are correct when clean.
+    """A run's model and attacks, and some images of it that are correct when clean, spread over all.
 
     Attributes:
         judge: of the model, which is frozen, on the device of the images.

@@ -48,16 +48,18 @@ def test_the_worst_case_of_a_norm_and_its_strongest_attack():
     assert NormOutcomes("l2", (square, strong)).strongest is strong.spec
 
 
-def test_rows_become_arrays_in_the_order_of_the_run(evaluated, sound_linear):
+def test_rows_become_arrays_whose_first_images_are_spread_over_the_run(evaluated, sound_linear):
     specs = (PGD, CW)
     data, run = evaluated(sound_linear, specs)
     places, (pgd, cw) = read_outcomes(run.rows, specs)
-    assert places.tolist() == list(range(len(data)))
+    assert sorted(places) == list(range(len(data)))
+    for first in (8, 24, 64):
+        assert np.diff([0, *sorted(places[:first]), len(data)]).max() <= 3 * len(data) / first
     assert pgd.eps == PGD.eps and cw.eps == (0.1, 0.4, math.inf)
     for found in (pgd, cw):
         rows = run.rows[run.rows["attack"] == found.spec.name]
         for level, eps in enumerate(found.eps):
-            of_level = rows[rows["eps"] == eps].set_index("index").loc[data.indices]
+            of_level = rows[rows["eps"] == eps].set_index("index").loc[[data.indices[place] for place in places]]
             assert found.is_broken[level].tolist() == of_level["is_broken"].tolist()
             assert np.array_equal(found.backward_passes[level], of_level["backward_passes"].to_numpy(float))
         assert 0 < found.is_broken.mean() < 1
