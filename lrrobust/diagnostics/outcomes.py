@@ -163,16 +163,16 @@ class NormOutcomes:
         best = max(self.attacks if is_black else self.climbers, key=strength, default=None)
         return plain_pgd(self.norm) if best is None else best.spec
 
-    def choose_eps(self) -> float:
-        """The budget at which the attacks have broken nearest to half of the images of which they tell.
+    def choose_eps(self, first: int | None = None) -> float:
+        """The budget at which the attacks have broken nearest to half of the (first so many) images of which they tell.
 
         There a better attack has the most to find, and a worse one the most to miss. Where nothing is broken at any
         budget it is the largest, where everything is, the smallest.
         """
         shares = {}
         for eps in self.budgets:
-            broke = self.broke(eps)
-            told = int((broke | self.left_standing(eps)).sum())
+            broke = self.broke(eps)[:first]
+            told = int((broke | self.left_standing(eps)[:first]).sum())
             shares[eps] = broke.sum() / told if told else np.inf
         return min(shares, key=lambda eps: (abs(shares[eps] - 0.5), eps if shares[eps] > 0.5 else -eps))
 

@@ -106,7 +106,7 @@ def check_random_noise(subject: Subject) -> Iterator[Diagnostic]:
     """
     for norm in subject.norms:
         attacks = norm.by_gradient or norm
-        eps = attacks.choose_eps()
+        eps = attacks.choose_eps(len(subject))
         theirs = np.zeros(len(subject), dtype=bool)
         for draw in range(NOISE_DRAWS):
             proposed = subject.noisy(norm.norm, eps, draw, is_corner=draw % 2 == 1)
@@ -151,7 +151,7 @@ def check_black_box(subject: Subject) -> Iterator[Diagnostic]:
 
 
 def _search(subject: Subject, norm: NormOutcomes, by_gradient: NormOutcomes) -> Diagnostic:
-    eps = by_gradient.choose_eps()
+    eps = by_gradient.choose_eps(len(subject))
     left = by_gradient.left_standing(eps)[: len(subject)]
     n, places = int((left | by_gradient.broke(eps)[: len(subject)]).sum()), np.flatnonzero(left)
     broken = 0
