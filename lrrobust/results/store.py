@@ -236,6 +236,8 @@ def _remove_stale_files(folder: Path) -> None:
     # Only called with the lock held, so their writers are dead.
     for where in (folder, folder / PARTS, folder / EXAMPLES, folder / ADVERSARIAL):
         for path in where.glob(".*.tmp"):
+            if path.is_dir():
+                continue  # of a report, which holds no lock
             with explaining("write", path):
                 path.unlink(missing_ok=True)
     clear_leases(folder / LEASES)

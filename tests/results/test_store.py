@@ -113,6 +113,11 @@ class TestManifest:
                 open_run()
         assert (folder / "manifest.json").read_bytes() == content
 
+    def test_a_report_that_was_killed_in_its_folder_is_in_nobodys_way(self, folder):
+        RunStore.create_or_resume(folder, MANIFEST).close()
+        (folder / ".lrrobust-report.tmp").mkdir()
+        RunStore.create_or_resume(folder, MANIFEST).close()
+
     def test_a_request_of_fewer_weights_than_models_is_damage(self, folder):
         RunStore.create_or_resume(folder, MANIFEST).close()
         request = {"models": ["a", "b"], "weights": ["a.pt"]}
