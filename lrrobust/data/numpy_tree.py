@@ -39,8 +39,8 @@ class NumpyTree(FileTree):
     Args:
         path: of a `.npz` with arrays such as `x_test` and `y_test`, or `images` and `labels`; or of a `.npy`, beside which
             lies one called so, or `labels.npy`.
-        split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` with five severities "1" to "5". None
-            where there is no choice, or for the first of val and test.
+        split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` that is called after a corruption and has
+            five severities "1" to "5". None where there is no choice, or for the first of val and test.
 
     Attributes:
         labelling: the images and their classes, by name.
@@ -72,10 +72,12 @@ class NumpyTree(FileTree):
         places = range(len(wnids))
         if path.suffix.lower() == ".npy":
             each, rest = divmod(len(wnids), _SEVERITIES)
-            if each > 1 and not rest and wnids == wnids[:each] * _SEVERITIES:
+            is_corruption = _split_name(path.stem)[1] is None
+            if is_corruption and each > 1 and not rest and wnids == wnids[:each] * _SEVERITIES:
                 if not re.fullmatch(f"[1-{_SEVERITIES}]", split or ""):
                     example = f"{path.name}#{_SEVERITIES // 2 + 1}"
-                    raise self._unexpected(f"one of its {_SEVERITIES} severities, as in {example!r}", split or "none named")
+                    found = split or "none named; where it has none, call it x.npy"
+                    raise self._unexpected(f"one of its {_SEVERITIES} severities, as in {example!r}", found)
                 places = range((int(split) - 1) * each, int(split) * each)
             elif split is not None:
                 raise self._unexpected("no split, as it has none", f"'#{split}'")
@@ -125,7 +127,7 @@ class NumpyTree(FileTree):
         """Of the arrays beside this one that which is called as it, but for `labels` or `y`; or that called so alone."""
         beside = [file.stem for file in sorted(self.path.parent.glob("*.npy"))]
         labels_of = _by_role(beside, _LABELS)
-        own = _split_name(self.path.stem, _IMAGES)[0]
+        own = _split_name(self.path.stem)[0]
         found = labels_of.get(own, labels_of.get("", []))
         if len(found) != 1 or self.path.stem in found:
             what = "images, with their classes in 'labels.npy' beside it"
@@ -156,15 +158,19 @@ def _load(path: Path) -> np.ndarray:
 
 
 def _by_role(names: Iterable[str], role: set[str]) -> dict[str, list[str]]:
-    """Those of `names` that have a word of `role`, by what else they are called."""
+    """Those of `names` that are of a role, by what else they are called."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        rest, has_role = _split_name(name, role)
-        if has_role:
+        rest, own_role = _split_name(name)
+        if own_role is role:
             found[rest].append(name)
     return found
 
 
-def _split_name(name: str, role: set[str]) -> tuple[str, bool]:
+def _split_name(name: str) -> tuple[str, set[str] | None]:
+    """What a name says beside its role, and this: that of its last word of one, as in "image_labels", but for "y_data"."""
     words = re.findall("[a-z0-9]+", name.lower())
-    return "-".join(word for word in words if word not in role), not role.isdisjoint(words)
+    roles = [word for word in words if word in _IMAGES | _LABELS]
+    telling = [word for word in roles if word != "data"] or roles
+    rest = "-".join(word for word in words if word not in roles)
+    return rest, (_LABELS if telling[-1] in _LABELS else _IMAGES) if telling else None

@@ -97,6 +97,21 @@ def test_severities_of_cifar_10_c(tmp_path):
             open_dataset(spec, classes)
 
 
+def test_images_whose_classes_recur_by_chance_have_no_severities(tmp_path):
+    x = save(tmp_path / "x.npy", x=np.tile(PIXELS[:2], (5, 1, 1, 1)), y=np.tile([0, 1], 5))
+    assert len(open_dataset(x, CLASSES[:2])) == 10
+    x.rename(tmp_path / "mine.npy")
+    with pytest.raises(DataError, match="none named; where it has none, call it x.npy"):
+        open_dataset(tmp_path / "mine.npy", CLASSES[:2])
+
+
+@pytest.mark.parametrize("names", [("image", "image_label"), ("x_data", "y_data"), ("target_images", "target_labels")])
+def test_labels_of_images_are_labels(tmp_path, names):
+    for suffix in (".npz", ".npy"):
+        path = save(tmp_path / f"{names[0]}{suffix}", **dict(zip(names, (PIXELS, LABELS))))
+        assert read(path)[0].wnids == ("ant", "bee", "bee", "cat")
+
+
 def test_labels_are_those_called_as_the_images(tmp_path):
     save(tmp_path / "x.npy", x_test=PIXELS, y_test=LABELS, y_train=LABELS[::-1], v4_data=PIXELS, v6_labels=LABELS)
     assert read(tmp_path / "x_test.npy")[0].wnids == ("ant", "bee", "bee", "cat")
