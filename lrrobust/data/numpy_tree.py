@@ -27,7 +27,7 @@ _FIRST = ("val", "validation", "test")
 #: Of each image, one after the other, in CIFAR-10-C and its kin.
 _SEVERITIES = 5
 
-#: How far 255 times a float may be from an integer, and stand for it.
+#: How far 255 times a float may be from an integer, and stand for it; float16 rounds by more.
 _TOLERANCE = 1e-3
 
 
@@ -90,8 +90,9 @@ class NumpyTree(FileTree):
         pixels = np.asarray(self._images[self._place_of[name]])
         if pixels.dtype != np.uint8:
             levels = 255 * pixels.astype(np.float64)
+            tolerance = max(_TOLERANCE, 255 * np.finfo(pixels.dtype).eps / 2)
             pixels = levels.round().clip(0, 255)
-            if not (np.abs(levels - pixels) <= _TOLERANCE).all():
+            if not (np.abs(levels - pixels) <= tolerance).all():
                 found = f"others in image {name}, from {levels.min() / 255:.6g} to {levels.max() / 255:.6g}"
                 raise self._unexpected(
                     "uint8, or floats in [0, 1] of 8 bits", f"{found}; lrrobust.evaluate takes any in [0, 1]"

@@ -38,9 +38,11 @@ def read(spec, *class_lists):
         PIXELS.transpose(0, 3, 1, 2),
         PIXELS / 255,
         (PIXELS / np.float32(255)).astype(np.float32),
+        (PIXELS / 255).astype(np.float16),
         PIXELS.astype(">f8") / 255,
+        np.asfortranarray(PIXELS),
     ],
-    ids=["last", "first", "float64", "float32", "swapped"],
+    ids=["last", "first", "float64", "float32", "float16", "swapped", "fortran"],
 )
 def test_images_and_classes_are_those_of_the_arrays(tmp_path, suffix, images, caplog):
     path = save(tmp_path / f"x_test{suffix}", x_test=images, y_test=LABELS)
