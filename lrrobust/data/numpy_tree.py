@@ -122,6 +122,9 @@ class NumpyTree(FileTree):
             if any(len(keys) > 1 for keys in pairs[split]):
                 raise self._unexpected("one array of images and one of labels", ", ".join(sum(pairs[split], [])))
             images, labels = (arrays[keys[0]] for keys in pairs[split])
+            for (key,), array in zip(pairs[split], (images, labels)):
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{key!r} is none")
             return images, labels, split if asked is not None or len(pairs) > 1 else None
 
     def _find_labels(self) -> Path:
@@ -145,6 +148,8 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(f"{path} does not fit into memory ({error}): save its arrays as .npy, which stay on disk") from error
     except Exception as error:  # zipfile, zlib and NumPy raise whatever strikes them on damaged bytes
         if getattr(error, "errno", None) is not None:
             raise DataError(f"cannot read {path}: {error.strerror}") from error

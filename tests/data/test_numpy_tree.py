@@ -1,4 +1,5 @@
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -174,6 +175,25 @@ def test_damage_is_said_in_one_line(tmp_path, suffix):
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(DataError, match="one.npz: expected several arrays, found one; call it .npy"):
         open_dataset(tmp_path / "one.npz", CLASSES)
+
+
+def test_members_that_are_no_arrays_are_said(tmp_path):
+    path = save(tmp_path / "a.npz", x=PIXELS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("y", "ant bee")
+    with pytest.raises(DataError, match="holds no plain arrays .'y' is none"):
+        open_dataset(path, CLASSES)
+
+
+def test_arrays_that_memory_does_not_hold_are_told_what_to_do(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.npz", x=PIXELS, y=LABELS)
+
+    def allocate(*_, **__):
+        raise MemoryError("Unable to allocate 12.0 TiB")
+
+    monkeypatch.setattr(np.lib.format, "read_array", allocate)
+    with pytest.raises(DataError, match="does not fit into memory .*12.0 TiB.: save its arrays as .npy"):
+        open_dataset(path, CLASSES)
 
 
 def test_what_unpacks_to_far_more_than_images_is_refused(tmp_path, monkeypatch):
