@@ -233,7 +233,7 @@ def collect_evidence(claim: Claim, runs: Sequence[Run]) -> tuple[list[Evidence],
         Evidence, those with most images first, and for what there is none, why.
 
     Raises:
-        StoreError: a manifest does not say what was evaluated, or diagnostics are damaged.
+        StoreError: a manifest does not say what was evaluated.
     """
     transfer = tuple(run for run in runs if surrogate_of(run) is not None)
     runs = [run for run in runs if surrogate_of(run) is None]

@@ -60,7 +60,7 @@ def judge_claims(claims: Sequence[Claim], runs: Sequence[Run]) -> Verdicts:
     """Every claim on every set of images that the runs offer for it.
 
     Raises:
-        StoreError: a manifest does not say what was evaluated, or diagnostics are damaged.
+        StoreError: a manifest does not say what was evaluated.
     """
     results: list[ClaimResult] = []
     not_judged: list[NotJudged] = []
