@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ def render_text(result: CheckResult) -> str:
 
 
 def render_json(result: CheckResult) -> str:
-    return result.model_dump_json(indent=1)
+    # In ASCII, which standard output holds whatever its encoding is.
+    return json.dumps(json.loads(result.model_dump_json()), indent=1)
 
 
 def render_junit(result: CheckResult) -> str:

@@ -45,6 +45,12 @@ def test_json_is_the_result(result_of, kind):
     assert CheckResult.model_validate_json(FORMATS["json"](result)) == result
 
 
+def test_json_is_whole_in_every_encoding(result_of):
+    result = result_of("regressed", name="é😀.py:build")
+    shown = FORMATS["json"](result).encode("ascii", "backslashreplace")  # as standard output has it
+    assert CheckResult.model_validate_json(shown) == result
+
+
 @pytest.mark.parametrize(("kind", "counts"), list(zip(VERDICTS, [(2, 0, 0), (2, 1, 0), (1, 0, 1)], strict=True)))
 def test_junit_counts_and_names(result_of, kind, counts):
     result = result_of(kind)
