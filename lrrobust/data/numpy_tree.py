@@ -39,8 +39,8 @@ class NumpyTree(FileTree):
     Args:
         path: of a `.npz` with arrays such as `x_test` and `y_test`, or `images` and `labels`; or of a `.npy`, beside which
             lies one called so, or `labels.npy`.
-        split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` that is called after a corruption and has
-            five severities "1" to "5". None where there is no choice, or for the first of val and test.
+        split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` with five severities "1" to "5". None
+            where there is no choice, or for the first of val and test.
 
     Attributes:
         labelling: the images and their classes, by name.
@@ -72,8 +72,9 @@ class NumpyTree(FileTree):
         places = range(len(wnids))
         if path.suffix.lower() == ".npy":
             each, rest = divmod(len(wnids), _SEVERITIES)
-            is_corruption = _split_name(path.stem)[1] is None
-            if is_corruption and each > 1 and not rest and wnids == wnids[:each] * _SEVERITIES:
+            # What is called images has them only where somebody says so.
+            may_have = split is not None or _split_name(path.stem)[1] is None
+            if may_have and each > 1 and not rest and wnids == wnids[:each] * _SEVERITIES:
                 if not re.fullmatch(f"[1-{_SEVERITIES}]", split or ""):
                     example = f"{path.name}#{_SEVERITIES // 2 + 1}"
                     found = split or "none named; where it has none, call it x.npy"
