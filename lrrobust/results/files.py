@@ -15,9 +15,10 @@ from pathlib import Path
 
 from lrrobust.errors import StoreError
 
-#: How what is on its way to its place is called, and for how long it may stay unchanged if its writer lives.
+#: How what is on its way to its place is called, and for how long it may stay unchanged if its writer lives: others may be
+#: suspended, and clocks of machines that share a folder differ by hours.
 PREFIX, SUFFIX = ".lrrobust-", ".tmp"
-_DEAD_AFTER_S = 3600
+_DEAD_AFTER_S = 24 * 3600
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -143,13 +143,14 @@ def test_what_is_no_file_of_the_reports_is_left_alone(tmp_path):
     assert list(json.loads((tmp_path / RECORD_NAME).read_text())) == ["new.png"]
 
 
-def test_what_killed_ones_left_goes_an_hour_later(tmp_path):
+def test_what_killed_ones_left_goes_a_day_later(tmp_path):
     for name in (".lrrobust-killed.tmp", ".lrrobust-running.tmp", ".drafts.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "page.html").touch()
     (tmp_path / ".lrrobust-file.tmp").touch()
     for name in (".lrrobust-killed.tmp", ".lrrobust-file.tmp", ".drafts.tmp"):
-        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+        os.utime(tmp_path / name, (time.time() - 2e5,) * 2)
+    os.utime(tmp_path / ".lrrobust-running.tmp", (time.time() - 14 * 3600,) * 2)  # by a clock of another zone
     report(tmp_path, "page.html")
     assert names(tmp_path) == {".lrrobust-running.tmp", ".drafts.tmp", "page.html"}
 
