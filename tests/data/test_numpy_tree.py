@@ -177,16 +177,12 @@ def test_damage_is_said_in_one_line(tmp_path, suffix):
         open_dataset(tmp_path / "one.npz", CLASSES)
 
 
-def test_members_that_are_no_arrays_are_said(tmp_path):
+def test_members_that_are_no_arrays_or_too_large_are_said(tmp_path, monkeypatch):
     path = save(tmp_path / "a.npz", x=PIXELS)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("y", "ant bee")
     with pytest.raises(DataError, match="holds no plain arrays .'y' is none"):
         open_dataset(path, CLASSES)
-
-
-def test_arrays_that_memory_does_not_hold_are_told_what_to_do(tmp_path, monkeypatch):
-    path = save(tmp_path / "a.npz", x=PIXELS, y=LABELS)
 
     def allocate(*_, **__):
         raise MemoryError("Unable to allocate 12.0 TiB")

@@ -155,12 +155,6 @@ def test_writing_replaces_the_file_as_a_whole(file, state, monkeypatch):
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
-def test_folder_that_cannot_be_made(tmp_path, state):
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(StoreError, match="could not write .*weights.safetensors"):
-        save_weights(tmp_path / "taken" / "weights.safetensors", quantise(state), METADATA)
-
-
 def test_every_flipped_bit_of_the_tensors_is_noticed(file):
     content = file.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
