@@ -155,6 +155,8 @@ def _explain_dtype(model: nn.Module, images: torch.Tensor) -> str:
 
 def _explain_colours(model: nn.Module, images: torch.Tensor) -> str:
     """Whether the model takes grey images: files of these are read as three equal channels."""
+    if images.shape[1] == 1:
+        return ""
     try:
         model(images[:, :1])
     except (Exception, SystemExit):
