@@ -143,6 +143,11 @@ class NumpyTree(FileTree):
         return DataError(f"{self.path}: expected {expected}, found {found}")
 
 
+def holds_classes(path: Path) -> bool:
+    """Whether a `.npy` is called as one of classes, and no images: a pattern takes it in as well."""
+    return path.suffix.lower() == ".npy" and _split_name(path.stem)[1] is _LABELS
+
+
 @contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
     try:

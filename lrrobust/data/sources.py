@@ -20,7 +20,7 @@ from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.label_tables import TABLE_SUFFIXES
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
-from lrrobust.data.numpy_tree import NUMPY_SUFFIXES, NumpyTree
+from lrrobust.data.numpy_tree import NUMPY_SUFFIXES, NumpyTree, holds_classes
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
 
@@ -95,6 +95,8 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
         chosen_split = None
         path_of: dict[str, str] = {}
         paths = _expand(pattern)
+        if len(paths) > 1:
+            paths = [path for path in paths if not holds_classes(path)] or paths
         named = {"-".join(word for word in re.findall("[a-z]+", path.name.lower()) if word in SPLIT_FOLDERS) for path in paths}
         if len(named := sorted(named - {""})) > 1:
             raise DataError(f"data set {part!r} takes in {' and '.join(named)}: narrow the pattern to one")

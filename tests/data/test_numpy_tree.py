@@ -115,6 +115,13 @@ def test_labels_of_images_are_labels(tmp_path, names):
         assert read(path)[0].wnids == ("ant", "bee", "bee", "cat")
 
 
+def test_a_pattern_takes_all_corruptions_and_not_their_labels(tmp_path):
+    save(tmp_path / "x.npy", fog=np.tile(PIXELS, (5, 1, 1, 1)), snow=np.tile(PIXELS, (5, 1, 1, 1)), labels=np.tile(LABELS, 5))
+    found, pixels = read(f"{tmp_path}/*.npy#2")
+    assert len(found) == 8 and found.keys[:2] == ("ant/fog-0000005", "ant/snow-0000005")
+    np.testing.assert_array_equal(pixels[:2], PIXELS[[1, 1]])
+
+
 def test_labels_are_those_called_as_the_images(tmp_path):
     save(tmp_path / "x.npy", x_test=PIXELS, y_test=LABELS, y_train=LABELS[::-1], v4_data=PIXELS, v6_labels=LABELS)
     assert read(tmp_path / "x_test.npy")[0].wnids == ("ant", "bee", "bee", "cat")
