@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from lrrobust.data.file_trees import Spool, SpooledTree, most_unpacked_bytes
 from lrrobust.data.ilsvrc import wnids_in
+from lrrobust.data.layouts import LabelledFile, Labelling
 from lrrobust.errors import DataError
 
 SUFFIX = ".parquet"
@@ -30,6 +32,9 @@ class ParquetTree(SpooledTree):
         path: of the file.
         label_column: which column names the classes; None where there is but one, or one called "label".
         spool: takes the images.
+
+    Attributes:
+        labelling: the images and their classes, by name.
 
     Raises:
         DataError: the file cannot be read, is damaged, or does not say of every image which class it is of.
@@ -61,11 +66,9 @@ class ParquetTree(SpooledTree):
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path} is damaged, cut short or no Parquet file ({reason}); copy or download it anew") from error
         self._names = {_name(path, row) for row in range(len(labels))}
-        self._wnids = wnids_in([path or "" for path in paths], labels) or labels
-
-    def labelled(self) -> list[tuple[str, str]]:
-        """Class and name of each image, in the order of the rows."""
-        return [(wnid, _name(self.path, row)) for row, wnid in enumerate(self._wnids)]
+        wnids = wnids_in([path or "" for path in paths], labels) or labels
+        files = [LabelledFile(wnid, _name(path, row)) for row, wnid in enumerate(wnids)]
+        self.labelling = Labelling(files, "", False, 0, Counter())
 
     def _find_images(self, schema: pa.Schema, features: Mapping[str, Any]) -> str:
         said = [name for name, feature in features.items() if feature.get("_type") == "Image" and name in schema.names]

@@ -19,7 +19,7 @@ from lrrobust.data.class_lists import classes_by_number
 from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.label_tables import TABLE_SUFFIXES
-from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, describe_unread, label_files
+from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, Labelling, describe_unread, label_files
 from lrrobust.data.numpy_tree import NUMPY_SUFFIXES, NumpyTree, holds_classes
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
@@ -101,20 +101,7 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
         if len(named := sorted(named - {""})) > 1:
             raise DataError(f"data set {part!r} takes in {' and '.join(named)}: narrow the pattern to one")
         for path in paths:
-            if path.suffix.lower() == SUFFIX and path.is_file():
-                parquet = ParquetTree(path, split, spool)
-                files += [TreeFile(f"{wnid}/{name}", wnid, name, parquet) for wnid, name in parquet.labelled()]
-                continue
-            if path.suffix.lower() in NUMPY_SUFFIXES and path.is_file():
-                tree = NumpyTree(path, split)
-                labelling = tree.labelling
-            else:
-                tree = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
-                if batches := find_batches(tree):
-                    tree = CifarTree(tree, batches, split, spool)
-                    labelling = tree.labelling
-                else:
-                    labelling = label_files(tree, split, spool)
+            tree, labelling = _open_labelled(path, split, spool)
             chosen_split = chosen_split or (labelling.folder if labelling.is_choice else None)
             path_of[labelling.folder] = path.name
             ignored_count += labelling.ignored_count
@@ -150,6 +137,22 @@ def open_dataset(spec: str | Path, *class_lists: Sequence[str]) -> ImageSource:
             file._replace(wnid=name_of[file.wnid], key=f"{name_of[file.wnid]}/{file.key.partition('/')[2]}") for file in files
         ]
     return FileImages(name, files, ignored_count)
+
+
+def _open_labelled(path: Path, split: str | None, spool: Spool) -> tuple[FileTree, Labelling]:
+    """A file or folder in whichever format it is, and which of its images are of which class."""
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix == SUFFIX:
+        tree = ParquetTree(path, split, spool)
+    elif suffix in NUMPY_SUFFIXES:
+        tree = NumpyTree(path, split)
+    else:
+        files = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
+        batches = find_batches(files)
+        if not batches:
+            return files, label_files(files, split, spool)
+        tree = CifarTree(files, batches, split, spool)
+    return tree, tree.labelling
 
 
 def _split_parts(spec: str) -> list[str]:
