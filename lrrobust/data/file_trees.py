@@ -150,6 +150,7 @@ class FileTree(ABC):
         self.unread: Counter[tuple[str, str]] = Counter()
         self._suffixes = tuple(suffixes)
         self._names: set[str] = set()
+        self._unsafe: list[str] = []
         #: By the cleaned name of a link, that which the archive has, and the cleaned name of what it points to.
         self._links: dict[str, tuple[str, str | None]] = {}
 
@@ -174,6 +175,8 @@ class FileTree(ABC):
         is_safe = not any(part.startswith(".") or part in ("", "__MACOSX") for part in parts)
         if not is_safe or not f"/{name}".lower().endswith(self._suffixes):
             self.ignored_count += 1
+            if {"..", ""} & {*parts} and raw_name.lower().endswith(self._suffixes):
+                self._unsafe.append(raw_name)
             if is_safe:
                 folder, file = posixpath.split(name)
                 self.unread[folder, posixpath.splitext(file)[1].lower()] += 1
@@ -196,6 +199,11 @@ class FileTree(ABC):
 
         Data sets are packed with links in them, and hold the same images in an archive as in the folder.
         """
+        if unsafe := self._unsafe:
+            _log.warning(
+                "%s: passed over %d files, such as %r, whose names are no plain paths below it: pack the folder from inside it",
+                self.path, len(unsafe), unsafe[0],
+            )  # fmt: skip
         lost = []
         for link, (raw_name, target) in self._links.items():
             for _ in range(_MOST_LINKS):

@@ -35,10 +35,11 @@ def test_leading_dots_are_dropped_and_mac_leftovers_ignored(tmp_path, pack_tar):
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg", "a//1.jpg"])
-def test_unsafe_names_are_passed_over(tmp_path, pack, suffix, name):
+def test_unsafe_names_are_passed_over(tmp_path, caplog, pack, suffix, name):
     tree = _open(pack(tmp_path / f"x{suffix}", {name: b"evil", "a/1.jpg": b"good"}))
     assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
     assert sorted(os.listdir(tmp_path)) == [f"x{suffix}"]  # reading extracts nothing
+    assert f"passed over 1 files, such as {name!r}, whose names" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
