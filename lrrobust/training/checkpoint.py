@@ -24,7 +24,8 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
         return None
     try:
         state = load_tensors(path)
-        found = state["identity"]
+        # Versions before this one said less.
+        found = {**identity, **state["identity"]}
     except Exception as error:  # torch raises many types on damaged files
         raise WeightsError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}): delete it to start again, or choose another --out"
@@ -58,9 +59,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
             temporary.unlink()
         # torch raises an error of its own where the disk is full.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise StoreError(
-            f"cannot write {path}: {reason}; the last checkpoint is kept, make room and run the same command again"
-        ) from None
+        kept = "the last checkpoint is kept, " if os.path.exists(path) else ""
+        raise StoreError(f"cannot write {path}: {reason}; {kept}make room and run the same command again") from None
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -162,6 +163,8 @@ class Training:
         return {
             "model": self.model_name,
             "recipe": self.recipe.model_dump(mode="json"),
+            # Which the recipe only names, as a file that may have changed.
+            "classes": list(self.classes),
             "images_sha256": self.images_sha256,
             "initial_weights": self.initial_weights,
         }
@@ -238,9 +241,10 @@ class Training:
         except RuntimeError as error:
             if self.ranks.count == 1 or not is_left_alone(error):
                 raise
+            kept = "; the last checkpoint is kept" if os.path.exists(self.checkpoint_path) else ""
             raise ConfigError(
                 "another of the processes that train together has ended, and says why itself: mend that and run the same "
-                "command again; the last checkpoint is kept"
+                f"command again{kept}"
             ) from None
 
     def _alone(self) -> AbstractContextManager[object]:

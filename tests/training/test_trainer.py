@@ -408,7 +408,7 @@ def test_a_process_that_others_leave_alone_says_so_in_one_line(start, monkeypatc
     training = start()
     training.ranks = Ranks(0, 2)
     monkeypatch.setattr(training, "_train_step", lambda *_: _fail(RuntimeError("Connection closed by peer [127.0.0.1]:42203.")))
-    with pytest.raises(ConfigError, match="another of the processes that train together has ended"):
+    with pytest.raises(ConfigError, match="together has ended.* run the same command again$"):
         training.run()
 
 
@@ -515,6 +515,24 @@ def test_folder_of_another_training(start, uninterrupted, change, named):
     assert uninterrupted.checkpoint_path.read_bytes() == content
 
 
+def test_a_class_more_in_the_list_makes_another_training(start, tmp_path):
+    """Though the recipe names the same file, and the images have the same labels."""
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\n")
+    start("run", classes=str(names)).save_checkpoint()
+    names.write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(ConfigError, match=r"checkpoint.pt belongs to another training \(classes differ\)"):
+        start("run", classes=str(names))
+
+
+def test_a_checkpoint_that_names_no_classes_goes_on(start, uninterrupted):
+    """As those of versions before."""
+    state = torch.load(uninterrupted.checkpoint_path, weights_only=True)
+    del state["identity"]["classes"]
+    torch.save(state, uninterrupted.checkpoint_path)
+    assert start("uninterrupted").step == STEPS
+
+
 def _with_a_flipped_bit(path):
     """In the weights, which torch would read as they are."""
     content = bytearray(path.read_bytes())
@@ -597,7 +615,8 @@ def test_folder_that_cannot_be_written(start, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(StoreError, match="could not write .*run/below .Not a directory.; what was computed before is kept"):
         start("run/below").run()
-    with pytest.raises(StoreError, match="cannot write .*checkpoint.pt: .*the last checkpoint is kept"):
+    # Where there is no checkpoint none is said to be kept.
+    with pytest.raises(StoreError, match=r"cannot write [^;]*checkpoint.pt: [^;]*; make room and run the same command again"):
         start("run/below").save_checkpoint()
 
 
