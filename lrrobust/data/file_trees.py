@@ -54,6 +54,9 @@ _LONGEST_PATH = 4096
 #: As the header of a zip says it; PowerShell separates folders with backslashes there.
 _WRITTEN_ON_WINDOWS = 0
 
+#: The record at its end, with the longest comment.
+_LONGEST_ZIP_END = 22 + (1 << 16)
+
 #: Compressed files unpack to no more than this and so many times their size: images hardly compress.
 MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 1_000_000_000, 100
 
@@ -286,6 +289,7 @@ class ZipTree(FileTree):
             raise _damaged_archive(path, error) from error
         except RuntimeError as error:  # written for a later version of zip
             raise DataError(f"{path}: cannot unpack this zip ({error}); pack it anew") from error
+        _check_count(path, len(self._zip.infolist()))
         weakref.finalize(self, self._zip.close)
         for info in self._zip.infolist():
             if info.create_system == _WRITTEN_ON_WINDOWS:
@@ -490,6 +494,17 @@ def _regular_members(
             "%s goes on behind the mark of its end, where nothing is read: several tars joined into one, or a download with "
             "holes; give each tar by its name, or download it anew", tree.path / folder,
         )  # fmt: skip
+
+
+def _check_count(path: Path, found: int) -> None:
+    """A damaged entry of a zip's directory may take in those after it, which zipfile would not miss."""
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, _LONGEST_ZIP_END), os.SEEK_END)
+        end = file.read()
+    counted = end[end.rindex(b"PK\5\6") :][10:12]
+    # Large archives say it elsewhere.
+    if counted != b"\xff\xff" and int.from_bytes(counted, "little") != found % (1 << 16):
+        raise _damaged_archive(path, zipfile.BadZipFile(f"{found} files in its directory, which says another number of them"))
 
 
 def _damaged_archive(path: Path, error: Exception) -> DataError:

@@ -42,6 +42,15 @@ def test_unsafe_names_are_passed_over(tmp_path, caplog, pack, suffix, name):
     assert f"passed over 1 files, such as {name!r}, whose names" in caplog.text
 
 
+def test_a_damaged_entry_of_a_zip_that_takes_in_the_next(tmp_path, pack):
+    path = pack(tmp_path / "x.zip", {"a/1.jpg": b"1", "a/2.jpg": b"2", "a/3.jpg": b"3"})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 28] += 46 + len("a/2.jpg")  # the length of its name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="x.zip is damaged.*2 files in its directory, which says another number"):
+        _open(path)
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
