@@ -15,6 +15,8 @@ _SIGNS = (
     "[CUDA]: out of memory",
     # Python, where a limit leaves no room for the stack of one.
     "can't start new thread",
+    # torch, where its own code finds none.
+    "bad_alloc",
 )
 
 

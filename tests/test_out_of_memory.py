@@ -15,5 +15,6 @@ def test_what_counts_as_out_of_memory():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(really.value)
     assert is_out_of_memory(RuntimeError("can't start new thread"))
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     assert not is_out_of_memory(ModelError("out of memory"))
