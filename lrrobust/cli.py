@@ -680,7 +680,9 @@ def bench(
             show_default=f"operation: 8; gradient-step: 4 of 224 pixels, 32 of 64; else {DEFAULT_BATCH_SIZE}",
         ),
     ] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.", show_default="as torch")] = None,
+    threads: Annotated[
+        Optional[int], typer.Option(min=1, max=1024, help="Threads of the CPU.", show_default="as torch")
+    ] = None,
     device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("reports/bench"),
 ) -> None:

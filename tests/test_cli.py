@@ -280,6 +280,7 @@ def test_ctrl_c_before_a_command_has_begun(run, tmp_path, monkeypatch, error):
         (("report", "empty"), "no runs in empty"),
         (("report", "empty", "--claim", "no_such"), "unknown claim 'no_such': known: lrnet_more_robust"),
         (("train", "--model", "resnet26", "--data", "images", "--recipe", "no_such"), "unknown recipe 'no_such'"),
+        (("bench", "store", "--threads", 2**63), "--threads.*1024"),
         ((*EVAL, "--dataset", "caf\udce9"), r"'caf\\udce9': expected text in .*rename"),
     ],
 )
