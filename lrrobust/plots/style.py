@@ -45,8 +45,14 @@ _STYLE = {
 #: Pixels of a PNG file to the inch; paper takes PDF and SVG.
 _PNG_DPI = 160
 
-#: Mean width of a character, in font sizes; titles that would run into each other are set smaller.
+#: Mean width of a character, in font sizes; what would run into something, or out of the figure, is set smaller.
 _GLYPH_WIDTH = 0.6
+
+#: Nobody reads titles in smaller fonts: their middle is left out instead.
+_LEAST_SIZE = 5.0
+
+#: Length of a legend's lines, and what lies beside, in font sizes.
+_HANDLE, _HANDLE_GAP = 3.5, 3.0
 
 #: Points of a curve that are drawn at most.
 _MOST_POINTS = 400
@@ -89,12 +95,12 @@ def build_panels(
     """
     rows = math.ceil(len(titles) / columns)
     is_wide = columns > 1
-    legend_rows = math.ceil(len(labels) / (2 if is_wide or size else 1))
     panel_width, panel_height = size or (_PANEL[0] if is_wide else 3.4, _PANEL[1])
     # Panels that label their axis although others are below them need room for it.
     high_gap = _HIGH_GAP + (0.2 if any(place + columns < len(titles) for place in xlabels) else 0.0)
     width = _LEFT + columns * panel_width + (columns - 1) * _WIDE_GAP + _RIGHT
-    bottom = _BOTTOM + _LEGEND_LINE * legend_rows
+    legend_columns, _ = _fit_legend(list(labels), width, is_wide or size is not None)
+    bottom = _BOTTOM + _LEGEND_LINE * math.ceil(len(labels) / legend_columns)
     height = _TOP + rows * panel_height + (rows - 1) * high_gap + bottom
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(
@@ -104,14 +110,35 @@ def build_panels(
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for panel, name in zip(panels, titles):
         # At a place of its own: to find one, matplotlib lays out all axes once more each time it draws.
-        panel.set_title(name, y=1.0, fontsize=min(9.0, 72 * (panel_width + _WIDE_GAP) / (_GLYPH_WIDTH * max(len(name), 1))))
+        text, font_size = _fit_title(name, panel_width + _WIDE_GAP, largest=9.0)
+        panel.set_title(text, y=1.0, fontsize=font_size)
     for place, label in xlabels.items():
         panels[place].set_xlabel(label)
     for panel in panels[len(titles) :]:
         panel.remove()
-    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
+    title, font_size = _fit_title(title, width, largest=10.0)
+    figure.suptitle(title, fontsize=font_size, y=1 - 0.1 / height, va="top")
     figure.supylabel(ylabel, fontsize=9, x=0.08 / width, y=(1 - _TOP / height + bottom / height) / 2)
     return figure, panels[: len(titles)]
+
+
+def _fit_title(text: str, width: float, largest: float) -> tuple[str, float]:
+    """A line, and the font size at which it is so wide at most, in inches."""
+    room = 72 * width / _GLYPH_WIDTH
+    if "$" not in text and len(text) * _LEAST_SIZE > room:
+        half = int(room / _LEAST_SIZE - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return text, min(largest, room / max(len(text), 1))
+
+
+def _fit_legend(labels: list[str], width: float, is_wide: bool) -> tuple[int, float]:
+    """How many columns, and the font size at which they are so wide at most."""
+    sizes = {}
+    for columns in (1, 2) if is_wide else (1,):
+        rows = math.ceil(len(labels) / columns) or 1
+        longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
+        sizes[columns] = min(9.0, 72 * width / (_GLYPH_WIDTH * sum(longest) + columns * (_HANDLE + _HANDLE_GAP)))
+    return max(sizes.items(), key=lambda item: (item[1], item[0]))
 
 
 def set_accuracy_axis(panel: Axes, accuracies: ArrayLike) -> None:
@@ -132,9 +159,10 @@ def lowest_panels(count: int, columns: int) -> range:
 
 def add_legend(figure: Figure, handles: Mapping[str, Line2D], is_wide: bool) -> None:
     """Label -> a line that shows it, below the panels."""
+    columns, font_size = _fit_legend(list(handles), figure.get_figwidth(), is_wide)
     figure.legend(
-        list(handles.values()), list(handles), loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=2 if is_wide else 1,
-        frameon=False, handlelength=3.5, borderaxespad=0.1, labelspacing=0.25,
+        list(handles.values()), list(handles), loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=columns,
+        fontsize=font_size, frameon=False, handlelength=_HANDLE, borderaxespad=0.1, labelspacing=0.25,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lrrobust.plots.style import COLOURS, LINES, MARKERS, build_panels, line_style, render, set_accuracy_axis
+from lrrobust.plots.style import COLOURS, LINES, MARKERS, add_legend, build_panels, line_style, render, set_accuracy_axis
 
 
 @pytest.mark.parametrize(("accuracies", "top"), [([0, 15], 20), ([20], 20), ([20.1, np.nan], 40), ([100], 100), ([0], 20)])
@@ -35,6 +35,19 @@ def test_long_titles_of_panels_do_not_run_into_each_other():
     first, second, third = (panel.title.get_window_extent(renderer) for panel in panels)
     assert first.x0 > 0 and first.x1 < second.x0 and second.x1 < third.x0 and third.x1 < figure.bbox.width
     assert build_panels(["pgd"], 1, title="", ylabel="", xlabels={})[1][0].title.get_fontsize() == 9
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_titles_and_legends_stay_inside_the_figure(columns, count):
+    labels = [f"models/a_name_like_those_of_users.py:build_the_final_version_{place}" for place in range(count)]
+    figure, panels = build_panels([3 * labels[0]] * columns, columns, title=labels[0], ylabel="", xlabels={}, labels=labels)
+    add_legend(figure, {label: panels[0].plot([0])[0] for label in labels}, is_wide=columns > 1)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    extents = [text.get_window_extent(renderer) for text in (figure._suptitle, panels[0].title, figure.legends[0])]
+    assert all(extent.x0 >= 0 and extent.x1 <= figure.bbox.width for extent in extents)
+    assert panels[0].title.get_fontsize() >= 5 and 0 <= extents[2].y0 < extents[2].y1 < panels[0].bbox.y0
 
 
 #: Linear RGB as seen without one kind of cone (Machado et al., A Physiologically-based Model for Simulation of Color
