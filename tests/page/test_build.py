@@ -141,6 +141,11 @@ def test_a_run_without_any_part(page, make_run):
     assert "No part is finished yet." in visible and "Nothing to draw yet." in visible
 
 
+def test_long_names_break(page, make_run):
+    name = "long_" * 20
+    assert f'<td class="prose">{name}</td>' in page(make_run("a", model=name))
+
+
 def test_the_same_page_each_time(page, make_run):
     runs = [make_run("a"), make_run("b", model="other")]
     assert page(*runs) == page(*runs)
