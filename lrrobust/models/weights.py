@@ -348,12 +348,23 @@ def _is_state(content: object) -> bool:
 
 
 def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Loads a state into a module of exactly the same keys and shapes.
+    """Loads a state into a module of exactly the same keys, but for a prefix that all of them have, and shapes.
 
     Raises:
         WeightsError: names the first keys and shapes that differ.
     """
     wanted = module.state_dict()
+    first, hint = next(iter(wanted), ""), ""
+    # Lightning, torch.compile and whatever else holds a network put a prefix before its names.
+    for prefix in sorted({key.removesuffix(first) for key in state if first and key.endswith(f".{first}")}, key=len):
+        if all(f"{prefix}{key}" in state for key in wanted):
+            if len(state) == len(wanted):
+                state = {key: state[f"{prefix}{key}"] for key in wanted}
+                break
+            hint = f"; all its names are there after {prefix}: save these alone, without it"
+    names = list(state)
+    # Networks of before torch counted batches lack this, which nothing but training reads.
+    state = {**{key: wanted[key] for key in wanted if key.endswith("num_batches_tracked")}, **state}
     differences = [f"{key} is missing" for key in wanted if key not in state]
     differences += [f"{key} is not in the network" for key in state if key not in wanted]
     differences += [
@@ -367,13 +378,11 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
     if differences:
         more = len(differences) - _NAMED_DIFFERENCES
         tail = f" and {more} more differences" if more > 0 else ""
-        first = next(iter(state), "")
+        tail += hint
+        first = next(iter(names), "")
         for prefix in {key.removesuffix(first) for key in wanted if first and key.endswith(f".{first}")}:
-            if all(f"{prefix}{key}" in wanted for key in state):
+            if all(f"{prefix}{key}" in wanted for key in names):
                 tail += f"; its names are those of {prefix.rstrip('.')}: load it there, before the network is wrapped"
-        for prefix in {first.removesuffix(key) for key in wanted if first.endswith(f".{key}")}:
-            if state.keys() == {f"{prefix}{key}" for key in wanted}:
-                tail += f"; all names begin with {prefix}: save them without it"
         raise WeightsError(f"{where} does not fit the network: {'; '.join(differences[:_NAMED_DIFFERENCES])}{tail}")
     module.load_state_dict(dict(state))
 

@@ -1,8 +1,10 @@
+import argparse
 import hashlib
 import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -230,8 +232,9 @@ def test_plain_safetensors(tmp_path, state):
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "optimizer": {"lr": 0.1}},
         lambda state: {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "best": np.float64(9.5), "epoch": np.int64(3)},
     ],
-    ids=["plain", "module.", "state_dict", "model", "both"],
+    ids=["plain", "module.", "state_dict", "model", "both", "options"],
 )
 def test_checkpoints(tmp_path, state, wrap):
     path = tmp_path / "checkpoint.pt"
@@ -239,6 +242,13 @@ def test_checkpoints(tmp_path, state, wrap):
     back, metadata = read_weights(path)
     assert metadata is None
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_no_checkpoint(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(WeightsError, match="TorchScript archive: return torch.jit.load of it from"):
+        read_weights(tmp_path / "script.pt")
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
@@ -352,11 +362,20 @@ def test_weights_that_do_not_fit_name_the_first_differences():
 
 
 @pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "net.0."])
-def test_a_prefix_that_all_names_have_is_named(prefix):
+def test_a_prefix_that_all_names_have_is_left_out(prefix):
     network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    state = {prefix + key: tensor for key, tensor in network.state_dict().items()}
-    with pytest.raises(WeightsError, match=f"; all names begin with {prefix}: save them without it$"):
-        fit_weights(network, state, "file.pt")
+    state = {prefix + key: tensor + 1 for key, tensor in network.state_dict().items()}
+    fit_weights(network, state, "file.pt")
+    torch.testing.assert_close(network[1].bias.detach(), state[f"{prefix}1.bias"], rtol=0, atol=0)
+    with pytest.raises(WeightsError, match=f"; all its names are there after {prefix}: save these alone, without it$"):
+        fit_weights(network, {**state, "criterion.weight": torch.ones(2)}, "file.pt")
+
+
+def test_states_of_before_batches_were_counted_fit():
+    network = nn.BatchNorm2d(3)
+    state = {key: tensor + 1 for key, tensor in network.state_dict().items() if key != "num_batches_tracked"}
+    fit_weights(network, state, "file.pt")
+    assert network.running_mean.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
