@@ -14,6 +14,9 @@ from lrrobust.attacks.losses import margin
 from lrrobust.attacks.minimal_norm import find_nearest
 from lrrobust.threat import Norm, box_diameter, distance
 
+#: How many times faster the radius falls at most where the linearised boundary is far behind.
+_FASTEST_FALL = 10
+
 
 def fmn(
     given: Assignment,
@@ -31,8 +34,9 @@ def fmn(
     Until the image is misclassified for the first time, the ball reaches as far as the linearised boundary at least, and
     grows in any case: the paper's can come to rest just before a boundary that bends away. From then on its radius
     shrinks by a share where the iterate is adversarial, and to the nearest one found where that is less, and grows by
-    that share where it is not. Each step goes along the gradient of the margin and is then projected onto ball
-    and box. Step sizes and shares fall along a cosine from their first to their last values.
+    that share where it is not. It shrinks up to ten times faster where the linearised boundary is that far behind: a ball
+    that has grown too large does not come down in time otherwise. Each step goes along the gradient of the margin and is
+    then projected onto ball and box. Step sizes and shares fall along a cosine from their first to their last values.
 
     Step sizes are in units of the radius, where the paper's are lengths: it tunes them to each data set, and near
     images need shorter steps than far ones. A step size of 1 is a step of a radius' length in l2 and l1, and in linf
@@ -100,10 +104,11 @@ class _ShrinkingBall(Search):
         change = self._changes[state["steps"]]
         gradient = inside_box(gradient, iterate)
         slope = dual_length(gradient, self._norm).clamp_min(torch.finfo(torch.float64).tiny)
-        to_boundary = length + (2 * rounding(logits) - lead).clamp_min(0) / slope
+        to_boundary = length + (2 * rounding(logits) - lead) / slope
         growing = state["radius"] * (1 + change)
         growing = torch.where(shortest.isfinite(), growing, torch.maximum(growing, to_boundary))
-        shrinking = torch.minimum(state["radius"] * (1 - change), shortest)
+        least = state["radius"] * (1 - (_FASTEST_FALL * change).clamp_max(0.5))
+        shrinking = (state["radius"] * (1 - change)).minimum(to_boundary.maximum(least)).minimum(shortest)
         radius = torch.where(is_wrong, shrinking, growing).clamp_max(self._farthest)
 
         step_size = self._step_sizes[state["steps"]] * radius * self._spread

@@ -3,8 +3,12 @@
 import math
 
 import pytest
+from made_models import Function
+from torch import nn
 
+from lrrobust.attacks.losses import margin
 from lrrobust.attacks.specs import FmnSpec
+from lrrobust.threat import distance
 
 
 def test_the_ball_shrinks_beyond_the_boundary_and_grows_before_it(path_of):
@@ -24,3 +28,13 @@ def test_the_ball_holds_nothing_farther_than_the_nearest_found(path_of):
     path = path_of(FmnSpec(kind="fmn", name="fmn", norm="l2", eps=(0.1,), steps=15, **sizes))
     crossed = next(step for step, length in enumerate(path) if length > 1)
     assert 3 < crossed < 12 and max(path) == pytest.approx(path[crossed])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_ball_that_began_far_too_large_comes_down(norm, linear_problem, attack_with):
+    # Probabilities of a confident model: the boundary linearised at the image lies 33 times too far away.
+    problem = linear_problem(1, classes=2)
+    lead = margin(problem.model(problem.images), problem.labels).abs().item()
+    model = nn.Sequential(problem.model, Function(lambda logits: (6 / lead * logits).softmax(1)))
+    attacked = attack_with(FmnSpec(kind="fmn", name="fmn", norm=norm, eps=(0.1,)), model, problem.images, problem.labels)
+    assert distance(problem.images, attacked.proposals[0], norm) <= 1.1 * problem.nearest(norm)
