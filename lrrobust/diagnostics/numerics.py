@@ -99,13 +99,12 @@ def _drawn_from_images(subject: Subject, clean: torch.Tensor, noisy: torch.Tenso
     places = torch.stack([torch.randint(clean[0].numel(), (1,), generator=draw) for draw in draws]).to(clean.device)
     values = clean.flatten(1)
     one = values.scatter_add(1, places, (LEVEL * torch.where(values < 0.5, 1, -1)).gather(1, places)).view_as(clean)
-    tiny = clean + (noisy - clean) * (TINY / OFF_GRID)
-    before = call_model(subject.judge.model, clean)
-    least = max(
-        BATCH_TOLERANCE * logit_scale(before), ARBITRARY * float(gaps(call_model(subject.judge.model, noisy), before).median())
-    )
-    for images, what in ((tiny, f"noise of {TINY:g}"), (one, "one value changed by 1/255")):
-        change = float(gaps(call_model(subject.judge.model, images), before).median())
+    # Not about the clean images: where a model rounds images, many values of 8 bits may lie just between two levels.
+    tiny = noisy + (clean - noisy) * (TINY / OFF_GRID)
+    before, beside = (call_model(subject.judge.model, images) for images in (clean, noisy))
+    least = max(BATCH_TOLERANCE * logit_scale(before), ARBITRARY * float(gaps(beside, before).median()))
+    for images, near, what in ((tiny, beside, f"noise of {TINY:g}"), (one, before, "one value changed by 1/255")):
+        change = float(gaps(call_model(subject.judge.model, images), near).median())
         if change > least:
             return f"{change:.2g} with {what}, as with noise of {round(255 * OFF_GRID)}/255 on all"
     return None

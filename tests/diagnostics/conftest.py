@@ -160,6 +160,8 @@ class Voting(nn.Module):
 #: What each unsound model does, by the name that tests ask for.
 UNSOUND = {
     "rounded": lambda: before(rounded),
+    # One level of 8 bits in 32 is just between two of these.
+    "rounded_coarsely": lambda: before(lambda images: (images * 255 / 32).round() * 32 / 255),
     "shattered": lambda: before(shattered),
     "gradient_on_grid": lambda: before(gradient_on_grid),
     "gradient_of_few": lambda: before(gradient_of_few),

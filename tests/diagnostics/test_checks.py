@@ -415,8 +415,9 @@ def test_noise_that_is_drawn_from_the_image(diagnosed, unsound, model, what):
     assert f"with {what}, as with noise of 2/255 on all: randomness drawn from the image" in found.detail
 
 
-def test_rounded_images_are_not_random(diagnosed, unsound):
-    assert diagnosed(unsound("rounded"), FGSM)["determinism", None].passed
+@pytest.mark.parametrize("model", ["rounded", "rounded_coarsely"])
+def test_rounded_images_are_not_random(diagnosed, unsound, model):
+    assert diagnosed(unsound(model), FGSM)["determinism", None].passed
 
 
 @pytest.mark.parametrize("specs", [(FGSM, PGD), (CW,)], ids=["within a budget", "minimal norm"])
