@@ -13,7 +13,7 @@ from lrrobust.results.files import read_file
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 #: Raised with every change that makes the same run be diagnosed differently: files of other versions count as none.
-DIAGNOSTICS_VERSION = 11
+DIAGNOSTICS_VERSION = 12
 
 _ANEW = "the same eval command, without --no-diagnostics, makes them anew"
 

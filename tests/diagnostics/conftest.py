@@ -176,6 +176,8 @@ UNSOUND = {
     "cancelling": lambda: behind(lambda logits: (logits + 2e7) - 2e7),
     "anti_adversary": AntiAdversary,
     "voting": Voting,
+    # Whose margin falls nearly all the way with the first vote lost.
+    "log_votes": lambda: nn.Sequential(Voting(), Function(lambda votes: (votes + 1e-3).log())),
 }
 
 

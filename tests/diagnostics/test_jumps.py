@@ -22,7 +22,7 @@ def check(subject):
         return list(check_jumps(subject))
 
 
-@pytest.mark.parametrize(("name", "spec"), [("anti_adversary", PGD), ("voting", PGD), ("voting", CUSTOM)])
+@pytest.mark.parametrize(("name", "spec"), [("anti_adversary", PGD), ("voting", PGD), ("voting", CUSTOM), ("log_votes", PGD)])
 def test_a_margin_that_jumps_where_the_class_changes(subject_of, unsound, name, spec):
     (found,) = check(subject_of(unsound(name), spec))
     assert found.passed is False and "nothing of the boundary before they are beyond it" in found.detail
