@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lrrobust.threat import ThreatModel, distance, is_in_box
+from lrrobust.threat import ThreatModel, box_diameter, distance, is_in_box
 
 
 def test_distances_equal_their_definition():
@@ -13,19 +13,22 @@ def test_distances_equal_their_definition():
     torch.testing.assert_close(distance(images, other, "l2"), torch.tensor([0.5, 0.03**0.5]).double(), atol=1e-7, rtol=0)
     torch.testing.assert_close(distance(images, other, "l1"), torch.tensor([0.7, 0.3]).double(), atol=1e-7, rtol=0)
     assert distance(images, other, "l2").dtype == torch.float64
+    for norm in ("linf", "l2", "l1"):
+        assert distance(images, images + 1, norm).tolist() == [box_diameter(norm, 3)] * 2
 
 
+@pytest.mark.parametrize("eps", [0.1, 20.0])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_ball_has_a_boundary_with_the_stated_slack(norm):
+def test_ball_has_a_boundary_with_the_stated_slack(norm, eps):
     images = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
-    other = torch.tensor([0.1, 0.1 + 9e-7, 0.1 + 2e-6], dtype=torch.float64).view(3, 1, 1, 1)
-    assert ThreatModel(norm, 0.1).is_in_ball(images, other).tolist() == [True, True, False]
+    other = torch.tensor([eps, eps + 9.5e-7, eps + 1.05e-6], dtype=torch.float64).view(3, 1, 1, 1)
+    assert ThreatModel(norm, eps).is_in_ball(images, other).tolist() == [True, True, False]
 
 
 def test_the_slack_of_l1_grows_with_its_budget():
     images = torch.zeros(2, 1, 1, 1000, dtype=torch.float64)
     other = torch.full_like(images, 0.012)
-    other[1] *= 1 + 4e-6
+    other[1] *= 1 + 1.15e-6
     assert ThreatModel("l1", 12.0).is_in_ball(images, other).tolist() == [True, False]
     other[0, ..., 0] += 1e-5
     assert ThreatModel("l1", 12.0).is_in_ball(images, other).tolist() == [True, False]
@@ -41,7 +44,7 @@ def test_nan_is_neither_in_ball_nor_in_box():
 
 
 @pytest.mark.parametrize(
-    ("pixel", "is_inside"), [(0.0, True), (1.0, True), (-1e-5, False), (1 + 1e-5, False), (math.inf, False)]
+    ("pixel", "is_inside"), [(-9.5e-7, True), (1 + 9.5e-7, True), (-1.05e-6, False), (1 + 1.05e-6, False), (math.inf, False)]
 )
 def test_box(pixel, is_inside):
     assert is_in_box(torch.tensor([0.5, pixel]).view(1, 1, 1, 2)).tolist() == [is_inside]

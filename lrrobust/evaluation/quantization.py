@@ -32,7 +32,7 @@ def quantize(images: torch.Tensor, adversarial: torch.Tensor, threat: ThreatMode
     budget = 255 * (torch.as_tensor(threat.eps, dtype=torch.float64, device=images.device).reshape(-1, 1) + _SLACK)
     levels = found.round().clamp(0, 255)
     if threat.norm == "linf":
-        levels = levels.maximum((clean - budget).ceil().clamp_min(0)).minimum((clean + budget).floor().clamp_max(255))
+        levels = levels.maximum((clean - budget).ceil()).minimum((clean + budget).floor())
     else:
         levels = _shorten(clean, found, levels, budget, 1 if threat.norm == "l1" else 2)
     return (levels.to(torch.float32) / 255).view(images.shape)

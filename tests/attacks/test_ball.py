@@ -57,31 +57,51 @@ def test_no_budget_is_overdrawn_by_rounding(dtype):
     assert torch.equal(project(images, images, torch.zeros(2, 1, 1, 1, dtype=dtype), "l1"), images)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_goes_the_way_of_the_gradient_and_ends_in_ball_and_box(norm):
+    images = torch.tensor([0.5, 0.5, 0.9, 0.1]).view(1, 1, 2, 2)
+    step = unit(torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2), norm)
+    length = 1.0 if norm == "linf" else 0.5
+    torch.testing.assert_close(step.flatten(), length * torch.tensor([1.0, -1, 1, -1]))
+    for eps, changes in ((0.05, [0.05, -0.05, 0.05, -0.05]), (0.2, [0.2, -0.2, 0.1, -0.1]), (2.0, [0.5, -0.5, 0.1, -0.1])):
+        budget = torch.full((1, 1, 1, 1), eps / length)
+        moved = project(images, images + 9 * step, budget, norm)
+        torch.testing.assert_close((moved - images).flatten(), torch.tensor(changes))
+        torch.testing.assert_close(project(images, moved, budget, norm), moved)
+
+
 @pytest.mark.parametrize("side", [64, 224, 299])
-@pytest.mark.parametrize("eps", [0.0, 0.05, 2.0, 20.0, 70.0])
-def test_what_is_put_on_the_surface_in_l2_is_inside_on_large_images(side, eps):
+@pytest.mark.parametrize("eps", [0.0, 0.05, 2.0, 20.0, 70.0, 69.882])
+@pytest.mark.parametrize("is_alike", [False, True])
+def test_what_is_put_on_the_surface_in_l2_is_inside_on_large_images(side, eps, is_alike):
     generator = torch.Generator().manual_seed(0)
     images = 0.3 + 0.4 * torch.rand(3, 3, side, side, generator=generator)
     direction = unit(torch.randn(images.shape, generator=generator), "l2")
+    if is_alike:  # All values of an image are rounded the same way.
+        images, direction = images[..., :1, :1].expand_as(images), unit(torch.ones_like(images), "l2")
     budget = torch.full((3, 1, 1, 1), eps)
     # Twice the radius: then sums of image and perturbation are rounded from the middle between two numbers, all one way.
     for factor in (2.0, 3.1):
         projected = project(images, images + factor * max(eps, 0.1) * direction, budget, "l2")
         assert ThreatModel("l2", eps).is_in_ball(images, projected).all() and is_in_box(projected).all()
         is_whole = ((images + eps * direction).clamp(0, 1) == images + eps * direction).flatten(1).all()
-        assert not is_whole or (distance(images, projected, "l2") > eps - 1e-5).all()
+        assert not is_whole or (distance(images, projected, "l2") > eps - (1e-4 if is_alike else 1e-5)).all()
 
 
 @pytest.mark.parametrize("side", [64, 224])
-def test_starts_on_the_surface_are_inside_after_projection(side):
+def test_starts_are_on_the_surface_and_in_the_box(side):
     image = torch.full((3, side, side), 0.5)
-    start = surface_start(image, "l2", 2.0, torch.Generator().manual_seed(0))
-    assert distance(image[None], start[None], "l2").item() == pytest.approx(2.0, abs=1e-5)
+    for norm, eps in (("l2", 2.0), ("linf", 0.25)):
+        start = surface_start(image, norm, eps, torch.Generator().manual_seed(0))
+        assert distance(image[None], start[None], norm).item() == pytest.approx(eps, abs=1e-5)
+        assert abs((start - image).mean()) < 0.02 * (start - image).abs().max()
+        assert is_in_box(surface_start(image, norm, 1000 * eps, torch.Generator().manual_seed(0))[None])
+    assert (start - image).abs().mean() == pytest.approx(0.125, rel=0.02)
 
 
 def test_sparse_steps_change_the_steepest_values_that_can_move():
     images = torch.tensor([[0.5, 1.0, 0.0, 0.5, 0.5, 0.0]]).view(1, 1, 2, 3)
-    gradient = torch.tensor([[0.1, 9.0, -8.0, -2.0, 0.0, 3.0]]).view(1, 1, 2, 3)
+    gradient = torch.tensor([[0.01, 0.9, -0.8, -0.2, 0.0, 0.3]]).view(1, 1, 2, 3)
     # The second and third are at the end of the box that their gradient points to.
     assert sparse_unit(gradient, images, 2 / 6).flatten().tolist() == [0, 0, 0, -0.5, 0, 0.5]
     assert sparse_unit(gradient, images, 0.01).flatten().tolist() == [0, 0, 0, 0, 0, 1]

@@ -41,6 +41,13 @@ def replace(model):
     model.layer = nn.Linear(48, 3)
 
 
+def forget(model):
+    """All but the first forward."""
+    if hasattr(model, "last"):
+        model._buffers.pop("count", None)
+    model.last = "forward"
+
+
 def test_a_steady_model_passes_also_with_nan_in_a_buffer():
     constancy = Constancy(Model(), IMAGES, 1e-4)
     for _ in range(3):
@@ -48,7 +55,8 @@ def test_a_steady_model_passes_also_with_nan_in_a_buffer():
 
 
 @pytest.mark.parametrize(
-    "after, what", [(drift, "'layer.weight'"), (count, "'count'"), (replace, "'layer.weight'"), (shift, "logits")]
+    "after, what",
+    [(drift, "'layer.weight'"), (count, "'count'"), (forget, "'count'"), (replace, "'layer.weight'"), (shift, "logits")],
 )
 def test_a_model_that_changes_in_forward_is_refused(after, what):
     model = Model(after)
@@ -75,11 +83,18 @@ def test_a_buffer_filled_by_the_first_forward_is_no_change():
     Constancy(Model(fill), IMAGES, 1e-4).check()
 
 
-def test_rounding_is_no_change():
+@pytest.mark.parametrize("size", [0.01, 1, 100])
+def test_rounding_is_no_change_at_any_size_of_logits(size):
     model = Model()
+    with torch.no_grad():
+        model.layer.weight.copy_(size * torch.linspace(-1, 1, 144).view(3, 48))
+        model.layer.bias.zero_()
     constancy = Constancy(model, IMAGES, 1e-4)
-    model.shift = 1e-6
+    model.shift = 1e-5 * size
     constancy.check()
+    model.shift = torch.tensor([[0.0], [size]])
+    with pytest.raises(ModelError, match="differ by"):
+        constancy.check()
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

@@ -8,7 +8,7 @@ from made_models import Function
 from torch import nn
 
 from lrrobust.errors import ModelError
-from lrrobust.evaluation.judge import Judge, call_model, check_evaluation_mode
+from lrrobust.evaluation.judge import Judge, call_model, check_evaluation_mode, gap, logit_scale
 from lrrobust.frozen import frozen
 from lrrobust.threat import ThreatModel
 
@@ -73,7 +73,12 @@ def test_overshoot_below_the_tolerance_is_allowed_and_above_is_not(judge):
     [
         (lambda x: torch.full((len(x), 2), float("nan")), "NaN or infinite logits for 4 of 4 images, the first is a"),
         (lambda x: torch.full((len(x), 2), float("inf")), "NaN or infinite logits"),
-        (lambda x: torch.zeros(len(x), 3), r"tensor \(4, 3\).*expected logits of shape \(4, 2\)"),
+        (lambda x: torch.zeros(4, 2).index_fill_(1, torch.tensor(1), torch.nan), "for 4 of 4 images"),
+        (lambda x: torch.zeros(4, 2).index_fill_(0, torch.tensor(2), torch.nan), "for 1 of 4 images, the first is c"),
+        (
+            lambda x: torch.zeros(len(x), 3),
+            r"tensor \(4, 3\).*expected logits of shape \(4, 2\), one for each .* model$",
+        ),
         (lambda x: torch.zeros(len(x)), r"expected logits of shape \(4, 2\)"),
         (
             lambda x: torch.zeros(len(x), 1),
@@ -108,6 +113,25 @@ def test_a_part_in_training_mode_is_named():
     model[1].train()
     with pytest.raises(ModelError, match="'1' is in training mode"):
         check_evaluation_mode(model)
+
+
+def test_a_model_that_trains_in_forward_is_refused(clean):
+    model = Function(lambda images: model.train() and threshold(images)).eval()
+    with pytest.raises(ModelError, match="is in training mode"):
+        Judge(model, 2).predict(*clean, KEYS)
+
+
+def test_one_image_proposed_for_many_is_refused(judge, clean):
+    images, labels = clean
+    with pytest.raises(ModelError, match=r"proposed images of shape \(1, 3, 4, 4\) for \(4, 3, 4, 4\)"):
+        judge.judge(images, labels, images[:1] + 0.03, ThreatModel("linf", 0.04), KEYS)
+
+
+def test_the_image_whose_logits_differ_most_decides():
+    logits = torch.tensor([[-9.0, -1.0, -2.0, -30.0], [0.0, 0.25, 0.5, 0.125]])
+    assert logit_scale(logits) == 9 and logit_scale(logits[1:]) == 0.5 and logit_scale(logits[1:] + 100) == 0.5
+    others = logits + torch.tensor([[0.0, 0.0, 0.0, 7.0], [0.0, 0.0, -0.5, 0.0]])
+    assert gap(logits, others) == gap(others, logits) == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -67,6 +67,26 @@ def test_no_more_roundings_are_undone_than_it_takes():
     assert moved.tolist() == [0.0] * (48 - kept) + [1.0] * kept
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_roundings_are_undone_one_after_another(norm):
+    order = 2 if norm == "l2" else 1
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(10, 245, (6, 3, 5, 5), generator=generator).double()
+    moved = clean + 2.5 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    eps = distance(clean / 255, moved / 255, norm)
+    found = 255 * quantize(clean / 255, moved / 255, ThreatModel(norm, eps))
+    for x, a, budget, levels in zip(clean.flatten(1), moved.flatten(1), (255 * eps) ** order, found.flatten(1), strict=True):
+        expected = a.round()
+        nearer = expected - (expected - x).sign()
+        saved = (expected - x).abs() ** order - (nearer - x).abs() ** order
+        price = ((nearer - a).abs() - (expected - a).abs()) / saved
+        away = [i for i in range(len(x)) if (expected[i] - x[i]).abs() > (a[i] - x[i]).abs()]
+        for i in sorted(away, key=lambda i: float(price[i])):
+            if ((expected - x).abs() ** order).sum() > budget:
+                expected[i] = nearer[i]
+        assert levels.round().tolist() == expected.tolist()
+
+
 def test_each_image_has_its_budget_and_infinity_is_none():
     images = eight_bit(3)
     adversarial = (255 * (1 - images)).round() / 255
