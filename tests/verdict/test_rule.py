@@ -34,6 +34,24 @@ class TestByHand:
         counts[:, 2] = counts[:, 0]
         assert verdicts(counts, 1000, ["linf"] * 2).is_supported
 
+    @pytest.mark.parametrize(
+        "agreed, otherwise, verdict",
+        [
+            (([60, 5], [20, 4]), ([60, 100], [20, 100]), "is_supported"),
+            (([60, 5], [20, 4]), ([60, 5], [20, 35]), "is_supported"),
+            (([20, 100], [80, 100]), ([20, 100], [20, 100]), "is_refuted"),
+            (([20, 100], [80, 100]), ([20, 100], [80, 40]), "is_refuted"),
+            (([10, 3], [11, 2]), ([60, 3], [50, 2]), "is_refuted"),
+        ],
+    )
+    @pytest.mark.parametrize("odd", [0, 1, 2])
+    def test_one_population_that_says_otherwise_withholds(self, agreed, otherwise, verdict, odd):
+        counts = np.array([[side] * 3 for side in agreed])
+        assert getattr(verdicts(counts, 1000, ["linf"] * 2), verdict)
+        counts[:, odd] = otherwise
+        found = verdicts(counts, 1000, ["linf"] * 2)
+        assert not found.is_supported and not found.is_refuted
+
     def test_significant_but_smaller_than_matters_is_not_enough(self):
         # 16 of 1000 with p = 3e-5.
         assert one([16], [0]) == "inconclusive"
