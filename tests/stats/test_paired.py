@@ -34,7 +34,7 @@ def test_one_sided_mcnemar_is_the_upper_tail(b, c):
 class TestHolm:
     def test_is_the_closed_test_of_bonferroni(self):
         # Its definition, not its algorithm: H is rejected when Bonferroni rejects every set that holds H.
-        p = np.random.default_rng(0).uniform(0, 0.3, (20, 4))
+        p = np.random.default_rng(0).uniform(0, [[0.3], [1.0]], (10, 2, 4)).reshape(20, 4)
         for row, found in zip(p, holm(p)):
             for i in range(4):
                 sets = [s for size in range(1, 5) for s in itertools.combinations(range(4), size) if i in s]
@@ -87,7 +87,7 @@ class TestInterval:
         low, high = paired_difference_interval(counts[:, 0], counts[:, 1], 200)
         assert np.mean((low <= 0.05) & (0.05 <= high)) == pytest.approx(0.95, abs=0.01)
 
-    @pytest.mark.parametrize("arguments", [(3, 3, 5), (-1, 0, 5), (1, 1, 5, 1.0)])
+    @pytest.mark.parametrize("arguments", [(3, 3, 5), ([1, 3], [1, 3], 5), (-1, 0, 5), (0, -1, 5), (1, 1, 5, 0.0), (1, 1, 5, 1.0)])
     def test_refuses_what_cannot_be(self, arguments):
         with pytest.raises(ValueError):
             paired_difference_interval(*arguments)
