@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 
+from lrrobust.diagnostics.records import DIAGNOSTICS_VERSION, Diagnostic, Diagnostics, write_diagnostics
 from lrrobust.errors import ConfigError
 from lrrobust.report.summary import summarise
 from lrrobust.report.worst_case import parse_budget, worst_cases, worst_cases_by_images
@@ -37,6 +39,17 @@ class TestPooling:
         # Wilson, 2 of 4: 15.0 to 85.0 %; 3 of 4: 30.1 to 95.4 %.
         assert "reach at most 44.9 points" in found.how_to_read
 
+    def test_images_wrong_when_clean_are_no_success_and_budgets_are_in_order(self, make_run):
+        run = make_run("a", {"cw": ("l2", (0.5, math.inf), [None, None, 0.4, 1]), "pgd": ("linf", LADDER, [None, None, 0, 0])})
+        found = worst_cases({"a": run})
+        (row,) = texts(found)
+        assert list(row.items())[1:] == [
+            ("weights", "V1"), ("n", "4"), ("clean %", "50.0"), ("linf 1/255", "0.0"), ("linf 2/255", "0.0"), ("l2 0.5", "25.0")
+        ]  # fmt: skip
+        # Wilson, 0 of 4: 0 to 49.0 %; 1 of 4: 4.6 to 69.9 %.
+        assert "reach at most 49.0 points" in found.how_to_read
+        assert "reach at most 44.9 points" in worst_cases({"a": run}, [("l2", 0.5)]).how_to_read
+
     def test_networks_of_one_name_are_rows_of_their_own(self, make_run):
         runs = {name: make_run(name, {"pgd": ("linf", LADDER, [9, 9])}) for name in "ab"}
         for name, run in runs.items():
@@ -44,19 +57,27 @@ class TestPooling:
         assert [row["parameters"] for row in texts(worst_cases(runs))] == ["a" * 8, "b" * 8]
 
     def test_other_attacks_are_told_beside_each_model(self, make_run):
+        cw = {"cw": ("l2", (0.5,), [1, 1])}
         runs = {
-            "a": make_run("a", {"pgd": ("linf", LADDER, [9, 9])}),
-            "b": make_run("b", {"pgd": ("linf", LADDER[:1], [9, 9]), "fgsm": ("linf", LADDER[:1], [9, 9])}, model="other"),
+            "a": make_run("a", {"pgd": ("linf", LADDER, [9, 9]), **cw}),
+            "b": make_run(
+                "b", {"pgd": ("linf", LADDER[:1], [9, 9]), "fgsm": ("linf", LADDER[:1], [9, 9]), **cw}, model="other"
+            ),
         }
         found = worst_cases(runs)
         rows = [(row["attacks"], row["linf 2/255"]) for row in texts(found)]
-        assert rows == [("pgd (linf)", "100.0"), ("fgsm, pgd (linf)", "-")]
+        assert rows == [("pgd (linf); cw (l2)", "100.0"), ("fgsm, pgd (linf); cw (l2)", "-")]
+        # A budget that one of them has is none that no run has.
+        (chosen,) = worst_cases_by_images(list(runs.values()), [("linf", LADDER[1])]).values()
+        assert [row["linf 2/255"] for row in texts(chosen)] == ["100.0", "-"]
         assert "did not meet the same attacks" in found.how_to_read
 
     def test_images_that_an_attack_has_not_finished_do_not_count(self, make_run):
         run = make_run("a", {"pgd": ("linf", LADDER, [PIXEL, 9, 9]), "fgsm": ("linf", LADDER, [9, 9])}, planned=2)
         (row,) = texts(worst_cases({"a": run}))
         assert (row["n"], row["linf 1/255"]) == ("3*", "50.0")
+        complete = make_run("b", {"pgd": ("linf", LADDER, [9, 9])}, model="other")
+        assert "* not complete" in worst_cases({"a": run, "b": complete}).how_to_read
         run.manifest["attacks"].append({"name": "cw", "norm": "linf"})
         assert texts(worst_cases({"a": run}))[0]["linf 1/255"] == "-"
 
@@ -66,9 +87,21 @@ class TestPooling:
         assert not worst_cases({"a": run}).table.rows and not worst_cases_by_images([run])
 
 
-def test_doubts_about_the_attacks_are_said(make_run):
-    found = worst_cases({"a": make_run("a")})
-    assert "not looked into for all runs of tiny: robust accuracies may be too high" in found.how_to_read
+def test_doubts_about_the_attacks_are_said_of_the_models_they_are_of(make_run, tmp_path):
+    runs = {name: replace(make_run(name, model=name), folder=tmp_path / name) for name in ("failed", "sound", "old", "none")}
+    for name, run in runs.items():
+        run.folder.mkdir()
+        results = tuple(
+            Diagnostic(name=check, passed=check != "noise" or name == "sound", detail="Seen.", attack="pgd")
+            for check in ("zero_gradient", "noise", "late_breaks")
+        )
+        if name != "none":
+            version = {"version": DIAGNOSTICS_VERSION - 1} if name == "old" else {}
+            write_diagnostics(run, Diagnostics(fingerprint="ab" * 32, sample=(0,), wall_s=1, results=results, **version))
+    said = worst_cases(runs).how_to_read
+    assert "Checks of attacks failed for failed: robust accuracies may be too high." in said
+    assert "not looked into for all runs of old, none: robust accuracies may be too high." in said
+    assert "not complete" not in said
 
 
 def test_budgets_choose_and_order_the_columns(make_run):
@@ -83,6 +116,7 @@ def test_budgets_choose_and_order_the_columns(make_run):
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(ConfigError, match="expected a budget such as linf:8/255"):
         parse_budget(text)
+    assert parse_budget("linf:8/255") == ("linf", 8 / 255)
 
 
 def test_labels_take_the_place_of_names(make_run):

@@ -69,6 +69,7 @@ def test_failures_by_hand():
     assert (found.treatment_farther, found.control_farther) == (3, 2)
     assert found.rank_biserial == pytest.approx((4.5 + 1 + 3 - 4.5 - 2) / 15)
     assert found.sign_p_value == 1
+    assert compare_distances([1, 2], [2, 1]).wilcoxon_p_value == 1
 
 
 def test_without_differences_nothing_is_shown():

@@ -87,7 +87,9 @@ class TestInterval:
         low, high = paired_difference_interval(counts[:, 0], counts[:, 1], 200)
         assert np.mean((low <= 0.05) & (0.05 <= high)) == pytest.approx(0.95, abs=0.01)
 
-    @pytest.mark.parametrize("arguments", [(3, 3, 5), ([1, 3], [1, 3], 5), (-1, 0, 5), (0, -1, 5), (1, 1, 5, 0.0), (1, 1, 5, 1.0)])
+    @pytest.mark.parametrize(
+        "arguments", [(3, 3, 5), ([1, 3], [1, 3], 5), (-1, 0, 5), (0, -1, 5), (1, 1, 5, 0.0), (1, 1, 5, 1.0)]
+    )
     def test_refuses_what_cannot_be(self, arguments):
         with pytest.raises(ValueError):
             paired_difference_interval(*arguments)
