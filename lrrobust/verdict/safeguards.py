@@ -441,8 +441,8 @@ def find_excess(
     reached = smallest_difference - 1e-12
     matters = share >= reached
     beyond = matters & (p_values <= discrete_bonferroni_level(b + c, significance))
-    # The largest share of those that say most.
-    place = int(np.argmax(np.where(beyond if beyond.any() else matters if matters.any() else True, share, -np.inf)))
+    # The largest share of those beyond chance, if any.
+    place = int(np.argmax(np.where(beyond | ~beyond.any(), share, -np.inf)))
     # A verdict rests on the leads that matter; elsewhere chance makes others.
     largest, left = float(lead.max()), float((lead - share)[lead >= min(reached, lead.max())].max())
     takes_lead = bool(matters.any()) and largest >= reached > left
@@ -479,7 +479,7 @@ def _better_than_chance(side: ModelOutcomes, significance: float, withholds: Wit
     labels, said = side.labels[side.shared], side.clean_predictions[side.shared]
     n, right = len(labels), int(side.is_clean_correct[side.shared].sum())
     chance = sum(float((labels == label).mean() * (said == label).mean()) for label in np.unique(labels))
-    passed = right > 0 and chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
+    passed = chance < 1 and binomial_p_value(right, n, max(chance, 1e-12)) <= significance
     detail = (
         f"Clean, {side.name} is right on {right} of {n} images; by chance, with the same answers, it would be on "
         f"{chance * n:.1f}"

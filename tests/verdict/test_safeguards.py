@@ -242,15 +242,17 @@ def test_who_always_says_the_same_is_not_robust(check_runs, make_run):
     assert "right on 10 of 100 images; by chance, with the same answers, it would be on 10.0" in ours.detail
 
 
-def test_chance_is_that_of_the_answers_given(check_runs, make_run):
-    """Nine of ten images are of one class: whoever says it most often is right most often."""
-    runs = [make_run(model, by_pgd([INF] * 90 + [0] * 10)) for model in "AB"]
+@pytest.mark.parametrize("of_class", [90, 100])
+def test_chance_is_that_of_the_answers_given(check_runs, make_run, of_class):
+    """Nine of ten images are of one class, or all: whoever says it most often is right most often."""
+    runs = [make_run(model, by_pgd([INF] * of_class + [0] * (100 - of_class))) for model in "AB"]
     for run in runs:
-        run.rows["label"] = (run.rows["index"] >= 90).astype("int32")
+        run.rows["label"] = (run.rows["index"] >= of_class).astype("int32")
         run.rows["clean_prediction"] = 0
     ours, theirs = named(check_runs(runs), "better_than_chance")
     assert ours.passed is theirs.passed is False
-    assert "right on 90 of 100 images; by chance, with the same answers, it would be on 90.0" in ours.detail
+    said = f"right on {of_class} of 100 images; by chance, with the same answers, it would be on {of_class}.0:"
+    assert said in ours.detail
 
 
 class TestStrongerAttacks:
@@ -377,6 +379,21 @@ class TestStrongerAttacks:
     def test_attacks_that_take_the_lead_undermine(self, lead, least):
         found = self.simulated(lead, taken=lead)
         assert np.mean([excess.undermines for excess in found]) >= least
+
+    @pytest.mark.parametrize(
+        "broken, lead, place, matters, is_beyond_chance, undermines",
+        [
+            ([(30, 0), (300, 260), (0, 0)], 0.0, 0, True, True, True),  # the second is more, and may be chance
+            ([(10, 0), (300, 260), (0, 0)], 0.0, 1, True, False, False),
+            ([(10, 0), (300, 260), (0, 0)], 0.05, 1, True, False, True),
+            ([(10, 0), (19, 0), (0, 30)], 0.03, 1, False, False, False),
+        ],
+    )
+    def test_the_eps_that_tells_most_is_shown(self, broken, lead, place, matters, is_beyond_chance, undermines):
+        of_one, of_other = (np.arange(1000) < np.array(counts)[:, None] for counts in zip(*broken))
+        found = find_excess(of_one, of_other[:, ::-1], np.array([0, lead, 0]), 0.02, 0.05)
+        assert (found.place, found.share) == (place, pytest.approx((broken[place][0] - broken[place][1]) / 1000))
+        assert (found.matters, found.is_beyond_chance, found.undermines) == (matters, is_beyond_chance, undermines)
 
     def test_what_would_be_left_of_the_lead_is_said(self, check_runs, make_run):
         """Of 200 images A withstands 6 more; strong breaks 4 of them, which chance might make."""
