@@ -283,9 +283,7 @@ class TestAnotherComparison:
         run = run_of(self.OUTCOMES, hashes=hashes)
         refused = compare(baseline_of(self.OUTCOMES), [run], "b.json")
         assert refused.verdict == "another_comparison"
-        assert said in refused.reason and "--weights-may-change" in refused.reason and "(now" not in refused.reason
-        elsewhere = run_of(self.OUTCOMES, hashes=hashes, models=("other.py:build",))
-        assert "changed (now other.py:build)" in compare(baseline_of(self.OUTCOMES), [elsewhere], "b.json").reason
+        assert said in refused.reason and "--weights-may-change" in refused.reason
         compared = compare(baseline_of(self.OUTCOMES, Rule(weights_may_change=True)), [run], "b.json")
         assert compared.verdict == "passed"
         assert said in compared.notes[0]

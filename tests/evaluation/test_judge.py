@@ -73,8 +73,7 @@ def test_overshoot_below_the_tolerance_is_allowed_and_above_is_not(judge):
     [
         (lambda x: torch.full((len(x), 2), float("nan")), "NaN or infinite logits for 4 of 4 images, the first is a"),
         (lambda x: torch.full((len(x), 2), float("inf")), "NaN or infinite logits"),
-        (lambda x: torch.zeros(4, 2).index_fill_(1, torch.tensor(1), torch.nan), "for 4 of 4 images"),
-        (lambda x: torch.zeros(4, 2).index_fill_(0, torch.tensor(2), torch.nan), "for 1 of 4 images, the first is c"),
+        (lambda x: torch.tensor([[0, 0], [0, 0], [0, torch.nan], [0, 0]]), "for 1 of 4 images, the first is c"),
         (
             lambda x: torch.zeros(len(x), 3),
             r"tensor \(4, 3\).*expected logits of shape \(4, 2\), one for each .* model$",
@@ -119,12 +118,6 @@ def test_a_model_that_trains_in_forward_is_refused(clean):
     model = Function(lambda images: model.train() and threshold(images)).eval()
     with pytest.raises(ModelError, match="is in training mode"):
         Judge(model, 2).predict(*clean, KEYS)
-
-
-def test_one_image_proposed_for_many_is_refused(judge, clean):
-    images, labels = clean
-    with pytest.raises(ModelError, match=r"proposed images of shape \(1, 3, 4, 4\) for \(4, 3, 4, 4\)"):
-        judge.judge(images, labels, images[:1] + 0.03, ThreatModel("linf", 0.04), KEYS)
 
 
 def test_the_image_whose_logits_differ_most_decides():

@@ -38,9 +38,7 @@ class TestByHand:
         "agreed, otherwise, verdict",
         [
             (([60, 5], [20, 4]), ([60, 100], [20, 100]), "is_supported"),
-            (([60, 5], [20, 4]), ([60, 5], [20, 35]), "is_supported"),
             (([20, 100], [80, 100]), ([20, 100], [20, 100]), "is_refuted"),
-            (([20, 100], [80, 100]), ([20, 100], [80, 40]), "is_refuted"),
             (([10, 3], [11, 2]), ([60, 3], [50, 2]), "is_refuted"),
         ],
     )
@@ -60,9 +58,6 @@ class TestByHand:
 
     def test_large_but_not_significant_is_not_enough(self):
         assert one([5], [1], n=100) == "inconclusive"
-
-    def test_possibly_worse_elsewhere_withholds(self):
-        assert one([60, 100], [20, 100]) == "inconclusive"
 
     def test_significantly_worse_elsewhere_withholds_however_little(self):
         assert one([300, 5], [100, 5], n=5000) == "supported"

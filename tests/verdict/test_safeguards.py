@@ -383,8 +383,7 @@ class TestStrongerAttacks:
     @pytest.mark.parametrize(
         "broken, lead, place, matters, is_beyond_chance, undermines",
         [
-            ([(30, 0), (300, 260), (0, 0)], 0.0, 0, True, True, True),  # the second is more, and may be chance
-            ([(10, 0), (300, 260), (0, 0)], 0.0, 1, True, False, False),
+            ([(30, 0), (300, 260), (0, 0)], 0.0, 0, True, True, True),
             ([(10, 0), (300, 260), (0, 0)], 0.05, 1, True, False, True),
             ([(10, 0), (19, 0), (0, 30)], 0.03, 1, False, False, False),
         ],
@@ -532,17 +531,6 @@ def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(check_ru
             note(runs[-1], results)
     found = {guard.detail.split()[1]: guard.passed for guard in named(check_runs(runs), "unbounded_attack")[:2]}
     assert found == {"linf": True, "l2": False}
-
-
-def test_what_another_run_says_of_attacks_that_do_not_judge_is_no_success_of_those(check_runs, make_run, large_eps, note):
-    runs = []
-    for model, distance in zip("AB", (INF, PIXEL / 2)):
-        for attack in ("pgd", "apgd"):
-            run = make_run(model, {attack: dict(distances=[distance] * 200)}, folder=None)
-            runs.append(replace(run, folder=run.folder.with_name(f"{model}-{attack}")))
-            note(runs[-1], [large_eps(None)] if attack == "apgd" else [])
-    for attacks, passed in ((("pgd",), False), (("apgd",), True)):
-        assert named(check_runs(runs, attacks=attacks), "unbounded_attack")[0].passed is passed
 
 
 def test_where_both_models_are_broken_nothing_is_refuted(make_claim, make_run):
