@@ -26,6 +26,12 @@ from lrrobust.results import Run, breaking_eps, group_runs, manifest_value, text
 from lrrobust.transfer import surrogate_of
 from lrrobust.verdict.records import Claim, NotJudged, Population, is_unbounded
 
+#: What of a model's manifest decides which images it sees, beside the data set.
+INPUT_KEYS = ("input_size", "resize_size", "interpolation", "num_classes", "classes_sha256")
+
+#: What of it tells networks of one name apart.
+NETWORK_KEYS = ("state_sha256", "code_sha256")
+
 
 @dataclass(frozen=True)
 class AttackOutcomes:

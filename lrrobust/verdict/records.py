@@ -230,6 +230,11 @@ class NormComparison(Record):
     """Both survival curves at the same distances, ascending from 0, thinned to a few hundred."""
 
 
+#: Verdicts that a safeguard withholds.
+Withheld = tuple[Literal["supported", "refuted"], ...]
+BOTH: Withheld = ("supported", "refuted")
+
+
 class Safeguard(Record):
     """A condition that evidence must meet before it may support a claim."""
 
@@ -237,7 +242,7 @@ class Safeguard(Record):
     """Such as `same_images`, `same_training`, `clean_accuracy`, `unbounded_attack`, `stronger_attacks`."""
     passed: bool | None
     """None: could not be checked, and `detail` says why; only False withholds a verdict."""
-    withholds: tuple[Literal["supported", "refuted"], ...]
+    withholds: Withheld
     """The verdicts that become *inconclusive* when it has failed: both, or the one that would rest on the model
     whose robustness is in doubt."""
     detail: str

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from found_safeguards import GOOD
 from made_rows import to_frame
 
 from lrrobust.diagnostics.records import Diagnostic, Diagnostics, write_diagnostics
 from lrrobust.results import SCHEMA_VERSION, Run
+from lrrobust.verdict.evidence import collect_evidence
 from lrrobust.verdict.records import Claim
+from lrrobust.verdict.safeguards import check_evidence
 
 SOUND = Diagnostic(name="zero_gradient", passed=True, detail="All images have a gradient.", attack=None)
 
@@ -176,3 +179,22 @@ def make_claim():
         return Claim(**settings | changes)
 
     return make
+
+
+@pytest.fixture
+def check_runs(make_claim):
+    def check_runs(runs, **claim):
+        (evidence,), _ = collect_evidence(make_claim(**claim), runs)
+        return check_evidence(evidence)
+
+    return check_runs
+
+
+@pytest.fixture
+def check(check_runs, make_run):
+    def check(treatment=None, control=None, change=lambda runs: None, **claim):
+        runs = [make_run("A", GOOD, **treatment or {}), make_run("B", GOOD, **control or {})]
+        change(runs)
+        return check_runs(runs, **claim)
+
+    return check
