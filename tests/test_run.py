@@ -69,7 +69,8 @@ def test_manifest_says_what_was_asked(request_for):
     assert manifest["dataset"]["n"] == 6
     assert manifest["dataset"]["subset"] == {"n": 6, "seed": 3, "balanced": True}
     assert manifest["attacks"][0]["eps"] == [x / 255 for x in (0.125, 0.25, 0.5, 1, 2, 4)]
-    assert manifest["provenance"]["versions"]["torch"] == torch.__version__
+    # Of builds for CUDA only the module says for which.
+    assert torch.__version__.startswith(manifest["provenance"]["versions"]["torch"])
     assert evaluation.folder.name.endswith(manifest["fingerprint"][:10])
 
 

@@ -61,8 +61,8 @@ def test_torchvision_imports_without_a_warning(before, warn):
 def test_declared_operators_give_way_to_those_that_exist():
     """Stands for an extension that loads: its operator is there before the import and must stay."""
     result = run(
-        """
-import torch
+        EXTENSION_MISSING
+        + """
 library = torch.library.Library("torchvision", "FRAGMENT")
 for name in ("nms", "qnms"):
     library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -127,7 +127,7 @@ def test_the_image_whose_logits_differ_most_decides():
     assert gap(logits, others) == gap(others, logits) == 0.5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_frozen_script_modules_have_no_mode_and_are_in_evaluation():
     script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()))
     model = nn.Sequential(script)

@@ -244,7 +244,7 @@ def test_checkpoints(tmp_path, state, wrap):
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_no_checkpoint(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
     with pytest.raises(WeightsError, match="TorchScript archive: return torch.jit.load of it from"):

@@ -451,6 +451,8 @@ def test_cpu_backend_refuses_to_be_differentiated_twice():
         gradient.sum().backward()
 
 
+# Of torch 2.14 about itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_cpu_operations_are_registered_as_torch_wants():
     case = Case(height=3, width=3, kernel_size=3, stride=2)
     inputs = [x.requires_grad_() for x in make_inputs(case, torch.float32)]

@@ -236,6 +236,8 @@ def test_autocast_leaves_inputs_as_they_are():
     assert [x.dtype for x in inside] == [torch.bfloat16, *(x.dtype for x in mixed)]
 
 
+# Of torch 2.14 about itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operations_are_registered_as_torch_wants():
     inputs = [x.requires_grad_() for x in make_inputs(1, 3, 2, 3, 3, 2)]
     options = (2, 1, "squared_difference", 8)
