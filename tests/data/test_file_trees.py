@@ -14,6 +14,7 @@ from lrrobust.data.file_trees import CorruptImageError, FolderTree, Spool, open_
 from lrrobust.errors import DataError
 
 SUFFIXES = (".jpg", ".txt")
+OPEN = {".tar": open, ".tar.gz": gzip.open, ".tar.xz": lzma.open}
 FILES = {"a/1.jpg": b"one", "a/2.JPG": b"", "b/c/3.jpg": b"three" * 1000, "note.txt": b"text"}
 
 
@@ -28,8 +29,8 @@ def test_every_container_gives_the_same_files(tmp_path, container, pack):
     assert tree.ignored_count == 2
 
 
-def test_leading_dots_are_dropped_and_mac_leftovers_ignored(tmp_path, pack_tar):
-    tree = _open(pack_tar(tmp_path / "x.tar", {"./a/1.jpg": b"1", "__MACOSX/a/1.jpg": b"2", "a/._1.jpg": b"3"}))
+def test_leading_dots_are_dropped_and_mac_leftovers_ignored(tmp_path, pack):
+    tree = _open(pack(tmp_path / "x.tar", {"./a/1.jpg": b"1", "__MACOSX/a/1.jpg": b"2", "a/._1.jpg": b"3"}))
     assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 2)
 
 
@@ -56,7 +57,7 @@ def test_a_damaged_entry_of_a_zip_that_takes_in_the_next(tmp_path, pack):
 def test_links_and_devices_in_a_tar_are_passed_over(tmp_path, suffix, kind):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
+    with tarfile.open(tmp_path / f"x{suffix}", f"w:{suffix[5:]}") as archive:
         archive.addfile(_link("a/link.jpg", str(secret), kind))
         _add(archive, "a/1.jpg", b"good")
     tree = _open(tmp_path / f"x{suffix}")
@@ -84,7 +85,7 @@ def _zip_link(name):
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz"])
 def test_links_within_a_tar_are_followed(tmp_path, suffix, caplog):
-    with tarfile.open(tmp_path / f"x{suffix}", "w:xz" if suffix.endswith("xz") else "w") as archive:
+    with tarfile.open(tmp_path / f"x{suffix}", f"w:{suffix[5:]}") as archive:
         # Before and after what they point to, through each other, and by what is relative to what.
         archive.addfile(_link("./a/early.jpg", "1.jpg", tarfile.SYMTYPE))
         _add(archive, "./a/1.jpg", b"good")
@@ -120,13 +121,14 @@ def test_long_chains_of_links_end(tmp_path, caplog):
     assert "such as 'b'" in caplog.text and len(tree.names) == 6000
 
 
-def test_links_within_a_zip_are_followed(tmp_path):
+def test_links_within_a_zip_are_followed_and_no_others(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr(_zip_link("b/link.jpg"), "../a/1.jpg")
         archive.writestr("a/1.jpg", b"good")
         archive.writestr(_zip_link("b/odd.jpg"), b"../caf\xe9")
+        archive.writestr(_zip_link("b/out.jpg"), "/etc/passwd")
     tree = _open(tmp_path / "x.zip")
-    assert tree.ignored_count == 1
+    assert tree.ignored_count == 2
     assert (tree.names, tree.read("b/link.jpg")) == (["a/1.jpg", "b/link.jpg"], b"good")
 
 
@@ -141,25 +143,17 @@ def test_a_zip_of_windows_may_separate_folders_with_backslashes(tmp_path, system
     assert tree.names == names and [tree.read(name) for name in names] == [b""]
 
 
-def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack_zip):
-    path = pack_zip(tmp_path / "x.zip", {"#.jpg": b"nameless", "a/1.jpg": b"good"})
+def test_an_empty_name_in_a_zip_is_passed_over(tmp_path, pack):
+    path = pack(tmp_path / "x.zip", {"#.jpg": b"nameless", "a/1.jpg": b"good"})
     # zipfile writes no such name; it cuts one at its first zero byte when it reads.
     path.write_bytes(path.read_bytes().replace(b"#.jpg", b"\0.jpg"))
     tree = _open(path)
     assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
 
 
-def test_links_in_a_zip_are_passed_over(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr(_zip_link("a/link.jpg"), "/etc/passwd")
-        archive.writestr("a/1.jpg", b"good")
-    tree = _open(tmp_path / "x.zip")
-    assert (tree.names, tree.ignored_count) == (["a/1.jpg"], 1)
-
-
-def test_links_in_a_folder_are_followed_and_loops_end(tmp_path, pack_folder):
-    pack_folder(tmp_path / "elsewhere", {"1.jpg": b"one"})
-    root = pack_folder(tmp_path / "root", {"b/2.jpg": b"two"})
+def test_links_in_a_folder_are_followed_and_loops_end(tmp_path, pack):
+    pack(tmp_path / "elsewhere", {"1.jpg": b"one"})
+    root = pack(tmp_path / "root", {"b/2.jpg": b"two"})
     (root / "a").symlink_to(tmp_path / "elsewhere")
     (root / "b" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
     tree = _open(root)
@@ -192,32 +186,34 @@ def test_damage_behind_the_last_file_is_noticed(tmp_path, pack, suffix):
         _open(path)
 
 
-def _rewrite_tar(path, change):
-    """Changes the bytes of a tar that is compressed as its suffix says."""
-    open_ = gzip.open if path.suffix == ".gz" else open
-    with open_(path, "rb") as file:
+def _rewrite_tar(path, suffix, change):
+    with OPEN[suffix](path, "rb") as file:
         raw = file.read()
-    with open_(path, "wb") as file:
+    with OPEN[suffix](path, "wb") as file:
         file.write(change(raw))
     return path
+
+
+@pytest.fixture
+def four(tmp_path, pack, request):
+    """A tar of four files, of 1024 bytes each; compressed as its suffix says."""
+    suffix = request.getfixturevalue("suffix")
+    return pack(tmp_path / f"x{suffix}", {f"a/{i}.jpg": b"one" for i in range(4)})
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 @pytest.mark.parametrize(
     "change", [lambda raw: raw[:2048] + b"?" + raw[2049:], lambda raw: raw[:2100]], ids=["overwritten", "cut"]
 )
-def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, pack_tar, suffix, change):
-    files = {f"a/{i}.jpg": b"one" for i in range(4)}  # of 1024 bytes each, so the third begins at 2048
-    path = _rewrite_tar(pack_tar(tmp_path / f"x{suffix}", files), change)
+def test_a_damaged_header_is_not_the_end_of_a_tar(four, suffix, change):
     with pytest.raises(DataError, match="is damaged, cut short"):
-        _open(path)
+        _open(_rewrite_tar(four, suffix, change))
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
-def test_a_tar_without_its_end_is_read_aloud(tmp_path, pack_tar, suffix, caplog):
-    path = pack_tar(tmp_path / f"x{suffix}", {f"a/{i}.jpg": b"one" for i in range(4)})
-    assert len(_open(path).names) == 4 and not caplog.text
-    assert len(_open(_rewrite_tar(path, lambda raw: raw[:2048])).names) == 2
+def test_a_tar_without_its_end_is_read_aloud(four, suffix, caplog):
+    assert len(_open(four).names) == 4 and not caplog.text
+    assert len(_open(_rewrite_tar(four, suffix, lambda raw: raw[:2048])).names) == 2
     assert "ends without the mark" in caplog.text
 
 
@@ -227,9 +223,8 @@ def test_a_tar_without_its_end_is_read_aloud(tmp_path, pack_tar, suffix, caplog)
     [(lambda raw: raw + raw.replace(b"a/", b"b/"), 4), (lambda raw: raw[:2048] + bytes(1024) + raw[3072:], 2)],
     ids=["joined", "hole"],
 )
-def test_what_lies_behind_the_end_of_a_tar_is_told_of(tmp_path, pack_tar, suffix, change, count, caplog):
-    path = _rewrite_tar(pack_tar(tmp_path / f"x{suffix}", {f"a/{i}.jpg": b"one" for i in range(4)}), change)
-    assert len(_open(path).names) == count
+def test_what_lies_behind_the_end_of_a_tar_is_told_of(four, suffix, change, count, caplog):
+    assert len(_open(_rewrite_tar(four, suffix, change)).names) == count
     assert "goes on behind the mark of its end" in caplog.text
 
 
@@ -248,8 +243,8 @@ def test_unknown_kind_names_the_known_ones(tmp_path):
         _open(tmp_path / "x.rar")
 
 
-def test_a_zip_of_a_later_version_is_said_to_be_one(tmp_path, pack_zip):
-    raw = pack_zip(tmp_path / "x.zip", {"a/1.jpg": b"good"}).read_bytes()
+def test_a_zip_of_a_later_version_is_said_to_be_one(tmp_path, pack):
+    raw = pack(tmp_path / "x.zip", {"a/1.jpg": b"good"}).read_bytes()
     directory = raw.index(b"PK\1\2")
     # "Version needed to extract": 9.9.
     (tmp_path / "x.zip").write_bytes(raw[: directory + 6] + b"\x63" + raw[directory + 7 :])
@@ -274,9 +269,9 @@ def test_file_twice_in_an_archive_is_refused(tmp_path):
         _open(tmp_path / "x.tar")
 
 
-def test_name_that_is_not_text_is_refused(tmp_path, pack_tar):
+def test_name_that_is_not_text_is_refused(tmp_path, pack):
     with pytest.raises(DataError, match="not UTF-8"):
-        _open(pack_tar(tmp_path / "x.tar", {"a/\udcff.jpg": b"x"}))
+        _open(pack(tmp_path / "x.tar", {"a/\udcff.jpg": b"x"}))
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x"])
@@ -289,8 +284,8 @@ def test_vanished_file_is_named_and_is_not_corruption(tmp_path, pack, name):
     assert not isinstance(caught.value, CorruptImageError)
 
 
-def test_tar_cut_after_it_was_listed_is_corrupt(tmp_path, pack_tar):
-    path = pack_tar(tmp_path / "x.tar", {"a/1.jpg": b"one" * 1000})
+def test_tar_cut_after_it_was_listed_is_corrupt(tmp_path, pack):
+    path = pack(tmp_path / "x.tar", {"a/1.jpg": b"one" * 1000})
     tree = _open(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CorruptImageError, match="cut short"):
@@ -335,17 +330,16 @@ def test_reading_from_threads(tmp_path, pack, suffix):
 def test_header_that_would_fill_memory_is_refused(tmp_path, suffix, kind):
     member = tarfile.TarInfo("x")
     member.type, member.size = kind, 1_000_001
-    opened = lzma.open if suffix == ".tar.xz" else open
-    with opened(tmp_path / f"x{suffix}", "wb") as archive:
+    with OPEN[suffix](tmp_path / f"x{suffix}", "wb") as archive:
         archive.write(member.tobuf(tarfile.USTAR_FORMAT) + bytes(1_000_448))
     with pytest.raises(DataError, match="a header of 1000001 bytes, at most 1000000 are read"):
         _open(tmp_path / f"x{suffix}")
 
 
-def test_bomb_of_many_files_is_refused(tmp_path, pack_tar, monkeypatch):
+def test_bomb_of_many_files_is_refused(tmp_path, pack, monkeypatch):
     monkeypatch.setattr("lrrobust.data.file_trees.MAX_UNPACKED_BYTES", 10_000)
     files = {f"a/{index}.jpg": bytes(100_000) for index in range(100)}
-    path = pack_tar(tmp_path / "x.tar.xz", files)
+    path = pack(tmp_path / "x.tar.xz", files)
     assert path.stat().st_size * 100 + 10_000 < 10_000_000
     with pytest.raises(DataError, match="unpacks to more than"):
         _open(path)
@@ -370,28 +364,17 @@ def test_maps_of_sparse_files_that_are_none_are_damage(tmp_path, suffix, kind):
         member.size = 512
         member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
         header = member.tobuf(tarfile.PAX_FORMAT) + b"x" * 512
-    opened = lzma.open if suffix == ".tar.xz" else open
-    with opened(tmp_path / f"x{suffix}", "wb") as archive:
+    with OPEN[suffix](tmp_path / f"x{suffix}", "wb") as archive:
         archive.write(header)
     with pytest.raises(DataError, match="is damaged, cut short or no tar archive"):
         _open(tmp_path / f"x{suffix}")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_links_to_themselves_are_links_to_nowhere(tmp_path, pack_folder, caplog):
-    root = pack_folder(tmp_path / "root", {"a/1.jpg": b"one"})
-    for name in ("2.jpg", "loop"):
-        (root / "a" / name).symlink_to(name)
-    assert (_open(root).names, _open(root).ignored_count) == (["a/1.jpg"], 2)
-    assert "passed over 1 images that are no files, such as 'a/2.jpg'" in caplog.text
-
-
-def test_links_to_nowhere_and_pipes_in_a_folder_are_passed_over_aloud(tmp_path, caplog):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.jpg").write_bytes(b"1")
-    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "gone.jpg")
-    os.mkfifo(tmp_path / "a" / "3.jpg")
-    (tmp_path / "a" / "notes.txt").symlink_to(tmp_path / "gone.txt")
-    tree = FolderTree(tmp_path, (".jpg",))
-    assert tree.names == ["a/1.jpg"] and tree.ignored_count == 3
-    assert "passed over 2 images that are no files, such as 'a/2.jpg'" in caplog.text
+def test_links_to_nowhere_or_themselves_and_pipes_in_a_folder_are_passed_over_aloud(tmp_path, pack, caplog):
+    folder = pack(tmp_path / "root", {"a/1.jpg": b"1"}) / "a"
+    for name, target in (("2.jpg", "gone.jpg"), ("4.jpg", "4.jpg"), ("loop", "loop"), ("notes.txt", "gone.txt")):
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "3.jpg")
+    tree = FolderTree(tmp_path / "root", (".jpg",))
+    assert tree.names == ["a/1.jpg"] and tree.ignored_count == 5
+    assert "passed over 3 images that are no files, such as 'a/2.jpg'" in caplog.text

@@ -39,15 +39,15 @@ def _check(source, images):
     assert [source.read_bytes(i) for i in range(4)] == [images[key.split("/")[1]] for key in source.keys]
 
 
-def test_flat_tar_with_the_devkit_beside_it(tmp_path, pack_tar, images, devkit):
-    pack_tar(tmp_path / f"{KIT}.tar.gz", devkit)
-    _check(open_dataset(pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images)), images)
+def test_flat_tar_with_the_devkit_beside_it(tmp_path, pack, images, devkit):
+    pack(tmp_path / f"{KIT}.tar.gz", devkit)
+    _check(open_dataset(pack(tmp_path / "ILSVRC2012_img_val.tar", images)), images)
 
 
 @pytest.mark.parametrize("prefix", ["", "val/", "ILSVRC2012_img_val/"])
-def test_flat_folder_with_an_unpacked_devkit_in_it(tmp_path, pack_folder, images, devkit, prefix):
-    root = pack_folder(tmp_path / "imagenet", {prefix + name: content for name, content in images.items()})
-    pack_folder(root, devkit)
+def test_flat_folder_with_an_unpacked_devkit_in_it(tmp_path, pack, images, devkit, prefix):
+    root = pack(tmp_path / "imagenet", {prefix + name: content for name, content in images.items()})
+    pack(root, devkit)
     _check(open_dataset(root), images)
 
 
@@ -57,10 +57,10 @@ TABLE = "ImageId,PredictionString\n" + "".join(
 )
 
 
-def test_the_table_of_kaggle_takes_the_place_of_the_devkit(tmp_path, pack_folder, pack_tar, images):
+def test_the_table_of_kaggle_takes_the_place_of_the_devkit(tmp_path, pack, images):
     val = "ILSVRC/Data/CLS-LOC/val"
-    root = pack_folder(tmp_path / "kaggle", {f"{val}/{name}": content for name, content in images.items()})
-    tar = pack_tar(root / "val.tar", images)
+    root = pack(tmp_path / "kaggle", {f"{val}/{name}": content for name, content in images.items()})
+    tar = pack(root / "val.tar", images)
     (root / "LOC_val_solution.csv").write_text(TABLE)
     for path in (root, root / val, tar):
         _check(open_dataset(path), images)
@@ -77,26 +77,26 @@ def test_the_table_of_kaggle_takes_the_place_of_the_devkit(tmp_path, pack_folder
         (TABLE[: TABLE.rindex("ILSVRC")], "'.*ILSVRC2012_val_00000002.JPEG' has no label; 3 others have one"),
     ],
 )
-def test_a_table_that_is_not_as_published_is_refused(tmp_path, pack_tar, images, table, message):
+def test_a_table_that_is_not_as_published_is_refused(tmp_path, pack, images, table, message):
     (tmp_path / "LOC_val_solution.csv").write_text(table)
     with pytest.raises(DataError, match=message):
-        open_dataset(pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images))
+        open_dataset(pack(tmp_path / "ILSVRC2012_img_val.tar", images))
 
 
-def test_flat_val_beside_sorted_train(tmp_path, pack_folder, pack_tar, images, devkit, encode):
-    root = pack_folder(tmp_path / "imagenet", {f"val/{name}": content for name, content in images.items()})
-    pack_folder(root, {"train/n00000011/n00000011_1.JPEG": encode()})
-    pack_tar(tmp_path / f"{KIT}.tar.gz", devkit)
+def test_flat_val_beside_sorted_train(tmp_path, pack, images, devkit, encode):
+    root = pack(tmp_path / "imagenet", {f"val/{name}": content for name, content in images.items()})
+    pack(root, {"train/n00000011/n00000011_1.JPEG": encode()})
+    pack(tmp_path / f"{KIT}.tar.gz", devkit)
     _check(open_dataset(root), images)
 
 
-def test_sorted_validation_images_need_no_devkit(tmp_path, pack_folder, images):
-    root = pack_folder(tmp_path / "val", {f"n00000011/{name}": content for name, content in images.items()})
+def test_sorted_validation_images_need_no_devkit(tmp_path, pack, images):
+    root = pack(tmp_path / "val", {f"n00000011/{name}": content for name, content in images.items()})
     assert set(open_dataset(root).wnids) == {"n00000011"}
 
 
-def test_missing_devkit_says_where_to_put_it(tmp_path, pack_tar, images):
-    path = pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images)
+def test_missing_devkit_says_where_to_put_it(tmp_path, pack, images):
+    path = pack(tmp_path / "ILSVRC2012_img_val.tar", images)
     with pytest.raises(DataError, match=r"put .* or ILSVRC2012_devkit_t12.tar.gz .* at ") as caught:
         open_dataset(path)
     assert str(caught.value).endswith(str(tmp_path / f"{KIT}.tar.gz"))
@@ -113,11 +113,11 @@ def test_missing_devkit_says_where_to_put_it(tmp_path, pack_tar, images):
         ("ILSVRC2012_validation_ground_truth.txt", b"1\n2\n", r"'ILSVRC2012_val_00000003.JPEG' has no label"),
     ],
 )
-def test_unusable_devkit_is_refused(tmp_path, pack_tar, images, devkit, file, content, message):
+def test_unusable_devkit_is_refused(tmp_path, pack, images, devkit, file, content, message):
     if content is None:
         del devkit[f"{KIT}/data/{file}"]
     else:
         devkit[f"{KIT}/data/{file}"] = content
-    pack_tar(tmp_path / f"{KIT}.tar.gz", devkit)
+    pack(tmp_path / f"{KIT}.tar.gz", devkit)
     with pytest.raises(DataError, match=message):
-        open_dataset(pack_tar(tmp_path / "ILSVRC2012_img_val.tar", images))
+        open_dataset(pack(tmp_path / "ILSVRC2012_img_val.tar", images))

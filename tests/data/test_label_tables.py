@@ -5,11 +5,11 @@ from lrrobust.errors import DataError
 
 
 @pytest.fixture
-def read(tmp_path, pack_folder):
+def read(tmp_path, pack):
     """read(table's name, content) -> classes of three images."""
 
     def read(name, content):
-        root = pack_folder(tmp_path / "x", {f"val/{i}.png": b"%d" % i for i in range(3)} | {name: content.encode()})
+        root = pack(tmp_path / "x", {f"val/{i}.png": b"%d" % i for i in range(3)} | {name: content.encode()})
         source = open_dataset(root / name, "abc")
         assert source.name == f"x#{name}" and open_dataset(f"{root}#{name}", "abc").keys == source.keys
         return [source.wnids[i] for i in sorted(range(3), key=source.read_bytes)]

@@ -24,18 +24,18 @@ def test_class_folders_in_every_container(tmp_path, container, pack, pets, expec
     assert source.name == container
 
 
-def test_a_local_folder_called_photos_is_not_taken_for_the_data_set(tmp_path, monkeypatch, caplog, pack_folder, pets, expected):
+def test_a_local_folder_called_photos_is_not_taken_for_the_data_set(tmp_path, monkeypatch, caplog, pack, pets, expected):
     monkeypatch.setattr("lrrobust.data.sources.open_photos", lambda: "the 500")
     monkeypatch.chdir(tmp_path)
     assert open_dataset("photos") == "the 500" and not caplog.records
-    pack_folder(tmp_path / "photos", pets)
+    pack(tmp_path / "photos", pets)
     assert open_dataset("photos") == "the 500"
     assert "not what lies in ./photos: write ./photos to read that" in caplog.text
     assert _content(open_dataset("./photos")) == expected
 
 
-def test_images_decode(tmp_path, pack_zip, pets):
-    source = open_dataset(pack_zip(tmp_path / "pets.zip", pets))
+def test_images_decode(tmp_path, pack, pets):
+    source = open_dataset(pack(tmp_path / "pets.zip", pets))
     assert len(source) == 5
     image = source.read(source.keys.index("cat/3.png"))
     pixels = np.random.default_rng(2).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -91,15 +91,15 @@ def test_fragment_chooses_the_split(tmp_path, container, pack, pets):
     assert open_dataset(f"{path}#val").keys == open_dataset(path).keys
 
 
-def test_unknown_split_lists_what_is_there(tmp_path, pack_zip, pets):
-    path = pack_zip(tmp_path / "tiny.zip", _tiny(pets))
+def test_unknown_split_lists_what_is_there(tmp_path, pack, pets):
+    path = pack(tmp_path / "tiny.zip", _tiny(pets))
     with pytest.raises(DataError, match=r"in a folder 'test', found them in .*/train', .*/val'"):
         open_dataset(f"{path}#test")
 
 
-def test_imagenet_root_chooses_val(tmp_path, pack_folder, pets):
+def test_imagenet_root_chooses_val(tmp_path, pack, pets):
     files = {f"train/{key}": pets["dog/2.JPEG"] for key in ["cat/9.jpg", "dog/8.jpg"]}
-    root = pack_folder(tmp_path / "imagenet", {**files, **{f"val/{key}": content for key, content in pets.items()}})
+    root = pack(tmp_path / "imagenet", {**files, **{f"val/{key}": content for key, content in pets.items()}})
     assert open_dataset(root).keys == tuple(sorted(pets))
     assert open_dataset(root).name == "imagenet#val"
     assert open_dataset(f"{root}#train").keys == ("cat/9.jpg", "dog/8.jpg")
@@ -125,18 +125,18 @@ def test_images_of_imagenet_sorted_into_classes_of_other_names(tmp_path, contain
     assert sorted(source.wnids) == ["0", "0", "1", "1"]
 
 
-def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack_folder, pets):
-    root = pack_folder(tmp_path / "r", {f"{part}/{key}": image for part in ("x", "y") for key, image in pets.items()})
+def test_class_folders_in_several_places_are_ambiguous(tmp_path, pack, pets):
+    root = pack(tmp_path / "r", {f"{part}/{key}": image for part in ("x", "y") for key, image in pets.items()})
     with pytest.raises(DataError, match=r"in one place, found them in 'x', 'y'; .*'r#x'"):
         open_dataset(root)
     assert len(open_dataset(f"{root}#y")) == 5
 
 
 @pytest.mark.parametrize("lone", ["part-1.zip", "part-3.zip"])
-def test_archives_of_different_splits_are_not_mixed(tmp_path, pack_zip, pets, lone):
+def test_archives_of_different_splits_are_not_mixed(tmp_path, pack, pets, lone):
     part = {f"train/{key}": pets[key] for key in pets if key.startswith("cat")}
-    pack_zip(tmp_path / "part-2.zip", {**part, **{f"val/{key}": pets[key] for key in pets}})
-    pack_zip(tmp_path / lone, {f"train/{key}": pets[key] for key in pets if key.startswith("dog")})
+    pack(tmp_path / "part-2.zip", {**part, **{f"val/{key}": pets[key] for key in pets}})
+    pack(tmp_path / lone, {f"train/{key}": pets[key] for key in pets if key.startswith("dog")})
     with pytest.raises(DataError, match=f"of 'val', and {lone} those of 'train'; name the one to read, as in '.*#train'"):
         open_dataset(f"{tmp_path}/part-*.zip")
     assert open_dataset(f"{tmp_path}/part-*.zip#train").keys == tuple(sorted(pets))
@@ -150,16 +150,16 @@ def test_patterns_that_take_in_several_splits_are_refused(tmp_path, names):
         open_dataset(f"{tmp_path}/*")
 
 
-def test_folders_too_deep_are_passed_over_aloud(tmp_path, pack_folder, caplog):
+def test_folders_too_deep_are_passed_over_aloud(tmp_path, pack, caplog):
     files = {f"1/2/3/4/{folder}/1.jpg": b"" for folder in ("cat", "dog/images/x")}
-    source = open_dataset(pack_folder(tmp_path, files))
+    source = open_dataset(pack(tmp_path, files))
     assert source.wnids == ("cat",) and "passed over 1 folders as too deep, such as '1/2/3/4/dog/images/'" in caplog.text
 
 
-def test_several_archives_by_pattern_and_by_comma(tmp_path, pack_tar, pets):
+def test_several_archives_by_pattern_and_by_comma(tmp_path, pack, pets):
     names = sorted(pets)
     for i, part in enumerate([names[:2], names[2:3], names[3:]]):
-        pack_tar(tmp_path / f"train-{i}.tar.xz", {f"train/{name}": pets[name] for name in part})
+        pack(tmp_path / f"train-{i}.tar.xz", {f"train/{name}": pets[name] for name in part})
     by_pattern = open_dataset(f"{tmp_path}/train-*.tar.xz")
     by_comma = open_dataset(",".join(f"{tmp_path}/train-{i}.tar.xz" for i in (2, 0, 1)))
     assert _content(by_pattern) == _content(by_comma)
@@ -189,8 +189,8 @@ def test_numbers_are_positions_in_the_models_list_and_said_to_be(tmp_path, conta
         ("01", [["n00000002", "n00000001"]], "WordNet ids in the order of the model or in theirs"),
     ],
 )
-def test_numbers_that_may_count_something_else_are_refused(tmp_path, pack_folder, encode, folders, class_lists, message):
-    path = pack_folder(tmp_path / "x", {f"{name}/1.jpg": encode() for name in folders})
+def test_numbers_that_may_count_something_else_are_refused(tmp_path, pack, encode, folders, class_lists, message):
+    path = pack(tmp_path / "x", {f"{name}/1.jpg": encode() for name in folders})
     with pytest.raises(DataError, match=f"x: the classes are numbers.*{message}"):
         open_dataset(path, *class_lists)
     # By name, where a model has such names; as they are, where nobody says what they are for.
@@ -198,9 +198,9 @@ def test_numbers_that_may_count_something_else_are_refused(tmp_path, pack_folder
         assert set(open_dataset(path, *given).wnids) == set(folders)
 
 
-def test_path_that_holds_special_characters_is_taken_literally(tmp_path, pack_folder, pets):
+def test_path_that_holds_special_characters_is_taken_literally(tmp_path, pack, pets):
     for name in ["a,b", "a#val", "a[1]"]:
-        assert len(open_dataset(str(pack_folder(tmp_path / name, pets)))) == 5
+        assert len(open_dataset(str(pack(tmp_path / name, pets)))) == 5
 
 
 def test_shards_of_webdataset(tmp_path, container, pack, pets, encode):
@@ -221,9 +221,9 @@ def test_shards_of_webdataset(tmp_path, container, pack, pets, encode):
 
 
 @pytest.mark.parametrize("content", [b"", b" ", b"a/b", b"\xff\n\x00"])
-def test_class_files_that_hold_no_class_are_refused(tmp_path, pack_tar, encode, content):
+def test_class_files_that_hold_no_class_are_refused(tmp_path, pack, encode, content):
     with pytest.raises(DataError, match="expected the number or name of a class in '1.cls', found"):
-        open_dataset(pack_tar(tmp_path / "x.tar", {"1.jpg": encode(), "1.cls": content}))
+        open_dataset(pack(tmp_path / "x.tar", {"1.jpg": encode(), "1.cls": content}))
 
 
 def test_loose_training_images_of_imagenet_are_called_after_their_classes(tmp_path, container, pack, encode):
@@ -238,15 +238,15 @@ def test_loose_training_images_of_imagenet_are_called_after_their_classes(tmp_pa
     assert set(open_dataset(pack(tmp_path / f"dog-{container}", files)).wnids) == {"dog"}
 
 
-def test_same_key_twice_is_refused(tmp_path, pack_zip, pack_tar, pets):
-    one, two = pack_zip(tmp_path / "1.zip", pets), pack_tar(tmp_path / "2.tar", {"cat/2.jpg": b"other"})
+def test_same_key_twice_is_refused(tmp_path, pack, pets):
+    one, two = pack(tmp_path / "1.zip", pets), pack(tmp_path / "2.tar", {"cat/2.jpg": b"other"})
     with pytest.raises(DataError, match=r"1.zip,2.tar: two images are called 'cat/2.jpg'"):
         open_dataset(f"{one},{two}")
 
 
-def test_files_that_are_no_images_are_counted(tmp_path, pack_folder, pets):
+def test_files_that_are_no_images_are_counted(tmp_path, pack, pets):
     extra = {"README.md": b"x", "cat/notes.csv": b"x", "loose.jpg": b"x", "labels.txt": b"x"}
-    assert open_dataset(pack_folder(tmp_path / "pets", {**pets, **extra})).ignored_count == 4
+    assert open_dataset(pack(tmp_path / "pets", {**pets, **extra})).ignored_count == 4
 
 
 def test_images_of_formats_that_are_not_read_are_counted_aloud(tmp_path, container, pack, pets, expected, caplog):
@@ -260,9 +260,9 @@ def test_images_of_formats_that_are_not_read_are_counted_aloud(tmp_path, contain
     assert "convert them to PNG" in said
 
 
-def test_only_the_split_that_is_read_is_looked_at_for_other_formats(tmp_path, pack_folder, pets, caplog):
+def test_only_the_split_that_is_read_is_looked_at_for_other_formats(tmp_path, pack, pets, caplog):
     files = {f"{split}/{key}": content for split in ("train", "val") for key, content in pets.items()}
-    path = pack_folder(tmp_path / "pets", {**files, "train/cat/4.gif": b"x", "valid/cat/5.gif": b"x"})
+    path = pack(tmp_path / "pets", {**files, "train/cat/4.gif": b"x", "valid/cat/5.gif": b"x"})
     open_dataset(path)
     assert not caplog.messages
     open_dataset(f"{path}#train")
@@ -277,14 +277,14 @@ def test_a_lone_split_is_named_and_images_beside_it_are_passed_over_aloud(tmp_pa
     assert f"passed over 1 images outside of class folders, such as 'any/{unlabelled}'" in caplog.text
 
 
-def test_images_that_annotations_lack_and_loose_ones_are_passed_over_aloud(tmp_path, pack_folder, pets, caplog):
+def test_images_that_annotations_lack_and_loose_ones_are_passed_over_aloud(tmp_path, pack, pets, caplog):
     files = _tiny(pets)
-    open_dataset(pack_folder(tmp_path / "whole", files))
+    open_dataset(pack(tmp_path / "whole", files))
     assert not caplog.text
     files["tiny-imagenet-200/val/images/other.JPEG"] = b"one"
-    open_dataset(pack_folder(tmp_path / "more", files))
+    open_dataset(pack(tmp_path / "more", files))
     assert "passed over 1 images outside of class folders, such as 'tiny-imagenet-200/val/images/other.JPEG'" in caplog.text
-    open_dataset(pack_folder(tmp_path / "pets", {**pets, "logo.png": b"one"}))
+    open_dataset(pack(tmp_path / "pets", {**pets, "logo.png": b"one"}))
     assert "passed over 1 images outside of class folders, such as 'logo.png'" in caplog.text
 
 
@@ -295,8 +295,8 @@ def test_a_link_to_a_data_set_is_that_data_set(tmp_path, container, pack, pets, 
     assert _content(source) == expected and source.name == container
 
 
-def test_missing_path_offers_near_names(tmp_path, pack_zip, pets):
-    pack_zip(tmp_path / "animals.zip", pets)
+def test_missing_path_offers_near_names(tmp_path, pack, pets):
+    pack(tmp_path / "animals.zip", pets)
     with pytest.raises(DataError, match=r"there is no such file or folder; did you mean animals.zip\?"):
         open_dataset(tmp_path / "animal.zip")
     with pytest.raises(DataError, match="give a folder, a zip, a tar, or 'photos'"):
@@ -330,10 +330,10 @@ def test_unusable_spec_is_refused(tmp_path, monkeypatch, spec, message):
         ({"cat/1.jpg": b"x", "dog/poodle/2.jpg": b"x"}, r"found them in '.', 'dog'; .*, as in 'data#dog'"),
     ],
 )
-def test_folder_without_labelled_images_is_refused(tmp_path, pack_folder, files, message):
+def test_folder_without_labelled_images_is_refused(tmp_path, pack, files, message):
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError, match=message):
-        open_dataset(pack_folder(tmp_path / "data", files))
+        open_dataset(pack(tmp_path / "data", files))
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.xz"])
@@ -350,32 +350,32 @@ def test_an_archive_of_archives_is_said_to_be_one(tmp_path, pack, suffix):
 
 
 @pytest.mark.parametrize("above", ["", "./", "train/"])
-def test_a_tar_of_a_tar_for_each_class(tmp_path, pack_tar, pets, expected, caplog, above):
+def test_a_tar_of_a_tar_for_each_class(tmp_path, pack, pets, expected, caplog, above):
     """As ILSVRC2012_img_train.tar."""
     tars = {}
     for wnid in ("cat", "dog"):
         files = {key[4:]: content for key, content in pets.items() if key.startswith(wnid)} | {"notes.md": b"x"}
-        tars[f"{above}{wnid}.tar"] = pack_tar(tmp_path / "one.tar", files).read_bytes()
-    source = open_dataset(pack_tar(tmp_path / "train.tar", tars))
+        tars[f"{above}{wnid}.tar"] = pack(tmp_path / "one.tar", files).read_bytes()
+    source = open_dataset(pack(tmp_path / "train.tar", tars))
     assert _content(source) == expected and source.is_fork_safe and source.ignored_count == 2
     assert len(caplog.messages) == 1 and "passed over 2 files in class folders (2 .md)" in caplog.text
     # Beside images they are passed over as ever, and tars in them are not opened.
-    assert len(open_dataset(pack_tar(tmp_path / "more.tar", tars | {"emu/1.jpg": b"x"}))) == 1
+    assert len(open_dataset(pack(tmp_path / "more.tar", tars | {"emu/1.jpg": b"x"}))) == 1
     with pytest.raises(DataError, match="2 .tar; archives within it are not read"):
-        open_dataset(pack_tar(tmp_path / "deep.tar", {"a.tar": (tmp_path / "train.tar").read_bytes()}))
+        open_dataset(pack(tmp_path / "deep.tar", {"a.tar": (tmp_path / "train.tar").read_bytes()}))
 
 
 @pytest.mark.parametrize("cut", [0, 700, -1])
-def test_damage_in_a_tar_of_tars_is_named(tmp_path, pack_tar, pets, cut, caplog):
-    whole = pack_tar(tmp_path / "one.tar", {"1.jpg": pets["cat/1.jpg"], "2.jpg": pets["cat/2.jpg"]}).read_bytes()
+def test_damage_in_a_tar_of_tars_is_named(tmp_path, pack, pets, cut, caplog):
+    whole = pack(tmp_path / "one.tar", {"1.jpg": pets["cat/1.jpg"], "2.jpg": pets["cat/2.jpg"]}).read_bytes()
     if cut < 0:  # The mark of its end is missing: what follows is not of this class.
         whole = whole.rstrip(b"\0").ljust(-(-len(whole.rstrip(b"\0")) // 512) * 512, b"\0")
-        source = open_dataset(pack_tar(tmp_path / "train.tar", {"cat.tar": whole, "dog.tar": whole}))
+        source = open_dataset(pack(tmp_path / "train.tar", {"cat.tar": whole, "dog.tar": whole}))
         assert source.keys == ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
         assert "train.tar/cat ends without the mark of its end" in caplog.text
         return
     with pytest.raises(DataError, match="train.tar/dog.tar is damaged, cut short or no tar archive"):
-        open_dataset(pack_tar(tmp_path / "train.tar", {"dog.tar": whole[:cut]}))
+        open_dataset(pack(tmp_path / "train.tar", {"dog.tar": whole[:cut]}))
 
 
 def test_file_that_is_no_archive_is_refused(tmp_path, encode):
@@ -384,8 +384,8 @@ def test_file_that_is_no_archive_is_refused(tmp_path, encode):
         open_dataset(tmp_path / "1.jpg")
 
 
-def test_corrupt_image_is_named_when_read(tmp_path, pack_zip, pets):
-    source = open_dataset(pack_zip(tmp_path / "pets.zip", {**pets, "cat/2.jpg": pets["cat/2.jpg"][:200]}))
+def test_corrupt_image_is_named_when_read(tmp_path, pack, pets):
+    source = open_dataset(pack(tmp_path / "pets.zip", {**pets, "cat/2.jpg": pets["cat/2.jpg"][:200]}))
     source.read(0)
     with pytest.raises(CorruptImageError, match=r"pets.zip: image 'cat/2.jpg' is damaged, cut short"):
         source.read(1)

@@ -12,8 +12,8 @@ CLASSES = ("fly", "dog", "altar", "cat")
 
 
 @pytest.fixture
-def source(tmp_path, pack_tar, pets):
-    return open_dataset(pack_tar(tmp_path / "pets.tar.xz", pets))
+def source(tmp_path, pack, pets):
+    return open_dataset(pack(tmp_path / "pets.tar.xz", pets))
 
 
 def test_images_and_labels_in_the_order_of_the_source(source):
@@ -24,10 +24,10 @@ def test_images_and_labels_in_the_order_of_the_source(source):
         np.testing.assert_array_equal(images[i].numpy(), np.asarray(source.read(i)).transpose(2, 0, 1))
 
 
-def test_training_sees_what_evaluation_sees(tmp_path, pack_folder, encode):
+def test_training_sees_what_evaluation_sees(tmp_path, pack, encode):
     sizes = [(40, 30), (30, 40), (16, 16), (9, 20)]
     files = {f"cat/{i}.png": encode(i, size, "PNG") for i, size in enumerate(sizes)}
-    source = open_dataset(pack_folder(tmp_path / "x", files))
+    source = open_dataset(pack(tmp_path / "x", files))
     images, _ = load_training_images(source, CLASSES, 16)
     evaluated, _ = build_evaluation_set(source, CLASSES, Preprocessing(16)).load(range(4))
     torch.testing.assert_close(images.float() / 255, evaluated, rtol=0, atol=0)
@@ -40,8 +40,8 @@ def test_other_classes_are_left_out(source):
         load_training_images(source, ["altar"], 8)
 
 
-def test_damaged_image_is_named(tmp_path, pack_folder, pets):
-    source = open_dataset(pack_folder(tmp_path / "x", {**pets, "dog/1.jpeg": b"no image"}))
+def test_damaged_image_is_named(tmp_path, pack, pets):
+    source = open_dataset(pack(tmp_path / "x", {**pets, "dog/1.jpeg": b"no image"}))
     with pytest.raises(DataError, match="x: image 'dog/1.jpeg' is no JPEG"):
         load_training_images(source, CLASSES, 8)
 
