@@ -57,6 +57,10 @@ def write(store, part):
     store.write_part(*part, chunk(*part), DEVICE)
 
 
+def create(folder):
+    RunStore.create_or_resume(folder, MANIFEST).close()
+
+
 def temporary_files(folder):
     return list(folder.rglob("*.tmp"))
 
@@ -80,11 +84,11 @@ def part_file(store, folder):
 
 class TestManifest:
     def test_new_folder_gets_it(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         assert json.loads((folder / "manifest.json").read_text()) == MANIFEST | {"sessions": []}
 
     def test_resume_keeps_it_and_adds_a_session(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         for host in ("second", "third"):
             with RunStore.create_or_resume(folder, MANIFEST | {"provenance": {"host": host}}) as store:
                 found = json.loads((folder / "manifest.json").read_text())
@@ -95,18 +99,18 @@ class TestManifest:
         assert pd.Timestamp(sessions[0]["started_at"]).tzinfo is not None
 
     def test_another_fingerprint_is_refused(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         other = MANIFEST | {"fingerprint": "ef" * 32, "seed": 1, "model": {"name": "big"}, "provenance": {}}
         before = (folder / "manifest.json").read_bytes()
         with pytest.raises(StoreError, match=r"holds another run .*differing: model, seed\)") as caught:
             RunStore.create_or_resume(folder, other)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
         assert (folder / "manifest.json").read_bytes() == before
-        RunStore.create_or_resume(folder, MANIFEST).close()  # the refusal let go of the lock
+        create(folder)  # the refusal let go of the lock
 
     @pytest.mark.parametrize("content", [b"", b'{"schema_version": 2, "finge', b"[1]", b"{}", b"\xff\xfe\x00"])
     def test_damage_is_refused_by_writer_and_reader(self, folder, content):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         (folder / "manifest.json").write_bytes(content)
         for open_run in (lambda: RunStore.create_or_resume(folder, MANIFEST), lambda: load_run(folder)):
             with pytest.raises(StoreError, match="manifest.json is damaged .*restore it from a copy"):
@@ -114,25 +118,25 @@ class TestManifest:
         assert (folder / "manifest.json").read_bytes() == content
 
     def test_a_report_that_was_killed_in_its_folder_is_in_nobodys_way(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         (folder / ".lrrobust-report.tmp").mkdir()
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
 
     def test_a_request_of_fewer_weights_than_models_is_damage(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         request = {"models": ["a", "b"], "weights": ["a.pt"]}
         (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"request": request, "position": 1}))
         with pytest.raises(StoreError, match="damaged .request: expected weights for each of the models, or none"):
             load_run(folder)
 
     def test_another_schema_is_refused(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"schema_version": 99}))
         with pytest.raises(StoreError, match="schema 99, this lrrobust reads 2"):
             load_run(folder)
 
     def test_parts_without_manifest_are_not_adopted(self, folder):
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
         (folder / "manifest.json").unlink()
         with pytest.raises(StoreError, match="parts of a run but no manifest.json"):
             RunStore.create_or_resume(folder, MANIFEST)
@@ -288,7 +292,7 @@ class TestFailingDisk:
         assert temporary_files(folder) == [] and not store.has_part(*PARTS[0])
 
     def test_a_folder_that_is_really_read_only(self, tmp_path):
-        RunStore.create_or_resume(tmp_path / "run", MANIFEST).close()
+        create(tmp_path / "run")
         _mount("--bind", str(tmp_path), str(tmp_path))
         try:
             subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path)], check=True)
@@ -369,7 +373,7 @@ class TestOtherProcesses:
         store = RunStore.create_or_resume(folder, MANIFEST)
         store.close()
         store.close()
-        RunStore.create_or_resume(folder, MANIFEST).close()
+        create(folder)
 
 
 class TestReading:
@@ -385,7 +389,7 @@ class TestReading:
 
     def test_finds_runs_below_and_at_the_root(self, tmp_path):
         for name in ("b", "a/deep", "c"):
-            RunStore.create_or_resume(tmp_path / name, MANIFEST).close()
+            create(tmp_path / name)
         (tmp_path / "empty").mkdir()
         assert find_runs(tmp_path) == [tmp_path / "a/deep", tmp_path / "b", tmp_path / "c"]
         assert find_runs(tmp_path / "b") == [tmp_path / "b"]
@@ -395,7 +399,7 @@ class TestReading:
 
     def test_links_lead_to_runs_and_none_is_found_twice(self, tmp_path):
         for name in ("gathered/b", "elsewhere/c"):
-            RunStore.create_or_resume(tmp_path / name, MANIFEST).close()
+            create(tmp_path / name)
         for name, target in {"a": "b", "z": "../elsewhere", "up": ".."}.items():
             (tmp_path / "gathered" / name).symlink_to(target)
         found = find_runs(tmp_path / "gathered")
@@ -403,7 +407,7 @@ class TestReading:
 
     def test_a_folder_that_cannot_be_listed_is_said(self, tmp_path, monkeypatch, caplog):
         for name in ("mine", "others"):
-            RunStore.create_or_resume(tmp_path / name, MANIFEST).close()
+            create(tmp_path / name)
         listing = os.scandir
 
         def refuse(path):
@@ -507,6 +511,6 @@ def test_names_that_are_no_utf8_are_said_before_anything_is_computed(tmp_path):
     with pytest.raises(StoreError, match=r"expected names in UTF-8.*caf\\udce9"):
         RunStore.create_or_resume(tmp_path / "run", {**MANIFEST, "command": ["eval", "caf\udce9"]})
     assert not (tmp_path / "run").exists()
-    RunStore.create_or_resume(tmp_path / "caf\udce9", MANIFEST).close()
+    create(tmp_path / "caf\udce9")
     with pytest.raises(StoreError, match="is not UTF-8"):
         load_run(tmp_path / "caf\udce9")
