@@ -164,16 +164,10 @@ def test_every_flipped_bit_of_the_tensors_is_noticed(file):
         damaged = bytearray(content)
         damaged[position] ^= 0x10
         file.write_bytes(damaged)
-        with pytest.raises(WeightsError, match=r"^[^\n]*$"):
+        # Damage of tensors is told from a foreign file.
+        said = "is damaged: its tensors do not have the sha256 its header states" if position >= header else r"^[^\n]*$"
+        with pytest.raises(WeightsError, match=said):
             read_weights(file)
-
-
-def test_damage_is_told_from_a_foreign_file(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(WeightsError, match="is damaged: its tensors do not have the sha256 its header states"):
-        read_weights(file)
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 200, -100, -1])

@@ -79,6 +79,20 @@ def uninterrupted(start):
     return training
 
 
+@pytest.fixture
+def goes_on(start, uninterrupted):
+    """goes_on(step) -> a Training that is started again, is at that step, and ends as if nothing had been."""
+
+    def check(step):
+        resumed = start()
+        assert resumed.step == step
+        resumed.run()
+        assert_same(resumed, uninterrupted)
+        return resumed
+
+    return check
+
+
 # --- learning ----------------------------------------------------------------------------------------
 
 
@@ -324,13 +338,10 @@ def test_bursts_take_the_same_steps(start, uninterrupted, bursts):
     assert_same(training, uninterrupted)
 
 
-def test_interrupted_between_bursts(start, uninterrupted, bursts):
+def test_interrupted_between_bursts(start, goes_on, bursts):
     with pytest.raises(KeyboardInterrupt):
         start().run(on_step=_Stop(8))
-    resumed = start()
-    assert resumed.step == 8
-    resumed.run()
-    assert_same(resumed, uninterrupted)
+    goes_on(8)
 
 
 def test_the_first_bad_number_of_a_burst_is_reported_and_not_stored(start, bursts, monkeypatch):
@@ -365,43 +376,28 @@ class _Stop:
 
 # The last of an epoch and the last of all among them: their row is not written yet.
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 10])
-def test_interrupted_run_goes_on_as_if_nothing_had_been(start, uninterrupted, step):
+def test_interrupted_run_goes_on_as_if_nothing_had_been(start, goes_on, step):
     with pytest.raises(KeyboardInterrupt):
         start().run(on_step=_Stop(step))
-    resumed = start()
-    assert resumed.step == step
-    resumed.run()
-    assert_same(resumed, uninterrupted)
-    assert (resumed.folder / "log.csv").read_text().count("\n") == 3
+    assert (goes_on(step).folder / "log.csv").read_text().count("\n") == 3
 
 
-def test_interrupted_while_it_measures(start, uninterrupted, monkeypatch):
-    measure = trainer.accuracy_on_images
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "accuracy_on_images", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+def test_interrupted_while_it_measures(start, goes_on, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "accuracy_on_images", lambda *_: _fail(KeyboardInterrupt()))
         start().run()
-    monkeypatch.setattr(trainer, "accuracy_on_images", measure)
-    resumed = start()
-    assert (resumed.step, len(resumed.rows)) == (5, 0)
-    resumed.run()
-    assert_same(resumed, uninterrupted)
+    assert start().rows == []
+    goes_on(5)
 
 
-def test_an_image_that_cannot_be_read_loses_no_step(start, uninterrupted, monkeypatch):
+def test_an_image_that_cannot_be_read_loses_no_step(start, goes_on, monkeypatch):
     training = start()
     take = training._train_step
     error = DataError("damaged")
     monkeypatch.setattr(training, "_train_step", lambda *batch: take(*batch) if training.step < 2 else _fail(error))
     with pytest.raises(DataError, match="damaged"):
         training.run()
-    resumed = start()
-    assert resumed.step == 2
-    resumed.run()
-    assert_same(resumed, uninterrupted)
+    goes_on(2)
 
 
 def test_a_process_that_others_leave_alone_says_so_in_one_line(start, monkeypatch):
@@ -416,7 +412,7 @@ def _fail(error):
     raise error
 
 
-def test_ctrl_c_waits_for_the_step_to_end(start, uninterrupted):
+def test_ctrl_c_waits_for_the_step_to_end(start, goes_on):
     training = start()
 
     def press(*_):
@@ -429,10 +425,7 @@ def test_ctrl_c_waits_for_the_step_to_end(start, uninterrupted):
         training.run()
     assert training.step == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    resumed = start()
-    assert resumed.step == 3
-    resumed.run()
-    assert_same(resumed, uninterrupted)
+    goes_on(3)
 
 
 _KILLED = """
