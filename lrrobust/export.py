@@ -27,27 +27,28 @@ from lrrobust.errors import StoreError
 from lrrobust.norm import NORMS
 from lrrobust.results import Run, load_adversarial, manifest_value, write_file
 from lrrobust.results.files import read_file
+from lrrobust.results.schema import schema_without_nulls
 
 INDEX_NAME = "index.parquet"
 
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("file", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("clean_file", pa.string(), nullable=False),
-        pa.field("clean_sha256", pa.string(), nullable=False),
-        pa.field("attack", pa.string(), nullable=False),
-        pa.field("norm", pa.string(), nullable=False),
-        pa.field("eps", pa.float64(), nullable=False),
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("wnid", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("prediction", pa.int32(), nullable=False),
-        pa.field("linf_distance", pa.float64(), nullable=False),
-        pa.field("l2_distance", pa.float64(), nullable=False),
-        pa.field("l1_distance", pa.float64(), nullable=False),
-    ]
+INDEX_SCHEMA = schema_without_nulls(
+    {
+        "file": pa.string(),
+        "sha256": pa.string(),
+        "clean_file": pa.string(),
+        "clean_sha256": pa.string(),
+        "attack": pa.string(),
+        "norm": pa.string(),
+        "eps": pa.float64(),
+        "index": pa.int64(),
+        "key": pa.string(),
+        "wnid": pa.string(),
+        "label": pa.int32(),
+        "prediction": pa.int32(),
+        "linf_distance": pa.float64(),
+        "l2_distance": pa.float64(),
+        "l1_distance": pa.float64(),
+    }
 )
 
 #: Key of the index' metadata under which the model, the surrogate, the data set and the run are named, as JSON.

@@ -9,24 +9,25 @@ import numpy as np
 import pyarrow as pa
 
 from lrrobust.results.examples import unpack_pixels
+from lrrobust.results.schema import schema_without_nulls
 
-ADVERSARIAL_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("wnid", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("prediction", pa.int32(), nullable=False),
-        pa.field("norm", pa.string(), nullable=False),
-        pa.field("eps", pa.float64(), nullable=False),
-        pa.field("linf_distance", pa.float64(), nullable=False),
-        pa.field("l2_distance", pa.float64(), nullable=False),
-        pa.field("l1_distance", pa.float64(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("clean", pa.binary(), nullable=False),
-        pa.field("adversarial", pa.binary(), nullable=False),
-    ]
+ADVERSARIAL_SCHEMA = schema_without_nulls(
+    {
+        "index": pa.int64(),
+        "key": pa.string(),
+        "wnid": pa.string(),
+        "label": pa.int32(),
+        "prediction": pa.int32(),
+        "norm": pa.string(),
+        "eps": pa.float64(),
+        "linf_distance": pa.float64(),
+        "l2_distance": pa.float64(),
+        "l1_distance": pa.float64(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "clean": pa.binary(),
+        "adversarial": pa.binary(),
+    }
 )
 
 

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from lrrobust.results.schema import schema_without_nulls
+
 #: Bytes of perturbations that one attack may keep, and the images it then keeps at most.
 _BUDGET_BYTES = 8_000_000
 _MOST, _FEWEST = 64, 8
 
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("clean", pa.binary(), nullable=False),
-        pa.field("perturbation", pa.binary()),
-    ]
-)
+EXAMPLE_SCHEMA = schema_without_nulls(
+    {
+        "index": pa.int64(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "clean": pa.binary(),
+    }
+).append(pa.field("perturbation", pa.binary()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,10 @@ _OUTCOMES_WITH_DISTANCE = ("broken", "broken_at_smaller_eps")
 _BROKEN_OUTCOMES = ("wrong_when_clean", *_OUTCOMES_WITH_DISTANCE, "broken_by_earlier_attack")
 
 
+def schema_without_nulls(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
 def _column(name: str, kind: pa.DataType, unit: str, meaning: str, *, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable, metadata={"unit": unit, "meaning": meaning})
 
