@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,12 +25,22 @@ def problem(linear_problem):
     return made, labels
 
 
-@pytest.mark.parametrize("norm", SPECS)
-def test_every_way_attacks_with_the_same_budget_and_finds_the_same(norm, problem, monkeypatch):
+@pytest.fixture
+def without_foolbox(monkeypatch):
     monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+
+
+def compared(problem, spec=SPECS["linf"], **options):
+    made, labels = problem
+    options = {"repeats": 2, "batch_size": 5, "chunk_size": 12, **options}
+    return compare_attack_loops(made.model, 2, made.images, labels, spec, **options)
+
+
+@pytest.mark.parametrize("norm", SPECS)
+def test_every_way_attacks_with_the_same_budget_and_finds_the_same(norm, problem, without_foolbox):
     made, labels = problem
     spec = SPECS[norm]
-    frame = pd.DataFrame(compare_attack_loops(made.model, 2, made.images, labels, spec, repeats=2, batch_size=5, chunk_size=12))
+    frame = pd.DataFrame(compared(problem, spec))
     assert list(frame["name"]) == 2 * [OURS, USUAL, CORRECT_ONLY]
     nearest = torch.where(labels == made.labels, made.nearest(norm), 0)
     for eps in spec.eps:
@@ -39,23 +51,18 @@ def test_every_way_attacks_with_the_same_budget_and_finds_the_same(norm, problem
     np.testing.assert_allclose(frame["images_per_s"] * frame["wall_s"], 12)
 
 
-def test_no_way_has_batch_normalisation_learn_of_the_attacked(problem, monkeypatch):
-    monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+def test_no_way_has_batch_normalisation_learn_of_the_attacked(problem, without_foolbox):
     made, labels = problem
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), made.model).eval()
-    compared = compare_attack_loops(model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
-    assert len(list(compared)) == 6
+    assert len(list(compared((replace(made, model=model), labels)))) == 6
     assert not model.training and not model[0].training and model[0].num_batches_tracked == 0
 
 
-def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
-    monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+def test_each_way_takes_the_gradients_that_it_is_about(problem, without_foolbox):
     made, labels = problem
     taken = []
     made.model.register_forward_hook(lambda module, inputs, output: taken.append(len(inputs[0]) * inputs[0].requires_grad))
-    frame = pd.DataFrame(
-        compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
-    )
+    frame = pd.DataFrame(compared(problem))
     gradients = frame.groupby("name").gradients.agg(set)
     assert gradients[USUAL] == {12 * 3 * 4} and gradients[CORRECT_ONLY] == {8 * 3 * 4}
     (ours,) = gradients[OURS]
@@ -65,8 +72,7 @@ def test_each_way_takes_the_gradients_that_it_is_about(problem, monkeypatch):
     assert sum(taken) == 2 * (ours + 12 * 3 * 4 + 8 * 3 * 4) + (1 + 4 + 4) + 5 + 1
 
 
-def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkeypatch):
-    monkeypatch.setattr(attack_loop.importlib.util, "find_spec", lambda name: None)
+def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkeypatch, without_foolbox):
     build, rounds = attack_loop._torchattacks, []
 
     def greedy(*arguments, is_correct_only=False):
@@ -82,10 +88,7 @@ def test_one_that_ran_out_of_memory_leaves_the_next_no_gradients(problem, monkey
         return run if is_correct_only else run_out
 
     monkeypatch.setattr(attack_loop, "_torchattacks", greedy)
-    made, labels = problem
-    frame = pd.DataFrame(
-        compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=2, batch_size=5, chunk_size=12)
-    )
+    frame = pd.DataFrame(compared(problem))
     assert set(frame["name"]) == {OURS, CORRECT_ONLY}
     assert set(frame[frame["name"] == CORRECT_ONLY].gradients) == {8 * 3 * 4}
 
@@ -104,15 +107,13 @@ def test_summary_keeps_what_was_found():
 
 
 def test_what_peers_cannot_do_is_refused(problem):
-    made, labels = problem
     for change in ({"restarts": 2}, {"eps": (0.0, 0.1)}):
         with pytest.raises(ConfigError, match="expected one restart and budgets above 0"):
-            next(compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"].model_copy(update=change)))
+            next(compared(problem, SPECS["linf"].model_copy(update=change)))
 
 
 def test_foolbox_takes_part_when_installed(problem):
     pytest.importorskip("foolbox")
-    made, labels = problem
-    frame = pd.DataFrame(compare_attack_loops(made.model, 2, made.images, labels, SPECS["linf"], repeats=1))
+    frame = pd.DataFrame(compared(problem, repeats=1))
     accuracies = frame.set_index("name")["robust_accuracy"]
     assert accuracies[attack_loop.FOOLBOX] == pytest.approx(accuracies[USUAL], abs=0.1)

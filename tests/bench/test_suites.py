@@ -1,4 +1,5 @@
 import signal
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pandas as pd
@@ -130,27 +131,13 @@ def test_options_reach_the_measurement(tmp_path, monkeypatch):
 
     monkeypatch.setitem(BENCHES, "harness", measure)
     assert cli.run(["bench", "harness"]) == 0
-    assert (given[0].repeats, given[0].budget_s, given[0].n, given[0].models, given[0].sizes, given[0].batch_size) == (
-        5,
-        120,
-        32,
-        ("resnet50",),
-        None,
-        None,
-    )
+    numbers = attrgetter("repeats", "budget_s", "n", "models", "sizes", "batch_size")
+    assert numbers(given[0]) == (5, 120, 32, ("resnet50",), None, None)
     options = "--repeats 3 --budget 7.5 --n 9 -m a -m b --image-size 64 --image-size 224 --batch-size 5"
     options += " --attack fgsm --dataset folder"
     assert cli.run(["bench", "harness", *options.split()]) == 0
-    found = given[1]
-    assert (found.repeats, found.budget_s, found.n, found.models, found.sizes, found.batch_size) == (
-        3,
-        7.5,
-        9,
-        ("a", "b"),
-        (64, 224),
-        5,
-    )
-    assert (found.attack, found.dataset) == ("fgsm", "folder")
+    assert numbers(given[1]) == (3, 7.5, 9, ("a", "b"), (64, 224), 5)
+    assert (given[1].attack, given[1].dataset) == ("fgsm", "folder")
 
 
 @pytest.mark.parametrize("bench", ["attack-loop", "harness"])
