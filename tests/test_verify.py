@@ -154,6 +154,17 @@ def exported(run, tmp_path):
     return found, tmp_path / "images"
 
 
+@pytest.fixture
+def refused(run, exported):
+    """refused(said, model): of the export as it is now, in one line."""
+
+    def check(said, model="target"):
+        code, _, err = run("verify", exported[1], *models(model))
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+    return check
+
+
 def test_images_of_two_runs_are_not_mixed(run, exported, tmp_path):
     found, folder = exported
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -233,45 +244,40 @@ def test_an_image_that_fools_no_more_is_exit_code_1(run, exported):
     assert code == 1 and f"{len(index) - 1}" in out.split()
 
 
-@pytest.mark.parametrize("damage", ["image", "index", "missing", "outside", "model"])
-def test_damage_is_said_in_one_line(run, exported, damage):
-    found, folder = exported
-    image = next((folder / "adversarial" / "fgsm").iterdir())
-    if damage == "image":
-        image.write_bytes(image.read_bytes()[:-9])
-    elif damage == "index":
-        (folder / "index.parquet").write_bytes(b"PAR1")
-    elif damage == "missing":
-        image.unlink()
-    elif damage == "outside":
-        rewrite(folder, file="../model.py")
-    code, _, err = run("verify", folder, *models("large" if damage == "model" else "target"))
-    said = {
-        "image": "is not the file that the index describes",
-        "index": "is not the index of an export",
-        "missing": "cannot be read",
-        "outside": "lies outside",
-        "model": "has 8 x 8 pixels, the model takes 16 x 16",
-    }
-    assert code == 2 and said[damage] in err and len(err.strip().splitlines()) == 1
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder, image: image.write_bytes(image.read_bytes()[:-9]), "is not the file that the index describes"),
+        (lambda folder, image: (folder / "index.parquet").write_bytes(b"PAR1"), "is not the index of an export"),
+        (lambda folder, image: image.unlink(), "cannot be read"),
+        (lambda folder, image: rewrite(folder, file="../model.py"), "lies outside"),
+    ],
+    ids=["image", "index", "missing", "outside"],
+)
+def test_damage_is_said_in_one_line(refused, exported, damage, said):
+    _, folder = exported
+    damage(folder, next((folder / "adversarial" / "fgsm").iterdir()))
+    refused(said)
+
+
+def test_a_model_for_images_of_another_size_is_refused(refused):
+    refused("has 8 x 8 pixels, the model takes 16 x 16", "large")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 @pytest.mark.parametrize("place", ["image", "index"])
-def test_nobody_waits_for_a_pipe_in_the_place_of_a_file(run, exported, place):
+def test_nobody_waits_for_a_pipe_in_the_place_of_a_file(refused, exported, place):
     _, folder = exported
     file = folder / "index.parquet" if place == "index" else next((folder / "adversarial" / "fgsm").iterdir())
     file.unlink()
     os.mkfifo(file)
-    code, _, err = run("verify", folder, *models("target"))
-    assert code == 2 and "not a regular file" in err and len(err.strip().splitlines()) == 1
+    refused("not a regular file")
 
 
-def test_a_table_that_is_no_index_is_said_to_be(run, exported):
+def test_a_table_that_is_no_index_is_said_to_be(refused, exported):
     _, folder = exported
     pd.read_parquet(folder / "index.parquet").to_parquet(folder / "index.parquet")
-    code, _, err = run("verify", folder, *models("target"))
-    assert code == 2 and "it does not say of which run it is" in err and len(err.strip().splitlines()) == 1
+    refused("it does not say of which run it is")
 
 
 @pytest.mark.parametrize(
@@ -287,11 +293,9 @@ def test_a_table_that_is_no_index_is_said_to_be(run, exported):
     ],
     ids=str,
 )
-def test_an_index_that_was_edited_is_refused_in_one_line(run, exported, change):
-    _, folder = exported
-    rewrite(folder, **change)
-    code, _, err = run("verify", folder, *models("target"))
-    assert code == 2 and "is not the index of an export" in err and len(err.strip().splitlines()) == 1
+def test_an_index_that_was_edited_is_refused_in_one_line(refused, exported, change):
+    rewrite(exported[1], **change)
+    refused("is not the index of an export")
 
 
 def test_images_so_far_are_said_to_be_that_and_none_is_no_proof(run, exported):

@@ -10,9 +10,11 @@ from lrrobust.check.compare import compare, find_differences, require_sensitivit
 from lrrobust.errors import BaselineError
 
 LADDER = tuple(eps / 255 for eps in (0.125, 0.25, 0.5, 1, 2, 4))
+KEYS = [("pgd", "linf", eps) for eps in LADDER]
+KEY = KEYS[0]
 SUITE = [
     *(("fgsm", "linf", eps) for eps in LADDER),
-    *(("pgd", "linf", eps) for eps in LADDER),
+    *KEYS,
     *(("pgd_l2", "l2", eps) for eps in (0.05, 0.1, 0.2, 0.5, 1, 2)),
     *(("cw", "l2", eps) for eps in (0.05, 0.1, 0.2, 0.5, 1, 2, math.inf)),
 ]
@@ -42,10 +44,9 @@ class TestPlantedLoss:
     @pytest.mark.parametrize("seed", range(20))
     def test_of_5_points_on_200_images_is_caught(self, run_of, baseline_of, seed):
         generator = np.random.default_rng(seed)
-        keys = [("pgd", "linf", eps) for eps in LADDER]
-        outcomes = nested(generator, 200, keys)
+        outcomes = nested(generator, 200, KEYS)
         baseline = baseline_of(outcomes)
-        planted = keys[seed % len(keys)]
+        planted = KEYS[seed % len(KEYS)]
         result = compare(baseline, [run_of(with_lost(outcomes, generator, 10, at=planted))], "b.json")
         assert result.verdict == "regressed"
         (fallen,) = [c for c in result.comparisons if c.is_regression]
@@ -70,7 +71,7 @@ class TestPlantedLoss:
         now[np.flatnonzero(before)[:20]] = False
         now[np.flatnonzero(~before)[:2]] = True
         same = generator.random(200) < 0.5
-        keys = [("pgd", "linf", eps) for eps in LADDER[:3]]
+        keys = KEYS[:3]
         baseline = baseline_of({keys[0]: before, keys[1]: same, keys[2]: before})
         result = compare(baseline, [run_of({keys[0]: now, keys[1]: same, keys[2]: now})], "b.json")
         p = binomtest(20, 22, alternative="greater").pvalue
@@ -83,18 +84,17 @@ class TestPlantedLoss:
 class TestHonestReruns:
     def test_identical_rows_pass_100_of_100(self, run_of, baseline_of):
         for seed in range(100):
-            outcomes = nested(np.random.default_rng(seed), 200, [("pgd", "linf", eps) for eps in LADDER])
+            outcomes = nested(np.random.default_rng(seed), 200, KEYS)
             result = compare(baseline_of(outcomes), [run_of(outcomes)], "b.json")
             assert result.verdict == "passed"
             assert not any(c.lost or c.gained for c in result.comparisons)
 
     def test_rounding_noise_passes_100_of_100(self, run_of, baseline_of):
         """Both runs err on images near the border, as the rounding of other machines makes them."""
-        keys = [("pgd", "linf", eps) for eps in LADDER]
         flips = 0
         for seed in range(100):
             generator = np.random.default_rng(seed)
-            outcomes = nested(generator, 200, keys)
+            outcomes = nested(generator, 200, KEYS)
             first, second = (
                 {key: is_robust ^ (generator.random(200) < 0.0025) for key, is_robust in outcomes.items()} for _ in range(2)
             )
@@ -105,7 +105,7 @@ class TestHonestReruns:
 
     def test_false_alarms_keep_to_the_level(self, run_of, baseline_of):
         """Heavy symmetric noise, as retraining makes: at most the stated share of checks fails."""
-        keys = [("pgd", "linf", eps) for eps in LADDER[:3]]
+        keys = KEYS[:3]
         failed, rule = 0, Rule(significance=0.2, floor=0.0)
         for seed in range(300):
             generator = np.random.default_rng(seed)
@@ -118,8 +118,7 @@ class TestHonestReruns:
 
 def test_a_fall_below_the_floor_passes(run_of, baseline_of):
     generator = np.random.default_rng(0)
-    key = ("pgd", "linf", LADDER[0])
-    outcomes = {key: generator.random(2000) < 0.5}
+    outcomes = {KEY: generator.random(2000) < 0.5}
     lost = run_of(with_lost(outcomes, generator, 19))
     for floor, expected in ((0.01, "passed"), (0.0095, "regressed"), (0.0, "regressed")):
         result = compare(baseline_of(outcomes, Rule(floor=floor)), [lost], "b.json")
@@ -128,8 +127,7 @@ def test_a_fall_below_the_floor_passes(run_of, baseline_of):
 
 
 def test_gains_never_fail(run_of, baseline_of):
-    key = ("pgd", "linf", LADDER[0])
-    result = compare(baseline_of({key: np.zeros(200)}), [run_of({key: np.ones(200)})], "b.json")
+    result = compare(baseline_of({KEY: np.zeros(200)}), [run_of({KEY: np.ones(200)})], "b.json")
     assert result.verdict == "passed"
     assert len(result.comparisons[0].gained) == 200
     assert result.comparisons[0].p_value == 1
@@ -137,30 +135,28 @@ def test_gains_never_fail(run_of, baseline_of):
 
 @pytest.mark.parametrize(("gained", "lost", "said"), [(20, 0, 1), (20, 10, 0), (3, 0, 0)])
 def test_gains_beyond_chance_are_said_as_attacks_that_fail_make_them_too(run_of, baseline_of, gained, lost, said):
-    key, place = ("pgd", "linf", LADDER[0]), np.arange(200)
+    place = np.arange(200)
     now = (place >= 100 - gained) & (place < 200 - lost)
-    notes = compare(baseline_of({key: place >= 100}), [run_of({key: now})], "b.json").notes
+    notes = compare(baseline_of({KEY: place >= 100}), [run_of({KEY: now})], "b.json").notes
     assert [" rose beyond chance, by 10.0 points under pgd at eps" in note for note in notes] == [True] * said
 
 
 def test_flipped_images_are_named(run_of, baseline_of):
-    key = ("pgd", "linf", LADDER[0])
     before, now = np.ones(50, bool), np.ones(50, bool)
     before[3], now[[7, 20]] = False, False
-    run = run_of({key: now})
+    run = run_of({KEY: now})
     # Parts are written in any order; the bitmap follows the data set.
     shuffled = run.rows.sample(frac=1, random_state=0)
     object.__setattr__(run, "rows", shuffled)
-    (c,) = compare(baseline_of({key: before}), [run], "b.json").comparisons
+    (c,) = compare(baseline_of({KEY: before}), [run], "b.json").comparisons
     assert [(f.index, f.key, f.outcome) for f in c.lost] == [(7, "ant/0007.png", "broken"), (20, "ant/0020.png", "broken")]
     assert [f.key for f in c.gained] == ["ant/0003.png"]
     assert c.fall == pytest.approx(1 / 50)
 
 
 def test_smallest_noticed_fall_is_the_smallest_that_fails(run_of, baseline_of):
-    keys = [("pgd", "linf", eps) for eps in LADDER]
     for n, rule in ((200, Rule()), (50, Rule(significance=0.01)), (2000, Rule(floor=0.02))):
-        outcomes = {key: np.ones(n, bool) for key in keys}
+        outcomes = {key: np.ones(n, bool) for key in KEYS}
         baseline = baseline_of(outcomes, rule)
         count = smallest_noticed_fall(baseline)
         for lost, expected in ((count, "regressed"), (count - 1, "passed")):
@@ -171,10 +167,9 @@ def test_smallest_noticed_fall_is_the_smallest_that_fails(run_of, baseline_of):
 
 @pytest.mark.parametrize(("robust", "noticed"), [(5, None), (6, 6)])
 def test_only_robust_images_can_be_lost(run_of, baseline_of, robust, noticed):
-    key = ("pgd", "linf", LADDER[0])
-    baseline = baseline_of({key: np.arange(20) < robust})
+    baseline = baseline_of({KEY: np.arange(20) < robust})
     assert smallest_noticed_fall(baseline) == noticed
-    nothing_left = run_of({key: np.zeros(20, bool)})
+    nothing_left = run_of({KEY: np.zeros(20, bool)})
     result = compare(baseline, [nothing_left], "b.json")
     assert result.verdict == ("passed" if noticed is None else "regressed")
     if noticed is None:
@@ -193,7 +188,7 @@ def test_only_robust_images_can_be_lost(run_of, baseline_of, robust, noticed):
     ],
 )
 def test_a_check_that_could_never_fail_is_refused(baseline_of, run_of, robust, n, rule):
-    outcomes = {("pgd", "linf", LADDER[0]): np.arange(n) < robust}
+    outcomes = {KEY: np.arange(n) < robust}
     baseline = baseline_of(outcomes, rule)
     assert verdict(baseline, run_of({key: np.zeros(n, bool) for key in outcomes})) == "passed"
     with pytest.raises(BaselineError, match=f"never fail: at most {robust} of its {n} images"):
@@ -209,8 +204,7 @@ def test_a_check_that_could_just_fail_is_not_refused(baseline_of, run_of, robust
 
 
 def test_one_model_of_which_nothing_could_be_lost_is_refused_beside_another(baseline_of, run_of):
-    key = ("pgd", "linf", LADDER[0])
-    strong, weak = (baseline_of({key: np.arange(50) < robust}) for robust in (40, 2))
+    strong, weak = (baseline_of({KEY: np.arange(50) < robust}) for robust in (40, 2))
     of_weak = weak.models[0].model_copy(update={"model": {**weak.models[0].model, "name": "weak"}})
     both = strong.model_copy(update={"models": (strong.models[0], of_weak)})
     with pytest.raises(BaselineError, match="at most 2 of its 50 images .* for weak.*or leave that model out"):
@@ -219,7 +213,7 @@ def test_one_model_of_which_nothing_could_be_lost_is_refused_beside_another(base
 
 
 class TestAnotherComparison:
-    OUTCOMES = {("pgd", "linf", LADDER[0]): np.ones(50, bool)}
+    OUTCOMES = {KEY: np.ones(50, bool)}
 
     @pytest.mark.parametrize(
         ("change", "said"),

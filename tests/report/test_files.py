@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 
 from lrrobust.report.drawing import Drawers
 from lrrobust.report.figures import sketch_runs
@@ -85,17 +86,11 @@ class TestWriteReport:
         assert "No part is finished yet." in paths[1].read_text()
 
 
-def test_reports_need_no_torch():
-    code = (
-        "import sys, lrrobust.report.files, lrrobust.plots, lrrobust.results\n"
-        "print([name for name in ('torch', 'numba', 'triton', 'matplotlib.pyplot') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_tables_need_no_matplotlib_nor_rich():
-    modules = "('matplotlib', 'rich')"
-    code = f"import sys, lrrobust.report.files; print([name for name in {modules} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("imported", "spared"),
+    [("lrrobust.plots, lrrobust.results", ("torch", "numba", "triton", "matplotlib.pyplot")), ("sys", ("matplotlib", "rich"))],
+)
+def test_reports_need_no_torch_and_tables_no_matplotlib_nor_rich(imported, spared):
+    code = f"import sys, lrrobust.report.files, {imported}; print([name for name in {spared} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

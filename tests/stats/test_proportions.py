@@ -26,19 +26,19 @@ def test_wilson_ends_are_exact():
     assert wilson_interval(0, 0) == (0, 1)
 
 
-@pytest.mark.parametrize("arguments", [(-1, 5), (6, 5), (1, -1), (1, 5, 0), (1, 5, 1), (1, 5, 95)])
-def test_wilson_refuses_what_is_out_of_range(arguments):
-    with pytest.raises(ValueError, match="expected 0 <"):
-        wilson_interval(*arguments)
-
-
 @pytest.mark.parametrize("successes, n, share", [(0, 10, 0.1), (1, 10, 0.1), (5, 64, 0.02), (64, 64, 0.5), (0, 0, 0.3)])
 def test_binomial_test_agrees_with_scipy(successes, n, share):
     expected = binomtest(successes, n, share, alternative="greater").pvalue if n else 1.0
     assert binomial_p_value(successes, n, share) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("arguments", [(-1, 5, 0.5), (6, 5, 0.5), (1, 5, 0.0), (1, 5, 1.0)])
-def test_binomial_test_refuses_what_is_out_of_range(arguments):
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        *((wilson_interval, arguments) for arguments in [(-1, 5), (6, 5), (1, -1), (1, 5, 0), (1, 5, 1), (1, 5, 95)]),
+        *((binomial_p_value, arguments) for arguments in [(-1, 5, 0.5), (6, 5, 0.5), (1, 5, 0.0), (1, 5, 1.0)]),
+    ],
+)
+def test_what_is_out_of_range_is_refused(function, arguments):
     with pytest.raises(ValueError, match="expected 0 <"):
-        binomial_p_value(*arguments)
+        function(*arguments)
