@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,10 @@ class LinearProblem:
     weight: torch.Tensor  # (K, 3 * SIZE * SIZE)
     images: torch.Tensor
     labels: torch.Tensor
+
+    def __iter__(self) -> Iterator[nn.Module | torch.Tensor]:
+        """What attacks take."""
+        return iter((self.model, self.images, self.labels))
 
     def nearest(self, norm: Norm) -> torch.Tensor:
         """Distance from each image to the nearest other class: margin / dual norm of the weights' difference."""

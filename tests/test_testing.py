@@ -20,12 +20,12 @@ def test_equals_the_closed_form(problem):
     distances = problem.nearest("linf")
     eps = float(distances.median())
     expected = float((distances > eps * 1.001).double().mean())
-    found = assert_robust(problem.model, problem.images, problem.labels, eps=eps, at_least=0.0)
+    found = assert_robust(*problem, eps=eps, at_least=0.0)
     assert found == pytest.approx(expected, abs=0.11)
     assert 0 < found < 1
-    assert assert_robust(problem.model, problem.images, problem.labels, eps=float(distances.min()) * 0.9, at_least=1.0) == 1.0
+    assert assert_robust(*problem, eps=float(distances.min()) * 0.9, at_least=1.0) == 1.0
     with pytest.raises(AssertionError):
-        assert_robust(problem.model, problem.images, problem.labels, eps=float(distances.max()) * 3, at_least=0.01)
+        assert_robust(*problem, eps=float(distances.max()) * 3, at_least=0.01)
 
 
 def test_failure_names_numbers_and_images(problem):
@@ -46,7 +46,7 @@ def test_failure_names_numbers_and_images(problem):
 def test_under_a_suite_any_attack_breaks(problem, tmp_path):
     (tmp_path / "two.yaml").write_text("kind: suite\nattacks: [fgsm, pgd]\n")
     eps = float(problem.nearest("linf").median())
-    arguments = (problem.model, problem.images, problem.labels)
+    arguments = tuple(problem)
     alone = [assert_robust(*arguments, attack=name, eps=eps, at_least=0) for name in ("fgsm", "pgd")]
     assert assert_robust(*arguments, attack=tmp_path / "two.yaml", eps=eps, at_least=0) <= min(alone)
 
@@ -63,7 +63,7 @@ def test_repeats_itself_and_leaves_no_trace(problem):
 
 def test_minimal_norm_attacks_count_within_eps_only(problem):
     eps = float(problem.nearest("l2").median())
-    found = assert_robust(problem.model, problem.images, problem.labels, attack="cw", eps=eps, at_least=0.0)
+    found = assert_robust(*problem, attack="cw", eps=eps, at_least=0.0)
     assert 0.3 < found < 0.7
 
 
@@ -111,7 +111,7 @@ def test_a_model_built_in_inference_mode_is_refused(problem):
 
 def test_inside_inference_mode_it_attacks_as_outside(problem):
     arguments = {"eps": float(problem.nearest("linf").median()), "at_least": 0}
-    outside = assert_robust(problem.model, problem.images, problem.labels, **arguments)
+    outside = assert_robust(*problem, **arguments)
     with torch.inference_mode():
         assert assert_robust(problem.model, problem.images.clone(), problem.labels.clone(), **arguments) == outside
 

@@ -8,7 +8,7 @@ from torch import nn
 from lrrobust.attacks.build import Attack, Effort
 from lrrobust.evaluation.chunks import start_seed
 from lrrobust.evaluation.judge import Judge
-from lrrobust.threat import ThreatModel, distance
+from lrrobust.threat import ThreatModel, distance, is_in_box
 
 
 @pytest.fixture(scope="package")
@@ -109,6 +109,41 @@ def assert_batches_do_not_matter(in_double, attack_with):
             assert torch.equal(whole.is_broken, parts.is_broken)
             torch.testing.assert_close(whole.proposals, parts.proposals, atol=atol, rtol=0)
             assert torch.equal(whole.effort.forward_passes, parts.effort.forward_passes)
+
+    return compare
+
+
+@pytest.fixture
+def assert_breaks_beyond_the_nearest(linear_problem, attack_with):
+    """With `make(*ladder)` images break just beyond the nearest adversarial image and not before, within ball and box."""
+
+    def check(make, norm, count, *, classes=2, step=0.02, most=8):
+        problem = linear_problem(count, classes=classes)
+        nearest = problem.nearest(norm)
+        ladder = sorted(float(share * wanted) for wanted in nearest[:most] for share in (1 - step, 1 + step))
+        attacked = attack_with(make(*ladder), *problem, batch_size=3)
+        for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
+            decided = (eps - nearest).abs() > step / 2 * nearest
+            assert torch.equal(is_broken[decided], eps > nearest[decided])
+            assert ThreatModel(norm, eps).is_in_ball(problem.images, proposals).all()
+            assert is_in_box(proposals).all()
+
+    return check
+
+
+@pytest.fixture
+def beside_peer(trained, attack_with):
+    """Of 60 images that are right when clean, how many our attack breaks, and how many the one that a peer makes of a model."""
+
+    def compare(spec, make):
+        model, images, labels = trained
+        with torch.no_grad():
+            correct = model(images).argmax(1) == labels
+        images, labels = images[correct][:60], labels[correct][:60]
+        ours = attack_with(spec, model, images, labels, batch_size=60).is_broken.sum()
+        adversarial = make(model)(images, labels)
+        with torch.no_grad():
+            return ours, (model(adversarial).argmax(1) != labels).sum()
 
     return compare
 

@@ -66,7 +66,7 @@ def test_without_such_layers_it_is_pgd_with_as_many_restarts(linear_problem, att
         problem.images,
         problem.labels,
     )
-    found = attack_with(adaptive(eps, restarts=2), problem.model, problem.images, problem.labels)
+    found = attack_with(adaptive(eps, restarts=2), *problem)
     assert sorted(found.claims) == sorted(plain.claims) and 0 < found.is_broken.sum() < 12
     assert torch.equal(found.effort.forward_passes, plain.effort.forward_passes)
     assert torch.equal(found.effort.backward_passes, plain.effort.backward_passes)
@@ -77,7 +77,7 @@ def test_success_is_where_the_closed_form_says(linear_problem, attack_with):
     for norm in ("linf", "l2"):
         nearest = problem.nearest(norm)
         ladder = tuple(float(nearest.quantile(q)) for q in (0.2, 0.5, 0.8))
-        found = attack_with(adaptive(*ladder, norm=norm), problem.model, problem.images, problem.labels)
+        found = attack_with(adaptive(*ladder, norm=norm), *problem)
         for level, eps in enumerate(ladder):
             assert (
                 found.is_broken[level][nearest < 0.99 * eps].all() and not found.is_broken[level][nearest > 1.001 * eps].any()
@@ -88,7 +88,7 @@ def test_an_image_goes_only_to_budgets_at_which_earlier_gradients_left_it(linear
     problem = linear_problem(9, 3)
     ladder = tuple(float(problem.nearest("linf").quantile(q)) for q in (0.3, 0.6, 1.0))
     ladder = (*ladder[:2], 1.5 * ladder[2])
-    found = attack_with(adaptive(*ladder, gradients=("exact", "tempered")), problem.model, problem.images, problem.labels)
+    found = attack_with(adaptive(*ladder, gradients=("exact", "tempered")), *problem)
     for row in range(9):
         lasts = [(eps, broke) for r, eps, is_last, broke in found.claims if r == row and is_last and not broke]
         breaks = [eps for r, eps, _, broke in found.claims if r == row and broke]

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from made_models import Function
@@ -29,17 +31,9 @@ def test_checkpoints_are_those_of_the_paper():
 @NORMS
 @LOSSES
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_success_exactly_beyond_the_nearest_adversarial_image(norm, loss, count, linear_problem, attack_with):
+def test_success_exactly_beyond_the_nearest_adversarial_image(norm, loss, count, assert_breaks_beyond_the_nearest):
     classes = 5 if loss == "targeted_dlr" else 2
-    problem = linear_problem(count, classes=classes)
-    nearest = problem.nearest(norm)
-    ladder = sorted(float(share * wanted) for wanted in nearest[:2] for share in (0.99, 1.01))
-    attacked = attack_with(apgd(norm, loss, *ladder, steps=10), problem.model, problem.images, problem.labels, batch_size=3)
-    for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
-        decided = (eps - nearest).abs() > 0.005 * nearest
-        assert torch.equal(is_broken[decided], eps > nearest[decided])
-        assert ThreatModel(norm, eps).is_in_ball(problem.images, proposals).all()
-        assert is_in_box(proposals).all()
+    assert_breaks_beyond_the_nearest(partial(apgd, norm, loss, steps=10), norm, count, classes=classes, step=0.01, most=2)
 
 
 @NORMS
@@ -234,15 +228,9 @@ def test_steps_are_those_of_the_paper(norm, in_double, attack_with):
 
 
 @NORMS
-def test_no_weaker_than_torchattacks(norm, trained, attack_with):
-    model, images, labels = trained
+def test_no_weaker_than_torchattacks(norm, beside_peer):
     eps = {"linf": 0.02, "l2": 0.25}[norm]
-    with torch.no_grad():
-        correct = model(images).argmax(1) == labels
-    images, labels = images[correct][:60], labels[correct][:60]
-    ours = attack_with(apgd(norm, "ce", eps), model, images, labels, batch_size=60).is_broken.sum()
-    peer = torchattacks.APGD(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, steps=30)
-    with torch.no_grad():
-        theirs = (model(peer(images, labels)).argmax(1) != labels).sum()
+    options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "steps": 30}
+    ours, theirs = beside_peer(apgd(norm, "ce", eps), partial(torchattacks.APGD, **options))
     assert 12 < theirs < 57
     assert ours >= theirs - 1

@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -47,16 +48,8 @@ def labels(small_cnn, images):
 
 @BUDGETED
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_attacks_succeed_exactly_beyond_the_nearest_adversarial_image(spec, count, linear_problem, attack_with):
-    problem = linear_problem(count, classes=2)
-    nearest = problem.nearest(spec.norm)
-    ladder = sorted(float(share * wanted) for wanted in nearest for share in (0.98, 1.02))
-    attacked = attack_with(at(spec, *ladder), problem.model, problem.images, problem.labels, batch_size=3)
-    for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
-        decided = (eps - nearest).abs() > 0.015 * nearest
-        assert torch.equal(is_broken[decided], eps > nearest[decided])
-        assert ThreatModel(spec.norm, eps).is_in_ball(problem.images, proposals).all()
-        assert is_in_box(proposals).all()
+def test_attacks_succeed_exactly_beyond_the_nearest_adversarial_image(spec, count, assert_breaks_beyond_the_nearest):
+    assert_breaks_beyond_the_nearest(partial(at, spec), spec.norm, count)
 
 
 @pytest.mark.parametrize("spec", [PGD, PGD_L2], ids=lambda spec: spec.name)

@@ -75,7 +75,7 @@ def test_images_do_not_influence_each_other_in_a_network(small_cnn):
 
 def test_confidence_is_a_margin(linear_problem):
     problem = linear_problem(4, classes=5)
-    adversarial = attack(problem.model, problem.images, problem.labels, confidence=2.0)
+    adversarial = attack(*problem, confidence=2.0)
     with torch.no_grad():
         logits = problem.model(adversarial)
     own = logits.gather(1, problem.labels[:, None])
@@ -89,7 +89,7 @@ def test_what_is_returned_was_seen_by_the_model(linear_problem):
     problem.model.register_forward_hook(
         lambda module, inputs, output: seen.update(image.numpy().tobytes() for image in inputs[0].detach())
     )
-    adversarial = attack(problem.model, problem.images, problem.labels)
+    adversarial = attack(*problem)
     assert all(image.numpy().tobytes() in seen for image in adversarial)
 
 
@@ -128,7 +128,7 @@ def test_c_grows_tenfold_until_it_suffices():
 @pytest.mark.parametrize("initial_c", [1e-3, 1.0, 100.0])
 def test_the_search_reaches_the_optimum_from_any_first_c(initial_c, linear_problem):
     problem = linear_problem(3, classes=2)
-    adversarial = attack(problem.model, problem.images, problem.labels, binary_search_steps=8, initial_c=initial_c)
+    adversarial = attack(*problem, binary_search_steps=8, initial_c=initial_c)
     assert (distance(problem.images, adversarial, "l2") <= 1.05 * problem.nearest("l2")).all()
 
 
@@ -136,10 +136,10 @@ def test_images_that_are_done_leave_the_batch(linear_problem):
     problem = linear_problem(8, classes=5)
     sizes = []
     problem.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    early = attack(problem.model, problem.images, problem.labels)
+    early = attack(*problem)
     spent, full = sum(sizes), 8 + 8 * 5 * 100  # the clean images, then every step
     sizes.clear()
-    late = attack(problem.model, problem.images, problem.labels, abort_early=False)
+    late = attack(*problem, abort_early=False)
     assert sum(sizes) == full and set(sizes) == {8}
     assert spent < 0.8 * full
     saved = distance(problem.images, early, "l2") / distance(problem.images, late, "l2")
@@ -168,7 +168,7 @@ def test_infinite_rivals_are_no_success(linear_problem):
 def test_the_spec_reaches_the_attack_batch_by_batch(linear_problem, attack_with):
     problem = linear_problem(3, classes=5)
     (spec,) = load_suite(["cw"])
-    attacked = attack_with(spec, problem.model, problem.images, problem.labels, batch_size=2)
+    attacked = attack_with(spec, *problem, batch_size=2)
     for rows in (slice(0, 2), slice(2, 3)):
         proposed = attack(problem.model, problem.images[rows], problem.labels[rows])
         assert torch.equal(attacked.proposals[0, rows], proposed)

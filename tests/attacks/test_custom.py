@@ -36,7 +36,7 @@ def model_layer(model):
 
 def evaluate(problem, *attacks, **options):
     options = {"diagnostics": False, "progress": False} | options
-    return lrrobust.evaluate(problem.model, problem.images, problem.labels, attacks=list(attacks), **options)
+    return lrrobust.evaluate(*problem, attacks=list(attacks), **options)
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_who_is_asked_for_survivors_stops_at_the_smallest_budget(linear_problem)
             assert eps == [math.inf] * len(rows)
             return [True] * len(rows)
 
-        effort = Attack(each)(problem.model, problem.images, problem.labels, batch_size=8, claim=claim, draw=draw)
+        effort = Attack(each)(*problem, batch_size=8, claim=claim, draw=draw)
         assert max(found) <= eps
         spent.append(effort.forward_passes)
     assert (spent[1] < spent[0]).all()

@@ -31,7 +31,7 @@ NEAR = {"fab_t": 1.01, "deepfool": 1.025, "fmn": 1.02, "cw": 1.05}
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_distances_are_near_the_optimum(spec, count, classes, linear_problem, attack_with):
     problem = linear_problem(count, classes)
-    attacked = attack_with(spec, problem.model, problem.images, problem.labels, batch_size=3)
+    attacked = attack_with(spec, *problem, batch_size=3)
     assert attacked.is_broken.all() and is_in_box(attacked.proposals).all()
     ratio = distance(problem.images, attacked.proposals[0], spec.norm) / problem.nearest(spec.norm)
     assert (ratio >= 1 - 1e-4).all()

@@ -1,9 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from made_models import Function
 
 from lrrobust.attacks.specs import FgsmSpec, MiFgsmSpec
-from lrrobust.threat import ThreatModel, is_in_box
 from lrrobust.torchvision_import import import_torchvision
 
 import_torchvision()
@@ -18,16 +19,8 @@ def mi_fgsm(norm, *ladder, **settings):
 
 @NORMS
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_success_exactly_beyond_the_nearest_adversarial_image(norm, count, linear_problem, attack_with):
-    problem = linear_problem(count, classes=2)
-    nearest = problem.nearest(norm)
-    ladder = sorted(float(share * wanted) for wanted in nearest for share in (0.98, 1.02))
-    attacked = attack_with(mi_fgsm(norm, *ladder), problem.model, problem.images, problem.labels, batch_size=3)
-    for eps, is_broken, proposals in zip(ladder, attacked.is_broken, attacked.proposals, strict=True):
-        decided = (eps - nearest).abs() > 0.015 * nearest
-        assert torch.equal(is_broken[decided], eps > nearest[decided])
-        assert ThreatModel(norm, eps).is_in_ball(problem.images, proposals).all()
-        assert is_in_box(proposals).all()
+def test_success_exactly_beyond_the_nearest_adversarial_image(norm, count, assert_breaks_beyond_the_nearest):
+    assert_breaks_beyond_the_nearest(partial(mi_fgsm, norm), norm, count)
 
 
 @NORMS

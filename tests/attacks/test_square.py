@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_success_near_the_nearest_adversarial_image_and_never_below(norm, count,
     problem = linear_problem(count, classes=3)
     nearest = problem.nearest(norm)
     ladder = (0.99 * nearest.min().item(), 3.2 * nearest.max().item())
-    attacked = attack_with(square(norm, *ladder, queries=500), problem.model, problem.images, problem.labels)
+    attacked = attack_with(square(norm, *ladder, queries=500), *problem)
     assert attacked.is_broken.tolist() == [[False] * count, [True] * count]
     for eps, proposals in zip(ladder, attacked.proposals, strict=True):
         assert ThreatModel(norm, eps).is_in_ball(problem.images, proposals).all()
@@ -45,7 +46,7 @@ def test_success_near_the_nearest_adversarial_image_and_never_below(norm, count,
 def test_many_queries_come_near_the_optimum(linear_problem, attack_with):
     problem = linear_problem(1, classes=3)
     spec = square("linf", 1.15 * problem.nearest("linf").item(), queries=3000)
-    assert attack_with(spec, problem.model, problem.images, problem.labels).is_broken.all()
+    assert attack_with(spec, *problem).is_broken.all()
 
 
 class Watched(nn.Module):
@@ -156,18 +157,10 @@ def test_small_images(norm, shape, attack_with):
 
 
 @NORMS
-def test_no_weaker_than_torchattacks(norm, trained, attack_with):
-    model, images, labels = trained
+def test_no_weaker_than_torchattacks(norm, beside_peer):
     eps = {"linf": 0.05, "l2": 0.5}[norm]
-    with torch.no_grad():
-        correct = model(images).argmax(1) == labels
-    images, labels = images[correct][:60], labels[correct][:60]
-    ours = attack_with(square(norm, eps, queries=150), model, images, labels, batch_size=60).is_broken.sum()
-    peer = torchattacks.Square(
-        model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, n_queries=150, p_init=0.8, resc_schedule=False
-    )
-    with torch.no_grad():
-        theirs = (model(peer(images, labels)).argmax(1) != labels).sum()
+    options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "n_queries": 150, "p_init": 0.8, "resc_schedule": False}
+    ours, theirs = beside_peer(square(norm, eps, queries=150), partial(torchattacks.Square, **options))
     # Few as they may be, on some processors other images than on others.
     assert 3 < theirs < 58
     assert ours >= theirs - 1

@@ -70,7 +70,7 @@ def test_the_bare_loop_is_the_attack(linear_problem):
     nearest = problem.nearest("linf")
     for eps in SPEC.eps:
         spec = SPEC.model_copy(update={"eps": (eps,)})
-        standing = harness._bare_loop(problem.model, problem.images, problem.labels, spec, 5, 0)()
+        standing = harness._bare_loop(*problem, spec, 5, 0)()
         assert (nearest > 1.001 * eps).sum() <= standing <= (nearest > 0.95 * eps).sum()
     assert 0 < standing < 12
 

@@ -25,6 +25,11 @@ def problem(linear_problem):
 
 
 @pytest.fixture
+def images(problem):
+    return ImagesInMemory(problem.images, problem.labels)
+
+
+@pytest.fixture
 def run():
     """Evaluates a model on images in memory, or goes on with that; the rows."""
 

@@ -42,8 +42,7 @@ def test_what_an_attack_can_come_to_is_told_before(problem, tmp_path, run, in_me
     assert shares == pytest.approx([10 / 12, 1 - broken.mean()])
 
 
-def test_survivors_alone_are_attacked_again(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_survivors_alone_are_attacked_again(problem, tmp_path, run, images):
     weak = FGSM.model_copy(update={"eps": LADDER[1::2]})
     strong = PGD.model_copy(update={"survivors_only": True})
     alone = run(problem.model, 3, images, [weak, PGD], tmp_path / "alone")
@@ -65,16 +64,14 @@ def test_survivors_alone_are_attacked_again(problem, tmp_path, run, in_memory):
     assert (rows.outcome == "broken_by_earlier_attack").any()
 
 
-def test_an_attack_in_another_norm_leaves_nobody_out(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_an_attack_in_another_norm_leaves_nobody_out(problem, tmp_path, run, images):
     last = PGD_L2.model_copy(update={"survivors_only": True})
     rows = run(problem.model, 3, images, [PGD, last], tmp_path / "run")
     assert rows[rows.attack == "pgd"].is_broken.any()
     assert not (rows.outcome == "broken_by_earlier_attack").any()
 
 
-def test_minimal_norms_of_survivors(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_minimal_norms_of_survivors(problem, tmp_path, run, images):
     cw = CW.model_copy(update={"survivors_only": True, "eps": L2_LADDER[2:]})
     rows = run(problem.model, 3, images, [PGD_L2, cw], tmp_path / "run")
     found = rows[(rows.attack == "pgd_l2") & rows.is_broken].groupby("index").eps.min()
@@ -85,12 +82,12 @@ def test_minimal_norms_of_survivors(problem, tmp_path, run, in_memory):
     assert ((unbounded.forward_passes == 0) == unbounded["index"].isin(beaten)).all()
 
 
-def test_forward_passes_and_time_are_those_of_the_attack(problem, tmp_path, run, in_memory):
+def test_forward_passes_and_time_are_those_of_the_attack(problem, tmp_path, run, images):
     forwarded = []
     rows = run(
         problem.model,
         3,
-        in_memory(problem.images, problem.labels),
+        images,
         [PGD],
         tmp_path / "run",
         on_forward=forwarded.append,
@@ -105,24 +102,24 @@ def one_eps(eps):
     return PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(eps,), steps=1)
 
 
-def test_survivors_whose_nearest_image_is_not_found_stay_robust_without_a_budget(problem, tmp_path, attack_is, run, in_memory):
+def test_survivors_whose_nearest_image_is_not_found_stay_robust_without_a_budget(problem, tmp_path, attack_is, run, images):
     attack_is(lambda model, images, labels: images)
     cw = CW.model_copy(update={"survivors_only": True})
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [PGD_L2, cw], tmp_path / "run")
+    rows = run(problem.model, 3, images, [PGD_L2, cw], tmp_path / "run")
     assert not rows.is_broken.any() and set(rows.outcome) == {"robust"}
 
 
-def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_path, attack_is, run, in_memory):
+def test_an_attack_that_leaves_the_ball_is_rejected_not_believed(problem, tmp_path, attack_is, run, images):
     attack_is(lambda model, images, labels: 1 - images)
     flipped_labels = problem.model(1 - problem.images).argmax(1)
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [one_eps(0.001)], tmp_path / "run")
+    rows = run(problem.model, 3, images, [one_eps(0.001)], tmp_path / "run")
     assert not rows.is_broken.any()
     is_flipped = (flipped_labels != problem.labels).numpy()
     assert is_flipped.any()
     np.testing.assert_array_equal((rows.sort_values("index").outcome == "rejected").to_numpy(), is_flipped)
 
 
-def test_what_was_broken_once_stays_broken_whatever_is_claimed_later(problem, tmp_path, monkeypatch, run, in_memory):
+def test_what_was_broken_once_stays_broken_whatever_is_claimed_later(problem, tmp_path, monkeypatch, run, images):
     class Forgetful(Attack):
         def __call__(self, model, images, labels, *, claim, **_):
             with torch.enable_grad():
@@ -135,14 +132,14 @@ def test_what_was_broken_once_stays_broken_whatever_is_claimed_later(problem, tm
             return Effort(passes, passes, 0)
 
     monkeypatch.setattr(chunk_attack, "Attack", Forgetful)
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [one_eps(0.05)], tmp_path / "run")
+    rows = run(problem.model, 3, images, [one_eps(0.05)], tmp_path / "run")
     assert rows.is_broken.all() and (rows.adversarial_prediction != rows.label).all()
     np.testing.assert_allclose(rows.linf_distance.to_numpy(dtype=float), 0.04, atol=1e-6)
 
 
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
-def test_an_attack_that_proposes_no_numbers_breaks_nothing(problem, tmp_path, attack_is, pixel, run, in_memory):
+def test_an_attack_that_proposes_no_numbers_breaks_nothing(problem, tmp_path, attack_is, pixel, run, images):
     attack_is(lambda model, images, labels: torch.full_like(images, pixel))
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [one_eps(0.5)], tmp_path / "run")
+    rows = run(problem.model, 3, images, [one_eps(0.5)], tmp_path / "run")
     assert not rows.is_broken.any()
     assert (rows.outcome == "rejected").all()

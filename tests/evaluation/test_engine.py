@@ -26,8 +26,7 @@ PLAIN = PgdSpec(
 )
 
 
-def test_a_resumed_run_knows_what_was_broken_before(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_a_resumed_run_knows_what_was_broken_before(problem, tmp_path, run, images):
     specs = [FGSM, PGD.model_copy(update={"survivors_only": True})]
     whole = run(problem.model, 3, images, specs, tmp_path / "run")
     assert (whole.outcome == "broken_by_earlier_attack").any()
@@ -41,8 +40,7 @@ def drop_timings(rows):
     return rows.drop(columns="wall_s").reset_index(drop=True)
 
 
-def test_resumed_run_equals_uninterrupted_one(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_resumed_run_equals_uninterrupted_one(problem, tmp_path, run, images):
     specs = [FGSM, PGD, PGD_L2, CW]
     whole = run(problem.model, 3, images, specs, tmp_path / "whole")
     done = []
@@ -126,8 +124,7 @@ def test_larger_budgets_ahead_take_nothing_from_smaller_ones(
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
-def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, run, images):
     run(problem.model, 3, images, [FGSM], tmp_path / "run")
     if not is_complete:
         next((tmp_path / "run" / "parts").glob("*-000005-*")).unlink()
@@ -136,8 +133,7 @@ def test_resuming_with_another_model_is_refused(problem, tmp_path, is_complete, 
         run(nn.Sequential(Function(lambda images: images * 0.9), problem.model).eval(), 3, images, [FGSM], tmp_path / "run")
 
 
-def test_one_image_with_other_logits_is_another_model(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_one_image_with_other_logits_is_another_model(problem, tmp_path, run, images):
     run(problem.model, 3, images, [FGSM], tmp_path / "run")
     first = problem.images[0]
 
@@ -177,15 +173,14 @@ def have_no_room(images):
         (have_no_room, None, "out of memory on cpu with a single image: use smaller images, or another device"),
     ],
 )
-def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, before, behind, message, run, in_memory):
+def test_models_that_cannot_be_judged_are_refused(problem, tmp_path, before, behind, message, run, images):
     model = nn.Sequential(Function(before) if before else nn.Identity(), problem.model, behind or nn.Identity())
     with pytest.raises(ModelError, match=message):
-        run(model.eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run", batch_size=5)
+        run(model.eval(), 3, images, [FGSM], tmp_path / "run", batch_size=5)
 
 
-def test_attacks_by_answers_alone_need_no_gradient(problem, tmp_path, run, in_memory):
+def test_attacks_by_answers_alone_need_no_gradient(problem, tmp_path, run, images):
     square = SquareSpec(name="square", kind="square", norm="linf", eps=(0.0005, 0.002), queries=20)
-    images = in_memory(problem.images, problem.labels)
     whole = run(problem.model, 3, images, [square], tmp_path / "whole")
     blind = run(detached(problem.model).eval(), 3, images, [square], tmp_path / "blind")
     assert drop_timings(blind).equals(drop_timings(whole)) and 0 < whole.is_broken.mean() < 1
@@ -193,8 +188,7 @@ def test_attacks_by_answers_alone_need_no_gradient(problem, tmp_path, run, in_me
         run(detached(problem.model).eval(), 3, images, [square, FGSM], tmp_path / "both")
 
 
-def test_a_damaged_part_is_computed_again(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_a_damaged_part_is_computed_again(problem, tmp_path, run, images):
     whole = run(problem.model, 3, images, [PGD], tmp_path / "run")
     part = sorted((tmp_path / "run" / "parts").glob("*.parquet"))[1]
     part.write_bytes(part.read_bytes()[:-20])
@@ -202,8 +196,7 @@ def test_a_damaged_part_is_computed_again(problem, tmp_path, run, in_memory):
     assert drop_timings(again).equals(drop_timings(whole))
 
 
-def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_path, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_path, run, images):
     torch.manual_seed(1)
     first = run(problem.model, 3, images, [PGD], tmp_path / "a")
     drawn = torch.rand(3)
@@ -215,8 +208,7 @@ def test_random_state_of_the_caller_is_untouched_and_irrelevant(problem, tmp_pat
     torch.testing.assert_close(drawn, torch.rand(3), atol=0, rtol=0)
 
 
-def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attack_is, run, in_memory):
-    images = in_memory(problem.images, problem.labels)
+def test_nan_logits_stop_the_run_and_keep_what_was_done(problem, tmp_path, attack_is, run, images):
     calls = []
 
     def attack(model, batch, labels):
@@ -246,23 +238,23 @@ def fail(images):
         (nn.Identity(), 3, "expected logits"),
     ],
 )
-def test_what_is_no_classifier_is_refused_in_one_line(problem, tmp_path, model, num_classes, message, run, in_memory):
+def test_what_is_no_classifier_is_refused_in_one_line(problem, tmp_path, model, num_classes, message, run, images):
     with pytest.raises(ModelError, match=message) as caught:
-        run(model, num_classes, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+        run(model, num_classes, images, [FGSM], tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
-def test_a_randomised_model_is_said_aloud(problem, tmp_path, caplog, run, in_memory):
+def test_a_randomised_model_is_said_aloud(problem, tmp_path, caplog, run, images):
     noisy = nn.Sequential(problem.model, Function(lambda logits: logits + torch.randn(len(logits), 3)))
-    run(noisy.eval(), 3, in_memory(problem.images, problem.labels), [FGSM], tmp_path / "run")
+    run(noisy.eval(), 3, images, [FGSM], tmp_path / "run")
     assert "the model is randomised" in caplog.text
     assert all("randomised" in part for part in load_run(tmp_path / "run").part_metadata.values())
 
 
-def test_the_model_is_given_back_as_it_was(problem, tmp_path, run, in_memory):
+def test_the_model_is_given_back_as_it_was(problem, tmp_path, run, images):
     model = nn.Sequential(problem.model, nn.BatchNorm1d(3)).train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    run(model, 3, in_memory(problem.images, problem.labels), [FGSM, PGD], tmp_path / "run")
+    run(model, 3, images, [FGSM, PGD], tmp_path / "run")
     assert model.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for key, tensor in model.state_dict().items():

@@ -32,11 +32,6 @@ def timeless(found):
     return found.rows.drop(columns="wall_s").reset_index(drop=True)
 
 
-@pytest.fixture
-def images(problem, in_memory):
-    return in_memory(problem.images, problem.labels)
-
-
 class _FullInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, room):

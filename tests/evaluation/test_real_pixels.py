@@ -31,7 +31,7 @@ def at(rows, eps):
 
 
 def test_an_image_breaks_in_8_bits_where_whole_grey_levels_suffice(evaluated, problem):
-    rows = evaluated(problem.model, problem.images, problem.labels, [FGSM], real_pixels="judged").rows
+    rows = evaluated(*problem, [FGSM], real_pixels="judged").rows
     nearest = 255 * problem.nearest("linf").numpy()
     is_late = 0
     for eps in LADDER:
@@ -50,13 +50,13 @@ def test_an_image_breaks_in_8_bits_where_whole_grey_levels_suffice(evaluated, pr
 
 
 def test_it_is_asked_for_or_unknown(evaluated, problem):
-    rows = evaluated(problem.model, problem.images, problem.labels, [FGSM]).rows
+    rows = evaluated(*problem, [FGSM]).rows
     assert rows.is_broken_quantized.isna().all() and rows.is_broken.any()
 
 
 @pytest.mark.parametrize("spec", [FGSM, PGD_L2, CW], ids=lambda spec: spec.name)
 def test_saved_images_are_what_the_rows_say(evaluated, problem, spec):
-    run = evaluated(problem.model, problem.images, problem.labels, [spec], real_pixels="saved")
+    run = evaluated(*problem, [spec], real_pixels="saved")
     saved = [image for _, images in load_adversarial(run) for image in images]
     broken = run.rows[run.rows.is_broken_quantized.fillna(False).astype(bool)]
     assert {image.index for image in saved} == set(broken["index"]) and len(saved) > 3
@@ -73,7 +73,7 @@ def test_saved_images_are_what_the_rows_say(evaluated, problem, spec):
 
 def test_later_attacks_leave_out_what_is_broken_in_8_bits(evaluated, problem):
     eager = FGSM.model_copy(update={"name": "again", "survivors_only": True})
-    rows = evaluated(problem.model, problem.images, problem.labels, [FGSM, eager], real_pixels="judged").rows
+    rows = evaluated(*problem, [FGSM, eager], real_pixels="judged").rows
     first, second = (rows[rows.attack == name].sort_values(["eps", "index"]) for name in ("fgsm", "again"))
     is_broken = first.is_broken_quantized.fillna(False).to_numpy(bool)
     assert second.outcome[is_broken].isin(["broken_by_earlier_attack", "broken_at_smaller_eps"]).all()
@@ -86,15 +86,15 @@ def test_later_attacks_leave_out_what_is_broken_in_8_bits(evaluated, problem):
 def test_resumed_parts_hold_the_same(evaluated, problem):
     eager = PGD_L2.model_copy(update={"survivors_only": True})
     specs = [FGSM, PGD_L2, eager.model_copy(update={"name": "again", "steps": 4})]
-    whole = evaluated(problem.model, problem.images, problem.labels, specs, real_pixels="saved", name="whole")
+    whole = evaluated(*problem, specs, real_pixels="saved", name="whole")
 
     def stop(task, is_new):
         if is_new and (task.chunk.start, task.spec.name) == (5, "pgd_l2"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluated(problem.model, problem.images, problem.labels, specs, real_pixels="saved", name="parts", on_task=stop)
-    again = evaluated(problem.model, problem.images, problem.labels, specs, real_pixels="saved", name="parts")
+        evaluated(*problem, specs, real_pixels="saved", name="parts", on_task=stop)
+    again = evaluated(*problem, specs, real_pixels="saved", name="parts")
     assert again.rows.drop(columns="wall_s").equals(whole.rows.drop(columns="wall_s"))
     ours, theirs = (
         [image.adversarial.tobytes() for _, images in load_adversarial(run) for image in images] for run in (whole, again)

@@ -13,8 +13,8 @@ from lrrobust.evaluation import rows as rows_module
 from lrrobust.results import example_count, load_examples, load_run
 
 
-def test_rows_are_what_the_judge_sees(problem, tmp_path, run, in_memory):
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [PGD, CW], tmp_path / "run")
+def test_rows_are_what_the_judge_sees(problem, tmp_path, run, images):
+    rows = run(problem.model, 3, images, [PGD, CW], tmp_path / "run")
     assert len(rows) == 12 * len(LADDER) + 12 * (len(CW.eps) + 1)
     broken = rows[rows.outcome == "broken"]
     assert len(broken) > 0
@@ -35,8 +35,8 @@ def test_rows_are_what_the_judge_sees(problem, tmp_path, run, in_memory):
         assert again.linf_distance.nunique() <= 1
 
 
-def test_minimal_norm_attack_is_read_off_at_every_eps_and_infinity(problem, tmp_path, run, in_memory):
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [CW], tmp_path / "run")
+def test_minimal_norm_attack_is_read_off_at_every_eps_and_infinity(problem, tmp_path, run, images):
+    rows = run(problem.model, 3, images, [CW], tmp_path / "run")
     unbounded = rows_of(rows, "cw", math.inf)
     assert unbounded.is_broken.all()
     distance = unbounded.l2_distance.to_numpy(dtype=float)
@@ -67,7 +67,7 @@ def test_eps_zero_equals_clean(problem, tmp_path, run, in_memory):
     np.testing.assert_array_equal(rows.is_broken, ~rows.is_clean_correct)
 
 
-def test_what_is_near_counts_at_small_eps_wherever_it_was_found(problem, tmp_path, attack_is, run, in_memory):
+def test_what_is_near_counts_at_small_eps_wherever_it_was_found(problem, tmp_path, attack_is, run, images):
     """An attack that fails at its first, small budget, and at the next finds images well within the first."""
     small, large = 0.01, 0.5
     calls = []
@@ -83,7 +83,7 @@ def test_what_is_near_counts_at_small_eps_wherever_it_was_found(problem, tmp_pat
 
     attack_is(attack)
     spec = PgdSpec(name="pgd", kind="pgd", norm="linf", eps=(small, large), steps=1)
-    rows = run(problem.model, 3, in_memory(problem.images, problem.labels), [spec], tmp_path / "run", chunk_size=12)
+    rows = run(problem.model, 3, images, [spec], tmp_path / "run", chunk_size=12)
     assert calls == [12, 12]
     assert rows_of(rows, "pgd", small).is_broken.all()
     assert (rows_of(rows, "pgd", small).outcome == "broken").all()

@@ -64,7 +64,7 @@ def test_the_target_breaks_exactly_where_its_margin_along_the_surrogates_gradien
 
 def test_stronger_attacks_break_what_the_last_iterate_must(evaluated, target, surrogate):
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
-    rows = evaluated(target.model, target.images, target.labels, [PGD], surrogate=attacked).rows
+    rows = evaluated(*target, [PGD], surrogate=attacked).rows
     distance = transfer_distance(target, surrogate, "linf").numpy()
     for eps in LADDER:
         is_broken = rows[rows.eps == eps].sort_values("index").is_broken.to_numpy(bool)
@@ -84,9 +84,7 @@ def test_the_surrogate_has_labels_of_its_own(evaluated, target, surrogate):
     found = []
     for model, num_classes, labels in ((surrogate, 2, target.labels), (swapped, 3, 2 - 2 * target.labels)):
         attacked = Surrogate(model, num_classes, labels.tolist())
-        found.append(
-            evaluated(target.model, target.images, target.labels, [FGSM], surrogate=attacked, name=f"of-{num_classes}").rows
-        )
+        found.append(evaluated(*target, [FGSM], surrogate=attacked, name=f"of-{num_classes}").rows)
     assert found[0].is_broken.tolist() == found[1].is_broken.tolist()
 
 
@@ -102,14 +100,14 @@ def test_only_what_the_target_gets_right_is_attacked(evaluated, target, surrogat
 def test_an_attack_that_gives_up_early_proposes_its_nearest_image(evaluated, target, surrogate):
     spec = CwSpec(name="cw", kind="cw", eps=(0.01, 0.1), binary_search_steps=4, steps=50, lr=0.0005, initial_c=1.0)
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
-    rows = evaluated(target.model, target.images, target.labels, [spec], surrogate=attacked).rows
+    rows = evaluated(*target, [spec], surrogate=attacked).rows
     broken = rows[rows.outcome == "broken"]
     assert (broken.adversarial_prediction != broken.label).all()
 
 
 def test_a_target_without_gradient_can_be_judged_by_transfer_alone(evaluated, target, surrogate):
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
-    whole = evaluated(target.model, target.images, target.labels, [FGSM], surrogate=attacked, name="whole").rows
+    whole = evaluated(*target, [FGSM], surrogate=attacked, name="whole").rows
     blind = evaluated(
         detached(target.model).eval(), target.images, target.labels, [FGSM], surrogate=attacked, name="blind"
     ).rows
@@ -127,13 +125,13 @@ def test_a_target_without_gradient_can_be_judged_by_transfer_alone(evaluated, ta
 
 def test_interrupted_transfer_goes_on_with_the_same_rows(evaluated, target, surrogate):
     attacked = Surrogate(surrogate, 2, target.labels.tolist())
-    whole = evaluated(target.model, target.images, target.labels, [PGD], surrogate=attacked, name="whole").rows
+    whole = evaluated(*target, [PGD], surrogate=attacked, name="whole").rows
 
     def stop(task, is_new):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluated(target.model, target.images, target.labels, [PGD], surrogate=attacked, name="parts", on_task=stop)
-    again = evaluated(target.model, target.images, target.labels, [PGD], surrogate=attacked, name="parts").rows
+        evaluated(*target, [PGD], surrogate=attacked, name="parts", on_task=stop)
+    again = evaluated(*target, [PGD], surrogate=attacked, name="parts").rows
     assert again.drop(columns="wall_s").equals(whole.drop(columns="wall_s"))
     assert not any(parameter.requires_grad is False for parameter in surrogate.parameters())

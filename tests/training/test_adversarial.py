@@ -46,7 +46,7 @@ def test_perturbed_images_stay_in_ball_and_box_and_raise_the_loss(small_cnn, ima
 def test_one_step_on_a_linear_network_is_the_best_there_is(linear_problem):
     problem = linear_problem(6, 2)
     spec = AdversarialSpec(norm="linf", eps=0.01, steps=1, step_size_ratio=1.0, random_start=False)
-    perturbed = perturb(problem.model, problem.images, problem.labels, spec, None, "float32")
+    perturbed = perturb(*problem, spec, None, "float32")
     direction = (problem.weight[1 - problem.labels] - problem.weight[problem.labels]).sign().view_as(problem.images)
     torch.testing.assert_close(perturbed, problem.images + 0.01 * direction)
 
