@@ -66,6 +66,11 @@ def gradient(network, images):
     return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), images)[0]
 
 
+def both(recorded, network, images):
+    """Logits and gradient of one beside those of the other."""
+    return zip(gradient(recorded, images), gradient(network, images), strict=True)
+
+
 def close(a, b):
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -74,7 +79,7 @@ def test_the_same_logits_and_gradients_in_filled_up_batches(network):
     recorded = ReplayedNetwork(network, RecordingOnCpu)
     for count in (3, 4, 5, 2):
         images = torch.rand(count, 3, 32, 32)
-        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+        for found, expected in both(recorded, network, images):
             assert found.shape == expected.shape and close(found, expected)
         with torch.no_grad():
             assert close(recorded(images), network(images))
@@ -164,7 +169,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(network, caplog)
     images = torch.rand(2, 3, 32, 32)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+            for found, expected in both(recorded, network, images):
                 assert torch.equal(found, expected)
     (record,) = caplog.records
     assert "operation not permitted when stream is capturing" in record.getMessage()
@@ -191,7 +196,7 @@ def test_where_memory_runs_out_recordings_are_given_up(network, error, caplog):
     images = torch.rand(3, 3, 32, 32)
     gradient(other, images)
     for _ in range(2):
-        for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+        for found, expected in both(recorded, network, images):
             assert torch.equal(found, expected)
     assert not other._recordings and not caplog.records
     # Not tried again, but for a batch that may fit.
@@ -283,7 +288,7 @@ def test_on_a_gpu(network):
     with deterministic_float32():
         for count in (3, 8, 5, 64, 3):
             images = torch.rand(count, 3, 64, 64, device="cuda")
-            for found, expected in zip(gradient(recorded, images), gradient(network, images), strict=True):
+            for found, expected in both(recorded, network, images):
                 assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
             with torch.inference_mode():
                 assert (recorded(images) - network(images)).abs().max() < 1e-4 * network(images).abs().max()

@@ -44,6 +44,9 @@ class Case(NamedTuple):
         }
 
 
+SMALL = Case(height=3, width=3, kernel_size=3)
+#: 60 pairs of image and group: several blocks whatever the number of lanes.
+MANY = Case(batch=3, channels=20, height=3, width=4, kernel_size=3, per_group=1)
 CASES = {
     "plain": Case(),
     "batch of 3, two groups": Case(batch=3, channels=16, height=4, width=4, kernel_size=3),
@@ -332,14 +335,13 @@ def test_half_precision_costs_the_rounding_of_inputs_and_outputs_only(similarity
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_result_has_the_dtype_of_value(backend):
     # As under autocast, where the prior stays float32 and the features do not.
-    case = Case(height=3, width=3, kernel_size=3)
-    query, key, value, geometry = make_inputs(case, torch.float32)
+    query, key, value, geometry = make_inputs(SMALL, torch.float32)
     mixed = [query.bfloat16(), key, value.bfloat16(), geometry]
     leaves = [x.requires_grad_() for x in mixed]
-    out = local_relation(*leaves, **case.options(), backend=backend)
+    out = local_relation(*leaves, **SMALL.options(), backend=backend)
     assert out.dtype == torch.bfloat16
     assert (
-        local_relation(query, key.bfloat16(), value, geometry.bfloat16(), **case.options(), backend=backend).dtype
+        local_relation(query, key.bfloat16(), value, geometry.bfloat16(), **SMALL.options(), backend=backend).dtype
         == torch.float32
     )
     out.sum().backward()
@@ -402,8 +404,7 @@ def test_expanded_inputs_and_output_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_asked_for(backend):
-    case = Case(height=3, width=3, kernel_size=3)
-    out = local_relation(*make_inputs(case, BACKENDS[backend]), **case.options(), backend=backend)
+    out = local_relation(*make_inputs(SMALL, BACKENDS[backend]), **SMALL.options(), backend=backend)
     assert not out.requires_grad and out.grad_fn is None
 
 
@@ -435,17 +436,15 @@ def test_geometry_gradient_is_left_out_when_not_needed(monkeypatch):
         return compiled(*arguments)
 
     monkeypatch.setattr(_cpu, "_backward_range", spy)
-    case = Case(height=3, width=3, kernel_size=3)
-    query, key, value, geometry = make_inputs(case, torch.float32)
-    local_relation(query, key, value.requires_grad_(), geometry, **case.options(), backend="cpu").sum().backward()
-    local_relation(query, key, value, geometry.requires_grad_(), **case.options(), backend="cpu").sum().backward()
+    query, key, value, geometry = make_inputs(SMALL, torch.float32)
+    local_relation(query, key, value.requires_grad_(), geometry, **SMALL.options(), backend="cpu").sum().backward()
+    local_relation(query, key, value, geometry.requires_grad_(), **SMALL.options(), backend="cpu").sum().backward()
     assert asked == [False, True]
 
 
 def test_cpu_backend_refuses_to_be_differentiated_twice():
-    case = Case(height=3, width=3, kernel_size=3)
-    leaves = [x.requires_grad_() for x in make_inputs(case, torch.float32)]
-    out = local_relation(*leaves, **case.options(), backend="cpu")
+    leaves = [x.requires_grad_() for x in make_inputs(SMALL, torch.float32)]
+    out = local_relation(*leaves, **SMALL.options(), backend="cpu")
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(BackendError, match="differentiated once: give .*backend='unfold'"):
         gradient.sum().backward()
@@ -504,14 +503,12 @@ def threads():
 
 
 def test_number_of_threads_changes_nothing(threads):
-    # 60 pairs of image and group: several blocks whatever the number of lanes.
-    case = Case(batch=3, channels=20, height=3, width=4, kernel_size=3, per_group=1)
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(MANY, torch.float32)
     threads(1)
-    one, one_gradients = run(inputs, case)
+    one, one_gradients = run(inputs, MANY)
     for count in (2, 3, 64):
         threads(count)
-        out, gradients = run(inputs, case)
+        out, gradients = run(inputs, MANY)
         torch.testing.assert_close(out, one, rtol=0, atol=0)
         torch.testing.assert_close(gradients[:3], one_gradients[:3], rtol=0, atol=0)
         # Its sum over images is grouped by thread.
@@ -547,12 +544,11 @@ def test_calls_from_several_python_threads_at_once(threads):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_works_in_a_forked_child(threads):
     threads(2)
-    case = Case(batch=3, channels=20, height=3, width=4, kernel_size=3, per_group=1)
-    inputs = make_inputs(case, torch.float32)
-    expected, _ = run(inputs, case)  # the parent's threads run now; the child does not inherit them
+    inputs = make_inputs(MANY, torch.float32)
+    expected, _ = run(inputs, MANY)  # the parent's threads run now; the child does not inherit them
 
     def child():
-        out, _ = run(inputs, case)
+        out, _ = run(inputs, MANY)
         os._exit(0 if torch.equal(out, expected) else 1)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -564,13 +560,11 @@ def test_works_in_a_forked_child(threads):
 
 
 class _Relations(Dataset):
-    case = Case(batch=3, channels=20, height=3, width=4, kernel_size=3, per_group=1)
-
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
-        return local_relation(*make_inputs(self.case, torch.float32, index), **self.case.options(), backend="cpu")
+        return local_relation(*make_inputs(MANY, torch.float32, index), **MANY.options(), backend="cpu")
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -638,8 +632,7 @@ def test_arguments_that_do_not_fit(change, message, backend):
 # What the warning says is in test_unfold.py.
 @pytest.mark.filterwarnings("ignore::lrrobust.errors.BackendWarning")
 def test_choice_of_backend():
-    case = Case(height=3, width=3, kernel_size=3)
-    single, double = make_inputs(case, torch.float32), make_inputs(case)
+    single, double = make_inputs(SMALL, torch.float32), make_inputs(SMALL)
     assert choose_backend("auto", *single) == "cpu"
     assert choose_backend("auto", *(x.bfloat16() for x in single)) == "cpu"
     assert choose_backend("auto", *double) == "unfold"
@@ -647,7 +640,7 @@ def test_choice_of_backend():
     assert choose_backend("auto", *(x.to(torch.float8_e5m2) for x in single)) == "unfold"
     assert choose_backend("auto", *(x.to("meta") for x in single)) == "reference"
     assert choose_backend("reference", *single) == "reference"
-    assert local_relation(*double, **case.options()).dtype == torch.float64
+    assert local_relation(*double, **SMALL.options()).dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore::lrrobust.errors.BackendWarning")
@@ -656,10 +649,9 @@ def test_auto_runs_the_fused_loop(monkeypatch):
 
     called = []
     monkeypatch.setattr(_cpu, "local_relation_cpu", lambda *_, **options: called.append(options) or torch.zeros(()))
-    case = Case(height=3, width=3, kernel_size=3)
-    local_relation(*make_inputs(case, torch.float32), **case.options())
+    local_relation(*make_inputs(SMALL, torch.float32), **SMALL.options())
     assert len(called) == 1
-    local_relation(*make_inputs(case), **case.options())
+    local_relation(*make_inputs(SMALL), **SMALL.options())
     assert len(called) == 1
 
 
@@ -673,9 +665,8 @@ def test_auto_runs_the_fused_loop(monkeypatch):
     ],
 )
 def test_backend_that_cannot_run(backend, convert, message):
-    case = Case(height=3, width=3, kernel_size=3)
     with pytest.raises(BackendError, match=message):
-        local_relation(*(convert(x) for x in make_inputs(case)), **case.options(), backend=backend)
+        local_relation(*(convert(x) for x in make_inputs(SMALL)), **SMALL.options(), backend=backend)
 
 
 @pytest.fixture
@@ -688,12 +679,11 @@ def broken_numba(monkeypatch):
 
 
 def test_without_numba_auto_takes_the_tiled_backend_and_cpu_says_why(broken_numba):
-    case = Case(height=3, width=3, kernel_size=3)
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(SMALL, torch.float32)
     with pytest.warns(BackendWarning, match="numba cannot be used"):
         assert choose_backend("auto", *inputs) == "unfold"
     with pytest.raises(BackendError, match="cannot run: numba cannot be used"):
-        local_relation(*inputs, **case.options(), backend="cpu")
+        local_relation(*inputs, **SMALL.options(), backend="cpu")
 
 
 def test_why_not_never_raises(broken_numba):

@@ -70,8 +70,12 @@ def write(folder, name, seed=0, model="tiny", classes=tuple("abcdefgh"), **chang
     return path
 
 
-def test_the_mean_by_shares(tmp_path, images):
-    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+@pytest.fixture
+def files(tmp_path):
+    return [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+
+
+def test_the_mean_by_shares(files, images):
     states = [read_weights(path)[0] for path in files]
     network, metadata = average_weights(files, [1, 3], images)
     assert not network.training
@@ -102,8 +106,8 @@ def test_the_mean_says_how_far_its_recipes_were_followed(tmp_path, images):
     assert metadata.followed == "8 of 17 epochs, then 2 of 11"
 
 
-def test_statistics_are_those_of_the_images(tmp_path, images):
-    network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
+def test_statistics_are_those_of_the_images(files, images):
+    network, _ = average_weights(files, [1, 1], images)
     features = network[0](images.pixels / 255)
     norm = network[1]
     torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -111,11 +115,11 @@ def test_statistics_are_those_of_the_images(tmp_path, images):
     assert norm.momentum == 0.1
 
 
-def test_images_are_taken_in_batches_alike(tmp_path, monkeypatch):
+def test_images_are_taken_in_batches_alike(files, monkeypatch):
     monkeypatch.setattr(averaging, "_AT_ONCE", 8)
     sizes = []
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: sizes.append(len(x)) or x)
-    average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], Images(21))
+    average_weights(files, [1, 1], Images(21))
     # Three norms, two batches.
     assert sizes == [11] * 3 + [10] * 3
 
@@ -140,16 +144,15 @@ def test_images_from_all_over_the_set_are_taken(count, monkeypatch):
     assert all(positions[-1] > 0.9 * count for positions in asked)
 
 
-def test_images_of_a_class_side_by_side_are_spread_over_the_batches(tmp_path, monkeypatch):
+def test_images_of_a_class_side_by_side_are_spread_over_the_batches(files, monkeypatch):
     monkeypatch.setattr(averaging, "_AT_ONCE", 10)
     images = Images(40)
     images.pixels = (images.pixels * torch.linspace(0.1, 1, 40).view(-1, 1, 1, 1)).byte()
-    network, _ = average_weights([write(tmp_path, "A", 1), write(tmp_path, "B", 2)], [1, 1], images)
+    network, _ = average_weights(files, [1, 1], images)
     torch.testing.assert_close(network[1].running_var, network[0](images.pixels / 255).var((0, 2, 3)), rtol=0.05, atol=1e-5)
 
 
-def test_what_was_averaged_is_part_of_the_recipe(tmp_path, images):
-    files = [write(tmp_path, "A", 1), write(tmp_path, "B", 2)]
+def test_what_was_averaged_is_part_of_the_recipe(files, images):
     plain = read_weights(files[1])[1].recipe_identity
     by_shares = [average_weights(files, shares, images)[1].recipe_identity for shares in ([1, 1], [2, 2], [1, 3])]
     assert by_shares[0] == by_shares[1] and len({plain, *by_shares}) == 3

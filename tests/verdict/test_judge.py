@@ -32,6 +32,14 @@ def attacks_of(images, seed, gain=1.0, rate=0.9):
     }
 
 
+def better():
+    return attacks_of(1500, 1, gain=1.5, rate=0.97)
+
+
+def usual():
+    return attacks_of(1500, 2, rate=0.97)
+
+
 @pytest.fixture
 def judged(make_run, make_claim):
     def judged(ours, theirs, claim=None, **options):
@@ -44,7 +52,7 @@ def judged(make_run, make_claim):
 
 @pytest.fixture
 def supported(judged):
-    return judged(attacks_of(1500, 1, gain=1.5, rate=0.97), attacks_of(1500, 2, rate=0.97))
+    return judged(better(), usual())
 
 
 class TestVerdicts:
@@ -63,16 +71,14 @@ class TestVerdicts:
         assert "attacks that break more of A than those made here" in supported.reasons[-1]
 
     def test_the_mirrored_claim_is_supported_by_mirrored_evidence(self, judged, supported):
-        mirrored = judged(
-            attacks_of(1500, 2, rate=0.97), attacks_of(1500, 1, gain=1.5, rate=0.97), {"direction": "less_robust"}
-        )
+        mirrored = judged(usual(), better(), {"direction": "less_robust"})
         assert mirrored.verdict == "supported"
         assert [row.difference for row in mirrored.comparisons] == [-row.difference for row in supported.comparisons]
         assert mirrored.reasons[0].startswith("At eps 0.2 in l2 (worst_case), B is more robust than A")
         assert mirrored.reasons[0].partition(": ")[2] == supported.reasons[0].partition(": ")[2]
 
     def test_harm_refutes(self, judged):
-        result = judged(attacks_of(1500, 1, gain=0.6, rate=0.97), attacks_of(1500, 2, rate=0.97))
+        result = judged(attacks_of(1500, 1, gain=0.6, rate=0.97), usual())
         assert result.verdict == "refuted"
         assert "B is more robust than A in every population" in result.reasons[0]
         assert result.reasons[1] == "Nowhere is A significantly more robust."
@@ -153,9 +159,9 @@ class TestVerdicts:
         assert {row.population for row in result.comparisons} == {"all", "matched_accuracy"}
 
     def test_a_failed_safeguard_withholds_and_says_why(self, judged):
-        ours = attacks_of(1500, 1, gain=1.5, rate=0.97)
+        ours = better()
         ours["cw"]["distances"][3] = INF
-        result = judged(ours, attacks_of(1500, 2, rate=0.97))
+        result = judged(ours, usual())
         assert result.verdict == "inconclusive"
         assert result.reasons[0].startswith("By the numbers alone the claim would be supported; that is withheld")
         assert "1 of 1500 images of A withstand cw in l2" in result.reasons[1]
@@ -163,9 +169,9 @@ class TestVerdicts:
         assert "no failed safeguard (unbounded attack) it is supported" in result.reasons[-1]
 
     def test_a_doubt_about_the_control_leaves_supported_alone(self, judged):
-        theirs = attacks_of(1500, 2, rate=0.97)
+        theirs = usual()
         theirs["cw"]["distances"][3] = INF
-        result = judged(attacks_of(1500, 1, gain=1.5, rate=0.97), theirs)
+        result = judged(better(), theirs)
         assert result.verdict == "supported"
         assert any(guard.passed is False for guard in result.safeguards)
 
@@ -217,7 +223,7 @@ class TestNumbers:
         assert curve.control_area == pytest.approx((2 + 2 * 2 + 1) / 4 / 6)
 
     def test_areas_have_the_interval_of_paired_differences(self, supported):
-        ours, theirs = attacks_of(1500, 1, gain=1.5, rate=0.97), attacks_of(1500, 2, rate=0.97)
+        ours, theirs = better(), usual()
         ours, theirs = (
             (attacks["pgd"]["distances"][:, None] > np.array([0.5, 1, 2]) * PIXEL) @ [0.25, 0.5, 0.25]
             for attacks in (ours, theirs)

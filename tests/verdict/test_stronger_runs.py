@@ -25,6 +25,19 @@ def convergence(passed, norm="linf"):
 
 
 @pytest.fixture
+def judged(make_run, make_claim, large_eps, note):
+    """Of the usual claim on A and B, each with two runs of these attacks; PGD of A failed a check that the other passed."""
+
+    def judged(of_models):
+        runs = [make_run(model, {name: attack}) for model in "AB" for name, attack in of_models[model].items()]
+        note(runs[0], [convergence(False), large_eps("pgd")])
+        note(runs[1], [convergence(True), large_eps("apgd")])
+        return judge_claims([make_claim()], runs).results
+
+    return judged
+
+
+@pytest.fixture
 def verdict(make_run, make_claim, large_eps, note):
     """Of a claim on A, whose PGD failed a check beside a stronger attack, and on B, which nothing protects."""
 
@@ -103,30 +116,22 @@ def test_at_a_budget_that_holds_plain_grey_the_stronger_run_alone_must_succeed(v
     assert result.verdict == "supported" and len(answers(result)) == 1
 
 
-def test_what_the_other_run_was_not_asked_for_is_not_found_beyond_it(make_run, make_claim, large_eps, note):
+def test_what_the_other_run_was_not_asked_for_is_not_found_beyond_it(judged):
     """At budgets that the weaker run does not have, any attack breaks more than it."""
-    runs = []
-    for model, ours in (("A", 2 * PIXEL), ("B", PIXEL / 4)):
-        runs += [
-            make_run(model, {"pgd": dict(distances=[INF] * 100 + [ours] * 100, eps=(PIXEL / 2,))}),
-            make_run(model, {"apgd": dict(distances=[INF] * 100 + [ours] * 100)}),
-        ]
-    note(runs[0], [convergence(False), large_eps("pgd")])
-    note(runs[1], [convergence(True), large_eps("apgd")])
-    (result,) = judge_claims([make_claim()], runs).results
+    of_both = {model: [INF] * 100 + [ours] * 100 for model, ours in (("A", 2 * PIXEL), ("B", PIXEL / 4))}
+    (result,) = judged(
+        {model: {"pgd": dict(distances=d, eps=(PIXEL / 2,)), "apgd": dict(distances=d)} for model, d in of_both.items()}
+    )
     assert result.verdict == "inconclusive" and not answers(result)
 
 
-def test_a_run_on_fewer_images_answers_for_those_alone(make_run, make_claim, large_eps, note):
-    runs = []
-    for model, ours in (("A", 0.9 * PIXEL), ("B", PIXEL / 4)):
-        runs += [
-            make_run(model, {"pgd": dict(distances=[INF] * N if model == "A" else [ours] * N)}),
-            make_run(model, {"apgd": dict(distances=([INF] * 50 if model == "A" else [ours] * 50) + [ours] * 100)}),
-        ]
-    note(runs[0], [convergence(False), large_eps("pgd")])
-    note(runs[1], [convergence(True), large_eps("apgd")])
-    on_all, on_fewer = judge_claims([make_claim()], runs).results
+def test_a_run_on_fewer_images_answers_for_those_alone(judged):
+    on_all, on_fewer = judged(
+        {
+            "A": {"pgd": dict(distances=[INF] * N), "apgd": dict(distances=[INF] * 50 + [0.9 * PIXEL] * 100)},
+            "B": {"pgd": dict(distances=[PIXEL / 4] * N), "apgd": dict(distances=[PIXEL / 4] * 150)},
+        }
+    )
     assert (on_all.pairing.n, on_fewer.pairing.n) == (200, 150)
     assert on_all.verdict == "inconclusive" and not answers(on_all)
     assert answers(on_fewer) == ["A-sample-V1-150-apgd"]
