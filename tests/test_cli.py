@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real folders, a small model of the user's own."""
 
+import functools
 import io
 import json
 import os
@@ -75,6 +76,11 @@ def workplace(tmp_path_factory, draw_classes):
     return folder
 
 
+@pytest.fixture
+def run(run, workplace):
+    return functools.partial(run, cwd=workplace)
+
+
 EVAL = ("eval", "--model", "model.py:build", "--dataset", "images")
 
 
@@ -86,8 +92,8 @@ def assert_one_line(code, err, pattern):
     assert re.search(pattern, lines[0]), lines[0]
 
 
-def test_eval_prints_the_table_and_keeps_the_rows(run, workplace, tmp_path):
-    code, out, err = run(*EVAL, "--attack", "pgd", "--n", 10, "--out", tmp_path / "runs", cwd=workplace)
+def test_eval_prints_the_table_and_keeps_the_rows(run, tmp_path):
+    code, out, err = run(*EVAL, "--attack", "pgd", "--n", 10, "--out", tmp_path / "runs")
     assert code == 0, err
     assert "0.125/255" in out
     assert "4/255" in out
@@ -101,9 +107,9 @@ def test_eval_prints_the_table_and_keeps_the_rows(run, workplace, tmp_path):
     assert shown == pytest.approx(100 * (1 - at_largest.is_broken.mean()), abs=0.05)
 
 
-def test_budgets_are_repeated_or_stand_behind_commas(run, workplace, tmp_path):
+def test_budgets_are_repeated_or_stand_behind_commas(run, tmp_path):
     budgets = ("--eps", "1/255", "--eps", "2/255, 4/255")
-    code, _, err = run(*EVAL, "--attack", "fgsm", *budgets, "--n", 6, "--out", tmp_path, "--no-diagnostics", cwd=workplace)
+    code, _, err = run(*EVAL, "--attack", "fgsm", *budgets, "--n", 6, "--out", tmp_path, "--no-diagnostics")
     assert code == 0, err
     assert set(load_run(find_runs(tmp_path)[0]).rows.eps) == {1 / 255, 2 / 255, 4 / 255}
 
@@ -112,27 +118,24 @@ def test_a_factory_that_draws_anew_each_time_is_told_so(run, workplace, tmp_path
     code = (workplace / "model.py").read_text().replace(".manual_seed(0)", "; generator.seed()")
     (tmp_path / "drawn.py").write_text(code)
     arguments = ("eval", "--model", tmp_path / "drawn.py:build", "--dataset", "images", "--attack", "fgsm", "--n", 6)
-    errors = [run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace)[2] for _ in range(2)]
+    errors = [run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics")[2] for _ in range(2)]
     assert "a new run begins" not in errors[0] and "if the factory draws parameters, seed it" in errors[1]
     assert len(find_runs(tmp_path / "runs")) == 2
     # So is one whose code changed while it was evaluated.
     (tmp_path / "drawn.py").write_text(f"{code}\n# changed")
-    assert (
-        "as code or parameters of the model are not"
-        in run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics", cwd=workplace)[2]
-    )
+    assert "as code or parameters of the model are not" in run(*arguments, "--out", tmp_path / "runs", "--no-diagnostics")[2]
     # Another attack is another run for a reason of its own.
-    assert run(*EVAL, "--attack", "fgsm", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[0] == 0
-    err = run(*EVAL, "--attack", "pgd", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics", cwd=workplace)[2]
+    assert run(*EVAL, "--attack", "fgsm", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics")[0] == 0
+    err = run(*EVAL, "--attack", "pgd", "--n", 6, "--out", tmp_path / "own", "--no-diagnostics")[2]
     assert "a new run begins" not in err
 
 
-def test_two_claims_of_one_name_are_refused(run, workplace, tmp_path):
+def test_two_claims_of_one_name_are_refused(run, tmp_path):
     claims = [tmp_path / folder / "mine.yaml" for folder in "ab"]
     for claim in claims:
         claim.parent.mkdir()
         claim.write_text(CLAIM)
-    code, _, err = run("report", tmp_path, "--claim", claims[0], "--claim", claims[1], cwd=workplace)
+    code, _, err = run("report", tmp_path, "--claim", claims[0], "--claim", claims[1])
     assert_one_line(code, err, "two claims are called mine")
 
 
@@ -149,15 +152,13 @@ def test_help_that_nobody_reads_to_its_end_is_no_failure(command, workplace):
         assert (process.stderr.read(), process.wait(60)) == (b"", 141)
 
 
-def test_several_models_see_the_same_images_and_report_draws_them(run, workplace, tmp_path):
-    code, _, err = run(
-        *EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs", cwd=workplace
-    )
+def test_several_models_see_the_same_images_and_report_draws_them(run, tmp_path):
+    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--suite", "standard", "--n", 4, "--out", tmp_path / "runs")
     assert code == 0, err
     runs = [load_run(folder) for folder in find_runs(tmp_path / "runs")]
     assert len(runs) == 2
     assert runs[0].manifest["dataset"] == runs[1].manifest["dataset"]
-    code, out, err = run("report", tmp_path / "runs", "--out", tmp_path / "summary", cwd=workplace)
+    code, out, err = run("report", tmp_path / "runs", "--out", tmp_path / "summary")
     assert code == 0, err
     table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv")
     assert set(table.attack) == {"fgsm", "pgd", "pgd_l2", "cw", "fmn", "fmn_l2", "worst_case"}
@@ -167,7 +168,7 @@ def test_several_models_see_the_same_images_and_report_draws_them(run, workplace
     # The shipped claim is about other models, and nobody asked for it; who does is told.
     assert "not judged" not in err
     assert json.loads((tmp_path / "summary" / "claim.json").read_text()).items() >= {"results": [], "not_judged": []}.items()
-    code, _, err = run("report", tmp_path / "runs", "--claim", "lrnet_more_robust", "--out", tmp_path / "asked", cwd=workplace)
+    code, _, err = run("report", tmp_path / "runs", "--claim", "lrnet_more_robust", "--out", tmp_path / "asked")
     assert (
         code == 2
         and "claim lrnet_more_robust not judged: No run of lr_resnet50 or resnet50 is among those given, which are of" in err
@@ -188,12 +189,12 @@ largest_clean_difference: 0.02
 """
 
 
-def test_report_judges_claims_and_says_the_verdict_first(run, workplace, tmp_path):
+def test_report_judges_claims_and_says_the_verdict_first(run, tmp_path):
     (tmp_path / "mine.yaml").write_text(CLAIM)
-    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--attack", "fgsm", "--out", tmp_path / "runs", cwd=workplace)
+    code, _, err = run(*EVAL, "--model", "model.py:build_other", "--attack", "fgsm", "--out", tmp_path / "runs")
     assert code == 0, err
     arguments = ("report", tmp_path / "runs", "--claim", tmp_path / "mine.yaml", "--out", tmp_path / "summary")
-    code, out, err = run(*arguments, cwd=workplace)
+    code, out, err = run(*arguments)
     assert code == 0, err
     # 24 images cannot decide anything.
     assert out.splitlines()[0] == "INCONCLUSIVE: This network is more robust than the other."
@@ -295,7 +296,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, tmp_path, argum
         good = (workplace / "images" / name / "0.png").read_bytes()
         (workplace / "damaged" / name / "0.png").write_bytes(good if name == "ant" else good[: len(good) // 2])
     options = ("--out", tmp_path / "out")
-    code, _, err = run(*arguments, *options, cwd=workplace)
+    code, _, err = run(*arguments, *options)
     assert_one_line(code, err, pattern)
 
 
@@ -347,12 +348,12 @@ def test_a_model_that_closes_its_output_closes_nobody_elses(workplace, tmp_path)
     assert done.returncode == 0 and "fgsm" in done.stdout and "results: " in done.stderr
 
 
-def test_a_defect_shows_where_and_is_no_failed_check(run, workplace, monkeypatch):
+def test_a_defect_shows_where_and_is_no_failed_check(run, monkeypatch):
     def fail(*_):
         raise ValueError("a defect")
 
     monkeypatch.setattr("lrrobust.console.listings.print_models", fail)
-    code, _, err = run("models", cwd=workplace)
+    code, _, err = run("models")
     assert code == 70 and "Traceback" in err and "ValueError: a defect" in err and "please report it" in err
 
 
@@ -367,19 +368,19 @@ def test_a_library_that_cannot_be_loaded_is_no_failed_check(workplace, library):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_said_and_loses_nothing(run, workplace, tmp_path):
+def test_a_full_disk_is_said_and_loses_nothing(run, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no permission to mount")
     try:
         arguments = (*EVAL, "--attack", "fgsm", "--chunk-size", 2, "--out", disk)
-        code, _, err = run(*arguments, cwd=workplace)
+        code, _, err = run(*arguments)
         assert_one_line(code, err, "no room|No space")
         kept = len(list(disk.glob("*/parts/*.parquet")))
         assert 0 < kept < 12
         subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
-        code, _, err = run(*arguments, cwd=workplace)
+        code, _, err = run(*arguments)
         assert code == 0, err
         (folder,) = find_runs(disk)
         assert load_run(folder).is_complete
@@ -423,9 +424,9 @@ def test_no_command_at_all_gets_the_list(run, tmp_path):
     assert all(command in out + err for command in ("eval", "report", "train", "models", "attacks"))
 
 
-def test_an_accuracy_of_guesses_is_doubted_aloud(run, workplace, tmp_path):
+def test_an_accuracy_of_guesses_is_doubted_aloud(run, tmp_path):
     options = ("--attack", "fgsm", "--no-diagnostics", "--out", tmp_path / "runs")
-    code, _, err = run(*EVAL, *options, cwd=workplace)
+    code, _, err = run(*EVAL, *options)
     assert code == 0, err
     correct = round(24 * load_run(find_runs(tmp_path / "runs")[0]).rows["is_clean_correct"].mean())
     # Random images, random weights.
