@@ -1,8 +1,10 @@
 """`lrrobust check` as a user meets it, on a real model, real files and real runs."""
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +74,12 @@ def own(workplace, tmp_path):
     return tmp_path / "own"
 
 
+@pytest.fixture
+def check(run, own):
+    """check(*options) -> (exit code, standard output, standard error), against the baseline there."""
+    return functools.partial(run, "check", "b.json", cwd=own)
+
+
 def replace_in(path, before, after):
     text = path.read_text()
     assert before in text
@@ -121,7 +129,7 @@ DAZZLED = """class Dazzled(nn.Sequential):
 def build():"""
 
 
-def test_a_loss_of_5_points_is_caught(run, own):
+def test_a_loss_of_5_points_is_caught(check, own):
     """A model that is dazzled by the brightest images: a real run of it, compared with the real run before."""
     robust = next(m for m in read_baseline(own / "b.json").models[0].measurements if m.eps == 1 / 255).is_robust()
     brightness = {path: np.asarray(Image.open(path)).mean() / 255 for path in sorted((own / "images").rglob("*.bmp"))}
@@ -132,7 +140,7 @@ def test_a_loss_of_5_points_is_caught(run, own):
     replace_in(own / "model.py", "nn.Sequential(nn.Flatten()", "Dazzled(nn.Flatten()")
     replace_in(own / "model.py", "def build():", f"BRIGHT = {limit!r}\n\n\n{DAZZLED}")
 
-    code, out, err = run("check", "b.json", "--weights-may-change", "--format", "json", cwd=own)
+    code, out, err = check("--weights-may-change", "--format", "json")
     assert code == 1, err
     result = CheckResult.model_validate_json(out)
     at_smallest = result.comparisons[0]
@@ -140,34 +148,34 @@ def test_a_loss_of_5_points_is_caught(run, own):
     assert at_smallest.fall == pytest.approx(0.05, abs=0.011)
     assert {flip.key for flip in at_smallest.lost} >= {f"{path.parent.name}/{path.name}" for path in planted}
 
-    code, out, _ = run("check", "b.json", "--weights-may-change", "--floor", 50, cwd=own)
+    code, out, _ = check("--weights-may-change", "--floor", 50)
     assert code == 0 and "floor 50 points" in out
 
 
-def test_another_model_is_refused_unless_it_is_what_is_tested(run, own):
+def test_another_model_is_refused_unless_it_is_what_is_tested(check, own):
     replace_in(own / "model.py", "copy_(grey / 255)", "copy_(1.01 * grey / 255)")
-    code, out, err = run("check", "b.json", cwd=own)
+    code, out, err = check()
     assert code == 2
     assert "weights and code of model.py:build changed" in one_error(err) and "--weights-may-change" in one_error(err)
     assert not out
     # Kept in the baseline, the rule needs no option any more.
     (kept,) = find_runs(own / "runs")
-    assert run("check", "b.json", "--update", "--run", kept, "--weights-may-change", "--floor", 2, cwd=own)[0] == 0
+    assert check("--update", "--run", kept, "--weights-may-change", "--floor", 2)[0] == 0
     rule = read_baseline(own / "b.json").rule
     assert rule.weights_may_change and rule.floor == 0.02
-    code, out, err = run("check", "b.json", cwd=own)
+    code, out, err = check()
     assert code == 0, err
     assert "note: weights and code of model.py:build changed" in out
-    code, _, err = run("check", "b.json", "--weights-must-match", cwd=own)
+    code, _, err = check("--weights-must-match")
     assert code == 2 and "changed" in one_error(err)
 
 
-def test_other_images_and_settings_are_refused_and_named(run, own):
+def test_other_images_and_settings_are_refused_and_named(check, own):
     image = own / "images" / "east" / "000.bmp"
     content = bytearray(image.read_bytes())
     content[-1] ^= 1
     image.write_bytes(content)
-    code, out, err = run("check", "b.json", "--format", "junit", "--weights-may-change", cwd=own)
+    code, out, err = check("--format", "junit", "--weights-may-change")
     assert code == 2
     assert "dataset.sha256: " in one_error(err)
     assert ElementTree.fromstring(out).get("errors") == "1"
@@ -175,34 +183,34 @@ def test_other_images_and_settings_are_refused_and_named(run, own):
     document = json.loads((own / "b.json").read_text())
     document["request"]["steps"] = 7
     (own / "b.json").write_text(json.dumps(document))
-    code, _, err = run("check", "b.json", cwd=own)
+    code, _, err = check()
     assert code == 2
     assert "attacks.0.steps: 5 in the baseline, 7 now" in one_error(err)
 
 
-def test_differences_are_found_before_the_long_work(run, own, monkeypatch):
+def test_differences_are_found_before_the_long_work(check, own, monkeypatch):
     monkeypatch.setattr("lrrobust.planned_evaluation.Evaluation.run", lambda *_: pytest.fail("computed"))
     replace_in(own / "model.py", "copy_(grey / 255)", "copy_(1.01 * grey / 255)")
-    assert run("check", "b.json", cwd=own)[0] == 2
+    assert check()[0] == 2
 
 
-def test_update_rewrites_on_purpose(run, own):
+def test_update_rewrites_on_purpose(check, own):
     replace_in(own / "model.py", "copy_(grey / 255)", "copy_(0.99 * grey / 255)")
     before = read_baseline(own / "b.json")
-    code, _, err = run("check", "b.json", "--update", cwd=own)
+    code, _, err = check("--update")
     assert code == 0, err
     assert "new in the baseline: weights and code of model.py:build changed" in err
     assert "wrote b.json" in err
     now = read_baseline(own / "b.json")
     assert now.models[0].model["state_sha256"] != before.models[0].model["state_sha256"]
     assert now.request == before.request and now.rule == before.rule
-    assert run("check", "b.json", cwd=own)[0] == 0
+    assert check()[0] == 0
 
 
 @pytest.mark.parametrize(
     ("images", "warning"), [(3, "a check against few.json could never fail"), (7, "few.json is not sure to notice a fall")]
 )
-def test_update_warns_once_of_a_gate_that_may_notice_nothing(run, own, caplog, images, warning):
+def test_update_warns_once_of_a_gate_that_may_notice_nothing(run, check, own, caplog, images, warning):
     keep = own / "few.txt"
     keep.write_text("".join(f"{place}\n" for place in range(images)))
     options = ("--indices", keep, "--no-diagnostics", "--out", "few")
@@ -212,7 +220,7 @@ def test_update_warns_once_of_a_gate_that_may_notice_nothing(run, own, caplog, i
     assert code == 0 and "wrote few.json" in err and "sure to notice" not in err
     (said,) = caplog.messages
     assert warning in said
-    assert "a check is sure to notice a fall of" in run("check", "b.json", "--update", cwd=own)[2]
+    assert "a check is sure to notice a fall of" in check("--update")[2]
 
 
 def test_one_model_of_several_makes_a_baseline(run, own):
@@ -229,17 +237,17 @@ def test_one_model_of_several_makes_a_baseline(run, own):
     assert code == 2 and "give the run of each once" in one_error(err)
 
 
-def test_a_damaged_baseline_is_made_anew_from_a_run_alone(run, own, caplog):
+def test_a_damaged_baseline_is_made_anew_from_a_run_alone(check, own, caplog):
     good = (own / "b.json").read_bytes()
     (own / "b.json").write_bytes(good[:100])
-    assert run("check", "b.json", "--update", cwd=own)[0] == 2
-    code, _, err = run("check", "b.json", "--update", "--run", find_runs(own / "runs")[0], cwd=own)
+    assert check("--update")[0] == 2
+    code, _, err = check("--update", "--run", find_runs(own / "runs")[0])
     assert code == 0, err
     assert "made anew" in caplog.text and "kept as b.json.old" in caplog.text
     assert (own / "b.json").read_bytes() == good and (own / "b.json.old").read_bytes() == good[:100]
     # A file of another kind, named by mistake, is not lost either.
     (own / "b.json").write_text("my notes")
-    assert run("check", "b.json", "--update", "--run", find_runs(own / "runs")[0], cwd=own)[0] == 0
+    assert check("--update", "--run", find_runs(own / "runs")[0])[0] == 0
     assert (own / "b.json.old2").read_text() == "my notes"
 
 
@@ -256,49 +264,49 @@ def test_moved_models_and_images_are_found_again(run, workplace, tmp_path):
     assert "PASSED" in out
 
 
-def test_a_finished_run_of_an_earlier_check_does_not_pass_for_a_fresh_one(run, own):
+def test_a_finished_run_of_an_earlier_check_does_not_pass_for_a_fresh_one(check, own):
     """It looks at no model again, and a model may have changed in code that its file imports."""
     replace_in(own / "model.py", "from torch import nn", "from torch import nn\n\nfrom pathlib import Path")
-    assert run("check", "b.json", "--weights-may-change", "--out", "kept", cwd=own)[0] == 0
-    code, _, err = run("check", "b.json", "--weights-may-change", "--out", "kept", cwd=own)
+    assert check("--weights-may-change", "--out", "kept")[0] == 0
+    code, _, err = check("--weights-may-change", "--out", "kept")
     assert code == 2
     assert "from an earlier check" in one_error(err) and f"--run {find_runs(Path('kept'))[0]}" in one_error(err)
 
 
-def test_a_check_that_could_never_fail_is_refused(run, own, caplog):
+def test_a_check_that_could_never_fail_is_refused(check, own, caplog):
     kept = find_runs(own / "runs")[0]
-    assert run("check", "b.json", "--run", kept, "--floor", 99.9, cwd=own)[0] == 2
+    assert check("--run", kept, "--floor", 99.9)[0] == 2
     good = (own / "b.json").read_bytes()
-    code, _, err = run("check", "b.json", "--update", "--run", kept, "--floor", 99.9, cwd=own)
+    code, _, err = check("--update", "--run", kept, "--floor", 99.9)
     assert code == 0, err
     # What it took the place of could fail.
     assert "could never fail" in caplog.text and "the one before is kept as b.json.old" in caplog.text
     assert (own / "b.json.old").read_bytes() == good
-    code, _, err = run("check", "b.json", cwd=own)
+    code, _, err = check()
     assert code == 2 and "could never fail" in one_error(err)
 
 
-def test_a_name_begins_no_line_of_an_error(run, own):
-    code, _, err = run("check", "b.json", "--model", "x\n::error::y.py:build", cwd=own)
+def test_a_name_begins_no_line_of_an_error(check):
+    code, _, err = check("--model", "x\n::error::y.py:build")
     assert code == 2
     assert "no file x ::error::y.py" in one_error(err) and not any(line.startswith("::") for line in err.splitlines())
 
 
-def test_a_baseline_without_models_is_said(run, own):
+def test_a_baseline_without_models_is_said(check, own):
     document = json.loads((own / "b.json").read_text())
     document["request"]["models"] = []
     (own / "b.json").write_text(json.dumps(document))
-    code, _, err = run("check", "b.json", cwd=own)
+    code, _, err = check()
     assert code == 2 and "no model" in one_error(err)
 
 
-def test_every_format_at_once(run, own):
+def test_every_format_at_once(check, own):
     summary = own / "summary.md"
     formats = ("text", "github", "json=r.json", "junit=r.xml", "markdown=r.md")
     asked = [word for each in formats for word in ("--format", each)]
     os.environ["GITHUB_STEP_SUMMARY"] = str(summary)
     try:
-        code, out, err = run("check", "b.json", "--run", find_runs(own / "runs")[0], *asked, cwd=own)
+        code, out, err = check("--run", find_runs(own / "runs")[0], *asked)
     finally:
         os.environ.pop("GITHUB_STEP_SUMMARY", None)
     assert code == 0, err
@@ -336,8 +344,6 @@ def test_github_is_noticed(run, own, monkeypatch):
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(run, workplace, arguments, pattern):
-    import re
-
     code, _, err = run("check", *arguments, cwd=workplace)
     assert code == 2
     assert re.search(pattern, one_error(err))

@@ -176,6 +176,11 @@ def test_a_part_that_unpacks_to_more_than_anybody_has(folder, caplog, monkeypatc
     assert "unpacks to more than 4,000,000 bytes" in caplog.text
 
 
+def with_column(table, name, values):
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), values)
+
+
 def without_rows(table):
     return table.slice(0, 0)
 
@@ -185,10 +190,7 @@ def with_a_row_less(table):
 
 
 def with_another_label(table):
-    labels = table["label"].to_pylist()
-    return table.set_column(
-        table.schema.get_field_index("label"), table.schema.field("label"), pa.array([9, *labels[1:]], pa.int32())
-    )
+    return with_column(table, "label", pa.array([9, *table["label"].to_pylist()[1:]], pa.int32()))
 
 
 def with_rows_twice(table):
@@ -235,13 +237,12 @@ def test_any_value_in_a_sealed_part(folder, data):
     }
 
     def change(table):
-        place = data.draw(st.integers(0, table.num_columns - 1))
-        field = table.schema.field(place)
+        field = table.schema.field(data.draw(st.integers(0, table.num_columns - 1)))
         values = table[field.name].to_pylist()
         values[data.draw(st.integers(0, len(values) - 1))] = data.draw(
             kinds[field.type] | (st.none() if field.nullable else st.nothing())
         )
-        return table.set_column(place, field, pa.array(values, type=field.type))
+        return with_column(table, field.name, pa.array(values, type=field.type))
 
     resealed(path, change)
     read_all(run)
@@ -255,8 +256,7 @@ def test_text_that_is_none_in_a_sealed_part(folder, caplog):
         bad = pa.Array.from_buffers(
             pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "i4").tobytes()), pa.py_buffer(b"\xff\xfe")]
         )
-        keys = pa.concat_arrays([bad] * table.num_rows)
-        return table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), keys)
+        return with_column(table, "key", pa.concat_arrays([bad] * table.num_rows))
 
     resealed(path, change)
     assert not read_all(run).is_complete
@@ -317,12 +317,7 @@ def test_no_text_of_a_run_becomes_part_of_the_page(folder, write, tmp_path):
                 hostile = replaced(hostile, path, TEXTS[(number + shift) % len(TEXTS)])
         (run / "manifest.json").write_text(json.dumps(hostile))
         for path in (run / "parts").iterdir():
-            resealed(
-                path,
-                lambda table: table.set_column(
-                    table.schema.get_field_index("wnid"), table.schema.field("wnid"), pa.array([TEXTS[shift]] * table.num_rows)
-                ),
-            )
+            resealed(path, lambda table: with_column(table, "wnid", pa.array([TEXTS[shift]] * table.num_rows)))
         loaded = [load_run(run), load_run(run.parent / "other")]
         if drawings is None:
             with Drawers() as drawers:
