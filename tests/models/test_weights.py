@@ -238,6 +238,13 @@ def test_checkpoints(tmp_path, state, wrap):
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
 
 
+def test_what_a_caller_allows_torch_to_read_stays_allowed(tmp_path, state):
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        read_weights(tmp_path / "checkpoint.pt")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_no_checkpoint(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
