@@ -354,14 +354,12 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
         WeightsError: names the first keys and shapes that differ.
     """
     wanted = module.state_dict()
-    first, hint = next(iter(wanted), ""), ""
+    first = next(iter(wanted), "")
     # Lightning, torch.compile and whatever else holds a network put a prefix before its names.
-    for prefix in sorted({key.removesuffix(first) for key in state if first and key.endswith(f".{first}")}, key=len):
-        if all(f"{prefix}{key}" in state for key in wanted):
-            if len(state) == len(wanted):
-                state = {key: state[f"{prefix}{key}"] for key in wanted}
-                break
-            hint = f"; all its names are there after {prefix}: save these alone, without it"
+    prefixes = sorted({key.removesuffix(first) for key in state if first and f".{key}".endswith(f".{first}")})
+    whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in state for key in wanted)]
+    if whole and len(state) == len(wanted):
+        state = {key: state[f"{whole[0]}{key}"] for key in wanted}
     names = list(state)
     # Networks of before torch counted batches lack this, which nothing but training reads.
     state = {**{key: wanted[key] for key in wanted if key.endswith("num_batches_tracked")}, **state}
@@ -378,7 +376,10 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
     if differences:
         more = len(differences) - _NAMED_DIFFERENCES
         tail = f" and {more} more differences" if more > 0 else ""
-        tail += hint
+        if any(whole):
+            tail += (
+                f"; all its names are there after {' and after '.join(map(repr, whole))}: save what is meant alone, without it"
+            )
         first = next(iter(names), "")
         for prefix in {key.removesuffix(first) for key in wanted if first and key.endswith(f".{first}")}:
             if all(f"{prefix}{key}" in wanted for key in names):
