@@ -45,9 +45,6 @@ _STYLE = {
 #: Pixels of a PNG file to the inch; paper takes PDF and SVG.
 _PNG_DPI = 160
 
-#: Mean width of a character, in font sizes; what would run into something, or out of the figure, is set smaller.
-_GLYPH_WIDTH = 0.6
-
 #: Nobody reads titles in smaller fonts: their middle is left out instead.
 _LEAST_SIZE = 5.0
 
@@ -122,13 +119,18 @@ def build_panels(
     return figure, panels[: len(titles)]
 
 
+def _width(text: str) -> float:
+    """About how wide a line is, in font sizes; what would run into something, or out of the figure, is set smaller."""
+    return sum(1.0 if sign > "\u2e80" else 0.72 if sign.isupper() or sign.isdigit() else 0.6 for sign in text)
+
+
 def _fit_title(text: str, width: float, largest: float) -> tuple[str, float]:
     """A line, and the font size at which it is so wide at most, in inches."""
-    room = 72 * width / _GLYPH_WIDTH
-    if "$" not in text and len(text) * _LEAST_SIZE > room:
-        half = int(room / _LEAST_SIZE - 1) // 2
+    most = 72 * width / _LEAST_SIZE
+    if "$" not in text and _width(text) > most:
+        half = int(len(text) * most / _width(text) - 2) // 2
         text = f"{text[:half]}…{text[-half:]}"
-    return text, min(largest, room / max(len(text), 1))
+    return text, min(largest, 72 * width / max(_width(text), 1))
 
 
 def _fit_legend(labels: list[str], width: float, is_wide: bool) -> tuple[int, float]:
@@ -136,8 +138,8 @@ def _fit_legend(labels: list[str], width: float, is_wide: bool) -> tuple[int, fl
     sizes = {}
     for columns in (1, 2) if is_wide else (1,):
         rows = math.ceil(len(labels) / columns) or 1
-        longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
-        sizes[columns] = min(9.0, 72 * width / (_GLYPH_WIDTH * sum(longest) + columns * (_HANDLE + _HANDLE_GAP)))
+        longest = [max(map(_width, labels[start : start + rows])) for start in range(0, len(labels), rows)]
+        sizes[columns] = min(9.0, 72 * width / (sum(longest) + columns * (_HANDLE + _HANDLE_GAP)))
     return max(sizes.items(), key=lambda item: (item[1], item[0]))
 
 

@@ -39,8 +39,9 @@ def test_long_titles_of_panels_do_not_run_into_each_other():
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_titles_and_legends_stay_inside_the_figure(columns, count):
-    labels = [f"models/a_name_like_those_of_users.py:build_the_final_version_{place}" for place in range(count)]
+@pytest.mark.parametrize("name", ["models/a_name_like_those_of_users.py:build_the_final_version_", "WRN_28_10_TRADES_AWP_" * 3])
+def test_titles_and_legends_stay_inside_the_figure(columns, count, name):
+    labels = [f"{name}{place}" for place in range(count)]
     figure, panels = build_panels([3 * labels[0]] * columns, columns, title=labels[0], ylabel="", xlabels={}, labels=labels)
     add_legend(figure, {label: panels[0].plot([0])[0] for label in labels}, is_wide=columns > 1)
     renderer = FigureCanvasAgg(figure).get_renderer()
