@@ -143,7 +143,9 @@ def test_a_run_without_any_part(page, make_run):
 
 def test_long_names_break(page, make_run):
     name = "long_" * 20
-    assert f'<td class="prose">{name}</td>' in page(make_run("a", model=name))
+    built = page(make_run("a", model=name))
+    assert f'<td class="prose">{name}</td>' in built
+    assert re.search(r"td\.prose[^}]*overflow-wrap: anywhere", built)
 
 
 def test_the_same_page_each_time(page, make_run):
