@@ -377,9 +377,7 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
         more = len(differences) - _NAMED_DIFFERENCES
         tail = f" and {more} more differences" if more > 0 else ""
         if any(whole):
-            tail += (
-                f"; all its names are there after {' and after '.join(map(repr, whole))}: save what is meant alone, without it"
-            )
+            tail += f"; all its names are there after {' and '.join(map(repr, whole))}: save what is meant alone, without it"
         first = next(iter(names), "")
         for prefix in {key.removesuffix(first) for key in wanted if first and key.endswith(f".{first}")}:
             if all(f"{prefix}{key}" in wanted for key in names):

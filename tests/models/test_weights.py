@@ -368,7 +368,7 @@ def test_a_prefix_that_all_names_have_is_left_out(prefix):
     state = {prefix + key: tensor + 1 for key, tensor in network.state_dict().items()}
     fit_weights(network, state, "file.pt")
     torch.testing.assert_close(network[1].bias.detach(), state[f"{prefix}1.bias"], rtol=0, atol=0)
-    for more, said in (({"criterion.weight": torch.ones(2)}, ""), (network.state_dict(), "'' and after ")):
+    for more, said in (({"criterion.weight": torch.ones(2)}, ""), (network.state_dict(), "'' and ")):
         with pytest.raises(WeightsError, match=f"; all its names are there after {said}'{prefix}': save what is meant alone"):
             fit_weights(network, {**state, **more}, "file.pt")
 
