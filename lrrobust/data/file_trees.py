@@ -445,7 +445,7 @@ def open_tree(path: Path, suffixes: Sequence[str], spool: Spool) -> FileTree:
     if name.endswith(tuple(_DECOMPRESSORS)):
         return CompressedTarTree(path, suffixes, spool)
     suffixes = ", ".join(ARCHIVE_SUFFIXES)
-    raise DataError(f"{path} is neither a folder nor an archive; archives end in {suffixes}, .parquet, .npz or .npy")
+    raise DataError(f"{path} is neither a folder nor an archive; archives end in {suffixes}, .parquet, .npz, .npy or .mat")
 
 
 def _walk(root: Path, below: str, depth: int) -> Iterator[tuple[str, bool]]:

@@ -1,9 +1,12 @@
-"""Images in arrays of NumPy: a `.npz` with their classes in it, or a `.npy` with these beside it, as in CIFAR-10-C."""
+"""Images in arrays: a `.npz` with their classes in it, a `.npy` with these beside it, as in CIFAR-10-C; MNIST's and SVHN's."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import math
 import re
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +19,10 @@ from lrrobust.data.file_trees import FileTree, most_unpacked_bytes
 from lrrobust.data.layouts import LabelledFile, Labelling
 from lrrobust.errors import DataError
 
-NUMPY_SUFFIXES = (".npz", ".npy")
+NUMPY_SUFFIXES = (".npz", ".npy", ".mat")
+
+#: Of images of MNIST and its kin, as they are downloaded or as torchvision unpacks them.
+_IDX_NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?")
 
 _IMAGES = {"x", "image", "images", "img", "imgs", "data"}
 _LABELS = {"y", "label", "labels", "target", "targets"}
@@ -37,8 +43,8 @@ class NumpyTree(FileTree):
     They are called after the file and their place in the array, from 0. Classes are an array of N names, or of numbers.
 
     Args:
-        path: of a `.npz` with arrays such as `x_test` and `y_test`, or `images` and `labels`; or of a `.npy`, beside which
-            lies one called so, or `labels.npy`.
+        path: of a `.npz` with arrays such as `x_test` and `y_test`, or `images` and `labels`; of a `.npy`, beside which
+            lies one called so, or `labels.npy`; of SVHN's `test_32x32.mat`; or of `t10k-images-idx3-ubyte.gz`, as MNIST has it.
         split: of a `.npz` that holds several the one to read, as "test"; of a `.npy` with five severities "1" to "5". None
             where there is no choice, or for the first of val and test.
 
@@ -55,6 +61,11 @@ class NumpyTree(FileTree):
         super().__init__(path, ())
         if path.suffix.lower() == ".npz":
             self._images, labels, split = self._read_pair(split)
+        elif path.suffix.lower() == ".mat":
+            self._images, labels = _read_svhn(path)
+        elif found := _IDX_NAME.fullmatch(path.name):
+            beside = path.parent / f"{found[1]}labels{found[2]}idx1-ubyte{found[3] or ''}"
+            self._images, labels = _read_idx(path, 3), _read_idx(beside, 1)
         else:
             self._images, labels = _load(path), _load(self._find_labels())
         shape = self._images.shape
@@ -80,8 +91,8 @@ class NumpyTree(FileTree):
                     found = split or "none named; where it has none, call it x.npy"
                     raise self._unexpected(f"one of its {_SEVERITIES} severities, as in {example!r}", found)
                 places = range((int(split) - 1) * each, int(split) * each)
-            elif split is not None:
-                raise self._unexpected("no split, as it has none", f"'#{split}'")
+        if split is not None and path.suffix.lower() != ".npz" and len(places) == len(wnids):
+            raise self._unexpected("no split, as it has none", f"'#{split}'")
         self._place_of = {f"{path.stem}-{place:07d}": place for place in places}
         self._names = set(self._place_of)
         files = [LabelledFile(wnids[place], name) for name, place in self._place_of.items()]
@@ -143,6 +154,11 @@ class NumpyTree(FileTree):
         return DataError(f"{self.path}: expected {expected}, found {found}")
 
 
+def is_array(path: Path) -> bool:
+    """Whether a file is called as one that is read here."""
+    return path.suffix.lower() in NUMPY_SUFFIXES or _IDX_NAME.fullmatch(path.name) is not None
+
+
 def holds_classes(path: Path) -> bool:
     """Whether a `.npy` is called as one of classes, and no images: a pattern takes it in as well."""
     return path.suffix.lower() == ".npy" and _split_name(path.stem)[1] is _LABELS
@@ -161,6 +177,36 @@ def _one_line_errors(path: Path) -> Iterator[None]:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is damaged, cut short or holds no plain arrays ({reason}); save it anew") from error
+
+
+def _read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Cropped digits of SVHN (Netzer et al., 2011) and their classes: 0 is called 10 there."""
+    from scipy.io import loadmat, whosmat
+
+    with _one_line_errors(path):
+        shapes = {name: shape for name, shape, _ in whosmat(path)}
+        if "y" not in shapes or len(shapes.get("X", ())) != 4:
+            raise DataError(f"{path}: expected the cropped digits of SVHN, 'X' (H, W, 3, N) and 'y', found {list(shapes)[:8]}")
+        if sum(map(math.prod, shapes.values())) > most_unpacked_bytes(path):
+            raise ValueError("it unpacks to far more than images do")
+        arrays = loadmat(path, variable_names=["X", "y"])
+        return arrays["X"].transpose(3, 0, 1, 2), np.where(arrays["y"] == 10, 0, arrays["y"])
+
+
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+    """An array of MNIST's format (LeCun et al., 1998): zeros, the type, the number of axes, their lengths, the bytes."""
+    with _one_line_errors(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        head = file.read(4 + 4 * axes)
+        if head[:4] != bytes([0, 0, 8, axes]):
+            raise ValueError(f"it begins with {head[:4].hex()}, expected {bytes([0, 0, 8, axes]).hex()}")
+        shape = struct.unpack(f">{axes}I", head[4:])
+        size = math.prod(shape)
+        if size > most_unpacked_bytes(path):
+            raise ValueError("it unpacks to far more than images do")
+        content = file.read(size + 1)
+        if len(content) != size:
+            raise ValueError(f"it holds another number of bytes than {shape}")
+        return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _load(path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.label_tables import TABLE_SUFFIXES
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, Labelling, describe_unread, label_files
-from lrrobust.data.numpy_tree import NUMPY_SUFFIXES, NumpyTree, holds_classes
+from lrrobust.data.numpy_tree import NumpyTree, holds_classes, is_array
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
 
@@ -144,7 +144,7 @@ def _open_labelled(path: Path, split: str | None, spool: Spool) -> tuple[FileTre
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix == SUFFIX:
         tree = ParquetTree(path, split, spool)
-    elif suffix in NUMPY_SUFFIXES:
+    elif path.is_file() and is_array(path):
         tree = NumpyTree(path, split)
     else:
         files = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)

@@ -1,8 +1,11 @@
+import gzip
 import io
+import struct
 import zipfile
 
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from lrrobust.data import file_trees
 from lrrobust.data.class_lists import load_class_list
@@ -52,6 +55,42 @@ def test_images_and_classes_are_those_of_the_arrays(tmp_path, suffix, images, ca
     assert found.keys == tuple(f"{CLASSES[LABELS[place]]}/x_test-{place:07d}" for place in BY_CLASS)
     np.testing.assert_array_equal(pixels, PIXELS[BY_CLASS])
     assert "0 is 'ant'" in caplog.text
+
+
+def test_svhn_as_it_is_downloaded(tmp_path):
+    savemat(tmp_path / "test_32x32.mat", {"X": PIXELS.transpose(1, 2, 3, 0), "y": np.array([[2], [10], [1], [1]])})
+    found, pixels = read(tmp_path / "test_32x32.mat")
+    assert found.wnids == ("ant", "bee", "bee", "cat")
+    np.testing.assert_array_equal(pixels, PIXELS[BY_CLASS])
+    for arrays in ({"X": PIXELS}, {"X": PIXELS[0], "y": LABELS}, {"y": LABELS}):
+        savemat(tmp_path / "other.mat", arrays)
+        with pytest.raises(DataError, match="other.mat: expected the cropped digits of SVHN"):
+            open_dataset(tmp_path / "other.mat")
+    (tmp_path / "other.mat").write_bytes(b"no MATLAB file at all, and yet called so")
+    with pytest.raises(DataError, match="other.mat is damaged"):
+        open_dataset(tmp_path / "other.mat")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_as_it_is_downloaded_or_unpacked(tmp_path, suffix):
+    write = gzip.compress if suffix else bytes
+    images, labels = (tmp_path / f"t10k-{name}-ubyte{suffix}" for name in ("images-idx3", "labels-idx1"))
+    content = struct.pack(">4I", 0x803, 4, 6, 8) + PIXELS[..., 0].tobytes()
+    images.write_bytes(write(content))
+    labels.write_bytes(write(struct.pack(">2I", 0x801, 4) + LABELS.astype(np.uint8).tobytes()))
+    found, pixels = read(images)
+    assert found.wnids == ("ant", "bee", "bee", "cat")
+    np.testing.assert_array_equal(pixels[..., 0], PIXELS[BY_CLASS][..., 0])
+    with pytest.raises(DataError, match="expected no split"):
+        open_dataset(f"{images}#test")
+    for damaged in (content[:-1], content + b"0", b"", b"text" + content[4:]):
+        images.write_bytes(write(damaged))
+        with pytest.raises(DataError, match="is damaged, cut short"):
+            open_dataset(images)
+    images.write_bytes(write(content))
+    labels.unlink()
+    with pytest.raises(DataError, match="cannot read .*labels-idx1-ubyte.*: No such file"):
+        open_dataset(images)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 8), (4, 6, 8, 1), (4, 1, 6, 8)])
