@@ -354,15 +354,16 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], where: str
         WeightsError: names the first keys and shapes that differ.
     """
     wanted = module.state_dict()
-    first = next(iter(wanted), "")
+    # Networks of before torch counted batches lack the counts, which nothing but training reads.
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    first = needed[0] if needed else ""
     # Lightning, torch.compile and whatever else holds a network put a prefix before its names.
     prefixes = sorted({key.removesuffix(first) for key in state if first and f".{key}".endswith(f".{first}")})
-    whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in state for key in wanted)]
-    if whole and len(state) == len(wanted):
-        state = {key: state[f"{whole[0]}{key}"] for key in wanted}
+    whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in state for key in needed)]
     names = list(state)
-    # Networks of before torch counted batches lack this, which nothing but training reads.
-    state = {**{key: wanted[key] for key in wanted if key.endswith("num_batches_tracked")}, **state}
+    if whole and all(name.startswith(whole[0]) and name.removeprefix(whole[0]) in wanted for name in names):
+        state = {name.removeprefix(whole[0]): tensor for name, tensor in state.items()}
+    state = {**{key: wanted[key] for key in wanted if key not in needed}, **state}
     differences = [f"{key} is missing" for key in wanted if key not in state]
     differences += [f"{key} is not in the network" for key in state if key not in wanted]
     differences += [

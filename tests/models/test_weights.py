@@ -373,9 +373,10 @@ def test_a_prefix_that_all_names_have_is_left_out(prefix):
             fit_weights(network, {**state, **more}, "file.pt")
 
 
-def test_states_of_before_batches_were_counted_fit():
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_states_of_before_batches_were_counted_fit(prefix):
     network = nn.BatchNorm2d(3)
-    state = {key: tensor + 1 for key, tensor in network.state_dict().items() if key != "num_batches_tracked"}
+    state = {prefix + key: tensor + 1 for key, tensor in network.state_dict().items() if key != "num_batches_tracked"}
     fit_weights(network, state, "file.pt")
     assert network.running_mean.tolist() == [1, 1, 1]
 

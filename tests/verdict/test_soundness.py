@@ -141,6 +141,17 @@ def test_what_is_known_of_an_attack_in_one_norm_is_not_known_in_another(check_ru
     assert found == {"linf": True, "l2": False}
 
 
+def test_what_another_run_says_of_attacks_that_do_not_judge_is_no_success_of_those(check_runs, make_run, large_eps, note):
+    runs = []
+    for model, distance in zip("AB", (INF, PIXEL / 2)):
+        for attack in ("pgd", "apgd"):
+            run = make_run(model, {attack: dict(distances=[distance] * 200)}, folder=None)
+            runs.append(replace(run, folder=run.folder.with_name(f"{model}-{attack}")))
+            note(runs[-1], [large_eps(None)] if attack == "apgd" else [])
+    for attacks, passed in ((("pgd",), False), (("apgd",), True)):
+        assert named(check_runs(runs, attacks=attacks), "unbounded_attack")[0].passed is passed
+
+
 def test_attacks_that_only_break_the_rules_have_failed(check_runs, make_run):
     runs = [make_run(model, by_pgd([INF] * 100)) for model in "AB"]
     for count, passed in ((1, True), (2, False)):
