@@ -442,7 +442,7 @@ def report(
     They take the place of an earlier report's in the same folder when all are written; what only that one wrote is removed. A
     file of theirs that was changed since, or that no report wrote, is kept as FILE.old.
     """
-    from lrrobust.console.results import print_report, print_verdicts, warn_of_uncounted
+    from lrrobust.console.results import print_report, print_verdicts, warn_of_checks
     from lrrobust.errors import ConfigError, StoreError
     from lrrobust.page import write_page
     from lrrobust.page.claim_figures import sketch_claims
@@ -484,7 +484,7 @@ def report(
             is_of(run, side) for run in loaded for each in claims for side in (each.treatment, each.control)
         ):
             claims = []  # nobody asked for it
-        warn_of_uncounted(loaded)
+        warn_of_checks(loaded)
         worst = worst_cases_by_images(loaded, budgets, label_runs(label or (), loaded))
         summary = summarise(loaded)
         of_runs = drawers.begin(sketch_runs(loaded, summary))

@@ -43,7 +43,7 @@ from lrrobust.processes import choose_device
 from lrrobust.report.notices import doubt_accuracy, warnings_with_rejections
 from lrrobust.report.summary import summarise
 from lrrobust.report.summary_table import IDENTITY_HEADINGS, format_row, unused_headings
-from lrrobust.results import Run, load_run
+from lrrobust.results import load_run
 from lrrobust.run import load_named
 
 _log = logging.getLogger(__name__)
@@ -173,22 +173,16 @@ def evaluate(
             with _diagnosing(evaluation, progress) as on_check:
                 evaluation.diagnose(on_check)
         run = load_run(evaluation.folder)
-        checks = _checks(run) if diagnostics else []
+        checks = load_diagnostics(run) if diagnostics else None
     summary = summarise([run])
     doubt = doubt_accuracy(summary, len(named.classifier.classes))
     warnings = (*warnings_with_rejections(run), *([f"{doubt}?"] if doubt else ()))
     for warning in warnings:
         _log.warning("%s: %s", named.name, warning)
-    failed = [check["name"] for check in checks if check["passed"] is False]
-    if failed:
-        _log.warning(
-            "%s: %d of %d checks failed (%s): robust accuracies may be too high; see `checks`",
-            named.name,
-            len(failed),
-            len(checks),
-            ", ".join(dict.fromkeys(failed)),
-        )
-    found = pd.DataFrame(checks, columns=list(Diagnostic.model_fields))
+    if checks is not None and checks.doubt is not None:
+        _log.warning("%s: %s; see `checks`", named.name, checks.doubt)
+    results = () if checks is None else checks.results
+    found = pd.DataFrame([result.model_dump() for result in results], columns=list(Diagnostic.model_fields))
     return Evaluated(run.rows, summary, found, warnings, None if out is None else run.folder)
 
 
@@ -287,8 +281,3 @@ def _diagnosing(evaluation: Evaluation, is_shown: bool) -> Any:
     from lrrobust.console.progress import diagnosing
 
     return diagnosing(evaluation) if is_shown else nullcontext()
-
-
-def _checks(run: Run) -> list[dict[str, Any]]:
-    found = load_diagnostics(run)
-    return [] if found is None else [result.model_dump() for result in found.results]

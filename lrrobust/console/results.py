@@ -13,7 +13,7 @@ from rich.table import Table
 from lrrobust.console import streams
 from lrrobust.console.streams import notice, print_table
 from lrrobust.console.summary import render_table
-from lrrobust.diagnostics.records import why_uncounted
+from lrrobust.diagnostics.records import load_diagnostics, why_uncounted
 from lrrobust.diagnostics.table import count_results, diagnostics_table
 from lrrobust.formatting import format_count
 from lrrobust.report.naming import name_runs
@@ -85,10 +85,11 @@ def print_results(folders: Sequence[Path]) -> None:
         notice(f"results: {folder}")
 
 
-def warn_of_uncounted(runs: Sequence[Run]) -> None:
-    """A line for each run whose diagnostics count for nothing."""
+def warn_of_checks(runs: Sequence[Run]) -> None:
+    """A line for each run whose checks have failed, or count for nothing."""
     for run in runs:
-        if (said := why_uncounted(run)) is not None:
+        found = load_diagnostics(run)
+        if said := why_uncounted(run) if found is None else found.doubt:
             logging.warning("%s: %s", run.folder, said)
 
 

@@ -49,6 +49,15 @@ class Diagnostics(_Record):
     """Seconds that it took."""
     results: tuple[Diagnostic, ...]
 
+    @property
+    def doubt(self) -> str | None:
+        """What checks that failed say of the run's robust accuracies; None where none has failed."""
+        failed = [result.name for result in self.results if result.passed is False]
+        if not failed:
+            return None
+        which = ", ".join(dict.fromkeys(failed))
+        return f"{len(failed)} of {len(self.results)} checks failed ({which}): robust accuracies may be too high"
+
 
 class _Versioned(BaseModel):
     """What is read of a file before its version is known."""

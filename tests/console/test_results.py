@@ -45,13 +45,15 @@ def test_images_of_other_models_stand_in_a_table_of_their_own(shown, make_run):
     assert "worst_case" in apart and "other" in apart
 
 
-def test_whoever_is_evaluated_learns_what_the_checks_come_to(shown, make_run, tmp_path):
+def test_whoever_is_evaluated_or_reported_learns_what_the_checks_come_to(shown, make_run, tmp_path, caplog):
     run = replace(make_run(), folder=tmp_path)
     found = (("noise", True), ("convergence", False), ("numerics", None))
     checks = [Diagnostic(name=name, attack="pgd", norm="linf", passed=passed, detail="Found so.") for name, passed in found]
     write_diagnostics(run, Diagnostics(fingerprint=run.manifest["fingerprint"], sample=(), wall_s=0, results=tuple(checks)))
     results._print_diagnostics([run])
     assert "checks: 1 passed, 1 FAILED, 1 not known: robust accuracies may be too high" in shown.getvalue()
+    results.warn_of_checks([run])
+    assert f"{tmp_path}: 1 of 3 checks failed (convergence): robust accuracies may be too high" in caplog.text
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
