@@ -203,8 +203,7 @@ def test_report_judges_claims_and_says_the_verdict_first(run, tmp_path):
     (result,) = json.loads((tmp_path / "summary" / "claim.json").read_text())["results"]
     assert result["verdict"] == "inconclusive" and result["claim"]["name"] == "mine"
     assert all(f"* {reason}" in out for reason in result["reasons"])
-    table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv", float_precision="round_trip")
-    table = table.set_index(["model", "eps"])["robust_accuracy"]
+    table = pd.read_csv(tmp_path / "summary" / "robust_accuracy.csv").set_index(["model", "eps"])["robust_accuracy"]
     for row in result["comparisons"]:
         if row["population"] == "all":
             assert row["treatment_accuracy"] == table["model.py:build", row["eps"]]
