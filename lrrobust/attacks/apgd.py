@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lrrobust.attacks.assignment import Assignment, Passes
-from lrrobust.attacks.ball import project, surface_start, unit
+from lrrobust.attacks.ball import largest_signs, project, surface_start, unit
 from lrrobust.attacks.climb import Start, State, Step, climb, evaluate, is_misclassified
 from lrrobust.attacks.losses import dlr, log_odds, targeted_dlr
 from lrrobust.attacks.targets import choose_targets, with_the_choice
@@ -22,6 +22,13 @@ _STEP_WEIGHT = 0.75
 
 #: First step size, in units of eps.
 _FIRST_STEP = 2.0
+
+#: In l1, the radii of the balls in units of eps, and the share of the steps that ends each.
+_BALLS = ((3, 0.3), (2, 0.6), (1, 1.0))
+
+#: In l1: share of the values that first steps change (0.2 in the paper), and of the steps between checkpoints; below which
+#: share of before the best is sparser; factor of shorter steps; the shortest.
+_FIRST_SHARE, _CHECKED_SHARE, _SPARSER, _SHRINKAGE, _SHORTEST = 0.1, 0.04, 0.95, 1 / 1.5, 0.1
 
 
 def apgd(
@@ -46,12 +53,17 @@ def apgd(
     `losses.log_odds`; "dlr" and "targeted_dlr" ignore the scale of the logits. "targeted_dlr" makes one
     start for each of the `targets` classes that the model holds likeliest beside the label.
 
+    In l1 there is no momentum. A step changes the values of the largest gradients alike, two thirds as many as the best
+    perturbation does. Its length is the radius of the ball at first, and again where a checkpoint, one every 4 % of the
+    steps, finds that perturbation sparser; the search then goes back to it. Other checkpoints shorten the steps. The first
+    30 % of the steps are in a ball of 3 eps, the next 30 % in one of 2 eps, and the best of each begins the next.
+
     With `warm_start` the first restart at the next larger budget begins where the one before was best,
     the perturbation stretched to the larger ball.
 
     Args:
         given: the images, and who judges; the restarts of one target are drawn after those of another.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         loss: see above.
         targets: at most K - 1 are taken; of no effect on the other losses.
         steps: gradient steps of a start.
@@ -64,12 +76,13 @@ def apgd(
         choosing targets takes a forward pass of each image, at its first budget.
 
     Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-    Parameter-free Attacks, 2020, sections 3 and 4, algorithm 1.
+    Parameter-free Attacks, 2020, sections 3 and 4, algorithm 1; l1: the same, Mind the box, 2021.
     """
     chosen = None
     if loss == "targeted_dlr":
         chosen = choose_targets(given, "top_k", targets)
-    search = _Ascent(given, norm, loss, chosen, steps, rho, restarts, warm_start)
+    ascent = _SparseAscent if norm == "l1" else _Ascent
+    search = ascent(given, norm, loss, chosen, steps, rho, restarts, warm_start)
     backward = climb(given, starts=restarts * search.targets_each, steps=steps, search=search)
     return backward if chosen is None else with_the_choice(backward), backward
 
@@ -89,6 +102,18 @@ def checkpoints(steps: int) -> list[int]:
     return windows
 
 
+def sparse_schedule(steps: int) -> tuple[list[int], list[bool]]:
+    """In l1: radii of the balls of iterates 0 .. steps, in units of eps; which are checkpoints.
+
+    >>> sparse_schedule(5)
+    ([3, 3, 2, 1, 1, 1], [False, True, False, False, True, True])
+    """
+    radii = [next((radius for radius, end in _BALLS if at < end * steps), 1) for at in range(steps + 1)]
+    since = [at - radii.index(radius) for at, radius in enumerate(radii)]
+    every = max(int(_CHECKED_SHARE * steps), 1)
+    return radii, [after > 0 and after % every == 0 for after in since]
+
+
 class _Ascent:
     """Auto-PGD's search, as `lrrobust.attacks.climb` takes it."""
 
@@ -106,7 +131,8 @@ class _Ascent:
         self._given, self._targets, self._norm, self._loss, self._rho = given, targets, norm, loss, rho
         self._restarts, self._warm_start = restarts, warm_start
         self.targets_each = 1 if targets is None else targets.shape[1]
-        self._windows = torch.tensor(checkpoints(steps), device=given.images.device)
+        radii, windows = sparse_schedule(steps) if norm == "l1" else ([1], checkpoints(steps))
+        self._radii, self._windows = given.images.new_tensor(radii), torch.tensor(windows, device=given.images.device)
         #: Best perturbations at the budget before, in units of it, by row and number of the start.
         self._best: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -114,7 +140,8 @@ class _Ascent:
         eps = self._given.images.new_tensor([self._given.ladder[start.level] for start in starts])
         rows = torch.tensor([start.row for start in starts], device=eps.device)
         iterate = torch.stack([self._first_iterate(start) for start in starts])
-        iterate = project(self._given.images[rows], iterate, eps[:, None, None, None], self._norm)
+        radius = self._radii[0] * _each(eps)
+        iterate = project(self._given.images[rows], iterate, radius, self._norm)
         unknown = eps.new_full((len(starts),), -math.inf, dtype=torch.float64)
         state = {
             "iterate": iterate,
@@ -139,7 +166,10 @@ class _Ascent:
         before = self._best.pop((start.row, start.number), None)
         if before is not None:
             return image + eps * before
-        return surface_start(image, self._norm, eps, self._given.draw(start.row, eps, start.number))
+        generator = self._given.draw(start.row, eps, start.number)
+        if self._norm == "l1":
+            return image + torch.randn(image.shape, generator=generator).to(image)
+        return surface_start(image, self._norm, eps, generator)
 
     def end(self, starts: Sequence[Start], state: State) -> None:
         if not self._warm_start:
@@ -154,8 +184,11 @@ class _Ascent:
         logits, loss, gradient = evaluate(self._given.model, iterate, lambda logits: self._losses(logits, labels, state))
         loss = loss.nan_to_num(nan=-math.inf)
         self._remember(state, loss, gradient)
-        is_halved = self._check(state)
+        self._move(state, images, loss, gradient)
+        return Step(iterate, is_misclassified(logits, labels), state["iterate"])
 
+    def _move(self, state: State, images: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> None:
+        iterate, is_halved = state["iterate"], self._check(state)
         base = torch.where(_each(is_halved), state["best"], iterate)
         gradient = torch.where(_each(is_halved), state["best_gradient"], gradient)
         eps = state["eps"]
@@ -165,7 +198,6 @@ class _Ascent:
         moved = base + weight * (ahead - base) + (1 - weight) * (base - state["previous"])
         state["previous"], state["iterate"] = base, project(images, moved, eps, self._norm)
         state["last_loss"] = torch.where(is_halved, state["best_loss"], loss)
-        return Step(iterate, is_misclassified(logits, labels), state["iterate"])
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor, state: State) -> torch.Tensor:
         if self._loss == "targeted_dlr":
@@ -193,6 +225,43 @@ class _Ascent:
         state["checked_loss"] = torch.where(is_checkpoint, state["best_loss"], state["checked_loss"])
         state["rises"] = torch.where(is_checkpoint, 0, state["rises"])
         return is_halved
+
+
+class _SparseAscent(_Ascent):
+    """The search in l1."""
+
+    def begin(self, starts: Sequence[Start]) -> State:
+        state = super().begin(starts)
+        known = torch.full_like(state["rises"], state["iterate"][0].numel())
+        step_size = state["step_size"] / _FIRST_STEP * self._radii[0]
+        return {**state, "step_size": step_size, "values": (_FIRST_SHARE * known).ceil().long(), "checked_values": known}
+
+    def step(self, state: State) -> Step:
+        # What is found in larger balls is no success.
+        is_within = self._radii[state["steps"]] == 1
+        found = super().step(state)
+        return found._replace(is_wrong=found.is_wrong & is_within)
+
+    def _move(self, state: State, images: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> None:
+        radius, following = (_each(self._radii[state["steps"] + ahead]) * state["eps"] for ahead in (0, 1))
+        is_left = (following < radius).flatten()
+        is_checkpoint = (self._windows[state["steps"]] > 0) | is_left
+        changed = (state["best"] != images).flatten(1).sum(1)
+        is_sparser = is_checkpoint & (changed < _SPARSER * state["checked_values"])
+        shorter = (_SHRINKAGE * state["step_size"]).maximum(_SHORTEST * radius)
+        step_size = torch.where(_each(is_checkpoint), shorter, state["step_size"])
+        step_size = torch.where(_each(is_sparser), radius, step_size)
+        # Rounded down: steps of two values would stay with two.
+        fitting = (_SHRINKAGE * changed).long().clamp_min(1)
+        state["values"] = torch.where(is_checkpoint, fitting, state["values"])
+        goes_back = _each(is_sparser | is_left)
+        base = torch.where(goes_back, state["best"], state["iterate"])
+        direction = largest_signs(torch.where(goes_back, state["best_gradient"], gradient), state["values"])
+        state["iterate"] = project(images, base + step_size * direction, following, self._norm)
+        state["step_size"] = torch.where(_each(is_left), following, step_size)
+        state["checked_values"] = torch.where(is_checkpoint, changed, state["checked_values"])
+        # Losses of a larger ball are out of reach.
+        state["best_loss"] = state["best_loss"].masked_fill(is_left, -math.inf)
 
 
 def _each(values: torch.Tensor) -> torch.Tensor:

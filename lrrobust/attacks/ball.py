@@ -52,6 +52,18 @@ def sparse_unit(gradient: torch.Tensor, images: torch.Tensor, share: float) -> t
     return sign * chosen.view_as(sign)
 
 
+def largest_signs(gradient: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The signs of the largest values, as many as `counts` (n,) says, divided to length 1 in l1; zero where it is.
+
+    All that tie are taken, so that no image depends on others of the batch. Values at an end of the box are not passed
+    over: the projection would take back what they have.
+    """
+    steepness = gradient.abs().flatten(1)
+    least = steepness.topk(int(counts.max()), dim=1).values.gather(1, counts[:, None] - 1)
+    chosen = ((steepness >= least) & (steepness > 0)).to(steepness)
+    return gradient.sign() * (chosen / chosen.sum(1, keepdim=True).clamp_min(1)).view_as(gradient)
+
+
 def dual_length(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     """What a step of length 1 in the norm gains at most in the linear model; float64 (n,)."""
     order = {"linf": 1, "l2": 2, "l1": math.inf}[norm]

@@ -239,16 +239,16 @@ class ApgdSpec(_Spec):
             same towards each of the likeliest other classes in turn.
         targets: how many classes "targeted_dlr" tries, K - 1 at most; without effect on the other losses.
         steps: gradient steps of a start.
-        rho: share of steps between two checkpoints in which the loss must rise, or the step size is halved.
+        rho: share of steps between two checkpoints in which the loss must rise, or the step size is halved; not in l1.
         restarts: starts at a budget, and target.
         warm_start: begin the first restart at a larger budget where the one at the budget before was best.
 
     Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-    Parameter-free Attacks, 2020, sections 3 and 4.
+    Parameter-free Attacks, 2020, sections 3 and 4; l1: Croce and Hein, Mind the box, 2021.
     """
 
     kind: Literal["apgd"]
-    norm: LinfOrL2
+    norm: Norm
     loss: Literal["ce", "dlr", "targeted_dlr"]
     targets: Count = 9
     steps: Count = 100

@@ -38,10 +38,12 @@ _KINDS = (*_SPEC_CLASSES, "suite")
 
 #: What other libraries and papers call them, without hyphens.
 _CALLED_ELSEWHERE = {
-    "autoattack": "the suite strong (strong_l2 in l2)", "aa": "the suite strong (strong_l2 in l2)",
+    "autoattack": "the suite strong (strong_l2 in l2, strong_l1 in l1)",
+    "aa": "the suite strong (strong_l2 in l2, strong_l1 in l1)",
     "bim": "pgd", "ifgsm": "pgd", "pgd20": "pgd",
     "pgdl2": "pgd_l2", "mifgsm": "mi_fgsm", "carliniwagner": "cw", "cwl2": "cw", "cwlinf": "pgd_margin",
-    "apgd": "apgd_ce", "apgddlr": "apgd_t", "apgdt": "apgd_t", "fab": "fab_t",
+    "apgd": "apgd_ce", "l1apgd": "apgd_ce_l1",
+    "apgddlr": "apgd_t", "apgdt": "apgd_t", "fab": "fab_t",
     "hsj": "hop_skip_jump", "hsja": "hop_skip_jump", "hopskipjump": "hop_skip_jump", "boundary": "hop_skip_jump",
 }  # fmt: skip
 

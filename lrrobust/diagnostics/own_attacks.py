@@ -43,7 +43,7 @@ def new_starts(norm: Norm, steps: int, name: str) -> tuple[NewStart, ...]:
 
     Where logits are small, their softmax is flat, and the gradient of the cross-entropy leads away from the mean of the other
     classes instead of to the nearest: in linf and l2 Auto-PGD climbs a loss that the scale of the logits does not matter to. In
-    l1, which it has not, the share of values that a step changes matters as much: there PGD has a smaller one.
+    l1 the share of values that a step changes matters as much: there PGD has a smaller one.
 
     Losses of the largest logits, and searches towards the likeliest classes, see nothing of the others where classes follow the
     leading one that no image is ever taken for: the last attack leads to such classes only that some are taken for.

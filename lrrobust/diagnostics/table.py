@@ -50,7 +50,7 @@ def count_results(table: Table) -> str:
         return f"all checks passed ({found.total()})"
     counts = ", ".join(f"{found[result]} {result}" for result in RESULTS.values() if found[result])
     doubt = (
-        ": robust accuracies may be too high; --suite strong (strong_l2, in l1 --attack fmn_l1) finds more, and --suite "
+        ": robust accuracies may be too high; --suite strong (strong_l2, strong_l1) finds more, and --suite "
         "blackbox needs no gradients"
         if found[RESULTS[False]]
         else ""

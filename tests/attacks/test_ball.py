@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from lrrobust.attacks.ball import dual_length, l1_direction, project, sparse_unit, surface_start, unit
+from lrrobust.attacks.ball import dual_length, l1_direction, largest_signs, project, sparse_unit, surface_start, unit
 from lrrobust.threat import NORMS, ThreatModel, distance, is_in_box
 
 
@@ -107,3 +107,9 @@ def test_directions_in_l1_have_length_one_and_no_favourite():
 def test_the_dual_length_is_what_a_step_gains_at_most(norm):
     gradient = torch.tensor([3.0, -4.0, 0.0, 0.0]).view(1, 1, 2, 2)
     assert dual_length(gradient, norm).tolist() == {"linf": [7.0], "l2": [5.0], "l1": [4.0]}[norm]
+
+
+def test_largest_signs_as_many_as_wanted_and_all_that_tie():
+    gradient = torch.tensor([[4.0, -3, 2, 0], [1, 1, -1, 0.5], [0, 0, 0, 5]]).view(3, 1, 2, 2)
+    found = largest_signs(gradient, torch.tensor([2, 1, 3])).flatten(1)
+    torch.testing.assert_close(3 * found, torch.tensor([[1.5, -1.5, 0, 0], [1, 1, -1, 0], [0, 0, 0, 3]]))

@@ -47,6 +47,12 @@ def test_the_strong_suites_are_the_recipe_of_autoattack(suite, end):
     assert (square.queries, square.p_init, square.rescale_schedule) == (5000, 0.8, False)
 
 
+def test_strong_l1_has_the_starts_and_targets_of_autoattack():
+    ce, targeted, fmn = specs = load_suite(["strong_l1"])
+    assert fmn.name == "fmn_l1" and all(spec.survivors_only and spec.norm == "l1" for spec in specs)
+    assert (ce.steps, ce.restarts, targeted.steps, targeted.targets) == (100, 5, 100, 5)
+
+
 def test_the_listing_shows_attacks_first_and_suites_with_their_norms():
     listing = list_attacks()
     assert AttackListing("cw", "cw", "l2", "minimal l2 change, 5 x 100 Adam steps") in listing

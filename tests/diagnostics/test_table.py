@@ -10,7 +10,7 @@ from lrrobust.tables import Cell, Column, Table
         (["passed", "not known"], "checks: 1 passed, 1 not known"),
         (
             ["FAILED"],
-            "checks: 1 FAILED: robust accuracies may be too high; --suite strong (strong_l2, in l1 --attack fmn_l1) finds "
+            "checks: 1 FAILED: robust accuracies may be too high; --suite strong (strong_l2, strong_l1) finds "
             "more, and --suite blackbox needs no gradients",
         ),
         (["not known"], "checks: 1 not known"),
