@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -117,6 +117,9 @@ def sparse_schedule(steps: int) -> tuple[list[int], list[bool]]:
 class _Ascent:
     """Auto-PGD's search, as `lrrobust.attacks.climb` takes it."""
 
+    #: Radius of the ball of the first iterate, in units of eps.
+    _first_radius = 1
+
     def __init__(
         self,
         given: Assignment,
@@ -131,8 +134,7 @@ class _Ascent:
         self._given, self._targets, self._norm, self._loss, self._rho = given, targets, norm, loss, rho
         self._restarts, self._warm_start = restarts, warm_start
         self.targets_each = 1 if targets is None else targets.shape[1]
-        radii, windows = sparse_schedule(steps) if norm == "l1" else ([1], checkpoints(steps))
-        self._radii, self._windows = given.images.new_tensor(radii), torch.tensor(windows, device=given.images.device)
+        self._windows = torch.tensor(checkpoints(steps), device=given.images.device)
         #: Best perturbations at the budget before, in units of it, by row and number of the start.
         self._best: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -140,7 +142,7 @@ class _Ascent:
         eps = self._given.images.new_tensor([self._given.ladder[start.level] for start in starts])
         rows = torch.tensor([start.row for start in starts], device=eps.device)
         iterate = torch.stack([self._first_iterate(start) for start in starts])
-        radius = self._radii[0] * _each(eps)
+        radius = self._first_radius * _each(eps)
         iterate = project(self._given.images[rows], iterate, radius, self._norm)
         unknown = eps.new_full((len(starts),), -math.inf, dtype=torch.float64)
         state = {
@@ -166,9 +168,9 @@ class _Ascent:
         before = self._best.pop((start.row, start.number), None)
         if before is not None:
             return image + eps * before
-        generator = self._given.draw(start.row, eps, start.number)
-        if self._norm == "l1":
-            return image + torch.randn(image.shape, generator=generator).to(image)
+        return self._draw(image, eps, self._given.draw(start.row, eps, start.number))
+
+    def _draw(self, image: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
         return surface_start(image, self._norm, eps, generator)
 
     def end(self, starts: Sequence[Start], state: State) -> None:
@@ -230,10 +232,21 @@ class _Ascent:
 class _SparseAscent(_Ascent):
     """The search in l1."""
 
+    _first_radius = _BALLS[0][0]
+
+    def __init__(self, given: Assignment, *arguments: Any) -> None:
+        super().__init__(given, *arguments)
+        radii, is_checkpoint = sparse_schedule(len(self._windows))
+        self._radii = given.images.new_tensor(radii)
+        self._is_checkpoint = torch.tensor(is_checkpoint, device=given.images.device)
+
+    def _draw(self, image: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
+        return image + torch.randn(image.shape, generator=generator).to(image)
+
     def begin(self, starts: Sequence[Start]) -> State:
         state = super().begin(starts)
         known = torch.full_like(state["rises"], state["iterate"][0].numel())
-        step_size = state["step_size"] / _FIRST_STEP * self._radii[0]
+        step_size = state["step_size"] / _FIRST_STEP * self._first_radius
         return {**state, "step_size": step_size, "values": (_FIRST_SHARE * known).ceil().long(), "checked_values": known}
 
     def step(self, state: State) -> Step:
@@ -244,8 +257,8 @@ class _SparseAscent(_Ascent):
 
     def _move(self, state: State, images: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> None:
         radius, following = (_each(self._radii[state["steps"] + ahead]) * state["eps"] for ahead in (0, 1))
-        is_left = (following < radius).flatten()
-        is_checkpoint = (self._windows[state["steps"]] > 0) | is_left
+        is_leaving = (following < radius).flatten()
+        is_checkpoint = self._is_checkpoint[state["steps"]] | is_leaving
         changed = (state["best"] != images).flatten(1).sum(1)
         is_sparser = is_checkpoint & (changed < _SPARSER * state["checked_values"])
         shorter = (_SHRINKAGE * state["step_size"]).maximum(_SHORTEST * radius)
@@ -254,14 +267,14 @@ class _SparseAscent(_Ascent):
         # Rounded down: steps of two values would stay with two.
         fitting = (_SHRINKAGE * changed).long().clamp_min(1)
         state["values"] = torch.where(is_checkpoint, fitting, state["values"])
-        goes_back = _each(is_sparser | is_left)
+        goes_back = _each(is_sparser | is_leaving)
         base = torch.where(goes_back, state["best"], state["iterate"])
         direction = largest_signs(torch.where(goes_back, state["best_gradient"], gradient), state["values"])
         state["iterate"] = project(images, base + step_size * direction, following, self._norm)
-        state["step_size"] = torch.where(_each(is_left), following, step_size)
+        state["step_size"] = torch.where(_each(is_leaving), following, step_size)
         state["checked_values"] = torch.where(is_checkpoint, changed, state["checked_values"])
         # Losses of a larger ball are out of reach.
-        state["best_loss"] = state["best_loss"].masked_fill(is_left, -math.inf)
+        state["best_loss"] = state["best_loss"].masked_fill(is_leaving, -math.inf)
 
 
 def _each(values: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lrrobust.data.array_tree import ArrayTree, holds_classes, is_array
 from lrrobust.data.avc_photos import open_photos
 from lrrobust.data.cifar import CIFAR_SUFFIXES, CifarTree, find_batches
 from lrrobust.data.class_lists import classes_by_number
@@ -20,7 +21,6 @@ from lrrobust.data.file_trees import FileTree, Spool, open_tree
 from lrrobust.data.image_source import IMAGE_SUFFIXES, ImageSource
 from lrrobust.data.label_tables import TABLE_SUFFIXES
 from lrrobust.data.layouts import LAYOUT_SUFFIXES, SPLIT_FOLDERS, Labelling, describe_unread, label_files
-from lrrobust.data.numpy_tree import NumpyTree, holds_classes, is_array
 from lrrobust.data.parquet_tree import SUFFIX, ParquetTree
 from lrrobust.errors import DataError
 
@@ -145,7 +145,7 @@ def _open_labelled(path: Path, split: str | None, spool: Spool) -> tuple[FileTre
     if suffix == SUFFIX:
         tree = ParquetTree(path, split, spool)
     elif path.is_file() and is_array(path):
-        tree = NumpyTree(path, split)
+        tree = ArrayTree(path, split)
     else:
         files = open_tree(path, (*LAYOUT_SUFFIXES, *CIFAR_SUFFIXES), spool)
         batches = find_batches(files)

@@ -19,7 +19,7 @@ from lrrobust.data.file_trees import FileTree, most_unpacked_bytes
 from lrrobust.data.layouts import LabelledFile, Labelling
 from lrrobust.errors import DataError
 
-NUMPY_SUFFIXES = (".npz", ".npy", ".mat")
+_SUFFIXES = (".npz", ".npy", ".mat")
 
 #: Of images of MNIST and its kin, as they are downloaded or as torchvision unpacks them.
 _IDX_NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?")
@@ -37,7 +37,7 @@ _SEVERITIES = 5
 _TOLERANCE = 1e-3
 
 
-class NumpyTree(FileTree):
+class ArrayTree(FileTree):
     """The images of an array (N, H, W, C), (N, C, H, W) or (N, H, W), where C is 1 or 3: uint8, or floats k / 255.
 
     They are called after the file and their place in the array, from 0. Classes are an array of N names, or of numbers.
@@ -156,7 +156,7 @@ class NumpyTree(FileTree):
 
 def is_array(path: Path) -> bool:
     """Whether a file is called as one that is read here."""
-    return path.suffix.lower() in NUMPY_SUFFIXES or _IDX_NAME.fullmatch(path.name) is not None
+    return path.suffix.lower() in _SUFFIXES or _IDX_NAME.fullmatch(path.name) is not None
 
 
 def holds_classes(path: Path) -> bool:
